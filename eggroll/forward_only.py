@@ -1,0 +1,80 @@
+"""A function as one flat jaxpr without derivative rules.
+
+Nothing in an evolution strategy is differentiated, so custom derivative rules and rematerialisation are inlined before the
+function is interpreted with lazy weights: `custom_jvp`, `custom_vjp`, `remat` and nested `jit` become their forward body, at
+the top and inside the bodies of scan, while and cond. The interpreter (`perturbed`) then meets plain primitives only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+
+# Primitive name -> parameter that holds the forward body.
+_INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+_CONTROL_FLOW = ("scan", "while", "cond")
+
+
+def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any]:
+    """Trace `function` at the shapes of `args` and inline its derivative rules.
+
+    Args:
+        function: any JAX-traceable function.
+        *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+        `(flat, out_tree)`: `flat` takes the flattened leaves of `args` and returns the flat list of outputs; `out_tree` is
+        the tree of the outputs.
+    """
+    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def flat(*leaves):
+        return _evaluate(closed.jaxpr, closed.consts, leaves)
+
+    return flat, jax.tree.structure(out_shape)
+
+
+def _close(jaxpr: Any) -> Any:
+    return jaxpr if isinstance(jaxpr, jexc.ClosedJaxpr) else jexc.ClosedJaxpr(jaxpr, ())
+
+
+def _rewrite(value: Any) -> Any:
+    """Inline derivative rules in a control-flow parameter that holds a jaxpr or a tuple of them."""
+    if isinstance(value, tuple) and value and all(isinstance(v, jexc.ClosedJaxpr) for v in value):
+        return tuple(_rewrite(v) for v in value)
+    if isinstance(value, jexc.ClosedJaxpr):
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in value.in_avals]
+        return jax.make_jaxpr(lambda *leaves: _evaluate(value.jaxpr, value.consts, leaves))(*avals)
+    return value
+
+
+def _evaluate(jaxpr: Any, consts: Any, leaves: Any) -> list:
+    environment = dict(zip(jaxpr.constvars, consts, strict=True))
+    environment.update(zip(jaxpr.invars, leaves, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jexc.Literal) else environment[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        name, params = equation.primitive.name, equation.params
+        if name in _INLINED:
+            body = _close(params[_INLINED[name]])
+            outputs = _evaluate(body.jaxpr, body.consts, inputs)
+        else:
+            if name in _CONTROL_FLOW:
+                params = {key: _rewrite(value) for key, value in params.items()}
+            outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(params))
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        environment.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,46 @@
+"""Call an unmodified function with lazy perturbed parameters.
+
+    function -> flat jaxpr without derivative rules (`forward_only`) -> evaluated with the rules of `views` and `products`
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from eggroll import products, views  # noqa: F401  (registers the rules)
+from eggroll.forward_only import forward_only
+from eggroll.perturbed import PerturbedArray, Use, interpret_with_rules, is_perturbed
+
+
+def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
+    """Call `function(params, *args)`, where leaves of `params` may be `PerturbedArray`.
+
+    Args:
+        function: any JAX function of a parameter pytree.
+        params: the pytree, each leaf an array or a `PerturbedArray`.
+        *args: further pytrees of arrays.
+
+    Returns:
+        What the function returns, plain arrays.
+
+    Raises:
+        ValueError: a perturbed leaf is used in a way that has no rule.
+    """
+    shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
+    flat, out_tree = forward_only(function, shapes, *args)
+    outputs = interpret_with_rules(flat)(*jax.tree.leaves((params, *args), is_leaf=is_perturbed))
+    return jax.tree.unflatten(out_tree, [_plain_output(output) for output in outputs])
+
+
+def _plain_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_perturbed(leaf) else leaf
+
+
+def _plain_output(output: Any) -> Any:
+    if not isinstance(output, PerturbedArray):
+        return output
+    if not output.observed:
+        raise output.unsupported("its result")
+    output.record(Use(unsupported="returned by the function as it is"))
+    return output.base

@@ -1,0 +1,205 @@
+"""`PerturbedArray`: a parameter plus a low-rank perturbation, as one lazy array value.
+
+    value = base + scale * left right^T        left [stack, rows, r], right [stack, columns, r]
+
+The user's function sees an ordinary array; products use the factors and never build the sum. Every axis carries a *tag*, the
+source axes of the parameter it came from, so that views (`views`) act on base and factors alike, products (`products`) know
+which factor to contract, and `scan` may slice leading stacked axes off every component. A value without factors is a *probe*:
+it records in its `Observer` how the parameter is used, which is how `plan` reads the roles of the leaves.
+Only this file imports quax.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core as jexc
+import quax
+from jax import Array
+
+from eggroll import noise
+
+Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
+register = quax.register
+interpret_with_rules = quax.quaxify
+
+
+class Use(NamedTuple):
+    """One use of a parameter: its source axes that were contracted, left free, stacked; or why the use has no rule."""
+
+    contracted: frozenset[int] = frozenset()
+    free: frozenset[int] = frozenset()
+    stacked: frozenset[int] = frozenset()
+    unsupported: str | None = None
+
+
+class Observer:
+    """Collects the uses of every probed parameter during one abstract trace."""
+
+    def __init__(self) -> None:
+        self.uses: dict[str, list[Use]] = {}
+
+    def record(self, path: str, use: Use) -> None:
+        """Add one use of the parameter at `path`."""
+        self.uses.setdefault(path, []).append(use)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static description of a `PerturbedArray`.
+
+    `tags` describes the trailing axes of the base; leading axes that are missing were sliced off by a scan.
+    """
+
+    path: str
+    ndim: int  # of the parameter itself
+    tags: tuple[Tag, ...]
+    rows: frozenset[int] = frozenset()
+    columns: frozenset[int] = frozenset()
+    rank: int = 0
+    observer: Observer | None = None
+
+    def owns(self, component: str, tag: Tag) -> bool:
+        """Whether `component` ("base", "left", "right", "scale") has the axis tagged `tag`."""
+        if component == "base":
+            return True
+        if not tag:
+            return component == "right"
+        if self.rows.issuperset(tag):
+            return component == "left"
+        if self.columns.issuperset(tag):
+            return component == "right"
+        return True  # a stacked axis
+
+
+class PerturbedArray(quax.ArrayValue):
+    """Lazy `base + scale * left right^T`; see the file's head. Build it with `perturb` or `probe`."""
+
+    base: Array  # [...]
+    left: Array | None  # [stack and row axes in base order, r]
+    right: Array | None  # [stack and column axes in base order, r]
+    bits: Array | None  # packed Rademacher signs of both factors, uint32 [stack, words]
+    scale: Array | None  # [stack]
+    layout: Layout = eqx.field(static=True)
+
+    def aval(self) -> Any:
+        """Abstract value of the sum."""
+        return jax.typeof(self.base)
+
+    @property
+    def tags(self) -> tuple[Tag, ...]:
+        """One tag per axis of the base as it is now."""
+        return self.layout.tags[len(self.layout.tags) - self.base.ndim :]
+
+    @property
+    def observed(self) -> bool:
+        """Whether this is a probe."""
+        return self.layout.observer is not None
+
+    def positions(self, component: str, tags: Sequence[Tag] | None = None) -> list[int]:
+        """The axes, by position in the base or in `tags`, that `component` has."""
+        return [axis for axis, tag in enumerate(self.tags if tags is None else tags) if self.layout.owns(component, tag)]
+
+    def record(self, use: Use) -> None:
+        """Record one use of a probe."""
+        assert self.layout.observer is not None
+        self.layout.observer.record(self.layout.path, use)
+
+    def unsupported(self, where: str) -> ValueError:
+        """The error for a use without a rule."""
+        return ValueError(
+            f"Parameter '{self.layout.path}' is planned as low-rank but the function uses it in {where}, which has no "
+            f"low-rank rule; put the rule ('{self.layout.path}', eggroll.Dense()) first in `perturbation`."
+        )
+
+    def unpacked(self) -> "PerturbedArray":
+        """The same value with its packed signs, if any, unpacked into factors."""
+        if self.bits is None:
+            return self
+        sizes = list(zip(self.tags, self.base.shape, strict=True))
+        m = math.prod(size for tag, size in sizes if self.layout.rows.issuperset(tag))
+        n = math.prod(size for tag, size in sizes if self.layout.columns.issuperset(tag))
+        packed = noise.Factors(self.layout.rank, m, n, None, None, self.bits)
+        return self.with_factors(*packed.unpacked(self.base.dtype))
+
+    def with_factors(self, left: Array, right: Array) -> "PerturbedArray":
+        """Attach factors [stack, r, m] and [stack, r, n] as components in the base's axis order, the rank last."""
+        stack = self.positions("scale")
+
+        def arranged(factor, component):
+            own = self.positions(component)
+            spanned = [axis for axis in own if axis not in stack]
+            shape = self.base.shape
+            factor = factor.reshape(*(shape[a] for a in stack), self.layout.rank, *(shape[a] for a in spanned))
+            order = [*stack, None, *spanned]
+            return factor.transpose([order.index(axis) for axis in own] + [len(stack)])
+
+        left, right = arranged(left, "left"), arranged(right, "right")
+        return PerturbedArray(self.base, left, right, None, self.scale, self.layout)
+
+    def materialise(self) -> Array:
+        """Refuse: a perturbed parameter is never built in the hot path."""
+        raise self.unsupported("an operation that needs the whole array")
+
+    @staticmethod
+    def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+        """Record a primitive without a rule when probing; refuse it otherwise."""
+        plain = []
+        for value in values:
+            if isinstance(value, PerturbedArray):
+                if not value.observed:
+                    raise value.unsupported(f"'{primitive.name}'")
+                value.record(Use(unsupported=f"used by '{primitive.name}', which has no low-rank rule"))
+                value = value.base
+            plain.append(value)
+        return primitive.bind(*plain, **params)
+
+
+def is_perturbed(leaf: Any) -> bool:
+    """Whether `leaf` is a `PerturbedArray` (for `jax.tree` functions)."""
+    return isinstance(leaf, PerturbedArray)
+
+
+def probe(array: Array, *, path: str, observer: Observer) -> PerturbedArray:
+    """Wrap a parameter so that its uses are recorded in `observer`."""
+    tags = tuple((axis,) for axis in range(array.ndim))
+    return PerturbedArray(array, None, None, None, None, Layout(path, array.ndim, tags, observer=observer))
+
+
+def perturb(
+    base: Array, factors: noise.Factors, *, scale: Array, path: str, rows: Sequence[int], columns: Sequence[int]
+) -> PerturbedArray:
+    """Wrap a parameter with the factors of its perturbation.
+
+    Args:
+        base: the parameter; its axes are stacked axes, rows and columns in any order.
+        factors: `noise.Factors` of shapes [stack, r, m] and [stack, r, n], packed or not.
+        scale: [stack], sign * sigma / sqrt(r).
+        path: the parameter's path, for messages.
+        rows: the axes of `base` that the left factor spans.
+        columns: the axes of `base` that the right factor spans.
+
+    Returns:
+        The lazy sum.
+    """
+    tags = tuple((axis,) for axis in range(base.ndim))
+    layout = Layout(path, base.ndim, tags, frozenset(rows), frozenset(columns), factors.rank)
+    value = PerturbedArray(base, None, None, factors.bits, scale, layout)
+    if factors.bits is None:
+        return value.with_factors(*factors.unpacked(base.dtype))
+    stack = value.positions("scale")
+    leading = stack == list(range(len(stack)))  # packed signs can be sliced by a scan only along leading axes
+    return value if leading else value.unpacked()
+
+
+def view(value: PerturbedArray, tags: Sequence[Tag], operation: Callable[[Array, str], Array]) -> PerturbedArray:
+    """Apply `operation(array, component)` to every component; `tags` describes the base's axes afterwards."""
+    value = value.unpacked()
+    components = {
+        name: None if (array := getattr(value, name)) is None else operation(array, name)
+        for name in ("base", "left", "right", "scale")
+    }
+    return PerturbedArray(bits=None, layout=dataclasses.replace(value.layout, tags=tuple(tags)), **components)

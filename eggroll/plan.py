@@ -1,0 +1,289 @@
+"""The plan: which noise every parameter gets, and why.
+
+The role of a leaf is read from how the function uses it, by one abstract trace (no arithmetic): a leaf that is only contracted,
+looked up or convolved, always over the same split of its axes, gets low-rank noise over (contracted axes) x (other axes); any
+other leaf gets dense noise, and the plan says why. Rules on the parameter paths override ranks, distributions and scales.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll import noise
+from eggroll.interpret import apply_perturbed
+from eggroll.perturbed import Observer, Use, probe
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Noise E = A B^T / sqrt(rank) for matrices, dense noise of the same distribution for other leaves.
+
+    Args:
+        rank: number of terms, >= 1.
+        distribution: of the factors' entries, "rademacher" (fastest, packed bits) or "normal" (as in the paper).
+        sigma_multiplier: this leaf's sigma relative to the strategy's.
+    """
+
+    rank: int = 1
+    distribution: noise.Distribution = "rademacher"
+    sigma_multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Noise with independent entries, as in classical OpenAI-ES; costs m n values per member."""
+
+    distribution: noise.Distribution = "normal"
+    sigma_multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """No noise and no update."""
+
+
+Spec = LowRank | Dense | Frozen
+Perturbation = Spec | Sequence[tuple[str, Spec]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """The noise of one parameter: `spec` says what was asked, `role` what the parameter gets, `reason` why."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    role: str  # "low-rank", "dense" or "frozen"
+    spec: Spec
+    reason: str
+    stack: tuple[int, ...] = ()  # axes with independent noise per index
+    rows: tuple[int, ...] = ()  # axes spanned by the left factor
+    columns: tuple[int, ...] = ()  # axes spanned by the right factor
+
+    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the given axes."""
+        return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes of noise one member holds for this leaf."""
+        if isinstance(self.spec, Frozen):
+            return 0
+        if self.role == "dense":
+            return math.prod(self.shape) * self.dtype.itemsize
+        count = self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
+        bytes_per_layer = 4 * -(-count // noise.WORD) if self.spec.distribution == "rademacher" else count * self.dtype.itemsize
+        return math.prod(self.sizes(self.stack)) * bytes_per_layer
+
+    def draw(self, key: Array, pair: Array | int) -> "noise.Factors | Array":
+        """Draw this leaf's noise for one pair.
+
+        Args:
+            key: the leaf's key of this generation, from `noise.leaf_key`.
+            pair: int32 scalar.
+
+        Returns:
+            `noise.Factors` [stack, r, m], [stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
+        """
+        assert not isinstance(self.spec, Frozen)
+        keys = noise.stacked_keys(key, pair, self.sizes(self.stack))
+        options: dict[str, Any] = dict(distribution=self.spec.distribution, dtype=self.dtype)
+        if self.role == "dense":
+            return noise.draw(keys, math.prod(self.shape), **options).reshape(self.shape)
+        m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
+        return noise.draw_factors(keys, rank=self.spec.rank, m=m, n=n, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The noise of every parameter, in the order of the parameter tree's leaves."""
+
+    leaves: tuple[LeafPlan, ...]
+    tree: Any  # jax.tree_util.PyTreeDef of the parameters
+
+    def table(self) -> str:
+        """A readable table: path, shape, role, rank, noise bytes per member, reason."""
+        header = ("path", "shape", "role", "rank", "bytes", "reason")
+        rows = [header, *(_row(leaf) for leaf in self.leaves)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = sum(leaf.noise_bytes for leaf in self.leaves)
+        return "\n".join([*lines, f"noise per member: {total:,} bytes"])
+
+    def check(self, params: Any) -> None:
+        """Raise ValueError unless `params` has the shapes this plan was made for."""
+        leaves, tree = jax.tree.flatten(params)
+        if tree != self.tree or any(leaf.shape != p.shape for leaf, p in zip(leaves, self.leaves, strict=True)):
+            raise ValueError("params differ in structure or shape from the parameters this strategy was planned for.")
+
+
+def _row(leaf: LeafPlan) -> tuple[str, ...]:
+    rank = str(leaf.spec.rank) if leaf.role == "low-rank" and isinstance(leaf.spec, LowRank) else "-"
+    return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", leaf.reason
+
+
+def paths(params: Any) -> list[str]:
+    """Path of every leaf, such as "params/Dense_0/kernel", in leaf order."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+
+
+def check_params(params: Any) -> None:
+    """Raise TypeError or ValueError unless every leaf is an array and there is one at least."""
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params has no array leaves; expected a pytree of parameters such as model.init(...).")
+    for path, leaf in zip(paths(params), leaves, strict=True):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params leaf '{path}' is a {type(leaf).__name__}, expected an array; split arrays from the rest first "
+                "(nnx.split, equinox.partition)."
+            )
+
+
+def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
+    """Return `perturbation` as a list of rules.
+
+    Raises:
+        TypeError, ValueError: not a spec or rules, an invalid pattern, rank < 1, an unknown distribution, a multiplier <= 0.
+    """
+    rules = [(".*", perturbation)] if isinstance(perturbation, LowRank | Dense | Frozen) else perturbation
+    if not isinstance(rules, list | tuple) or not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules):
+        raise TypeError(
+            "perturbation must be LowRank(...), Dense(...), Frozen() or a list of (path pattern, one of those), "
+            f"got {perturbation!r}."
+        )
+    for pattern, spec in rules:
+        _check_rule(pattern, spec)
+    return [(pattern, spec) for pattern, spec in rules]
+
+
+def _check_rule(pattern: Any, spec: Any) -> None:
+    if not isinstance(spec, LowRank | Dense | Frozen):
+        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense or Frozen, got {spec!r}.")
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
+    if isinstance(spec, LowRank) and not (isinstance(spec.rank, int) and spec.rank >= 1):
+        raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
+    if isinstance(spec, LowRank | Dense):
+        if spec.distribution not in noise.DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
+        if not spec.sigma_multiplier > 0:
+            raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
+
+
+def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> tuple[Plan, Any]:
+    """Read how `function(params, *args)` uses its parameters and decide each one's noise.
+
+    Args:
+        function: the one-member function; it is traced once, abstractly.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`.
+        *args: one member's further arguments.
+        perturbation: a spec for all leaves, or rules `[(pattern, spec), ...]` on the paths: `re.fullmatch`, first match wins.
+
+    Returns:
+        `(plan, out_shape)`, the plan and the abstract result of the function.
+
+    Raises:
+        ValueError: an unused rule, a leaf without a rule, a leaf that cannot be perturbed, no perturbed leaf at all.
+    """
+    check_params(params)
+    rules = check_perturbation(perturbation)
+    leaf_paths, leaves = paths(params), jax.tree.leaves(params)
+    specs = _match_rules(rules, leaf_paths)
+    uses, out_shape = read_uses(function, params, *args)
+    planned = tuple(
+        _plan_leaf(path, leaf, spec, uses.get(path, []))
+        for path, leaf, spec in zip(leaf_paths, leaves, specs, strict=True)
+    )
+    if all(leaf.role == "frozen" for leaf in planned):
+        raise ValueError("perturbation freezes every parameter; at least one must be perturbed.")
+    return Plan(planned, jax.tree.structure(params)), out_shape
+
+
+def read_uses(function: Callable, params: Any, *args: Any) -> tuple[dict[str, list[Use]], Any]:
+    """Trace `function(params, *args)` abstractly; return the uses of every parameter by path, and the result's shape."""
+    observer = Observer()
+    leaf_paths = paths(params)
+
+    def observed(params, *args):
+        leaves, tree = jax.tree.flatten(params)
+        probes = [probe(leaf, path=path, observer=observer) for leaf, path in zip(leaves, leaf_paths, strict=True)]
+        return apply_perturbed(function, jax.tree.unflatten(tree, probes), *args)
+
+    out_shape = jax.eval_shape(observed, params, *args)
+    return observer.uses, out_shape
+
+
+def _match_rules(rules: list[tuple[str, Spec]], leaf_paths: list[str]) -> list[Spec]:
+    used, specs = set(), []
+    for path in leaf_paths:
+        matched = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+        if matched is None:
+            raise ValueError(f"no perturbation rule matches parameter '{path}'; end the list with ('.*', LowRank()).")
+        used.add(matched)
+        specs.append(rules[matched][1])
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise ValueError(
+                f"perturbation rule {pattern!r} matches no parameter that an earlier rule left; paths are "
+                f"{', '.join(leaf_paths[:8])}{', ...' if len(leaf_paths) > 8 else ''}."
+            )
+    return specs
+
+
+def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
+    dtype = leaf.dtype
+    if not isinstance(spec, Frozen) and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"parameter '{path}' has dtype {dtype}, which no floating perturbation fits; put the rule "
+            f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
+        )
+    planned = LeafPlan(path, tuple(leaf.shape), jnp.dtype(dtype) if not isinstance(spec, Frozen) else dtype, "dense", spec, "")
+    if isinstance(spec, Frozen):
+        return dataclasses.replace(planned, role="frozen", reason="by rule")
+    if isinstance(spec, Dense):
+        return dataclasses.replace(planned, reason="by rule")
+    stack, rows, columns, reason = _split(leaf.shape, uses)
+    if reason:
+        return dataclasses.replace(planned, reason=reason)
+    note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
+    note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
+    return dataclasses.replace(planned, role="low-rank", reason=note, stack=stack, rows=rows, columns=columns)
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return f"axes {','.join(map(str, axes))}" if len(axes) > 1 else f"axis {axes[0]}"
+
+
+def _split(shape: Sequence[int], uses: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+    """Return (stack, rows, columns, reason for dense noise or "")."""
+    if not uses:
+        return (), (), (), "not used by the function"
+    unsupported = [use.unsupported for use in uses if use.unsupported]
+    if unsupported:
+        return (), (), (), unsupported[0]
+    first = uses[0]
+    if any({use.contracted, use.free} != {first.contracted, first.free} or use.stacked != first.stacked for use in uses):
+        return (), (), (), "used with different splits of its axes"
+    stack, rows, columns = (tuple(sorted(axes)) for axes in (first.stacked, first.contracted, first.free))
+    if math.prod(shape[a] for a in rows) == 1 or math.prod(shape[a] for a in columns) == 1:
+        return (), (), (), "a vector" if len(shape) == 1 else "one row or column: a vector"
+    return stack, rows, columns, ""
+
+
+def trainable(params: Any, perturbation: Perturbation) -> Any:
+    """A pytree like `params`: False where a rule freezes the leaf.
+
+    Raises:
+        ValueError: an unused rule, or a leaf without a rule.
+    """
+    specs = _match_rules(check_perturbation(perturbation), paths(params))
+    return jax.tree.unflatten(jax.tree.structure(params), [not isinstance(spec, Frozen) for spec in specs])

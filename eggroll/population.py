@@ -1,0 +1,173 @@
+"""The population: evaluate a one-member function for every perturbed member without building one.
+
+    member (p, s):  theta + s sigma E_p        laid out as [P, 2], signs (+1, -1)
+
+Noise is drawn once per pair; `vmap` runs over the two signs inside and over pairs outside; chunks of pairs run through
+`lax.map`, so a population larger than memory is normal.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll import noise
+from eggroll.interpret import apply_perturbed
+from eggroll.perturbed import perturb
+from eggroll.plan import Frozen, LeafPlan, Plan
+
+SIGNS = (1.0, -1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PopulationLayout:
+    """How a population is laid out and run.
+
+    Args:
+        num_pairs: P; the population has N = 2 P members, member index 2 p for sign +1 and 2 p + 1 for sign -1.
+        members_per_batch: None: one batch is shared by all; 1: the batch has a leading axis of N, one entry per member;
+            g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry.
+        chunk_pairs: evaluate this many pairs at a time; None: all at once.
+    """
+
+    num_pairs: int
+    members_per_batch: int | None = None
+    chunk_pairs: int | None = None
+
+    @property
+    def population_size(self) -> int:
+        """N = 2 P."""
+        return 2 * self.num_pairs
+
+    def check_batch(self, batch: Any) -> None:
+        """Raise ValueError unless every leaf of `batch` has the leading axis that `members_per_batch` asks for."""
+        if self.members_per_batch is None:
+            return
+        expected = self.population_size // self.members_per_batch
+        for leaf in jax.tree.leaves(batch):
+            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != expected:
+                raise ValueError(
+                    f"batch leaves need a leading axis of {expected} (population_size {self.population_size} / "
+                    f"members_per_batch {self.members_per_batch}), got shape {jnp.shape(leaf)}."
+                )
+
+    def one_member(self, tree: Any) -> Any:
+        """Abstract shapes of one member's share of a batch."""
+        drop = 0 if self.members_per_batch is None else 1
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[drop:], jnp.asarray(x).dtype), tree)
+
+
+def leaf_keys(plan: Plan, key: Array, generation: Array | int) -> list[Array]:
+    """One noise key per leaf of the plan, in leaf order."""
+    return [noise.leaf_key(key, generation, leaf.path) for leaf in plan.leaves]
+
+
+def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True) -> Any:
+    """Parameters of one member: theta + sign sigma E.
+
+    Args:
+        plan: the plan.
+        params: the parameters.
+        pair_noise: per leaf, what `LeafPlan.draw` returned, None when frozen.
+        sign: +1 or -1.
+        sigma: standard deviation.
+        lazy: keep low-rank leaves as `PerturbedArray`; False builds them (the dense oracle).
+
+    Returns:
+        A pytree like `params`.
+    """
+    leaves = [
+        _perturbed_leaf(planned, leaf, drawn, sign * sigma, lazy)
+        for planned, leaf, drawn in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)
+    ]
+    return jax.tree.unflatten(plan.tree, leaves)
+
+
+def _perturbed_leaf(planned: LeafPlan, leaf: Array, drawn: Any, amplitude: Array, lazy: bool) -> Any:
+    if isinstance(planned.spec, Frozen):
+        return leaf
+    amplitude = (amplitude * planned.spec.sigma_multiplier).astype(leaf.dtype)
+    if planned.role == "dense":
+        return leaf + amplitude * drawn
+    scale = amplitude / jnp.sqrt(jnp.asarray(planned.spec.rank, leaf.dtype))  # type: ignore[union-attr]
+    if not lazy:
+        return leaf + scale * low_rank_noise(planned, drawn)
+    scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
+    return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
+
+
+def low_rank_noise(planned: LeafPlan, drawn: noise.Factors) -> Array:
+    """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order."""
+    left, right = drawn.unpacked(planned.dtype)
+    return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
+
+
+def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
+    """Arrange [*stack, m, n] as the leaf."""
+    axes = [*planned.stack, *planned.rows, *planned.columns]
+    return matrix.reshape(planned.sizes(axes)).transpose([axes.index(axis) for axis in range(len(axes))])
+
+
+def draw_pair(plan: Plan, keys: list[Array], pair: Array) -> list[Any]:
+    """Noise of one pair for every leaf, None where frozen."""
+    return [None if leaf.role == "frozen" else leaf.draw(key, pair) for leaf, key in zip(plan.leaves, keys, strict=True)]
+
+
+def evaluate(
+    function: Callable,
+    plan: Plan,
+    params: Any,
+    *,
+    layout: PopulationLayout,
+    noise_key: Array,
+    noise_generation: Array,
+    sigma: Array,
+    evaluation_key: Array,
+    batch: Any = None,
+    member_state: Any = None,
+) -> Any:
+    """Run `function` for every member of the population.
+
+    Args:
+        function: `function(params, batch, key, member_state) -> pytree`, one member.
+        plan: the plan of `params`.
+        params: unperturbed parameters.
+        layout: pairs, chunking and the sharing of the batch.
+        noise_key: the run's key.
+        noise_generation: int32, generation // noise_reuse.
+        sigma: float32 scalar.
+        evaluation_key: split per pair; both members of a pair get the same key (common random numbers).
+        batch: pytree, with a leading axis as `layout.members_per_batch` says.
+        member_state: pytree with leading axes [P, 2], or None.
+
+    Returns:
+        The function's result with leading axes [P, 2].
+    """
+    keys = leaf_keys(plan, noise_key, noise_generation)
+    signs = jnp.asarray(SIGNS, jnp.float32)
+    per_member = layout.members_per_batch == 1
+    shared = layout.members_per_batch is None
+
+    def evaluate_pair(inputs):
+        pair, own_batch, state = inputs
+        pair_noise = draw_pair(plan, keys, pair)
+        key = jax.random.fold_in(evaluation_key, pair)
+
+        def evaluate_member(sign, member_batch, state):
+            member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma)
+            return apply_perturbed(function, member, member_batch, key, state)
+
+        if shared:
+            own_batch = batch
+        elif not per_member:
+            own_batch = jax.tree.map(lambda x: x[pair // (layout.members_per_batch // 2)], batch)
+        return jax.vmap(evaluate_member, in_axes=(0, 0 if per_member else None, 0))(signs, own_batch, state)
+
+    by_pair = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if per_member else None
+    inputs = (jnp.arange(layout.num_pairs, dtype=jnp.int32), by_pair, member_state)
+    if layout.chunk_pairs is None or layout.chunk_pairs >= layout.num_pairs:
+        return jax.vmap(evaluate_pair)(inputs)
+    return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)

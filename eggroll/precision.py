@@ -1,0 +1,97 @@
+"""Updates of low-precision parameters that do not get lost in rounding.
+
+A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to nearest changes one weight in a hundred. Three ways:
+
+    "master"      keep a float32 copy of every low-precision parameter, update it, round it for the forward pass (exact)
+    "stochastic"  round up or down with the probability that keeps the mean (no copy, unbiased)
+    "nearest"     round to nearest (plain optax.apply_updates; loses small updates)
+
+The optimizer always sees float32 parameters and gradients. Float32 parameters are the same under all three.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+PRECISIONS = ("master", "stochastic", "nearest")
+Masters = tuple[Array | None, ...]
+
+
+def is_low(leaf: Array) -> bool:
+    """Whether a leaf is a float of fewer than 32 bits."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4)
+
+
+def init_masters(params: Any, precision: str) -> Masters:
+    """Float32 copies of the low-precision leaves, in leaf order, None for the others and for other precisions."""
+    return tuple(
+        leaf.astype(jnp.float32) if precision == "master" and is_low(leaf) else None for leaf in jax.tree.leaves(params)
+    )
+
+
+def float32_params(params: Any, masters: Masters) -> Any:
+    """The parameters as the optimizer sees them: masters or float32 casts of low-precision leaves."""
+    leaves, tree = jax.tree.flatten(params)
+    wide = [
+        master if master is not None else leaf.astype(jnp.float32) if is_low(leaf) else leaf
+        for leaf, master in zip(leaves, masters, strict=True)
+    ]
+    return jax.tree.unflatten(tree, wide)
+
+
+def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str, key: Array) -> tuple[Any, Masters]:
+    """Add float32 updates to the parameters.
+
+    Args:
+        params: the parameters in their storage dtypes.
+        masters: from `init_masters`.
+        updates: float32 pytree like `params`.
+        precision: "master", "stochastic" or "nearest".
+        key: consumed by stochastic rounding.
+
+    Returns:
+        `(params, masters)` in the dtypes they came in.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    wide = jax.tree.leaves(float32_params(params, masters))
+    added = [w + u.astype(w.dtype) for w, u in zip(wide, jax.tree.leaves(updates), strict=True)]
+    new_leaves = [
+        stochastic_round(new, leaf.dtype, key=jax.random.fold_in(key, i))
+        if precision == "stochastic" and is_low(leaf)
+        else new.astype(leaf.dtype)
+        for i, (new, leaf) in enumerate(zip(added, leaves, strict=True))
+    ]
+    new_masters = tuple(None if m is None else new for m, new in zip(masters, added, strict=True))
+    return jax.tree.unflatten(tree, new_leaves), new_masters
+
+
+def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
+    """Round float32 to a shorter float so that the mean is kept.
+
+    bfloat16 is the upper half of float32: adding 16 random bits below it and truncating is exact. For other dtypes the value
+    is drawn between its two neighbours. Values that are not finite are rounded to nearest.
+
+    Args:
+        value: float32 array.
+        dtype: the shorter floating dtype.
+        key: consumed.
+
+    Returns:
+        Array of `dtype`.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+        noise = jax.random.bits(key, value.shape, jnp.uint32) & jnp.uint32(0xFFFF)
+        cut = (bits + noise) & jnp.uint32(0xFFFF0000)
+        rounded = jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
+    else:
+        nearest = value.astype(dtype)
+        error = value - nearest.astype(jnp.float32)
+        toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+        other = jnp.nextafter(nearest, toward)
+        gap = other.astype(jnp.float32) - nearest.astype(jnp.float32)
+        take_other = jax.random.uniform(key, value.shape) < error / gap
+        rounded = jnp.where(take_other & (error != 0), other, nearest)
+    return jnp.where(jnp.isfinite(value), rounded, value.astype(dtype))

@@ -1,0 +1,154 @@
+"""Product rules of `PerturbedArray`: the uses of a parameter that cost r (m + n) instead of m n.
+
+    x W  ->  x W + scale (x left) right^T        for dot_general, gather (embedding) and convolution
+
+On a probe the same rules record which axes the function contracts (`perturbed.Use`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from eggroll.perturbed import PerturbedArray, Use, register, view
+from kernels.lowrank_dot.reference import lowrank_product
+
+
+def _observe(value: PerturbedArray, contracted: Sequence[int], batched: Sequence[int] = ()) -> None:
+    """Record a use that contracts the probe's axes `contracted` and batches over `batched`."""
+
+    def sources(axes):
+        return frozenset(source for axis in axes for source in value.tags[axis])
+
+    free = sources(axis for axis in range(value.base.ndim) if axis not in {*contracted, *batched})
+    dropped = frozenset(range(value.layout.ndim)) - sources(range(value.base.ndim))
+    use = Use(sources(contracted), free, sources(batched) | dropped)
+    if use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
+        use = use._replace(unsupported="one of its axes is split between roles")
+    value.record(use)
+
+
+def _sides(value: PerturbedArray, axes: Sequence[int], where: str) -> tuple[str, str]:
+    """Names of the factor that spans exactly one side containing `axes`, and of the other."""
+    for name, other in (("left", "right"), ("right", "left")):
+        if all(value.layout.owns(name, value.tags[a]) and not value.layout.owns(other, value.tags[a]) for a in axes):
+            return name, other
+    raise value.unsupported(where)
+
+
+def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, params: dict) -> Array:
+    """`contract` and `batch` are pairs (axes of x, axes of the parameter)."""
+    operands = (x, value.base) if x_first else (value.base, x)
+    out = jax.lax.dot_general_p.bind(*operands, **params)
+    if value.observed:
+        _observe(value, contract[1], batch[1])
+        return out
+    value = value.unpacked()
+    x_axes = list(range(x.ndim))
+    w_axes = list(range(x.ndim, x.ndim + value.base.ndim))
+    for x_axis, w_axis in zip((*contract[0], *batch[0]), (*contract[1], *batch[1]), strict=True):
+        w_axes[w_axis] = x_axis
+    x_free = [a for a in x_axes if a not in {*contract[0], *batch[0]}]
+    w_free = [label for label in w_axes if label >= x.ndim]
+    first, second = _sides(value, contract[1], "a product over both its rows and its columns")
+    labels = {name: [w_axes[a] for a in value.positions(name)] for name in (first, second, "scale")}
+    term = lowrank_product(
+        x,
+        getattr(value, first),
+        getattr(value, second),
+        scale=value.scale,
+        x_axes=x_axes,
+        first_axes=labels[first],
+        second_axes=labels[second],
+        scale_axes=labels["scale"],
+        out_axes=[*batch[0], *(x_free + w_free if x_first else w_free + x_free)],
+        precision=params["precision"],
+        dtype=params["preferred_element_type"],
+    )
+    return out + term.astype(out.dtype)
+
+
+@register(jax.lax.dot_general_p)
+def _dot_array_perturbed(x: ArrayLike, value: PerturbedArray, **params):
+    (x_contract, w_contract), (x_batch, w_batch) = params["dimension_numbers"]
+    return _dot(x, value, (x_contract, w_contract), (x_batch, w_batch), x_first=True, params=params)
+
+
+@register(jax.lax.dot_general_p)
+def _dot_perturbed_array(value: PerturbedArray, x: ArrayLike, **params):
+    (w_contract, x_contract), (w_batch, x_batch) = params["dimension_numbers"]
+    return _dot(x, value, (x_contract, w_contract), (x_batch, w_batch), x_first=False, params=params)
+
+
+@register(jax.lax.gather_p)
+def _gather(value: PerturbedArray, indices: ArrayLike, **params):
+    """Look up along one axis: rows of a matrix (an embedding), or a view of stacked matrices (experts)."""
+    numbers, ndim = params["dimension_numbers"], value.base.ndim
+    axes = numbers.start_index_map
+    whole = all(size == (1 if a in axes else value.base.shape[a]) for a, size in enumerate(params["slice_sizes"]))
+    if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims or not whole:
+        return PerturbedArray.default(jax.lax.gather_p, [value, indices], params)
+    out = jax.lax.gather_p.bind(value.base, indices, **params)
+    axis, kept = axes[0], [a for a in range(ndim) if a != axes[0]]
+    if value.observed and len(kept) == 1:
+        _observe(value, [axis])
+        return out
+    kept_axes, index_axes = iter(kept), iter(range(ndim, ndim + indices.ndim - 1))
+    out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
+    if len(kept) == 1:
+        return out + _gathered_rows(value.unpacked(), indices[..., 0], axis, out_axes).astype(out.dtype)
+    return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
+
+
+def _gathered_rows(value: PerturbedArray, chosen: Array, axis: int, out_axes: list[int]) -> Array:
+    """The perturbation of the chosen rows; `out_axes` labels kept axes by position, index axes from 2 on."""
+    first, second = _sides(value, [axis], "a lookup along a stacked axis of a vector")
+    rows = jnp.take(getattr(value, first), chosen, axis=0, mode="clip") * value.scale.astype(value.base.dtype)
+    rank_label = 2 + chosen.ndim
+    row_axes = [*range(2, rank_label), rank_label]
+    return jnp.einsum(rows, row_axes, getattr(value, second), [1 - axis, rank_label], out_axes)
+
+
+def _gathered_stack(
+    value: PerturbedArray, chosen: Array, axis: int, out: Array, out_axes: list[int]
+) -> PerturbedArray:
+    """A view of the chosen members of a stacked axis, for example one expert per token."""
+    ndim = value.base.ndim
+
+    def operation(array, component):
+        own = value.positions(component)
+        if component == "base":
+            return out
+        if axis not in own:
+            raise value.unsupported("a lookup along a row or column axis that keeps two axes")
+        at = own.index(axis)
+        labels = [*own[:at], *range(ndim, ndim + chosen.ndim), *own[at + 1 :]]
+        taken = jnp.take(array, chosen, axis=at, mode="clip")
+        order = [labels.index(label) for label in out_axes if label in labels]
+        return jnp.transpose(taken, order + list(range(len(labels), taken.ndim)))
+
+    return view(value, [value.tags[axis] if label >= ndim else value.tags[label] for label in out_axes], operation)
+
+
+@register(jax.lax.conv_general_dilated_p)
+def _conv(x: ArrayLike, value: PerturbedArray, **params):
+    """Convolve with the factor of the patch as r filters, then mix their outputs into channels."""
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return PerturbedArray.default(jax.lax.conv_general_dilated_p, [x, value], params)
+    channel = params["dimension_numbers"].rhs_spec[0]
+    patch = [axis for axis in range(value.base.ndim) if axis != channel]
+    out = jax.lax.conv_general_dilated_p.bind(x, value.base, **params)
+    if value.observed:
+        _observe(value, patch)
+        return out
+    value = value.unpacked()
+    first, second = _sides(value, patch, "a convolution whose patch is not one side of its matrix")
+    filters = jnp.moveaxis(getattr(value, first), -1, channel)  # the rank takes the place of the output channels
+    hidden = jax.lax.conv_general_dilated_p.bind(x, filters, **params) * value.scale.astype(out.dtype)
+    rank_label, channel_label, feature = out.ndim, out.ndim + 1, params["dimension_numbers"].out_spec[1]
+    hidden_axes = [rank_label if a == feature else a for a in range(out.ndim)]
+    out_axes = [channel_label if a == feature else a for a in range(out.ndim)]
+    term = jnp.einsum(hidden, hidden_axes, getattr(value, second), [channel_label, rank_label], out_axes)
+    return out + term.astype(out.dtype)

@@ -1,0 +1,101 @@
+"""Fitness shaping: raw fitness [N] or [N, K] to shaped fitness [N], pure functions.
+
+    centered_ranks    rank / (N - 1) - 1/2, ties share their average rank
+    z_score           (f - mean) / std
+    group_relative    (f - mean of its group) / std over all
+    pair_sign         +1/2 for the better member of a pair, -1/2 for the worse, 0 for a tie
+
+Members are ordered (P, 2): 2 p and 2 p + 1 are a pair. A fitness that is not finite counts as the worst. Columns of an [N, K]
+fitness (prompts, tasks) are shaped each by itself and averaged. When all are equal every pair difference is exactly zero.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Shaping = Callable[[Array], Array]
+
+
+def _by_column(shaping: Shaping) -> Shaping:
+    @functools.wraps(shaping)
+    def shaped(fitness, **options):
+        columns = fitness.reshape(fitness.shape[0], -1).astype(jnp.float32)
+        return shaping(columns, **options).mean(axis=1)
+
+    return shaped
+
+
+def worst_for_nonfinite(fitness: Array) -> Array:
+    """Replace values that are not finite by the worst finite value of their column, 0 where a column has none."""
+    finite = jnp.isfinite(fitness)
+    worst = jnp.min(jnp.where(finite, fitness, jnp.inf), axis=0, keepdims=True)
+    return jnp.where(finite, fitness, jnp.where(jnp.isfinite(worst), worst, 0.0))
+
+
+@_by_column
+def centered_ranks(fitness: Array) -> Array:
+    """Shape [N] or [N, K] fitness by centred ranks in [-1/2, 1/2] (Salimans et al., arXiv 1703.03864, section 2)."""
+    fitness = jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf)
+    return jax.vmap(_column_ranks, in_axes=1, out_axes=1)(fitness)
+
+
+def _column_ranks(column: Array) -> Array:
+    ordered = jnp.sort(column)
+    below = jnp.searchsorted(ordered, column, side="left").astype(jnp.float32)
+    not_above = jnp.searchsorted(ordered, column, side="right").astype(jnp.float32)
+    return (below + not_above - 1.0) / (2.0 * (column.shape[0] - 1)) - 0.5
+
+
+@_by_column
+def z_score(fitness: Array) -> Array:
+    """Shape [N] or [N, K] fitness to zero mean and unit population standard deviation."""
+    fitness = worst_for_nonfinite(fitness)
+    return (fitness - fitness.mean(axis=0)) / (fitness.std(axis=0) + 1e-8)
+
+
+@_by_column
+def pair_sign(fitness: Array) -> Array:
+    """Shape [N] or [N, K] fitness by which member of each pair is better (EGGROLL, appendix H.2)."""
+    fitness = jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf)
+    better = fitness[0::2] > fitness[1::2]
+    worse = fitness[0::2] < fitness[1::2]
+    half = 0.5 * (better.astype(jnp.float32) - worse.astype(jnp.float32))
+    return jnp.stack([half, -half], axis=1).reshape(fitness.shape)
+
+
+def group_relative(fitness: Array, *, group_size: int | None = None) -> Array:
+    """Shape fitness relative to its group, in units of the global standard deviation (EGGROLL, section 6.3).
+
+    Args:
+        fitness: [N] with consecutive members in groups of `group_size`, or [N, K] where each column is a group.
+        group_size: members per group, even and dividing N; only for [N].
+
+    Returns:
+        [N]: (f - group mean) / sqrt(global variance + 1e-5), averaged over columns.
+
+    Raises:
+        ValueError: `group_size` missing for [N], given for [N, K], odd, or not dividing N.
+    """
+    if fitness.ndim == 2:
+        if group_size is not None:
+            raise ValueError(f"group_size must be None for [N, K] fitness, got {group_size}.")
+        groups = fitness.T
+    else:
+        if not group_size or group_size % 2 or fitness.shape[0] % group_size:
+            raise ValueError(f"group_size must be even and divide population_size {fitness.shape[0]}, got {group_size}.")
+        groups = fitness.reshape(-1, group_size)
+    groups = worst_for_nonfinite(groups.astype(jnp.float32).T).T
+    centred = groups - groups.mean(axis=1, keepdims=True)
+    shaped = centred / jnp.sqrt(groups.var() + 1e-5)
+    return shaped.mean(axis=0) if fitness.ndim == 2 else shaped.reshape(-1)
+
+
+SHAPINGS: dict[str, Shaping] = {
+    "centered_ranks": centered_ranks,
+    "z_score": z_score,
+    "group_relative": group_relative,
+    "pair_sign": pair_sign,
+}

@@ -1,0 +1,1 @@
+"""Array kernels of the engine: one folder per operation, `reference` being its specification in plain jnp."""

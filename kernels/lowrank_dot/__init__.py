@@ -1,0 +1,1 @@
+"""Product of an activation with a low-rank perturbation."""

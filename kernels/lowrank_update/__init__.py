@@ -1,0 +1,1 @@
+"""Weighted sum of low-rank perturbations: the update of one matrix parameter."""

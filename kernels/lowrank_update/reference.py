@@ -1,0 +1,26 @@
+"""Specification of the low-rank update: G = sum_p d_p A_p^T B_p, one matrix product over K = P r."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:
+    """Sum low-rank matrices weighted by one coefficient per pair.
+
+    Args:
+        coefficients: [P] float32.
+        left: [P, *S, r, m], any floating dtype.
+        right: [P, *S, r, n].
+
+    Returns:
+        float32 [*S, m, n], accumulated in float32.
+    """
+    weights = coefficients.reshape((-1,) + (1,) * (left.ndim - 1))
+    left, right = _terms(left.astype(jnp.float32) * weights), _terms(right.astype(jnp.float32))
+    return jnp.einsum("...km,...kn->...mn", left, right, preferred_element_type=jnp.float32)
+
+
+def _terms(factor: Array) -> Array:
+    """[P, *S, r, m] -> [*S, P r, m]; without stacked axes this is a reshape, no copy."""
+    factor = jnp.moveaxis(factor, 0, -3)
+    return factor.reshape(*factor.shape[:-3], -1, factor.shape[-1])
