@@ -1,0 +1,1 @@
+"""Runnable front ends of the library; each module is one experiment, `python -m experiments.<name>`."""

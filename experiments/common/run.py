@@ -1,0 +1,45 @@
+"""A run as the user sees it: one folder of artefacts and one JSON line of results.
+
+Every experiment writes its files into `run_folder(name)` and ends with `print_summary(...)`, the last line of standard output.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def run_folder(name: str | Path) -> Path:
+    """Make the folder of a run.
+
+    Args:
+        name: folder name, made under `runs/`; a path with a folder in it is taken as it is.
+
+    Returns:
+        Path of the folder, which exists.
+    """
+    path = Path(name)
+    path = path if len(path.parts) > 1 else Path("runs") / path
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def jsonable(value: Any) -> Any:
+    """Turn scalars, arrays, mappings and sequences into what JSON holds; numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return jsonable(np.asarray(value).tolist())
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the results of a run as one line of JSON on standard output; NaN and infinities become null."""
+    print(json.dumps(jsonable(summary), allow_nan=False), flush=True)
