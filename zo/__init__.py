@@ -1,0 +1,1 @@
+"""Zeroth-order fine-tuning on the perturbations of the engine; nothing is built yet."""
