@@ -1,0 +1,59 @@
+"""From the output of a policy network to an action.
+
+    discrete      argmax of the logits, or a draw from their softmax
+    continuous    a squashed value, low + (high - low) (tanh(u) + 1) / 2; u is the output, or a normal draw around it
+
+An axis without finite bounds is not squashed.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from envs.protocol import ActionSpace, Continuous, Discrete
+
+
+def output_size(space: ActionSpace, *, sampled: bool = False) -> int:
+    """Return how many outputs a policy network needs: logits, or values, and their log standard deviations when sampled."""
+    if isinstance(space, Discrete):
+        return space.n
+    return math.prod(space.shape) * (2 if sampled else 1)
+
+
+def choose_action(space: ActionSpace, output: Array, *, key: Array | None = None) -> Array:
+    """Choose an action from the output of a policy network.
+
+    Args:
+        space: the environment's action space.
+        output: [output_size] floats.
+        key: consumed to sample the action; None: the deterministic action.
+
+    Returns:
+        int32 [] for `Discrete`, float32 [*shape] for `Continuous`.
+
+    Raises:
+        ValueError: `output` has another size than `output_size` tells.
+    """
+    expected = output_size(space, sampled=key is not None)
+    if output.shape != (expected,):
+        raise ValueError(f"output must have shape ({expected},) for this action space, got {output.shape}.")
+    if isinstance(space, Discrete):
+        action = jnp.argmax(output) if key is None else jax.random.categorical(key, output)
+        return action.astype(jnp.int32)
+    return _squash(space, _value(output, key).astype(jnp.float32).reshape(space.shape))
+
+
+def _value(output: Array, key: Array | None) -> Array:
+    if key is None:
+        return output
+    mean, log_std = jnp.split(output, 2)
+    return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def _squash(space: Continuous, value: Array) -> Array:
+    low, high = jnp.asarray(space.low, jnp.float32), jnp.asarray(space.high, jnp.float32)
+    bounded = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high = jnp.where(bounded, low, 0.0), jnp.where(bounded, high, 0.0)
+    return jnp.where(bounded, low + (high - low) * (jnp.tanh(value) + 1.0) / 2.0, value)

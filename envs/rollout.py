@@ -1,0 +1,93 @@
+"""Episodes of one policy in one environment, as a loop that stops when the episode does.
+
+Under `vmap` the loop runs until the last of the batch is done, so a population of early failures costs little. A reward or an
+observation that is not finite ends the episode with a NaN return.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
+from envs.protocol import Environment
+
+Policy = Callable[[Array, Array], Array]  # (observation, key) -> action
+
+
+class Episode(NamedTuple):
+    """One finished episode, or several with a leading axis."""
+
+    total_reward: Array  # float32 [], sum of rewards, NaN when one of them or an observation was not finite
+    steps: Array  # int32 []
+    sums: ObservationSums  # of the observations acted upon, around the mean of the statistics in use, or 0
+
+
+class _Carry(NamedTuple):
+    observation: Array
+    state: Any
+    episode: Episode
+    done: Array  # bool []
+
+
+def run_episode(
+    environment: Environment, policy: Policy, *, key: Array, statistics: ObservationStatistics | None = None
+) -> Episode:
+    """Run one episode.
+
+    Args:
+        environment: from `envs.make`.
+        policy: `policy(observation, key) -> action`; ignore the key to act deterministically.
+        key: consumed.
+        statistics: the policy sees observations normalised by these; None: as they are.
+
+    Returns:
+        The `Episode`.
+    """
+    reset_key, steps_key = jax.random.split(key)
+    centre = jnp.float32(0) if statistics is None else statistics.mean
+
+    def advance(carry: _Carry) -> _Carry:
+        action_key, step_key = jax.random.split(jax.random.fold_in(steps_key, carry.episode.steps))
+        seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
+        observation, state, reward, terminated, truncated = environment.step(
+            step_key, carry.state, policy(seen, action_key)
+        )
+        finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
+        episode = Episode(
+            carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
+            carry.episode.steps + 1,
+            add_observation(carry.episode.sums, carry.observation, centre=centre),
+        )
+        return _Carry(observation, state, episode, terminated | truncated | ~finite)
+
+    def running(carry: _Carry) -> Array:
+        return ~carry.done & (carry.episode.steps < environment.max_steps)
+
+    observation, state = environment.reset(reset_key)
+    nothing = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
+    return jax.lax.while_loop(running, advance, _Carry(observation, state, nothing, jnp.bool_(False))).episode
+
+
+def run_episodes(
+    environment: Environment,
+    policy: Policy,
+    *,
+    key: Array,
+    episodes: int,
+    statistics: ObservationStatistics | None = None,
+) -> Episode:
+    """Run several episodes side by side; as `run_episode`, with a leading axis of `episodes` in the result.
+
+    Raises:
+        ValueError: `episodes` is not a positive integer.
+    """
+    if not isinstance(episodes, int) or episodes < 1:
+        raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
+
+    def run(key: Array) -> Episode:
+        return run_episode(environment, policy, key=key, statistics=statistics)
+
+    return jax.vmap(run)(jax.random.split(key, episodes))
