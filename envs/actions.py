@@ -27,7 +27,7 @@ def choose_action(space: ActionSpace, output: Array, *, key: Array | None = None
 
     Args:
         space: the environment's action space.
-        output: [output_size] floats.
+        output: [output_size] floats; the outputs of a sampled policy serve for its deterministic action as well.
         key: consumed to sample the action; None: the deterministic action.
 
     Returns:
@@ -36,20 +36,18 @@ def choose_action(space: ActionSpace, output: Array, *, key: Array | None = None
     Raises:
         ValueError: `output` has another size than `output_size` tells.
     """
-    expected = output_size(space, sampled=key is not None)
-    if output.shape != (expected,):
-        raise ValueError(f"output must have shape ({expected},) for this action space, got {output.shape}.")
+    sizes = {output_size(space, sampled=sampled) for sampled in ((True,) if key is not None else (False, True))}
+    if output.ndim != 1 or output.size not in sizes:
+        expected = " or ".join(f"({size},)" for size in sorted(sizes))
+        raise ValueError(f"output must have shape {expected} for this action space, got {output.shape}.")
     if isinstance(space, Discrete):
         action = jnp.argmax(output) if key is None else jax.random.categorical(key, output)
         return action.astype(jnp.int32)
-    return _squash(space, _value(output, key).astype(jnp.float32).reshape(space.shape))
-
-
-def _value(output: Array, key: Array | None) -> Array:
-    if key is None:
-        return output
-    mean, log_std = jnp.split(output, 2)
-    return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+    value = output[: output_size(space)]
+    if key is not None:
+        log_std = output[output_size(space) :]
+        value = value + jnp.exp(log_std) * jax.random.normal(key, value.shape, value.dtype)
+    return _squash(space, value.astype(jnp.float32).reshape(space.shape))
 
 
 def _squash(space: Continuous, value: Array) -> Array:

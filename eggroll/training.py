@@ -1,0 +1,159 @@
+"""The training loop: generations until a target, with a progress line, metrics on disk and a plot.
+
+    state, history = train(es, state, batch, generations=200, target=-0.01, run_folder="runs/first")
+
+Owns the loop and the record of a generation; the mathematics is `strategy`'s, the look of the progress line `progress`'s and
+that of the figure `plot`'s.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+from eggroll.plot import plot_history
+from eggroll.progress import progress_line
+from eggroll.strategy import ESState, EvolutionStrategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one generation reported, on the host."""
+
+    generation: int
+    mean_fitness: float  # over the members whose fitness is finite, as best and std
+    best_fitness: float
+    std_fitness: float
+    invalid: int  # members whose fitness was not finite
+    skipped: bool  # True when every member was invalid and nothing changed
+    gradient_norm: float
+    sigma: float
+    seconds: float  # wall time of the generation, compilation included
+    members_per_second: float
+    aux: Any = None  # reduced over the population, still on the device, not written
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # fitness-like numbers that callbacks add, such as a held-out score; written and drawn
+
+    def to_json(self) -> str:
+        """One line of JSON without `aux`; NaN and infinities become null."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("aux", "extra")} | self.extra
+        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        return json.dumps(finite, allow_nan=False)
+
+
+Callback = Callable[[ESState, Record], bool | None]
+
+
+def train(
+    es: EvolutionStrategy,
+    state: ESState,
+    batches: Any = None,
+    *,
+    generations: int,
+    target: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    run_folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> tuple[ESState, list[Record]]:
+    """Run generations until there are enough, the target is met, a callback stops or the batches end.
+
+    Args:
+        es: the strategy.
+        state: from `es.init` or an earlier `train`, which is continued.
+        batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
+        generations: how many to run at most, counted from here.
+        target: stop once the mean fitness of the population is at least this.
+        callbacks: each is called as `callback(state, record)` after every generation; True stops. It may add
+            held-out scores to `record.extra`.
+        run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; made if missing. A run
+            from generation 0 replaces them, a continued run appends.
+        progress: show the progress line; None: when standard error is a terminal and rich is installed.
+
+    Returns:
+        `(state, history)`, one `Record` per generation run.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+    _check(generations, target, callbacks)
+    next_batch = _batch_source(batches)
+    history: list[Record] = []
+    with contextlib.ExitStack() as stack:
+        metrics_file = None
+        if run_folder is not None:
+            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), append=int(state.generation) > 0))
+            stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
+        show = stack.enter_context(progress_line(generations, enabled=progress))
+        for generation in range(int(state.generation), int(state.generation) + generations):
+            try:
+                batch = next_batch(generation)
+            except StopIteration:
+                break
+            state, record = _run_generation(es, state, batch)
+            history.append(record)
+            _warn_of_invalid(history, es.population_size)
+            stops = [bool(callback(state, record)) for callback in callbacks]
+            _write(metrics_file, record)
+            show(record)
+            if any(stops) or (target is not None and record.mean_fitness >= target):
+                break
+    return state, history
+
+
+def _check(generations: Any, target: Any, callbacks: Any) -> None:
+    if not isinstance(generations, int) or generations < 1:
+        raise ValueError(f"generations must be an integer >= 1, got {generations!r}.")
+    if target is not None and not (isinstance(target, int | float) and not math.isnan(target)):
+        raise ValueError(f"target must be a number or None, got {target!r}.")
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"callbacks must be a sequence of functions (state, record), got {callbacks!r}.")
+
+
+def _batch_source(batches: Any) -> Callable[[int], Any]:
+    if isinstance(batches, Iterator):
+        return lambda generation: next(batches)
+    return batches if callable(batches) else lambda generation: batches
+
+
+def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[ESState, Record]:
+    start = time.perf_counter()
+    state, metrics = es.step(state, batch)
+    # One transfer of scalars: it is also what waits for the generation to finish.
+    scalars = jax.device_get(metrics._replace(fitness=None, aux=None))._asdict()
+    seconds = time.perf_counter() - start
+    numbers = {name: value.item() for name, value in scalars.items() if value is not None}
+    return state, Record(
+        **numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux
+    )
+
+
+def _warn_of_invalid(history: list[Record], population_size: int) -> None:
+    record = history[-1]
+    if record.skipped:
+        warnings.warn(
+            f"generation {record.generation} was skipped: the fitness of all {population_size} members was not finite.",
+            stacklevel=3,
+        )
+    elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
+        warnings.warn(
+            f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation}; "
+            "they count as the worst (said once, see `invalid` in the history).",
+            stacklevel=3,
+        )
+
+
+def _open_metrics(folder: Path, *, append: bool) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / "metrics.jsonl", "a" if append else "w")
+
+
+def _write(metrics_file: IO[str] | None, record: Record) -> None:
+    if metrics_file is not None:
+        metrics_file.write(record.to_json() + "\n")
+        metrics_file.flush()

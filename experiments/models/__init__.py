@@ -1,0 +1,1 @@
+"""Plain models that the experiments evolve."""
