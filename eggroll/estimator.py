@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import noise
-from eggroll.plan import Frozen, LeafPlan, Plan
-from eggroll.population import from_matrix, leaf_keys
+from eggroll.plan import Frozen, LeafPlan, Plan, draw
+from eggroll.population import from_matrix
 from kernels.lowrank_update.reference import lowrank_update
 
 NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
@@ -42,7 +42,7 @@ def gradient(
     Returns:
         float32 pytree like the parameters; zeros for frozen leaves.
     """
-    keys = leaf_keys(plan, noise_key, noise_generation)
+    keys = noise.leaf_keys(noise_key, noise_generation, [leaf.path for leaf in plan.leaves])
     leaves = [_leaf_gradient(leaf, key, coefficients, sigma) for leaf, key in zip(plan.leaves, keys, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
 
@@ -51,7 +51,7 @@ def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array
     if isinstance(leaf.spec, Frozen):
         return jnp.zeros(leaf.shape, jnp.float32)
     num_pairs = coefficients.shape[0]
-    chunk = max(1, min(num_pairs, NOISE_BUDGET // max(1, 4 * _values_per_pair(leaf))))
+    chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
     total = jnp.zeros(_sum_shape(leaf), jnp.float32)
     for_all = num_pairs // chunk * chunk
 
@@ -71,13 +71,6 @@ def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array
     return total / (2 * num_pairs * leaf_sigma)
 
 
-def _values_per_pair(leaf: LeafPlan) -> int:
-    if leaf.role == "dense":
-        return math.prod(leaf.shape)
-    sides = math.prod(leaf.sizes(leaf.rows)) + math.prod(leaf.sizes(leaf.columns))
-    return math.prod(leaf.sizes(leaf.stack)) * leaf.spec.rank * sides  # type: ignore[union-attr]
-
-
 def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
     if leaf.role == "dense":
         return leaf.shape
@@ -87,7 +80,7 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
 
 def _weighted_noise(leaf: LeafPlan, key: Array, pairs: Array, coefficients: Array) -> Array:
     """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
-    drawn = jax.vmap(lambda pair: leaf.draw(key, pair))(pairs)
+    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair)[0])(pairs)
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)

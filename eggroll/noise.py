@@ -1,23 +1,29 @@
 """Noise that is addressed, never stored.
 
-    noise = draw(fold(key, generation, hash(path)), pair, stack index)
+    generation key = F(run key, (0, generation))         F = threefry2x32 of (key, counter), 64 bits to 64 bits
+    leaf key       = F(generation key, SHA-256(path))    first 64 bits
+    address key    = F(leaf key, (pair, stack index))
+    words          = F(address key, (0, i)), i = 0, 1, ...
 
-One address names the noise of one layer of one parameter for one antithetic pair in one generation. The bits are the same
-whether the address is drawn alone, vmapped, in chunks or inside a scan, so forward pass, update, another device and a replay
-agree, and adding or renaming a parameter leaves every other parameter's noise untouched. This file is the only place that
-derives keys for noise; `tests/test_noise.py` pins its bits.
+One address names the noise of one layer of one parameter for one antithetic pair in one generation. The words are the same
+whether an address is drawn alone, vmapped, in chunks, inside a scan or together with others, so forward pass, update, another
+device and a replay agree, and adding or renaming a parameter leaves every other parameter's noise untouched. This file is the
+only place that derives noise; `tests/test_noise.py` pins its bits.
 """
 
 import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+
+from kernels.threefry.reference import threefry2x32
 
 Distribution = Literal["normal", "rademacher"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
@@ -27,8 +33,6 @@ WORD = 32  # Rademacher signs packed in one uint32
 def check_key(key: Array, *, name: str = "key") -> None:
     """Raise unless `key` is one typed threefry key.
 
-    Only threefry draws the same bits vmapped and alone; `rbg` keys do not, which would break seed replay.
-
     Raises:
         TypeError: `key` is not a scalar typed key of the threefry2x32 implementation.
     """
@@ -36,86 +40,111 @@ def check_key(key: Array, *, name: str = "key") -> None:
         raise TypeError(f"{name} must be a typed key from jax.random.key(seed), got {type(key).__name__}.")
     if key.shape != ():
         raise TypeError(f"{name} must be a single key, got an array of keys of shape {key.shape}.")
-    if str(jax.random.key_impl(key)) != "threefry2x32":
-        raise TypeError(f"{name} must use the threefry2x32 implementation, got {jax.random.key_impl(key)}.")
+    if key.dtype != jax.random.key(0, impl="threefry2x32").dtype:
+        raise TypeError(f"{name} must use the threefry2x32 implementation, got {key.dtype}.")
 
 
-def leaf_key(key: Array, generation: Array | int, path: str) -> Array:
-    """Derive the key of one parameter in one generation.
+def leaf_keys(key: Array, generation: Array | int, paths: Sequence[str]) -> list[Array]:
+    """Derive the key of every parameter in one generation.
 
     Args:
         key: the run's typed threefry key.
         generation: int32 scalar, already divided by `noise_reuse`.
-        path: the parameter's path, for example "params/Dense_0/kernel"; its first 64 SHA-256 bits enter the key.
+        paths: the parameters' paths, for example "params/Dense_0/kernel".
 
     Returns:
-        A typed key.
+        One uint32 [2] per path.
     """
-    digest = hashlib.sha256(path.encode()).digest()
-    high, low = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
-    key = jax.random.fold_in(key, generation)
-    return jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(high)), jnp.uint32(low))
+    generation_key = _threefry([(jax.random.key_data(key), 0, generation)])[0]
+    hashes = [hashlib.sha256(path.encode()).digest() for path in paths]
+    words = [(int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")) for digest in hashes]
+    return _threefry([(generation_key, jnp.uint32(high), jnp.uint32(low)) for high, low in words])
 
 
-def stacked_keys(key: Array, pair: Array | int, stack: tuple[int, ...]) -> Array:
-    """Derive one key per stack index of one parameter for one pair.
+def address_keys(keys: Sequence[Array], pair: Array | int, stacks: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Derive the keys of every layer of every parameter for one pair.
 
     Args:
-        key: a key from `leaf_key`.
+        keys: uint32 [2] per parameter, from `leaf_keys`.
         pair: int32 scalar, index of the antithetic pair.
-        stack: sizes of the stacked axes, `()` for an unstacked parameter, whose stack index is 0.
+        stacks: sizes of each parameter's stacked axes; () for an unstacked one, whose stack index is 0.
 
     Returns:
-        Typed keys of shape `stack`.
+        uint32 [*stack, 2] per parameter.
     """
-    pair_key = jax.random.fold_in(key, pair)
-    indices = jnp.arange(math.prod(stack), dtype=jnp.uint32)
-    return jax.vmap(lambda index: jax.random.fold_in(pair_key, index))(indices).reshape(stack)
+    requests = []
+    for key, stack in zip(keys, stacks, strict=True):
+        index = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
+        requests.append((jnp.broadcast_to(key, (*stack, 2)), pair, index))
+    return _threefry(requests)
 
 
-def _vmap_keys(draw, keys: Array) -> Array:
-    drawn = jax.vmap(draw)(keys.reshape(-1))
-    return drawn.reshape(keys.shape + drawn.shape[1:])
-
-
-def draw_signs(keys: Array, count: int) -> Array:
-    """Draw `count` Rademacher signs per key as packed bits.
-
-    Returns:
-        uint32 [*keys.shape, ceil(count / 32)]; bit i % 32 of word i // 32 set means sign i is -1.
-    """
-    words = -(-count // WORD)
-    return _vmap_keys(lambda key: jax.random.bits(key, (words,), jnp.uint32), keys)
-
-
-def unpack_signs(bits: Array, count: int, dtype: DTypeLike) -> Array:
-    """Unpack `draw_signs` bits [..., words] into values +1 and -1 of `dtype`, [..., count]."""
-    shifts = jnp.arange(WORD - 1, -1, -1, dtype=jnp.uint32)  # brings bit i to the sign bit of a float32
-    sign_bit = (bits[..., None] << shifts) & jnp.uint32(0x80000000)
-    signs = jax.lax.bitcast_convert_type(sign_bit | jnp.uint32(0x3F800000), jnp.float32)
-    return signs.reshape(*bits.shape[:-1], -1)[..., :count].astype(dtype)
-
-
-def draw(keys: Array, count: int, *, distribution: str, dtype: DTypeLike) -> Array:
-    """Draw `count` i.i.d. zero-mean unit-variance values per key.
-
-    Normal values are drawn in float32 and rounded to `dtype`, so the same rounded values enter the forward pass and the update.
+def draw_words(keys: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+    """Draw random words for several addresses at once; the words do not depend on what else is drawn.
 
     Args:
-        keys: typed keys [...].
-        count: number of values per key.
+        keys: uint32 [*stack, 2] per parameter, from `address_keys`.
+        counts: words wanted per address of each parameter.
+
+    Returns:
+        uint32 [*stack, count] per parameter.
+    """
+    requests = []
+    for key, count in zip(keys, counts, strict=True):
+        key = jnp.broadcast_to(key[..., None, :], (*key.shape[:-1], -(-count // 2), 2))
+        requests.append((key, 0, jnp.arange(-(-count // 2), dtype=jnp.uint32)))
+    words = _threefry(requests)
+    return [w.reshape(*w.shape[:-2], -1)[..., :count] for w, count in zip(words, counts, strict=True)]
+
+
+def _threefry(requests: Sequence[tuple[Array, Array | int, Array | int]]) -> list[Array]:
+    """F for several (key [..., 2], high, low), as one call: small calls are dear on CPU. Returns uint32 [..., 2] each."""
+    columns = []
+    for key, high, low in requests:
+        counters = [jnp.broadcast_to(jnp.asarray(c).astype(jnp.uint32), key.shape[:-1]) for c in (high, low)]
+        columns.append([x.reshape(-1) for x in (key[..., 0], key[..., 1], *counters)])
+    key_high, key_low, high, low = (jnp.concatenate(parts) for parts in zip(*columns, strict=True))
+    mixed = jnp.stack(threefry2x32((key_high, key_low), (high, low)), axis=-1)
+    sizes = [math.prod(key.shape[:-1]) for key, _, _ in requests]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        mixed[start : start + size].reshape(*key.shape[:-1], 2)
+        for start, size, (key, _, _) in zip(starts, sizes, requests, strict=True)
+    ]
+
+
+def words_needed(count: int, distribution: str) -> int:
+    """Words that `decode` needs for `count` values."""
+    return -(-count // WORD) if distribution == "rademacher" else count
+
+
+def decode(words: Array, count: int, *, distribution: str, dtype: DTypeLike) -> Array:
+    """Turn random words into i.i.d. zero-mean unit-variance values.
+
+    Rademacher value i is -1 when bit i % 32 of word i // 32 is set. Normal values take one word each, by the inverse error
+    function of 23 bits in float32, and are rounded to `dtype`, so the forward pass and the update see the same values.
+
+    Args:
+        words: uint32 [..., words_needed(count, distribution)].
+        count: values wanted.
         distribution: "normal" or "rademacher".
         dtype: floating dtype of the result.
 
     Returns:
-        [*keys.shape, count] of `dtype`.
+        [..., count] of `dtype`.
     """
     if distribution == "rademacher":
-        return unpack_signs(draw_signs(keys, count), count, dtype)
-    return _vmap_keys(lambda key: jax.random.normal(key, (count,), jnp.float32), keys).astype(dtype)
+        shifts = jnp.arange(WORD - 1, -1, -1, dtype=jnp.uint32)  # brings bit i to the sign bit of a float32
+        sign_bit = (words[..., None] << shifts) & jnp.uint32(0x80000000)
+        signs = jax.lax.bitcast_convert_type(sign_bit | jnp.uint32(0x3F800000), jnp.float32)
+        values = signs.reshape(*words.shape[:-1], -1)[..., :count]
+    else:
+        uniform = ((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0  # in (-1, 1), symmetric
+        values = math.sqrt(2.0) * jax.lax.erf_inv(uniform)
+    return values.astype(dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right", "bits"], meta_fields=["rank", "m", "n"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right", "words"], meta_fields=["rank", "m", "n"])
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """Factors of low-rank noise E = left^T right / sqrt(r), kept as packed signs when they are Rademacher."""
@@ -123,35 +152,27 @@ class Factors:
     rank: int
     m: int
     n: int
-    left: Array | None  # [stack, r, m]
-    right: Array | None  # [stack, r, n]
-    bits: Array | None  # uint32 [stack, words]: r m signs of left, then r n signs of right
+    left: Array | None  # [*stack, r, m]
+    right: Array | None  # [*stack, r, n]
+    words: Array | None  # uint32 [*stack, words]: r m signs of left, then r n signs of right
 
     def unpacked(self, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Return (left [stack, r, m], right [stack, r, n])."""
-        if self.bits is None:
+        """Return (left [*stack, r, m], right [*stack, r, n]) in `dtype`."""
+        if self.words is None:
+            assert self.left is not None and self.right is not None
             return self.left, self.right
-        return _split(unpack_signs(self.bits, self.rank * (self.m + self.n), dtype), self.rank, self.m, self.n)
+        count = self.rank * (self.m + self.n)
+        return _split(decode(self.words, count, distribution="rademacher", dtype=dtype), self.rank, self.m, self.n)
+
+
+def decode_factors(words: Array, *, rank: int, m: int, n: int, distribution: str, dtype: DTypeLike) -> Factors:
+    """Turn random words [*stack, words] into the factors of one parameter, left first; Rademacher signs stay packed."""
+    if distribution == "rademacher":
+        return Factors(rank, m, n, None, None, words)
+    values = decode(words, rank * (m + n), distribution=distribution, dtype=dtype)
+    return Factors(rank, m, n, *_split(values, rank, m, n), None)
 
 
 def _split(values: Array, rank: int, m: int, n: int) -> tuple[Array, Array]:
     left, right = values[..., : rank * m], values[..., rank * m :]
     return left.reshape(*values.shape[:-1], rank, m), right.reshape(*values.shape[:-1], rank, n)
-
-
-def draw_factors(keys: Array, *, rank: int, m: int, n: int, distribution: str, dtype: DTypeLike) -> Factors:
-    """Draw the factors of one parameter for one pair.
-
-    Args:
-        keys: [stack] from `stacked_keys`.
-        rank, m, n: sizes; the noise is E = left^T right / sqrt(rank), [m, n].
-        distribution: "normal" or "rademacher" entries of the factors.
-        dtype: floating dtype of the factors.
-
-    Returns:
-        `Factors`, packed for "rademacher".
-    """
-    if distribution == "rademacher":
-        return Factors(rank, m, n, None, None, draw_signs(keys, rank * (m + n)))
-    values = draw(keys, rank * (m + n), distribution=distribution, dtype=dtype)
-    return Factors(rank, m, n, *_split(values, rank, m, n), None)

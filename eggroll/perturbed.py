@@ -81,7 +81,7 @@ class PerturbedArray(quax.ArrayValue):
     base: Array  # [...]
     left: Array | None  # [stack and row axes in base order, r]
     right: Array | None  # [stack and column axes in base order, r]
-    bits: Array | None  # packed Rademacher signs of both factors, uint32 [stack, words]
+    words: Array | None  # packed Rademacher signs of both factors, uint32 [stack, words]
     scale: Array | None  # [stack]
     layout: Layout = eqx.field(static=True)
 
@@ -117,12 +117,12 @@ class PerturbedArray(quax.ArrayValue):
 
     def unpacked(self) -> "PerturbedArray":
         """The same value with its packed signs, if any, unpacked into factors."""
-        if self.bits is None:
+        if self.words is None:
             return self
         sizes = list(zip(self.tags, self.base.shape, strict=True))
         m = math.prod(size for tag, size in sizes if self.layout.rows.issuperset(tag))
         n = math.prod(size for tag, size in sizes if self.layout.columns.issuperset(tag))
-        packed = noise.Factors(self.layout.rank, m, n, None, None, self.bits)
+        packed = noise.Factors(self.layout.rank, m, n, None, None, self.words)
         return self.with_factors(*packed.unpacked(self.base.dtype))
 
     def with_factors(self, left: Array, right: Array) -> "PerturbedArray":
@@ -187,8 +187,8 @@ def perturb(
     """
     tags = tuple((axis,) for axis in range(base.ndim))
     layout = Layout(path, base.ndim, tags, frozenset(rows), frozenset(columns), factors.rank)
-    value = PerturbedArray(base, None, None, factors.bits, scale, layout)
-    if factors.bits is None:
+    value = PerturbedArray(base, None, None, factors.words, scale, layout)
+    if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))
     stack = value.positions("scale")
     leading = stack == list(range(len(stack)))  # packed signs can be sliced by a scan only along leading axes
@@ -202,4 +202,4 @@ def view(value: PerturbedArray, tags: Sequence[Tag], operation: Callable[[Array,
         name: None if (array := getattr(value, name)) is None else operation(array, name)
         for name in ("base", "left", "right", "scale")
     }
-    return PerturbedArray(bits=None, layout=dataclasses.replace(value.layout, tags=tuple(tags)), **components)
+    return PerturbedArray(words=None, layout=dataclasses.replace(value.layout, tags=tuple(tags)), **components)

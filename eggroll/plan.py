@@ -71,33 +71,57 @@ class LeafPlan:
         return tuple(self.shape[axis] for axis in axes)
 
     @property
-    def noise_bytes(self) -> int:
-        """Bytes of noise one member holds for this leaf."""
+    def values(self) -> int:
+        """Random values per address: r (m + n) of a low-rank layer, the size of a dense leaf, 0 when frozen."""
         if isinstance(self.spec, Frozen):
             return 0
-        if self.role == "dense":
-            return math.prod(self.shape) * self.dtype.itemsize
-        count = self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
-        bytes_per_layer = 4 * -(-count // noise.WORD) if self.spec.distribution == "rademacher" else count * self.dtype.itemsize
-        return math.prod(self.sizes(self.stack)) * bytes_per_layer
+        if isinstance(self.spec, Dense) or self.role == "dense":
+            return math.prod(self.shape)
+        return self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
 
-    def draw(self, key: Array, pair: Array | int) -> "noise.Factors | Array":
-        """Draw this leaf's noise for one pair.
+    @property
+    def words(self) -> int:
+        """Random words per address."""
+        return 0 if isinstance(self.spec, Frozen) else noise.words_needed(self.values, self.spec.distribution)
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes of noise one member holds for this leaf: packed signs, or values."""
+        packed = self.role == "low-rank" and not isinstance(self.spec, Frozen) and self.spec.distribution == "rademacher"
+        per_layer = 4 * self.words if packed else self.values * self.dtype.itemsize
+        return math.prod(self.sizes(self.stack)) * per_layer
+
+    def decode(self, words: Array) -> noise.Factors | Array:
+        """Turn this leaf's random words into its noise.
 
         Args:
-            key: the leaf's key of this generation, from `noise.leaf_key`.
-            pair: int32 scalar.
+            words: uint32 [*stack, self.words].
 
         Returns:
-            `noise.Factors` [stack, r, m], [stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
+            `noise.Factors` [*stack, r, m], [*stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
         """
         assert not isinstance(self.spec, Frozen)
-        keys = noise.stacked_keys(key, pair, self.sizes(self.stack))
-        options: dict[str, Any] = dict(distribution=self.spec.distribution, dtype=self.dtype)
-        if self.role == "dense":
-            return noise.draw(keys, math.prod(self.shape), **options).reshape(self.shape)
+        distribution = self.spec.distribution
+        if isinstance(self.spec, Dense) or self.role == "dense":
+            return noise.decode(words, self.values, distribution=distribution, dtype=self.dtype).reshape(self.shape)
         m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
-        return noise.draw_factors(keys, rank=self.spec.rank, m=m, n=n, **options)
+        return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.dtype)
+
+
+def draw(leaves: Sequence[LeafPlan], keys: Sequence[Array], pair: Array | int) -> list[noise.Factors | Array]:
+    """Draw the noise of one pair for several leaves that are not frozen.
+
+    Args:
+        leaves: their plans.
+        keys: uint32 [2] per leaf, from `noise.leaf_keys`.
+        pair: int32 scalar.
+
+    Returns:
+        What `LeafPlan.decode` gives, per leaf.
+    """
+    addresses = noise.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves])
+    words = noise.draw_words(addresses, [leaf.words for leaf in leaves])
+    return [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

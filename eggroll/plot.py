@@ -41,8 +41,9 @@ def _draw_fitness(axes: Any, generations: list[int], history: Sequence[Any]) -> 
     axes.plot(generations, [record.best_fitness for record in history], color="tab:orange", label="best member")
     axes.plot(generations, mean, color="tab:blue", label="mean")
     axes.fill_between(generations, low, high, color="tab:blue", alpha=0.2, label="mean ± standard deviation")
-    for name in sorted({name for record in history for name in record.extra}):
+    for index, name in enumerate(sorted({name for record in history for name in record.extra})):
         points = [(record.generation, record.extra[name]) for record in history if name in record.extra]
-        axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name.replace("_", " "))
+        style: dict[str, Any] = dict(marker="o", markersize=3, color=f"C{3 + index}")
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
     axes.set(ylabel="fitness")
     axes.legend()

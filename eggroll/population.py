@@ -17,7 +17,7 @@ from jax import Array
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
-from eggroll.plan import Frozen, LeafPlan, Plan
+from eggroll.plan import Frozen, LeafPlan, Plan, draw
 
 SIGNS = (1.0, -1.0)
 
@@ -60,18 +60,13 @@ class PopulationLayout:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[drop:], jnp.asarray(x).dtype), tree)
 
 
-def leaf_keys(plan: Plan, key: Array, generation: Array | int) -> list[Array]:
-    """One noise key per leaf of the plan, in leaf order."""
-    return [noise.leaf_key(key, generation, leaf.path) for leaf in plan.leaves]
-
-
 def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True) -> Any:
     """Parameters of one member: theta + sign sigma E.
 
     Args:
         plan: the plan.
         params: the parameters.
-        pair_noise: per leaf, what `LeafPlan.draw` returned, None when frozen.
+        pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
         sign: +1 or -1.
         sigma: standard deviation.
         lazy: keep low-rank leaves as `PerturbedArray`; False builds them (the dense oracle).
@@ -91,12 +86,25 @@ def _perturbed_leaf(planned: LeafPlan, leaf: Array, drawn: Any, amplitude: Array
         return leaf
     amplitude = (amplitude * planned.spec.sigma_multiplier).astype(leaf.dtype)
     if planned.role == "dense":
-        return leaf + amplitude * drawn
+        return _dense_sum(leaf, drawn, amplitude)
     scale = amplitude / jnp.sqrt(jnp.asarray(planned.spec.rank, leaf.dtype))  # type: ignore[union-attr]
     if not lazy:
         return leaf + scale * low_rank_noise(planned, drawn)
     scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
     return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
+
+
+def _dense_sum(leaf: Array, drawn: Array, amplitude: Array) -> Array:
+    """leaf + amplitude * drawn.
+
+    For vectors on CPU it is written as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain
+    sum, and the decoding of the noise with it, would be fused into every use and repeated for every input of the member
+    (normal noise: forward 64 ms instead of 36 ms in the `mlp8` benchmark, experiments/LOG.md).
+    """
+    if leaf.ndim != 1 or jax.default_backend() != "cpu":
+        return leaf + amplitude * drawn
+    weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
+    return jnp.einsum("k,kn->n", weights, jnp.stack([leaf, drawn]), precision=jax.lax.Precision.HIGHEST)
 
 
 def low_rank_noise(planned: LeafPlan, drawn: noise.Factors) -> Array:
@@ -111,9 +119,11 @@ def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
     return matrix.reshape(planned.sizes(axes)).transpose([axes.index(axis) for axis in range(len(axes))])
 
 
-def draw_pair(plan: Plan, keys: list[Array], pair: Array) -> list[Any]:
-    """Noise of one pair for every leaf, None where frozen."""
-    return [None if leaf.role == "frozen" else leaf.draw(key, pair) for leaf, key in zip(plan.leaves, keys, strict=True)]
+def draw_pair(plan: Plan, key: Array, generation: Array | int, pair: Array | int) -> list[Any]:
+    """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already."""
+    perturbed = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
+    drawn = iter(draw(perturbed, noise.leaf_keys(key, generation, [leaf.path for leaf in perturbed]), pair))
+    return [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
 
 
 def evaluate(
@@ -146,14 +156,13 @@ def evaluate(
     Returns:
         The function's result with leading axes [P, 2].
     """
-    keys = leaf_keys(plan, noise_key, noise_generation)
     signs = jnp.asarray(SIGNS, jnp.float32)
     per_member = layout.members_per_batch == 1
     shared = layout.members_per_batch is None
 
     def evaluate_pair(inputs):
         pair, own_batch, state = inputs
-        pair_noise = draw_pair(plan, keys, pair)
+        pair_noise = draw_pair(plan, noise_key, noise_generation, pair)
         key = jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):

@@ -17,7 +17,7 @@ from jax import Array
 from eggroll import estimator, noise
 from eggroll.chunking import pairs_in_budget
 from eggroll.plan import LowRank, Perturbation, Plan, check_params, check_perturbation, make_plan, trainable
-from eggroll.population import PopulationLayout, draw_pair, evaluate, leaf_keys, member_params
+from eggroll.population import PopulationLayout, draw_pair, evaluate, member_params
 from eggroll.precision import PRECISIONS, Masters, apply_updates, float32_params, init_masters
 from eggroll.shaping import SHAPINGS, Shaping
 
@@ -377,8 +377,8 @@ class Population:
             raise ValueError("member needs the plan: call apply(fn, batch) or strategy.plan(state, batch) first.")
         made = strategy._cache["plan"]
         noise_key, _, _ = jax.random.split(state.key, 3)
-        keys = leaf_keys(made, noise_key, state.generation // strategy.noise_reuse)
-        drawn = draw_pair(made, keys, jnp.asarray(index, jnp.int32) // 2)
+        pair = jnp.asarray(index, jnp.int32) // 2
+        drawn = draw_pair(made, noise_key, state.generation // strategy.noise_reuse, pair)
         sign = 1.0 - 2.0 * (jnp.asarray(index, jnp.int32) % 2).astype(jnp.float32)
         return member_params(made, state.params, drawn, sign=sign, sigma=strategy._sigma(state), lazy=False)
 

@@ -38,7 +38,9 @@ class Record:
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written
-    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # fitness-like numbers that callbacks add, such as a held-out score; written and drawn
+    extra: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # fitness-like numbers that callbacks add, such as a held-out score; written and drawn
 
     def to_json(self) -> str:
         """One line of JSON without `aux`; NaN and infinities become null."""
@@ -83,14 +85,15 @@ def train(
     """
     _check(generations, target, callbacks)
     next_batch = _batch_source(batches)
+    first = int(state.generation)
     history: list[Record] = []
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None:
-            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), append=int(state.generation) > 0))
+            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), append=first > 0))
             stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
         show = stack.enter_context(progress_line(generations, enabled=progress))
-        for generation in range(int(state.generation), int(state.generation) + generations):
+        for generation in range(first, first + generations):
             try:
                 batch = next_batch(generation)
             except StopIteration:
@@ -128,9 +131,7 @@ def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[
     scalars = jax.device_get(metrics._replace(fitness=None, aux=None))._asdict()
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items() if value is not None}
-    return state, Record(
-        **numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux
-    )
+    return state, Record(**numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux)
 
 
 def _warn_of_invalid(history: list[Record], population_size: int) -> None:

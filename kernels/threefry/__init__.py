@@ -1,0 +1,1 @@
+"""The counter-based random bits that every noise address uses."""
