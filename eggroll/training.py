@@ -38,9 +38,7 @@ class Record:
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written
-    extra: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # fitness-like numbers that callbacks add, such as a held-out score; written and drawn
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
 
     def to_json(self) -> str:
         """One line of JSON without `aux`; NaN and infinities become null."""
@@ -128,9 +126,9 @@ def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[
     start = time.perf_counter()
     state, metrics = es.step(state, batch)
     # One transfer of scalars: it is also what waits for the generation to finish.
-    scalars = jax.device_get(metrics._replace(fitness=None, aux=None))._asdict()
+    scalars = jax.device_get({name: value for name, value in metrics._asdict().items() if name not in ("fitness", "aux")})
     seconds = time.perf_counter() - start
-    numbers = {name: value.item() for name, value in scalars.items() if value is not None}
+    numbers = {name: value.item() for name, value in scalars.items()}
     return state, Record(**numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux)
 
 

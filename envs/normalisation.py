@@ -1,7 +1,7 @@
 """Running mean and variance of observations.
 
-    statistics (count n, mean, M2 = sum (x - mean)^2), fixed while sums are gathered
-    sums       (count m, S = sum (x - c), Q = sum (x - c)^2) with c the mean of those statistics
+    statistics (number n, mean, M2 = sum (x - mean)^2), fixed while sums are gathered
+    sums       (number m, S = sum (x - c), Q = sum (x - c)^2) with c the mean of those statistics
     merge      n' = n + m,  mean' = mean + S / n',  M2' = M2 + Q - S^2 / n'
 
 Sums of many episodes add up, so any order and any grouping gives the same statistics. Gathering them around the known mean
@@ -20,7 +20,7 @@ MIN_STD = 1e-4  # an observation that never varies is not blown up
 class ObservationStatistics(NamedTuple):
     """Statistics of all observations so far."""
 
-    count: Array  # float32 []
+    number: Array  # float32 [], of observations
     mean: Array  # float32 [*observation_shape]
     m2: Array  # float32 [*observation_shape], sum of squared deviations from the mean
 
@@ -28,7 +28,7 @@ class ObservationStatistics(NamedTuple):
 class ObservationSums(NamedTuple):
     """Sums over new observations of their deviations from the mean of the statistics in use."""
 
-    count: Array  # float32 []
+    number: Array  # float32 [], of observations
     deviation: Array  # float32 [*observation_shape]
     squared_deviation: Array  # float32 [*observation_shape]
 
@@ -46,9 +46,7 @@ def initial_sums(shape: tuple[int, ...]) -> ObservationSums:
 def add_observation(sums: ObservationSums, observation: Array, *, centre: Array) -> ObservationSums:
     """Add one observation [*observation_shape] to sums around `centre`, the mean of the statistics in use."""
     deviation = observation - centre
-    return ObservationSums(
-        sums.count + 1.0, sums.deviation + deviation, sums.squared_deviation + jnp.square(deviation)
-    )
+    return ObservationSums(sums.number + 1.0, sums.deviation + deviation, sums.squared_deviation + jnp.square(deviation))
 
 
 def merge(statistics: ObservationStatistics, sums: ObservationSums) -> ObservationStatistics:
@@ -61,10 +59,10 @@ def merge(statistics: ObservationStatistics, sums: ObservationSums) -> Observati
     Returns:
         The statistics of all observations.
     """
-    count = statistics.count + sums.count
-    shift = sums.deviation / jnp.maximum(count, 1.0)
+    number = statistics.number + sums.number
+    shift = sums.deviation / jnp.maximum(number, 1.0)
     m2 = statistics.m2 + sums.squared_deviation - shift * sums.deviation
-    return ObservationStatistics(count, statistics.mean + shift, jnp.maximum(m2, 0.0))
+    return ObservationStatistics(number, statistics.mean + shift, jnp.maximum(m2, 0.0))
 
 
 def normalise(statistics: ObservationStatistics, observation: Array) -> Array:
@@ -77,6 +75,6 @@ def normalise(statistics: ObservationStatistics, observation: Array) -> Array:
     Returns:
         float32 [*observation_shape].
     """
-    std = jnp.sqrt(statistics.m2 / jnp.maximum(statistics.count, 1.0))
-    std = jnp.where(statistics.count < 2.0, 1.0, jnp.maximum(std, MIN_STD))
+    std = jnp.sqrt(statistics.m2 / jnp.maximum(statistics.number, 1.0))
+    std = jnp.where(statistics.number < 2.0, 1.0, jnp.maximum(std, MIN_STD))
     return jnp.clip((observation - statistics.mean) / std, -CLIP, CLIP)

@@ -52,9 +52,7 @@ def run_episode(
     def advance(carry: _Carry) -> _Carry:
         action_key, step_key = jax.random.split(jax.random.fold_in(steps_key, carry.episode.steps))
         seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
-        observation, state, reward, terminated, truncated = environment.step(
-            step_key, carry.state, policy(seen, action_key)
-        )
+        observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, policy(seen, action_key))
         finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),

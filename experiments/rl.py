@@ -85,11 +85,13 @@ class Task:
     sampled: bool  # whether training samples actions
     normalise: bool
 
-    def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int, sampled: bool) -> envs.Episode:
+    def play(
+        self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int, sampled: bool
+    ) -> envs.Episode:
         """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
 
         def policy(observation: Array, key: Array) -> Array:
-            output = self.network.apply(params, observation.reshape(-1))
+            output: Any = self.network.apply(params, observation.reshape(-1))
             return envs.choose_action(self.environment.action_space, output, key=key if sampled else None)
 
         known = statistics if self.normalise else None
@@ -142,7 +144,7 @@ class HeldOutCheck:
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
         """Merge the generation's sums; every few generations, tell whether the target is met on held-out episodes."""
         self.statistics = envs.merge(self.statistics, record.aux)
-        self.env_steps += int(record.aux.count)
+        self.env_steps += int(record.aux.number)
         if (record.generation + 1) % self._every:
             return False
         mean_return = self.mean_return(state.params, key=jax.random.fold_in(self._key, record.generation))
@@ -161,9 +163,7 @@ def run(config: Config, task: Task, es: eggroll.EvolutionStrategy) -> dict[str, 
     start = time.perf_counter()
     check = HeldOutCheck(config, task, key=check_key)
     state = es.init(task.init_params(key=init_key), key=run_key)
-    state, history = train(
-        es, state, check.batch, generations=config.generations, callbacks=[check], run_folder=folder
-    )
+    state, history = train(es, state, check.batch, generations=config.generations, callbacks=[check], run_folder=folder)
     seconds = time.perf_counter() - start
     save_checkpoint(folder / "checkpoint", {"params": state.params, "statistics": check.statistics._asdict()})
     return {
