@@ -157,7 +157,7 @@ class HeldOutCheck:
 
 
 def run(config: Config, task: Task, es: eggroll.EvolutionStrategy) -> dict[str, Any]:
-    """Train and evaluate; return the summary that `main` prints."""
+    """Train, write the artefacts, evaluate; return the summary that `main` prints."""
     init_key, run_key, check_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 4)
     folder = run_folder(config.folder or f"rl-{config.env}-{config.seed}")
     start = time.perf_counter()
@@ -166,6 +166,7 @@ def run(config: Config, task: Task, es: eggroll.EvolutionStrategy) -> dict[str, 
     state, history = train(es, state, check.batch, generations=config.generations, callbacks=[check], run_folder=folder)
     seconds = time.perf_counter() - start
     save_checkpoint(folder / "checkpoint", {"params": state.params, "statistics": check.statistics._asdict()})
+    print(f"metrics, figure and checkpoint are in {folder}")
     return {
         "env": config.env,
         "algorithm": "eggroll",
