@@ -10,7 +10,8 @@ FOLDERS_IN_ONE_LINE = {"tests"}  # described as a whole
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [source for name, source in blocks if name == language]
 
 
 def listed_paths(tree: str) -> set[str]:
