@@ -1,8 +1,12 @@
 """Train any JAX model without backpropagation: evolution strategies with low-rank perturbations."""
 
-from eggroll.plan import Dense, Frozen, LowRank, Plan
+from eggroll.estimator import paper_learning_rate
+from eggroll.members import Population
+from eggroll.metrics import Metrics
+from eggroll.plan import Plan
+from eggroll.rules import Dense, Frozen, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
-from eggroll.strategy import ESState, EvolutionStrategy, Metrics, Population, paper_learning_rate
+from eggroll.strategy import ESState, EvolutionStrategy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,7 +21,7 @@ __all__ = [
     "Population",
     "centered_ranks",
     "group_relative",
-    "paper_learning_rate",
     "pair_sign",
+    "paper_learning_rate",
     "z_score",
 ]

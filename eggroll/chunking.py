@@ -9,9 +9,7 @@ import jax
 from eggroll.population import PopulationLayout
 
 
-def pairs_in_budget(
-    evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int
-) -> int | None:
+def pairs_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int) -> int | None:
     """Choose how many pairs to evaluate at a time.
 
     The evaluation is compiled for two small populations; what it needs grows linearly in the pairs.
@@ -45,7 +43,5 @@ def pairs_in_budget(
     fixed = max(0.0, needs[0] - per_pair * sizes[0])
     fitting = int((budget - fixed) // per_pair)
     if fitting < 1:
-        raise ValueError(
-            f"memory_budget of {budget} bytes is too small: one pair needs about {int(fixed + per_pair)} bytes."
-        )
+        raise ValueError(f"memory_budget of {budget} bytes is too small: one pair needs about {int(fixed + per_pair)} bytes.")
     return None if fitting >= layout.num_pairs else fitting

@@ -27,9 +27,7 @@ def pair_coefficients(shaped: Array) -> Array:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def gradient(
-    plan: Plan, coefficients: Array, *, noise_key: Array, noise_generation: Array | int, sigma: Array | float
-) -> Any:
+def gradient(plan: Plan, coefficients: Array, *, noise_key: Array, noise_generation: Array | int, sigma: Array | float) -> Any:
     """Estimate the gradient of the expected fitness (ascent direction).
 
     Args:
@@ -84,3 +82,19 @@ def _weighted_noise(leaf: LeafPlan, key: Array, pairs: Array, coefficients: Arra
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
+
+
+def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: int) -> float:
+    """Convert a step size of the EGGROLL paper's code to one for `optax.sgd` here.
+
+    That code steps by lr sigma / sqrt(N) sum_i s_i f_i E_i, which is lr sigma^2 sqrt(N) times this library's gradient.
+
+    Args:
+        learning_rate: the paper's `lr_scale`, with z-scored fitness.
+        sigma: standard deviation of the perturbation.
+        population_size: N.
+
+    Returns:
+        learning_rate * sigma^2 * sqrt(population_size).
+    """
+    return learning_rate * sigma**2 * population_size**0.5

@@ -1,6 +1,6 @@
 """Call an unmodified function with lazy perturbed parameters.
 
-    function -> flat jaxpr without derivative rules (`forward_only`) -> evaluated with the rules of `views` and `products`
+function -> flat jaxpr without derivative rules (`forward_only`) -> evaluated with the rules of `views` and `products`
 """
 
 from collections.abc import Callable

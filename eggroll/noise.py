@@ -21,9 +21,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
-
-from kernels.threefry.reference import threefry2x32
 
 Distribution = Literal["normal", "rademacher"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
@@ -103,8 +102,9 @@ def _threefry(requests: Sequence[tuple[Array, Array | int, Array | int]]) -> lis
     for key, high, low in requests:
         counters = [jnp.broadcast_to(jnp.asarray(c).astype(jnp.uint32), key.shape[:-1]) for c in (high, low)]
         columns.append([x.reshape(-1) for x in (key[..., 0], key[..., 1], *counters)])
-    key_high, key_low, high, low = (jnp.concatenate(parts) for parts in zip(*columns, strict=True))
-    mixed = jnp.stack(threefry2x32((key_high, key_low), (high, low)), axis=-1)
+    operands = [jnp.concatenate(parts) for parts in zip(*columns, strict=True)]
+    zero = sum((x & jnp.uint32(0) for x in operands), start=jnp.uint32(0))  # the primitive needs all operands vmapped alike
+    mixed = jnp.stack(threefry2x32_p.bind(*(x + zero for x in operands)), axis=-1)
     sizes = [math.prod(key.shape[:-1]) for key, _, _ in requests]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [

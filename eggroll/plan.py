@@ -18,38 +18,7 @@ from jax import Array
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import Observer, Use, probe
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """Noise E = A B^T / sqrt(rank) for matrices, dense noise of the same distribution for other leaves.
-
-    Args:
-        rank: number of terms, >= 1.
-        distribution: of the factors' entries, "rademacher" (fastest, packed bits) or "normal" (as in the paper).
-        sigma_multiplier: this leaf's sigma relative to the strategy's.
-    """
-
-    rank: int = 1
-    distribution: noise.Distribution = "rademacher"
-    sigma_multiplier: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """Noise with independent entries, as in classical OpenAI-ES; costs m n values per member."""
-
-    distribution: noise.Distribution = "normal"
-    sigma_multiplier: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """No noise and no update."""
-
-
-Spec = LowRank | Dense | Frozen
-Perturbation = Spec | Sequence[tuple[str, Spec]]
+from eggroll.rules import Dense, Frozen, LowRank, Perturbation, Spec, check_params, match_rules, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,58 +121,7 @@ def _row(leaf: LeafPlan) -> tuple[str, ...]:
     return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", leaf.reason
 
 
-def paths(params: Any) -> list[str]:
-    """Path of every leaf, such as "params/Dense_0/kernel", in leaf order."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
-
-
-def check_params(params: Any) -> None:
-    """Raise TypeError or ValueError unless every leaf is an array and there is one at least."""
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("params has no array leaves; expected a pytree of parameters such as model.init(...).")
-    for path, leaf in zip(paths(params), leaves, strict=True):
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"params leaf '{path}' is a {type(leaf).__name__}, expected an array; split arrays from the rest first "
-                "(nnx.split, equinox.partition)."
-            )
-
-
-def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
-    """Return `perturbation` as a list of rules.
-
-    Raises:
-        TypeError, ValueError: not a spec or rules, an invalid pattern, rank < 1, an unknown distribution, a multiplier <= 0.
-    """
-    rules = [(".*", perturbation)] if isinstance(perturbation, LowRank | Dense | Frozen) else perturbation
-    if not isinstance(rules, list | tuple) or not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules):
-        raise TypeError(
-            "perturbation must be LowRank(...), Dense(...), Frozen() or a list of (path pattern, one of those), "
-            f"got {perturbation!r}."
-        )
-    for pattern, spec in rules:
-        _check_rule(pattern, spec)
-    return [(pattern, spec) for pattern, spec in rules]
-
-
-def _check_rule(pattern: Any, spec: Any) -> None:
-    if not isinstance(spec, LowRank | Dense | Frozen):
-        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense or Frozen, got {spec!r}.")
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
-    if isinstance(spec, LowRank) and not (isinstance(spec.rank, int) and spec.rank >= 1):
-        raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
-    if isinstance(spec, LowRank | Dense):
-        if spec.distribution not in noise.DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
-        if not spec.sigma_multiplier > 0:
-            raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
-
-
-def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> tuple[Plan, Any]:
+def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> Plan:
     """Read how `function(params, *args)` uses its parameters and decide each one's noise.
 
     Args:
@@ -213,27 +131,25 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
         perturbation: a spec for all leaves, or rules `[(pattern, spec), ...]` on the paths: `re.fullmatch`, first match wins.
 
     Returns:
-        `(plan, out_shape)`, the plan and the abstract result of the function.
+        The plan.
 
     Raises:
         ValueError: an unused rule, a leaf without a rule, a leaf that cannot be perturbed, no perturbed leaf at all.
     """
     check_params(params)
-    rules = check_perturbation(perturbation)
     leaf_paths, leaves = paths(params), jax.tree.leaves(params)
-    specs = _match_rules(rules, leaf_paths)
-    uses, out_shape = read_uses(function, params, *args)
+    specs = match_rules(perturbation, leaf_paths)
+    uses = read_uses(function, params, *args)
     planned = tuple(
-        _plan_leaf(path, leaf, spec, uses.get(path, []))
-        for path, leaf, spec in zip(leaf_paths, leaves, specs, strict=True)
+        _plan_leaf(path, leaf, spec, uses.get(path, [])) for path, leaf, spec in zip(leaf_paths, leaves, specs, strict=True)
     )
     if all(leaf.role == "frozen" for leaf in planned):
         raise ValueError("perturbation freezes every parameter; at least one must be perturbed.")
-    return Plan(planned, jax.tree.structure(params)), out_shape
+    return Plan(planned, jax.tree.structure(params))
 
 
-def read_uses(function: Callable, params: Any, *args: Any) -> tuple[dict[str, list[Use]], Any]:
-    """Trace `function(params, *args)` abstractly; return the uses of every parameter by path, and the result's shape."""
+def read_uses(function: Callable, params: Any, *args: Any) -> dict[str, list[Use]]:
+    """Trace `function(params, *args)` abstractly; return the uses of every parameter by path."""
     observer = Observer()
     leaf_paths = paths(params)
 
@@ -242,25 +158,8 @@ def read_uses(function: Callable, params: Any, *args: Any) -> tuple[dict[str, li
         probes = [probe(leaf, path=path, observer=observer) for leaf, path in zip(leaves, leaf_paths, strict=True)]
         return apply_perturbed(function, jax.tree.unflatten(tree, probes), *args)
 
-    out_shape = jax.eval_shape(observed, params, *args)
-    return observer.uses, out_shape
-
-
-def _match_rules(rules: list[tuple[str, Spec]], leaf_paths: list[str]) -> list[Spec]:
-    used, specs = set(), []
-    for path in leaf_paths:
-        matched = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
-        if matched is None:
-            raise ValueError(f"no perturbation rule matches parameter '{path}'; end the list with ('.*', LowRank()).")
-        used.add(matched)
-        specs.append(rules[matched][1])
-    for i, (pattern, _) in enumerate(rules):
-        if i not in used:
-            raise ValueError(
-                f"perturbation rule {pattern!r} matches no parameter that an earlier rule left; paths are "
-                f"{', '.join(leaf_paths[:8])}{', ...' if len(leaf_paths) > 8 else ''}."
-            )
-    return specs
+    jax.eval_shape(observed, params, *args)
+    return observer.uses
 
 
 def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
@@ -301,13 +200,3 @@ def _split(shape: Sequence[int], uses: list[Use]) -> tuple[tuple[int, ...], tupl
     if math.prod(shape[a] for a in rows) == 1 or math.prod(shape[a] for a in columns) == 1:
         return (), (), (), "a vector" if len(shape) == 1 else "one row or column: a vector"
     return stack, rows, columns, ""
-
-
-def trainable(params: Any, perturbation: Perturbation) -> Any:
-    """A pytree like `params`: False where a rule freezes the leaf.
-
-    Raises:
-        ValueError: an unused rule, or a leaf without a rule.
-    """
-    specs = _match_rules(check_perturbation(perturbation), paths(params))
-    return jax.tree.unflatten(jax.tree.structure(params), [not isinstance(spec, Frozen) for spec in specs])

@@ -37,6 +37,24 @@ class PopulationLayout:
     members_per_batch: int | None = None
     chunk_pairs: int | None = None
 
+    @classmethod
+    def of_members(cls, population_size: int, members_per_batch: int | None, chunk_size: int | None) -> "PopulationLayout":
+        """Layout from counts of members.
+
+        Raises:
+            ValueError: a count is odd, too small, or does not divide the population.
+        """
+        if not isinstance(population_size, int) or population_size < 2 or population_size % 2:
+            raise ValueError(f"population_size must be an even integer >= 2 (antithetic pairs), got {population_size!r}.")
+        g = members_per_batch
+        if g is not None and not (isinstance(g, int) and g >= 1 and (g == 1 or g % 2 == 0) and population_size % g == 0):
+            raise ValueError(
+                f"members_per_batch must be None, 1 or even and divide population_size {population_size}, got {g!r}."
+            )
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 2 and chunk_size % 2 == 0):
+            raise ValueError(f"chunk_size must be an even integer >= 2 or None, got {chunk_size!r}.")
+        return cls(population_size // 2, members_per_batch, None if chunk_size is None else chunk_size // 2)
+
     @property
     def population_size(self) -> int:
         """N = 2 P."""
@@ -95,7 +113,7 @@ def _perturbed_leaf(planned: LeafPlan, leaf: Array, drawn: Any, amplitude: Array
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array) -> Array:
-    """leaf + amplitude * drawn.
+    """Leaf + amplitude * drawn.
 
     For vectors on CPU it is written as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain
     sum, and the decoding of the noise with it, would be fused into every use and repeated for every input of the member

@@ -1,6 +1,6 @@
 """Updates of low-precision parameters that do not get lost in rounding.
 
-A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to nearest changes one weight in a hundred. Three ways:
+A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to nearest moves one weight in a hundred. Three ways:
 
     "master"      keep a float32 copy of every low-precision parameter, update it, round it for the forward pass (exact)
     "stochastic"  round up or down with the probability that keeps the mean (no copy, unbiased)

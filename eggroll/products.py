@@ -111,9 +111,7 @@ def _gathered_rows(value: PerturbedArray, chosen: Array, axis: int, out_axes: li
     return jnp.einsum(rows, row_axes, getattr(value, second), [1 - axis, rank_label], out_axes)
 
 
-def _gathered_stack(
-    value: PerturbedArray, chosen: Array, axis: int, out: Array, out_axes: list[int]
-) -> PerturbedArray:
+def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array, out_axes: list[int]) -> PerturbedArray:
     """A view of the chosen members of a stacked axis, for example one expert per token."""
     ndim = value.base.ndim
 

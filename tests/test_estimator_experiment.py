@@ -30,7 +30,7 @@ def test_mean_and_error_of_a_table():
 
 @pytest.mark.parametrize("objective", [cubic(4, sigma=1.0, key=jax.random.key(0)), curved(4, key=jax.random.key(0))])
 def test_matrices_get_low_rank_noise(objective):
-    plan, _ = make_plan(objective.fitness, objective.params, perturbation=LowRank(2, "normal"))
+    plan = make_plan(objective.fitness, objective.params, perturbation=LowRank(2, "normal"))
     assert [leaf.role for leaf in plan.leaves] == ["low-rank"]
 
 

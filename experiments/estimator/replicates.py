@@ -29,7 +29,7 @@ def replicator(
     Returns:
         `estimates(key, sigma)`, compiled once; it consumes the key and returns what `summary` returns with a leading axis of R.
     """
-    plan, _ = make_plan(objective.fitness, objective.params, perturbation=perturbation)
+    plan = make_plan(objective.fitness, objective.params, perturbation=perturbation)
 
     @jax.jit
     def estimates(key, sigma):

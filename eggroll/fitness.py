@@ -1,0 +1,53 @@
+"""The user's fitness function: what it is given for one member, and what it may return.
+
+fitness(params, batch, key[, member_state]) -> fitness | (fitness, aux) | (fitness, member_state) | (fitness, aux, member_state)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def normalised(fitness: Callable, *, has_aux: bool) -> Callable:
+    """Give every kind of fitness function one signature.
+
+    Args:
+        fitness: the user's function.
+        has_aux: whether it returns an aux.
+
+    Returns:
+        `function(params, batch, key, member_state) -> (float32 fitness, aux or None, member state or None)`.
+    """
+
+    def function(params: Any, batch: Any, key: Array, member_state: Any) -> tuple[Array, Any, Any]:
+        has_state = member_state is not None
+        result = fitness(params, batch, key, *((member_state,) if has_state else ()))
+        parts = _checked_parts(result, has_aux=has_aux, has_state=has_state)
+        return parts[0].astype(jnp.float32), parts[1] if has_aux else None, parts[-1] if has_state else None
+
+    return function
+
+
+def _checked_parts(result: Any, *, has_aux: bool, has_state: bool) -> tuple:
+    expected = ["fitness"] + ["aux"] * has_aux + ["member_state"] * has_state
+    parts = result if isinstance(result, tuple) else (result,)
+    if len(parts) != len(expected):
+        wanted = expected[0] if len(expected) == 1 else f"({', '.join(expected)})"
+        raise ValueError(
+            f"fitness must return {wanted}, got {len(parts)} value{'s' * (len(parts) != 1)}; `aux` names the reduction of an "
+            "aux, `init(member_state=...)` gives a carried state."
+        )
+    value = parts[0]
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or len(value.shape) > 1:
+        described = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+        raise ValueError(f"fitness must return a float scalar, or a float vector over prompts or tasks, got {described}.")
+    return parts
+
+
+def member_arguments(batch: Any, member_state: Any) -> tuple:
+    """Abstract `(batch, key, member_state)` of one member; `member_state` has leading axes [P, 2] or is None."""
+    one_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), member_state)
+    return batch, jax.eval_shape(lambda: jax.random.key(0)), one_state

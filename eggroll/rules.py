@@ -1,0 +1,130 @@
+"""Rules: which kind of noise the user asks for, by parameter path.
+
+A perturbation is one spec for all parameters, or a list of rules (pattern, spec): `re.fullmatch` on the path, the first match
+wins, a rule that matches nothing is an error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from eggroll import noise
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Noise E = A B^T / sqrt(rank) for matrices, dense noise of the same distribution for other leaves.
+
+    Args:
+        rank: number of terms, >= 1.
+        distribution: of the factors' entries, "rademacher" (fastest, packed bits) or "normal" (as in the paper).
+        sigma_multiplier: this leaf's sigma relative to the strategy's.
+    """
+
+    rank: int = 1
+    distribution: noise.Distribution = "rademacher"
+    sigma_multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Noise with independent entries, as in classical OpenAI-ES; costs m n values per member."""
+
+    distribution: noise.Distribution = "normal"
+    sigma_multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """No noise and no update."""
+
+
+Spec = LowRank | Dense | Frozen
+Perturbation = Spec | Sequence[tuple[str, Spec]]
+
+
+def paths(params: Any) -> list[str]:
+    """Path of every leaf, such as "params/Dense_0/kernel", in leaf order."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+
+
+def check_params(params: Any) -> None:
+    """Raise TypeError or ValueError unless every leaf is an array and there is one at least."""
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params has no array leaves; expected a pytree of parameters such as model.init(...).")
+    for path, leaf in zip(paths(params), leaves, strict=True):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params leaf '{path}' is a {type(leaf).__name__}, expected an array; split arrays from the rest first "
+                "(nnx.split, equinox.partition)."
+            )
+
+
+def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
+    """Return `perturbation` as a list of rules.
+
+    Raises:
+        TypeError, ValueError: not a spec or rules, an invalid pattern, rank < 1, an unknown distribution, a multiplier <= 0.
+    """
+    rules = [(".*", perturbation)] if isinstance(perturbation, LowRank | Dense | Frozen) else perturbation
+    if not isinstance(rules, list | tuple) or not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules):
+        raise TypeError(
+            "perturbation must be LowRank(...), Dense(...), Frozen() or a list of (path pattern, one of those), "
+            f"got {perturbation!r}."
+        )
+    for pattern, spec in rules:
+        _check_rule(pattern, spec)
+    return [(pattern, spec) for pattern, spec in rules]
+
+
+def _check_rule(pattern: Any, spec: Any) -> None:
+    if not isinstance(spec, LowRank | Dense | Frozen):
+        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense or Frozen, got {spec!r}.")
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
+    if isinstance(spec, LowRank) and not (isinstance(spec.rank, int) and spec.rank >= 1):
+        raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
+    if isinstance(spec, LowRank | Dense):
+        if spec.distribution not in noise.DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
+        if not spec.sigma_multiplier > 0:
+            raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
+
+
+def match_rules(perturbation: Perturbation, leaf_paths: Sequence[str]) -> list[Spec]:
+    """Return the spec of every path.
+
+    Raises:
+        ValueError: a path without a rule, or a rule without a path.
+    """
+    rules = check_perturbation(perturbation)
+    used, specs = set(), []
+    for path in leaf_paths:
+        matched = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+        if matched is None:
+            raise ValueError(f"no perturbation rule matches parameter '{path}'; end the list with ('.*', LowRank()).")
+        used.add(matched)
+        specs.append(rules[matched][1])
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise ValueError(
+                f"perturbation rule {pattern!r} matches no parameter that an earlier rule left; paths are "
+                f"{', '.join(leaf_paths[:8])}{', ...' if len(leaf_paths) > 8 else ''}."
+            )
+    return specs
+
+
+def trainable(params: Any, perturbation: Perturbation) -> Any:
+    """A pytree like `params`: False where a rule freezes the leaf.
+
+    Raises:
+        ValueError: an unused rule, or a leaf without a rule.
+    """
+    specs = match_rules(perturbation, paths(params))
+    return jax.tree.unflatten(jax.tree.structure(params), [not isinstance(spec, Frozen) for spec in specs])

@@ -1,1 +1,0 @@
-"""The counter-based random bits that every noise address uses."""
