@@ -116,7 +116,7 @@ def nnx_convolution():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.conv = nnx.Conv(3, 5, (3, 3), rngs=rngs)
-            self.linear = nnx.Linear(5, 2, rngs=rngs)
+            self.linear = nnx.Linear(5, 4, rngs=rngs)
 
         def __call__(self, x):
             return self.linear(nnx.relu(self.conv(x)).mean(axis=(1, 2)))
@@ -143,7 +143,7 @@ def plain_einsum():
         h = jax.nn.silu(jnp.einsum("bd,dhk->bhk", x, params["q"]))
         return jnp.einsum("bhk,hkn->bn", h, params["o"]) @ params["w"]
 
-    return apply, params, _inputs(3, 6)
+    return apply, params, _inputs(9, 6)
 
 
 def plain_views():
@@ -157,7 +157,7 @@ def plain_views():
             h = jnp.tanh(h @ params["stack"][i])
         return h @ params["wide"].reshape(4, 6)
 
-    return apply, params, _inputs(3, 6)
+    return apply, params, _inputs(9, 6)
 
 
 def plain_control_flow():
@@ -175,12 +175,12 @@ def plain_control_flow():
         x, _ = jax.lax.scan(lambda c, _: (scaled(jnp.sin(c @ params["u"])), None), x, None, length=2)
         return jax.jit(lambda w, x: x @ w)(params["v"], x)
 
-    return apply, params, _inputs(3, 6)
+    return apply, params, _inputs(9, 6)
 
 
 def plain_used_twice():
     params = {"w": _inputs(6, 6), "out": _inputs(6, 2)}
-    return lambda params, x: (x @ params["w"]) @ params["w"].T @ params["out"], params, _inputs(3, 6)
+    return lambda params, x: (x @ params["w"]) @ params["w"].T @ params["out"], params, _inputs(9, 6)
 
 
 def plain_experts():
@@ -202,7 +202,7 @@ def plain_indexed_layers():
 
         return jax.lax.fori_loop(0, 3, body, x)
 
-    return apply, params, _inputs(3, 6)
+    return apply, params, _inputs(9, 6)
 
 
 def ensemble_vmap():
