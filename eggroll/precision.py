@@ -68,10 +68,9 @@ def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str
 
 
 def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
-    """Round float32 to a shorter float so that the mean is kept.
+    """Round float32 to a shorter float so that the mean is kept: up with the probability of the remainder.
 
-    bfloat16 is the upper half of float32: adding 16 random bits below it and truncating is exact. For other dtypes the value
-    is drawn between its two neighbours. Values that are not finite are rounded to nearest.
+    Values that are not finite are rounded to nearest.
 
     Args:
         value: float32 array.
@@ -79,19 +78,12 @@ def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
         key: consumed.
 
     Returns:
-        Array of `dtype`.
+        Array of `dtype`, each entry one of the two neighbours of its value.
     """
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-        noise = jax.random.bits(key, value.shape, jnp.uint32) & jnp.uint32(0xFFFF)
-        cut = (bits + noise) & jnp.uint32(0xFFFF0000)
-        rounded = jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
-    else:
-        nearest = value.astype(dtype)
-        error = value - nearest.astype(jnp.float32)
-        toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
-        other = jnp.nextafter(nearest, toward)
-        gap = other.astype(jnp.float32) - nearest.astype(jnp.float32)
-        take_other = jax.random.uniform(key, value.shape) < error / gap
-        rounded = jnp.where(take_other & (error != 0), other, nearest)
-    return jnp.where(jnp.isfinite(value), rounded, value.astype(dtype))
+    info = jnp.finfo(dtype)
+    exponent = jnp.maximum(jnp.frexp(value)[1] - 1, int(info.minexp))
+    ulp = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
+    whole = jnp.floor(value / ulp)
+    up = jax.random.uniform(key, value.shape) < value / ulp - whole
+    rounded = (whole + up.astype(jnp.float32)) * ulp
+    return jnp.where(jnp.isfinite(value), rounded, value).astype(dtype)
