@@ -190,9 +190,10 @@ def perturb(
     value = PerturbedArray(base, None, None, factors.words, scale, layout)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))
+    # Packed signs of stacked layers are unpacked layer by layer inside the scan over them; those of a single matrix at once,
+    # outside any loop that uses it. A scan can slice packed signs only along leading axes.
     stack = value.positions("scale")
-    leading = stack == list(range(len(stack)))  # packed signs can be sliced by a scan only along leading axes
-    return value if leading else value.unpacked()
+    return value if stack and stack == list(range(len(stack))) else value.unpacked()
 
 
 def view(value: PerturbedArray, tags: Sequence[Tag], operation: Callable[[Array, str], Array]) -> PerturbedArray:

@@ -55,7 +55,8 @@ def lowrank_product(
         preferred_element_type=dtype,
     )
     hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes).astype(second.dtype)
-    hidden, second = _pad_rank_one(hidden), _pad_rank_one(second)
+    if _pays_to_pad(hidden):
+        hidden, second = (jnp.concatenate([f, jnp.zeros_like(f)], axis=-1) for f in (hidden, second))
     return jnp.einsum(
         hidden,
         hidden_axes,
@@ -67,12 +68,10 @@ def lowrank_product(
     )
 
 
-def _pad_rank_one(factor: Array) -> Array:
-    """Give a rank-1 factor a second, zero column on CPU.
+def _pays_to_pad(hidden: Array) -> bool:
+    """Whether a rank-1 product is faster with a second, zero term: on CPU, for 8 rows or more.
 
-    XLA rewrites a product over one term as a broadcast multiply, whose CPU loop is slower than its matrix product of two
-    terms: 15.9 ms against 9.7 ms for the forward of the `mlp8` benchmark (experiments/LOG.md).
+    XLA rewrites a product over one term as a broadcast multiply, whose CPU loop is slower than its matrix product of two terms
+    once there are enough rows: forward 33 ms against 19 ms in the `mlp8` benchmark (experiments/LOG.md).
     """
-    if factor.shape[-1] != 1 or jax.default_backend() != "cpu":
-        return factor
-    return jnp.concatenate([factor, jnp.zeros_like(factor)], axis=-1)
+    return hidden.shape[-1] == 1 and hidden.size >= 8 and jax.default_backend() == "cpu"

@@ -1,0 +1,125 @@
+"""The engine against pure batched inference of the same inputs, and against dense noise.
+
+For every case, interleaved in one process: unperturbed inference, perturbed forward, update, generation, dense generation.
+Inference is the faster of its two forms, all members at once or in the same chunks as the perturbed forward.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import eggroll
+from experiments.bench.cases import CASES, Case
+from experiments.bench.timing import interleaved_ms, machine
+from experiments.common.run import print_summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Time a generation of the engine as a ratio to pure batched inference of the same inputs."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    """Cases to run: mlp8, mlp128, transformer, policy."""
+    repeats: int = 15
+    """Rounds; the medians are reported."""
+    dense_repeats: int = 3
+    """Rounds of the dense form, which is slow; 0 leaves it out."""
+    distribution: str = "rademacher"
+    """Distribution of the factors: rademacher or normal."""
+    rank: int = 1
+    """Rank of the perturbation."""
+    tune: bool = False
+    """Time the generation at several chunk sizes as well and print them."""
+
+
+def run(config: Engine) -> None:
+    """Run the benchmark; the last line of standard output is JSON."""
+    unknown = [name for name in config.cases if name not in CASES]
+    if unknown:
+        raise SystemExit(f"error: cases must be out of {', '.join(CASES)}, got {', '.join(unknown)}.")
+    about = machine()
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    columns = ("inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "dense_ratio")
+    print(f"{'case':<12}" + "".join(f"{column:>18}" for column in columns), flush=True)
+    results = {}
+    for name in config.cases:
+        results[name] = row = measure(CASES[name](), config)
+        print(f"{name:<12}" + "".join(f"{_cell(row[column]):>18}" for column in columns), flush=True)
+    print_summary(results | {"about": about | {"distribution": config.distribution, "rank": config.rank}})
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def measure(case: Case, config: Engine) -> dict[str, float | None]:
+    """Time one case; milliseconds, and ratios inference / generation."""
+    spec = eggroll.LowRank(config.rank, config.distribution)  # type: ignore[arg-type]
+    forms = _engine_forms(case, spec, chunk_size=case.chunk_size)
+    forms |= {"inference": _inference(case, None), "chunked_inference": _inference(case, case.chunk_size)}
+    if config.tune:
+        for chunk in (2**power for power in range(3, 12) if 2**power <= len(case.batch)):
+            forms[f"generation at {chunk}"] = _engine_forms(case, spec, chunk_size=chunk)["generation"]
+    times = interleaved_ms(forms, repeats=config.repeats)
+    if config.tune:
+        print({name: round(ms, 2) for name, ms in times.items()})
+    inference = min(times["inference"], times["chunked_inference"])
+    dense_ratio = None
+    if config.dense_repeats:
+        dense_forms = {
+            "inference": _inference(case, None),
+            "dense": _engine_forms(case, eggroll.Dense(), chunk_size=case.dense_chunk_size)["generation"],
+        }
+        dense = interleaved_ms(dense_forms, repeats=config.dense_repeats)
+        dense_ratio = inference / dense["dense"]
+    return {
+        "inference_ms": inference,
+        "forward_ms": times["forward"],
+        "update_ms": times["update"],
+        "generation_ms": times["generation"],
+        "generation_ratio": inference / times["generation"],
+        "dense_ratio": dense_ratio,
+    }
+
+
+def _inference(case: Case, chunk_size: int | None) -> Callable[[], Any]:
+    """Unperturbed inference of every member's inputs."""
+
+    def all_members(params, batch):
+        if chunk_size is None:
+            return jax.vmap(lambda x: case.function(params, x))(batch)
+        return jax.lax.map(lambda x: case.function(params, x), batch, batch_size=chunk_size)
+
+    jitted = jax.jit(all_members)
+    return lambda: jitted(case.params, case.batch)
+
+
+def _engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callable[[], Any]]:
+    """The perturbed forward, the update and the whole generation of one strategy."""
+    es = eggroll.EvolutionStrategy(
+        lambda params, batch, key: case.function(params, batch),
+        population_size=len(case.batch),
+        sigma=0.05,
+        optimizer=optax.adam(1e-3),
+        perturbation=spec,
+        members_per_batch=1,
+        chunk_size=min(chunk_size, len(case.batch)),
+    )
+    state = es.init(case.params, key=jax.random.key(2))
+    plan = es.plan(state, case.batch)
+    assert plan.leaves
+    fitness = jnp.sin(jnp.arange(len(case.batch), dtype=jnp.float32))
+
+    @jax.jit
+    def forward(state, batch):
+        return es.evaluate(lambda params, batch, key, _: case.function(params, batch), state, batch, layout=es.layout)
+
+    return {
+        "forward": lambda: forward(state, case.batch),
+        "update": lambda: es.tell(state, fitness),
+        "generation": lambda: es.step(state, case.batch),
+    }

@@ -1,0 +1,43 @@
+"""Timing several forms of the same work in one process, interleaved, so that a busy moment of the machine hits all alike."""
+
+import importlib.metadata
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def interleaved_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Time every form once per round.
+
+    Args:
+        forms: name -> function without arguments that returns arrays; each is called twice before the first round.
+        repeats: rounds, at least 10 for a number that is reported.
+
+    Returns:
+        Name -> median milliseconds.
+    """
+    for form in forms.values():
+        jax.block_until_ready(form())
+        jax.block_until_ready(form())
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(repeats):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            jax.block_until_ready(form())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> dict[str, str]:
+    """Device, versions and commit of this run."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "quax")}
+    device = jax.devices()[0]
+    return {"device": f"{jax.device_count()} x {device.device_kind}", "commit": commit, **versions}
