@@ -55,7 +55,12 @@ def mlp(inputs_per_member: int, *, chunk_size: int) -> Case:
     model = _MLP(8)
     batch = jax.random.normal(jax.random.key(1), (1024, inputs_per_member, 256))
     params = model.init(jax.random.key(0), batch[0])
-    return Case(lambda params, x: -jnp.mean(jnp.square(model.apply(params, x))), params, batch, chunk_size, 64)
+
+    def mean_square(params: Any, x: Array) -> Array:
+        outputs: Any = model.apply(params, x)
+        return -jnp.mean(outputs**2)
+
+    return Case(mean_square, params, batch, chunk_size, 64)
 
 
 def transformer() -> Case:
