@@ -20,7 +20,7 @@ from eggroll.fitness import member_arguments, normalised
 from eggroll.members import Population
 from eggroll.metrics import REDUCTIONS, Metrics, reduce_aux, summarise, valid_members
 from eggroll.plan import Plan, make_plan
-from eggroll.population import PopulationLayout, evaluate
+from eggroll.population import PopulationLayout, draw_pair, evaluate, member_params
 from eggroll.precision import PRECISIONS, Masters, apply_updates, float32_params, init_masters
 from eggroll.rules import LowRank, Perturbation, check_params, check_perturbation, trainable
 from eggroll.shaping import SHAPINGS, Shaping
@@ -166,11 +166,15 @@ class EvolutionStrategy:
         self.plan(state, batch)
         if "layout" not in self._cache:
             self._cache["layout"] = self._budgeted_layout(state, batch)
-        return self.jitted("step", self._step)(state, batch)
+        return self._jitted("step", self._step)(state, batch)
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
-        return Population(self, state)
+        return Population(
+            self.population_size,
+            apply=lambda function, batch=None: self._apply(state, function, batch),
+            member=lambda index: self._member(state, index),
+        )
 
     def tell(self, state: ESState, fitness: Any) -> tuple[ESState, Metrics]:
         """Finish the generation that `ask` began.
@@ -190,18 +194,16 @@ class EvolutionStrategy:
             raise ValueError(
                 f"fitness must have shape ({self.population_size},) or ({self.population_size}, K), got {fitness.shape}."
             )
-        self.known_plan("tell")
-        return self.jitted("tell", self._update)(state, fitness, None, state.member_state)
+        self._known_plan("tell")
+        return self._jitted("tell", self._update)(state, fitness, None, state.member_state)
 
-    def known_plan(self, needed_by: str) -> Plan:
+    def _known_plan(self, needed_by: str) -> Plan:
         """Return the plan made before; ValueError when there is none yet."""
         if "plan" not in self._cache:
             raise ValueError(
                 f"{needed_by} needs the plan; call ask(state).apply(fn, batch) or plan(state, batch, function=fn) first."
             )
         return self._cache["plan"]
-
-    # --- the path of one generation -----------------------------------------------------------------------------------
 
     def _step(self, state: ESState, batch: Any) -> tuple[ESState, Metrics]:
         fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache["layout"])
@@ -218,15 +220,32 @@ class EvolutionStrategy:
             layout=layout,
             noise_key=noise_key,
             noise_generation=state.generation // self.noise_reuse,
-            sigma=self.current_sigma(state),
+            sigma=self._sigma(state),
             evaluation_key=jax.random.fold_in(evaluation_key, state.generation),
             batch=batch,
             member_state=state.member_state,
         )
 
+    def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
+        self.plan(state, batch, function=function)
+
+        def run(state, batch):
+            layout, stateless = self.layout, state._replace(member_state=None)
+            outputs = self.evaluate(lambda params, batch, key, _: function(params, batch), stateless, batch, layout=layout)
+            return jax.tree.map(lambda x: x.reshape(self.population_size, *x.shape[2:]), outputs)
+
+        return self._jitted(("apply", function), run)(state, batch)
+
+    def _member(self, state: ESState, index: Array | int) -> Any:
+        plan, (noise_key, _, _) = self._known_plan("member"), jax.random.split(state.key, 3)
+        pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
+        drawn = draw_pair(plan, noise_key, state.generation // self.noise_reuse, pair)
+        sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
+        return member_params(plan, state.params, drawn, sign=sign, sigma=self._sigma(state), lazy=False)
+
     def _update(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[ESState, Metrics]:
         noise_key, _, rounding_key = jax.random.split(state.key, 3)
-        sigma = self.current_sigma(state)
+        sigma = self._sigma(state)
         shape = SHAPINGS[self.shaping] if isinstance(self.shaping, str) else self.shaping
         ascent = estimator.gradient(
             self._cache["plan"],
@@ -239,32 +258,27 @@ class EvolutionStrategy:
         descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
         updates, opt_state = self._optimizer(state.params).update(descent, state.opt_state, wide)
         rounding_key = jax.random.fold_in(rounding_key, state.generation)
-        updates = self._only_trainable(updates, state.params)
         params, masters = apply_updates(state.params, state.masters, updates, precision=self.precision, key=rounding_key)
         valid = valid_members(fitness)
         changed = state._replace(params=params, opt_state=opt_state, masters=masters, member_state=member_state)
         kept = jax.tree.map(lambda new, old: jnp.where(valid.any(), new, old), changed, state)
         new_state = kept._replace(generation=state.generation + 1)
-        new_state = new_state._replace(sigma=self.current_sigma(new_state))
+        new_state = new_state._replace(sigma=self._sigma(new_state))
         reduced = reduce_aux(self.aux, aux, valid)
         return new_state, summarise(state.generation, fitness, sigma=sigma, gradient=ascent, aux=reduced)
 
-    # --- parts ----------------------------------------------------------------------------------------------------------
-
-    def current_sigma(self, state: ESState) -> Array:
-        """Sigma of the state's generation: the schedule's, or the one in the state."""
+    def _sigma(self, state: ESState) -> Array:
         return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma
 
     def _optimizer(self, params: Any) -> optax.GradientTransformation:
+        """The user's optimizer, restricted to the parameters that are not frozen."""
         mask = trainable(params, self.perturbation)
-        return self.optimizer if all(jax.tree.leaves(mask)) else optax.masked(self.optimizer, mask)
+        if all(jax.tree.leaves(mask)):
+            return self.optimizer
+        labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", mask)
+        return optax.multi_transform({"trained": self.optimizer, "frozen": optax.set_to_zero()}, labels)
 
-    def _only_trainable(self, updates: Any, params: Any) -> Any:
-        mask = trainable(params, self.perturbation)
-        return jax.tree.map(lambda update, keep: update if keep else jnp.zeros_like(update), updates, mask)
-
-    def jitted(self, name: Any, function: Callable) -> Callable:
-        """`jax.jit(function)`, made once per name for this strategy."""
+    def _jitted(self, name: Any, function: Callable) -> Callable:
         if name not in self._cache:
             self._cache[name] = jax.jit(function)
         return self._cache[name]
