@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from eggroll import products, views  # noqa: F401  (registers the rules)
+from eggroll import conditionals, products, views  # noqa: F401  (registers the rules)
 from eggroll.forward_only import forward_only
 from eggroll.perturbed import PerturbedArray, Use, interpret_with_rules, is_perturbed
 

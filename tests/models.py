@@ -179,8 +179,22 @@ def plain_control_flow():
 
 
 def plain_used_twice():
-    params = {"w": _inputs(6, 6), "out": _inputs(6, 2)}
+    params = {"w": _inputs(6, 6), "out": _inputs(6, 5)}
     return lambda params, x: (x @ params["w"]) @ params["w"].T @ params["out"], params, _inputs(9, 6)
+
+
+def plain_branches():
+    """The branch depends on the member, inside a scan and outside; a branch that all share stays one."""
+    params = {"w": 0.3 * _inputs(6, 6), "u": 0.3 * _inputs(6, 6)}
+
+    def apply(params, x):
+        def body(x, flag):
+            x = jax.lax.cond(x.sum() > 0, lambda x: x @ params["w"], lambda x: jnp.sin(x @ params["u"]), x)
+            return jax.lax.switch(flag, [lambda x: x @ params["u"], lambda x: x], x), None
+
+        return jax.lax.scan(body, x, jnp.array([0, 1, 0]))[0]
+
+    return apply, params, _inputs(9, 6)
 
 
 def plain_experts():
@@ -229,6 +243,7 @@ MODELS = {
         plain_views,
         plain_control_flow,
         plain_used_twice,
+        plain_branches,
         plain_experts,
         plain_indexed_layers,
         ensemble_vmap,
