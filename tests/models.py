@@ -198,7 +198,7 @@ def plain_branches():
 
 
 def plain_experts():
-    params = {"experts": _inputs(4, 6, 5), "router": _inputs(6, 4)}
+    params = {"experts": _inputs(4, 6, 5), "router": _inputs(6, 8)}
 
     def apply(params, x):
         chosen = jnp.array([0, 2, 3])  # one expert per token
