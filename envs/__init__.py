@@ -11,8 +11,18 @@ from envs.normalisation import (
     merge,
     normalise,
 )
-from envs.protocol import ActionSpace, Continuous, Discrete, Environment, Transition
-from envs.registry import make
+from envs.policy import input_size, network_policy
+from envs.protocol import (
+    ActionSpace,
+    Continuous,
+    Discrete,
+    Environment,
+    MultiDiscrete,
+    PerAgent,
+    Transition,
+    with_time_limit,
+)
+from envs.registry import is_installed, make, names, register
 from envs.rollout import Episode, run_episode, run_episodes
 
 __all__ = [
@@ -21,15 +31,23 @@ __all__ = [
     "Discrete",
     "Environment",
     "Episode",
+    "MultiDiscrete",
     "ObservationStatistics",
     "ObservationSums",
+    "PerAgent",
     "Transition",
     "choose_action",
     "initial_statistics",
+    "input_size",
+    "is_installed",
     "make",
     "merge",
+    "names",
+    "network_policy",
     "normalise",
     "output_size",
+    "register",
     "run_episode",
     "run_episodes",
+    "with_time_limit",
 ]

@@ -5,8 +5,7 @@ to `step`, which would reset finished episodes and pay for that in every step. A
 values (1.0) or five (0.0). gymnax relies on implicit promotion, so its code runs with that allowed.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from envs.adapter import as_arrays, promotion_allowed, scalar_reward, with_types_of
 from envs.protocol import ActionSpace, Continuous, Discrete, Environment, Transition
 
 
@@ -35,7 +35,7 @@ def make(name: str) -> Environment:
     """
     import gymnax
 
-    with _promotion_allowed():
+    with promotion_allowed():
         env, params = gymnax.make(name)
     return adapt(env, params, name=name)
 
@@ -56,20 +56,20 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
     """
 
     def reset(key: Array) -> tuple[Array, Any]:
-        with _promotion_allowed():
+        with promotion_allowed():
             observation, state = env.reset(key, params)
-        return _as_float32(observation, name), jax.tree.map(jnp.asarray, state)
+        return _as_float32(observation, name), as_arrays(state)
 
     raw_step = _step_env(env, params) if hasattr(env, "step_env") else _step(env, params)
 
     def step(key: Array, state: Any, action: Array) -> Transition:
-        with _promotion_allowed():
+        with promotion_allowed():
             observation, new_state, reward, terminated, truncated = raw_step(key, state, action)
-        new_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state)
+        new_state = with_types_of(state, new_state)
         flags = (jnp.asarray(terminated, bool), jnp.asarray(truncated, bool))
-        return Transition(_as_float32(observation, name), new_state, jnp.asarray(reward, jnp.float32).reshape(()), *flags)
+        return Transition(_as_float32(observation, name), new_state, scalar_reward(reward), *flags)
 
-    with _promotion_allowed():
+    with promotion_allowed():
         space = env.action_space(params)
     observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
     return Environment(
@@ -80,12 +80,6 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
         action_space=_action_space(space, name),
         max_steps=int(params.max_steps_in_episode),
     )
-
-
-@contextlib.contextmanager
-def _promotion_allowed() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def _step_env(env: Any, params: Any) -> Callable:

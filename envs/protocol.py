@@ -1,12 +1,14 @@
 """What an environment is here: pure functions for ONE episode, and a description of what they take and give.
 
 An adapter (one file per suite) turns a suite's environment into an `Environment`; nothing else knows the suite.
+Several agents are one environment: observations [agents, features], actions [agents, ...], one team reward.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -37,7 +39,22 @@ class Continuous:
     high: np.ndarray
 
 
-ActionSpace = Discrete | Continuous
+@dataclasses.dataclass(frozen=True)
+class MultiDiscrete:
+    """Several discrete choices at once: int32 [len(sizes)], choice i being one of 0, ..., sizes[i] - 1."""
+
+    sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerAgent:
+    """One action of `space` for each of several agents that share a policy: its actions with a leading axis of `agents`."""
+
+    agents: int
+    space: Discrete | MultiDiscrete | Continuous
+
+
+ActionSpace = Discrete | MultiDiscrete | Continuous | PerAgent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,9 +65,11 @@ class Environment:
         name: the suite's name for it.
         reset: `reset(key) -> (observation, state)`.
         step: `step(key, state, action) -> Transition`; what it gives after an end is not defined.
-        observation_shape: shape of one observation.
-        action_space: `Discrete` or `Continuous`.
+        observation_shape: shape of one observation; with `PerAgent` actions its first axis is that of agents.
+        action_space: `Discrete`, `MultiDiscrete`, `Continuous` or `PerAgent`.
         max_steps: steps after which an episode ends in any case.
+        action_mask: `action_mask(state) -> bool`, of the shape of the logits that `choose_action` takes, True for the actions
+            that are allowed; None: all are.
     """
 
     name: str
@@ -60,3 +79,39 @@ class Environment:
     observation_shape: tuple[int, ...]
     action_space: ActionSpace
     max_steps: int
+    action_mask: Callable[[Any], Array] | None = None
+
+
+def with_time_limit(environment: Environment, max_steps: int) -> Environment:
+    """Return the environment with episodes that are truncated after `max_steps` steps at the latest.
+
+    Args:
+        environment: its own ends stay.
+        max_steps: at least 1.
+
+    Returns:
+        An `Environment`; its state counts the steps.
+
+    Raises:
+        ValueError: `max_steps` is not a positive integer.
+    """
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be an integer >= 1, got {max_steps!r}.")
+    mask = environment.action_mask
+
+    def reset(key: Array) -> tuple[Array, Any]:
+        observation, state = environment.reset(key)
+        return observation, (state, jnp.int32(0))
+
+    def step(key: Array, state: Any, action: Array) -> Transition:
+        inner = environment.step(key, state[0], action)
+        steps = state[1] + 1
+        return inner._replace(state=(inner.state, steps), truncated=inner.truncated | (steps >= max_steps))
+
+    return dataclasses.replace(
+        environment,
+        reset=reset,
+        step=step,
+        max_steps=min(max_steps, environment.max_steps),
+        action_mask=None if mask is None else lambda state: mask(state[0]),
+    )

@@ -1,32 +1,129 @@
-"""Environments by name."""
+"""Environments by name: gymnax's bare names, "suite/name" for the other suites, and those that users register.
 
+A suite is imported when one of its environments is made, not before. Every suite's file has `names()` and `make(name)`, with
+names that lack the prefix.
+"""
+
+import dataclasses
 import difflib
+import heapq
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
 
-from envs.protocol import Environment
+from envs.protocol import Environment, with_time_limit
 
 
-def make(name: str) -> Environment:
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite of environments that can be installed."""
+
+    package: str  # the module it installs
+    install: str  # the command that installs it
+    examples: tuple[str, ...]  # names, without the prefix, for suggestions when it is not imported
+
+
+_EXTRA = "pip install 'eggroll[{}]'"
+_KINETIX = "pip install 'eggroll[kinetix]' && pip install --no-deps kinetix-env==3.0.2"  # its metadata asks for jax <= 0.9.0
+
+SUITES = {
+    "gymnax": Suite("gymnax", _EXTRA.format("rl"), ("CartPole-v1", "Pendulum-v1")),
+    "brax": Suite("brax", _EXTRA.format("brax"), ("ant", "humanoid", "inverted_double_pendulum")),
+    "jumanji": Suite("jumanji", _EXTRA.format("jumanji"), ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
+    "navix": Suite("navix", _EXTRA.format("navix"), ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
+    "craftax": Suite("craftax", _EXTRA.format("craftax"), ("Craftax-Classic-Symbolic-v1", "Craftax-Symbolic-v1")),
+    "kinetix": Suite("kinetix", _KINETIX, ("s/h1_thrust_over_ball", "m/h17_thrustcontrol_left", "l/hard_pinball")),
+    "mpe": Suite("jaxmarl", _EXTRA.format("mpe"), ("simple_spread_v3", "simple_speaker_listener_v4", "simple_reference_v3")),
+}
+
+_registered: dict[str, Callable[[], Environment]] = {}
+
+
+def register(name: str, factory: Callable[[], Environment]) -> None:
+    """Register an environment, so that `make(name)` gives `factory()`.
+
+    Args:
+        name: not the name of a registered environment; it comes before a suite's environment of the same name.
+        factory: is called by every `make`.
+
+    Raises:
+        ValueError: the name is empty or taken by another factory.
+        TypeError: `factory` is not callable.
+    """
+    if not callable(factory):
+        raise TypeError(f"factory must be a function that returns an Environment, got {type(factory).__name__}.")
+    if not name or _registered.get(name, factory) is not factory:
+        raise ValueError(f"name must be a new, non-empty name, got {name!r}.")
+    _registered[name] = factory
+
+
+def is_installed(suite: str) -> bool:
+    """Tell whether the package of a suite, one of `SUITES`, can be found; nothing is imported."""
+    return importlib.util.find_spec(SUITES[suite].package) is not None
+
+
+def names(suite: str) -> list[str]:
+    """Return the names in a suite, one of `SUITES`, as `make` takes them.
+
+    Raises:
+        ModuleNotFoundError: the suite is not installed; the message has the command that installs it.
+    """
+    prefix = "" if suite == "gymnax" else f"{suite}/"
+    return [prefix + name for name in _module(suite, for_name=f"{suite}/...").names()]
+
+
+def make(name: str, *, max_steps: int | None = None) -> Environment:
     """Make an environment by its name.
 
     Args:
-        name: a name of gymnax, for example "CartPole-v1".
+        name: registered by `register`, one of gymnax such as "CartPole-v1", or "suite/name" such as "brax/ant". A suite with
+            variants takes "suite/name@variant": a backend of brax ("brax/ant@spring"), a kind of actions of kinetix.
+        max_steps: episodes are truncated after so many steps at the latest; None: as the suite has it.
 
     Returns:
         The `Environment`.
 
     Raises:
         ValueError: no suite has it; the message suggests the nearest names.
-        ModuleNotFoundError: gymnax is not installed.
+        ModuleNotFoundError: the suite is not installed; the message has the command that installs it.
     """
-    from envs import gymnax
-
-    known = gymnax.names()
-    if name not in known:
-        raise ValueError(f"env must name an environment, got {name!r}; {_suggestion(name, known)}.")
-    return gymnax.make(name)
+    environment = _registered[name]() if name in _registered else _make_from_suite(str(name))
+    return environment if max_steps is None else with_time_limit(environment, max_steps)
 
 
-def _suggestion(name: str, known: list[str]) -> str:
-    by_lower = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(by_lower[other] for other in near)}" if near else f"known are {', '.join(known)}"
+def _make_from_suite(name: str) -> Environment:
+    suite, _, short = name.partition("/")
+    if suite not in SUITES or not short:
+        suite, short = "gymnax", name
+    if suite == "gymnax" and "/" in short:
+        raise ValueError(_unknown(name, []))
+    module = _module(suite, for_name=name)
+    if short.partition("@")[0] not in module.names():
+        raise ValueError(_unknown(name, names(suite)))
+    return module.make(short)
+
+
+def _module(suite: str, *, for_name: str) -> ModuleType:
+    """Import a suite's adapter and the suite."""
+    try:
+        importlib.import_module(SUITES[suite].package)
+        return importlib.import_module(f"envs.{suite}")
+    except ModuleNotFoundError as error:
+        install = SUITES[suite].install
+        message = f"env '{for_name}' needs the module {error.name}, which is not installed; {install} installs it."
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """Say that a name is unknown, and suggest near names of its suite and of the examples of all, or tell what there is."""
+    examples = [f"{suite}/{example}" for suite, row in SUITES.items() if suite != "gymnax" for example in row.examples]
+    candidates = list(dict.fromkeys((*_registered, *known, *examples)))
+
+    def likeness(other: str) -> float:
+        forms = {other.lower(), other.lower().rpartition("/")[2]}  # "ant" is near "brax/ant"
+        return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
+
+    near = [other for other in heapq.nlargest(3, candidates, key=likeness) if likeness(other) > 0.5]
+    suggestion = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(candidates)}"
+    return f"env must name an environment, got {name!r}; {suggestion}."

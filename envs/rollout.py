@@ -1,7 +1,7 @@
 """Episodes of one policy in one environment, as a loop that stops when the episode does.
 
 Under `vmap` the loop runs until the last of the batch is done, so a population of early failures costs little. A reward or an
-observation that is not finite ends the episode with a NaN return.
+observation that is not finite ends the episode with a NaN return. States of the environment live in the loop alone.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ from jax import Array
 from envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
 from envs.protocol import Environment
 
-Policy = Callable[[Array, Array], Array]  # (observation, key) -> action
+# (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). Where the environment has an
+# action mask, it is one more argument. `envs.network_policy` makes either from a network.
+Policy = Callable[..., Any]
 
 
 class Episode(NamedTuple):
@@ -28,20 +30,29 @@ class Episode(NamedTuple):
 class _Carry(NamedTuple):
     observation: Array
     state: Any
+    memory: Any
     episode: Episode
     done: Array  # bool []
 
 
 def run_episode(
-    environment: Environment, policy: Policy, *, key: Array, statistics: ObservationStatistics | None = None
+    environment: Environment,
+    policy: Policy,
+    *,
+    key: Array,
+    statistics: ObservationStatistics | None = None,
+    memory: Any = None,
 ) -> Episode:
     """Run one episode.
 
     Args:
         environment: from `envs.make`.
-        policy: `policy(observation, key) -> action`; ignore the key to act deterministically.
+        policy: `policy(observation, key) -> action`; ignore the key to act deterministically. With an `action_mask` of the
+            environment it is called `policy(observation, key, mask)`.
         key: consumed.
         statistics: the policy sees observations normalised by these; None: as they are.
+        memory: what a recurrent policy remembers before the first step, a pytree; then it is called
+            `policy(memory, observation, key) -> (memory, action)`, or with the mask last. None: the policy has no memory.
 
     Returns:
         The `Episode`.
@@ -49,24 +60,30 @@ def run_episode(
     reset_key, steps_key = jax.random.split(key)
     centre = jnp.float32(0) if statistics is None else statistics.mean
 
+    def act(carry: _Carry, key: Array) -> tuple[Any, Array]:
+        seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
+        mask = () if environment.action_mask is None else (environment.action_mask(carry.state),)
+        return (None, policy(seen, key, *mask)) if memory is None else policy(carry.memory, seen, key, *mask)
+
     def advance(carry: _Carry) -> _Carry:
         action_key, step_key = jax.random.split(jax.random.fold_in(steps_key, carry.episode.steps))
-        seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
-        observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, policy(seen, action_key))
+        new_memory, action = act(carry, action_key)
+        observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, action)
         finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
             carry.episode.steps + 1,
             add_observation(carry.episode.sums, carry.observation, centre=centre),
         )
-        return _Carry(observation, state, episode, terminated | truncated | ~finite)
+        return _Carry(observation, state, new_memory, episode, terminated | truncated | ~finite)
 
     def running(carry: _Carry) -> Array:
         return ~carry.done & (carry.episode.steps < environment.max_steps)
 
     observation, state = environment.reset(reset_key)
     nothing = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
-    return jax.lax.while_loop(running, advance, _Carry(observation, state, nothing, jnp.bool_(False))).episode
+    start = _Carry(observation, state, memory, nothing, jnp.bool_(False))
+    return jax.lax.while_loop(running, advance, start).episode
 
 
 def run_episodes(
@@ -76,8 +93,11 @@ def run_episodes(
     key: Array,
     episodes: int,
     statistics: ObservationStatistics | None = None,
+    memory: Any = None,
 ) -> Episode:
     """Run several episodes side by side; as `run_episode`, with a leading axis of `episodes` in the result.
+
+    Every episode starts with the same `memory`.
 
     Raises:
         ValueError: `episodes` is not a positive integer.
@@ -86,6 +106,6 @@ def run_episodes(
         raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
 
     def run(key: Array) -> Episode:
-        return run_episode(environment, policy, key=key, statistics=statistics)
+        return run_episode(environment, policy, key=key, statistics=statistics, memory=memory)
 
     return jax.vmap(run)(jax.random.split(key, episodes))

@@ -1,0 +1,79 @@
+"""Adapter of brax: "ant", "humanoid", "inverted_double_pendulum", ..., with "@generalized", "@positional", "@spring" or "@mjx".
+
+The physics backend is brax's own default, generalized, unless the name says another. Rewards differ between backends, so
+returns compare within one only. Episodes last 1,000 steps, as brax's own training has them; actions lie in [-1, 1].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from envs.adapter import as_arrays, flat_float32, promotion_allowed, scalar_reward, split_variant, with_types_of
+from envs.protocol import Continuous, Environment, Transition, with_time_limit
+
+BACKENDS = ("generalized", "positional", "spring", "mjx")
+EPISODE_LENGTH = 1000
+
+
+def names() -> list[str]:
+    """Return the names of brax's environments."""
+    from brax.envs import _envs
+
+    return list(_envs)
+
+
+def make(name: str) -> Environment:
+    """Make a brax environment.
+
+    Args:
+        name: one of `names()`, or that and "@backend".
+
+    Returns:
+        The `Environment`.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    from brax.envs import get_environment
+
+    base, backend = split_variant(name, BACKENDS, suite="brax")
+    with promotion_allowed():
+        return adapt(get_environment(base, backend=backend), name=f"brax/{name}")
+
+
+def adapt(env: Any, *, name: str) -> Environment:
+    """Adapt a brax environment object.
+
+    Args:
+        env: has `reset(key)` and `step(state, action)`, without a wrapper that resets finished episodes.
+        name: what to call it.
+
+    Returns:
+        The `Environment`; its step ignores the key.
+    """
+
+    def reset(key: Array) -> tuple[Array, Any]:
+        with promotion_allowed():
+            state = as_arrays(env.reset(key))
+        return flat_float32(state.obs), state
+
+    def step(key: Array, state: Any, action: Array) -> Transition:
+        with promotion_allowed():
+            new_state = with_types_of(state, env.step(state, action))
+            reward, done = scalar_reward(new_state.reward), new_state.done.astype(bool)
+        return Transition(flat_float32(new_state.obs), new_state, reward, done, jnp.bool_(False))
+
+    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
+    size = (int(env.action_size),)
+    environment = Environment(
+        name,
+        reset=reset,
+        step=step,
+        observation_shape=observation.shape,
+        action_space=Continuous(size, np.full(size, -1, np.float32), np.full(size, 1, np.float32)),
+        max_steps=EPISODE_LENGTH,
+    )
+    return with_time_limit(environment, EPISODE_LENGTH)

@@ -1,0 +1,126 @@
+"""Adapter of Kinetix: one fixed level by its path, "s/h1_thrust_over_ball", "m/h17_thrustcontrol_left", "l/hard_pinball", ...
+
+Observations are Kinetix's flat symbolic ones. Actions are a choice for every motor (3) and thruster (2), or with "@continuous"
+a number for each, or with "@discrete" a single choice. Every reset gives the same start. The reward is 1 at the goal, -1 on
+failure, and Kinetix's small dense reward for coming nearer.
+
+Its engine, jax2d, calls `jnp.clip` with keywords that jax has removed: a stand-in of `jnp` inside the two modules that do so
+renames them.
+"""
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from envs.adapter import as_arrays, promotion_allowed, scalar_reward, split_variant, with_types_of
+from envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, Transition
+
+ACTIONS = ("multi_discrete", "continuous", "discrete")
+
+
+def names() -> list[str]:
+    """Return the paths of Kinetix's levels, without ".json"."""
+    import kinetix
+
+    folder = Path(kinetix.__file__).parent / "levels"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.json"))
+
+
+def make(name: str) -> Environment:
+    """Make an environment of one level of Kinetix.
+
+    Args:
+        name: one of `names()`, or that and "@continuous", "@discrete" or "@multi_discrete".
+
+    Returns:
+        The `Environment`.
+
+    Raises:
+        ValueError: there is no such kind of actions.
+    """
+    level, actions = split_variant(name, ACTIONS, suite="kinetix")
+    with promotion_allowed():
+        from kinetix.environment.env import make_kinetix_env
+        from kinetix.environment.spaces import ActionType, ObservationType
+        from kinetix.util.saving import load_from_json_file
+
+        _rename_clip_keywords()
+        start, static_params, params = load_from_json_file(f"{level}.json")
+        kinds = (ActionType.from_string(actions), ObservationType.SYMBOLIC_FLAT)
+        env = make_kinetix_env(*kinds, lambda key: start, params, static_params, auto_reset=False)
+        return adapt(env, params, start=as_arrays(start), name=f"kinetix/{name}")
+
+
+def adapt(env: Any, params: Any, *, start: Any, name: str) -> Environment:
+    """Adapt a Kinetix environment object.
+
+    Args:
+        env: has `get_obs`, `step_env` and `action_space`.
+        params: the parameters its functions take.
+        start: the state that every episode begins with.
+        name: what to call it.
+
+    Returns:
+        The `Environment`; its reset and step ignore the key.
+    """
+
+    def observe(state: Any) -> Array:
+        return env.get_obs(state).astype(jnp.float32).reshape(-1)
+
+    def reset(key: Array) -> tuple[Array, Any]:
+        with promotion_allowed():
+            return observe(start), start
+
+    def step(key: Array, state: Any, action: Array) -> Transition:
+        with promotion_allowed():
+            observation, new_state, reward, done, _ = env.step_env(key, state, action, params)
+            late = new_state.timestep >= params.max_timesteps
+        new_state = with_types_of(state, new_state)
+        flags = (done & ~late, done & late)
+        return Transition(observation.astype(jnp.float32).reshape(-1), new_state, scalar_reward(reward), *flags)
+
+    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
+    return Environment(
+        name,
+        reset=reset,
+        step=step,
+        observation_shape=observation.shape,
+        action_space=_action_space(env.action_space(params)),
+        max_steps=int(params.max_timesteps),
+    )
+
+
+def _action_space(space: Any) -> ActionSpace:
+    if hasattr(space, "number_of_dims_per_distribution"):
+        return MultiDiscrete(tuple(int(size) for size in space.number_of_dims_per_distribution))
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
+    return Continuous(tuple(space.shape), low, high)
+
+
+class _RenamedClip:
+    """`jax.numpy` whose `clip` takes `a_min` and `a_max` as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    @staticmethod
+    @functools.wraps(jnp.clip)
+    def clip(*args: Any, **kwargs: Any) -> Array:
+        renamed = {{"a_min": "min", "a_max": "max"}.get(name, name): value for name, value in kwargs.items()}
+        return jnp.clip(*args, **renamed)
+
+
+def _rename_clip_keywords() -> None:
+    """Let jax2d run where jax has no `jnp.clip(a_min=, a_max=)`; nothing outside its two modules sees it."""
+    from jax2d import collision, engine
+
+    if "a_min" not in inspect.signature(jnp.clip).parameters:
+        collision.jnp = engine.jnp = _RenamedClip()
