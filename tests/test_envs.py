@@ -1,5 +1,9 @@
 """Environments: the adapter against gymnax itself, rollouts against hand-written ones, statistics against numpy."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +14,7 @@ import pytest
 import envs
 from envs.gymnax import adapt, names
 from envs.normalisation import ObservationSums, add_observation, initial_sums
+from envs.registry import SUITES
 
 
 def counting(*, ends_at=None, max_steps=20, reward=lambda t: jnp.float32(1), observe=lambda t: t.astype(jnp.float32)[None]):
@@ -43,6 +48,27 @@ def test_episode_ends_where_the_task_does():
 def test_episode_ends_at_max_steps():
     episode = envs.run_episode(counting(ends_at=1000, max_steps=20), stay, key=jax.random.key(0))
     assert (float(episode.total_reward), int(episode.steps)) == (20.0, 20)
+
+
+def test_a_time_limit_truncates():
+    environment = envs.with_time_limit(counting(ends_at=9), 4)
+    assert envs.run_episode(environment, stay, key=jax.random.key(0)).steps == 4
+    _, state = environment.reset(jax.random.key(0))
+    flags = []
+    for _ in range(4):
+        made = environment.step(jax.random.key(0), state, jnp.int32(0))
+        state = made.state
+        flags.append((bool(made.terminated), bool(made.truncated)))
+    assert flags == [(False, False)] * 3 + [(False, True)]
+    assert envs.run_episode(envs.with_time_limit(counting(ends_at=3), 4), stay, key=jax.random.key(0)).steps == 3
+    masked = envs.with_time_limit(matching(masked=True), 2)
+    assert masked.action_mask(masked.reset(jax.random.key(0))[1]).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("max_steps", [0, -1, 1.5])
+def test_bad_time_limit(max_steps):
+    with pytest.raises(ValueError, match="max_steps must be an integer >= 1"):
+        envs.with_time_limit(counting(), max_steps)
 
 
 def test_side_by_side_equals_one_by_one():
@@ -159,6 +185,123 @@ def test_output_size():
         envs.choose_action(BOX, jnp.zeros(2), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"output must have shape \(3,\)"):
         envs.choose_action(envs.Discrete(3), jnp.zeros((1, 3)))
+
+
+def test_multi_discrete_actions():
+    space = envs.MultiDiscrete((3, 2))
+    assert envs.output_size(space) == envs.output_size(space, sampled=True) == 5
+    logits = jnp.float32([0.1, 0.3, 0.2, 5.0, 4.0])
+    assert envs.choose_action(space, logits).tolist() == [1, 0]
+    keys = jax.random.split(jax.random.key(0), 4000)
+    logits = jnp.log(jnp.float32([0.2, 0.5, 0.3, 0.25, 0.75]))
+    drawn = np.asarray(jax.vmap(lambda key: envs.choose_action(space, logits, key=key))(keys))
+    joint = np.array([[(drawn == [i, j]).all(axis=1).sum() for j in range(2)] for i in range(3)])
+    probability = np.outer([0.2, 0.5, 0.3], [0.25, 0.75])  # the choices are independent
+    assert (np.abs(joint - 4000 * probability) < 4 * np.sqrt(4000 * probability * (1 - probability))).all()
+
+
+def test_actions_per_agent_are_those_of_each_agent():
+    space = envs.PerAgent(3, envs.Discrete(4))
+    output = jax.random.normal(jax.random.key(0), (3, 4))
+    assert envs.output_size(space) == 4
+    assert envs.choose_action(space, output).tolist() == jnp.argmax(output, axis=1).tolist()
+    keys = jax.random.split(jax.random.key(1), 200)
+    same = jnp.zeros((3, 4))
+    drawn = np.asarray(jax.vmap(lambda key: envs.choose_action(space, same, key=key))(keys))
+    assert 0.1 < (drawn[:, 0] == drawn[:, 1]).mean() < 0.4  # 1/4: agents draw independently
+    with pytest.raises(ValueError, match=r"output must have shape \(3, 4\) for this action space, got \(4,\)"):
+        envs.choose_action(space, same[0])
+
+
+def test_masked_actions_are_never_chosen():
+    logits, mask = jnp.float32([9.0, 1.0, 2.0]), jnp.array([False, True, True])
+    assert int(envs.choose_action(envs.Discrete(3), logits)) == 0
+    assert int(envs.choose_action(envs.Discrete(3), logits, mask=mask)) == 2
+    keys = jax.random.split(jax.random.key(0), 500)
+    drawn = np.asarray(jax.vmap(lambda key: envs.choose_action(envs.Discrete(3), logits, key=key, mask=mask))(keys))
+    assert set(drawn.tolist()) == {1, 2}
+    parts = envs.choose_action(envs.MultiDiscrete((2, 3)), jnp.float32([1, 0, 9, 1, 2]), mask=jnp.array([0, 1, 0, 1, 1], bool))
+    assert parts.tolist() == [1, 2]
+    agents = envs.choose_action(
+        envs.PerAgent(2, envs.Discrete(3)), jnp.stack([logits, logits]), mask=jnp.stack([mask, jnp.ones(3, bool)])
+    )
+    assert agents.tolist() == [2, 0]
+    assert int(envs.choose_action(envs.Discrete(3), logits, mask=jnp.zeros(3, bool))) == 0  # all forbidden: ignored
+
+
+def test_bad_masks():
+    with pytest.raises(ValueError, match=r"mask must have the shape \(3,\) of the logits, got \(2,\)"):
+        envs.choose_action(envs.Discrete(3), jnp.zeros(3), mask=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match="mask must be None for continuous actions"):
+        envs.choose_action(BOX, jnp.zeros(2), mask=jnp.ones(2, bool))
+
+
+# --- policies -----------------------------------------------------------------------------------------------------------
+
+
+def matching(*, agents=None, masked=False):
+    """Three steps; the reward of a step counts the agents whose action is 2, or 1 where 2 is forbidden."""
+    lead = () if agents is None else (agents,)
+    space = envs.Discrete(3) if agents is None else envs.PerAgent(agents, envs.Discrete(3))
+    wanted = 1 if masked else 2
+
+    def observe(t):
+        return jnp.broadcast_to(t.astype(jnp.float32), (*lead, 2, 2))
+
+    def step(key, t, action):
+        assert action.shape == lead
+        reward = (action == wanted).astype(jnp.float32).sum()
+        return envs.Transition(observe(t + 1), t + 1, reward, t + 1 >= 3, jnp.bool_(False))
+
+    return envs.Environment(
+        "matching",
+        reset=lambda key: (observe(jnp.int32(0)), jnp.int32(0)),
+        step=step,
+        observation_shape=(*lead, 2, 2),
+        action_space=space,
+        max_steps=3,
+        action_mask=(lambda state: jnp.broadcast_to(jnp.array([True, True, False]), (*lead, 3))) if masked else None,
+    )
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("agents", [None, 2])
+def test_network_policy(agents, masked, sampled):
+    environment = matching(agents=agents, masked=masked)
+    assert envs.input_size(environment) == 4
+
+    def network(features):
+        assert features.shape == (4,)
+        return jnp.float32([0.0, 200.0, 400.0])
+
+    policy = envs.network_policy(environment, network, sampled=sampled)
+    episode = envs.run_episode(environment, policy, key=jax.random.key(0))
+    assert float(episode.total_reward) == 3 * (agents or 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("agents", [None, 2])
+def test_recurrent_policy_remembers(agents, masked):
+    """It counts its steps and acts right from the second on; every episode begins with the given memory."""
+    environment = matching(agents=agents, masked=masked)
+
+    def network(memory, features):
+        return memory + 1, jnp.where(memory >= 1, jnp.float32([0, 1, 2]), jnp.float32([9, 1, 2]))
+
+    policy = envs.network_policy(environment, network, recurrent=True)
+    memory = jnp.zeros(() if agents is None else (agents,), jnp.int32)
+    run = jax.jit(lambda key, memory: envs.run_episodes(environment, policy, key=key, episodes=2, memory=memory))
+    assert run(jax.random.key(0), memory).total_reward.tolist() == [2.0 * (agents or 1)] * 2
+    assert run(jax.random.key(0), memory + 1).total_reward.tolist() == [3.0 * (agents or 1)] * 2
+
+
+def test_memory_of_a_rollout_does_not_grow_with_its_length():
+    def temporary_bytes(max_steps):
+        run = jax.jit(lambda key: envs.run_episodes(counting(max_steps=max_steps), stay, key=key, episodes=64))
+        return run.lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(100_000) <= temporary_bytes(10)
 
 
 # --- normalisation ------------------------------------------------------------------------------------------------------
@@ -305,11 +448,54 @@ def test_both_gymnax_signatures(make, values, terminates, length):
         ("Penduluum", "did you mean Pendulum-v1"),
         ("xyzzy", "known are CartPole-v1, Pendulum-v1"),
         ("", "got ''; known are"),
+        ("ant", "did you mean brax/ant"),
+        ("brx/Ant", "did you mean brax/ant"),
+        ("snake", "did you mean jumanji/Snake-v1"),
     ],
 )
 def test_unknown_names_suggest_near_ones(name, words):
     with pytest.raises(ValueError, match=words):
         envs.make(name)
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_registrations(monkeypatch):
+    monkeypatch.setattr("envs.registry._registered", {})
+
+
+def test_users_register_their_own(no_registrations):
+    factory = counting
+    envs.register("mine/Counting-v0", factory)
+    envs.register("mine/Counting-v0", factory)  # running a notebook cell again is no error
+    assert envs.make("mine/Counting-v0").max_steps == 20
+    assert envs.run_episode(envs.make("mine/Counting-v0", max_steps=1), stay, key=jax.random.key(0)).steps == 1
+    with pytest.raises(ValueError, match="did you mean mine/Counting-v0"):
+        envs.make("mine/counting")
+    with pytest.raises(ValueError, match="name must be a new, non-empty name, got 'mine/Counting-v0'"):
+        envs.register("mine/Counting-v0", lambda: counting())
+    with pytest.raises(ValueError, match="name must be a new, non-empty name, got ''"):
+        envs.register("", factory)
+    with pytest.raises(TypeError, match="factory must be a function that returns an Environment, got Environment"):
+        envs.register("other", counting())
+
+
+@pytest.mark.parametrize(("suite", "name"), [(suite, f"{suite}/{row.examples[0]}") for suite, row in SUITES.items()])
+def test_a_missing_suite_says_how_to_install_it(suite, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, SUITES[suite].package, None)
+    words = f"needs the module {SUITES[suite].package}, which is not installed; {SUITES[suite].install} installs it."
+    with pytest.raises(ModuleNotFoundError, match=re.escape(words)):
+        envs.make(name.removeprefix("gymnax/"))
+    with pytest.raises(ModuleNotFoundError, match=re.escape(words)):
+        envs.names(suite)
+
+
+def test_importing_envs_imports_no_suite():
+    packages = {row.package for row in SUITES.values()}
+    code = f"import sys, envs; assert not {packages} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_structured_spaces_are_refused():
