@@ -1,11 +1,13 @@
 """What adapters of suites share: the suite's own promotion rules, stable state types, one flat float32 vector.
 
-Suites rely on implicit promotion while the caller may forbid it, and some return a state whose types differ from those it was
-given, which a loop cannot carry.
+Suites rely on implicit promotion while the caller may forbid it, some return a state whose types differ from those it was
+given, which a loop cannot carry, and some call `jnp.clip` with keywords that jax has removed.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -52,3 +54,21 @@ def split_variant(name: str, variants: tuple[str, ...], *, suite: str) -> tuple[
             f"env '{suite}/{name}' must have one of the variants {', '.join('@' + v for v in variants)}, got '@{variant}'."
         )
     return base, variant or variants[0]
+
+
+class _OldClip:
+    """`jax.numpy` whose `clip` takes `a_min` and `a_max` as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    @staticmethod
+    def clip(*args: Any, **kwargs: Any) -> Array:
+        """Clip, the old keywords renamed."""
+        return jnp.clip(*args, **{{"a_min": "min", "a_max": "max"}.get(name, name): value for name, value in kwargs.items()})
+
+
+def allow_old_clip(module: ModuleType, name: str) -> None:
+    """Let a suite's module, which calls jax.numpy `name`, use `clip(a_min=, a_max=)`; no other module sees it."""
+    if "a_min" not in inspect.signature(jnp.clip).parameters:
+        setattr(module, name, _OldClip())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, flat_float32, promotion_allowed, scalar_reward, split_variant, with_types_of
+from envs.adapter import allow_old_clip, as_arrays, flat_float32, promotion_allowed, scalar_reward, split_variant, with_types_of
 from envs.protocol import Continuous, Environment, Transition, with_time_limit
 
 BACKENDS = ("generalized", "positional", "spring", "mjx")
@@ -37,8 +37,10 @@ def make(name: str) -> Environment:
     Raises:
         ValueError: there is no such backend.
     """
+    from brax import fluid
     from brax.envs import get_environment
 
+    allow_old_clip(fluid, "jp")
     base, backend = split_variant(name, BACKENDS, suite="brax")
     with promotion_allowed():
         return adapt(get_environment(base, backend=backend), name=f"brax/{name}")

@@ -108,6 +108,8 @@ def _mask(observation: Any) -> Array | None:
 def _action_space(spec: Any, mask_shape: tuple[int, ...] | None, name: str) -> tuple[ActionSpace, Callable[[Array], Array]]:
     """Return the action space and how to turn its actions into the suite's."""
     sizes = np.asarray(getattr(spec, "num_values", ()))
+    if np.issubdtype(spec.dtype, np.integer) and sizes.size == 0:  # MultiCVRP's bound is one more than its mask has
+        sizes = np.full(spec.shape, mask_shape[-1] if mask_shape else np.max(spec.maximum) + 1)
     if sizes.size == 0:
         low, high = (np.broadcast_to(np.asarray(bound, np.float32), spec.shape) for bound in (spec.minimum, spec.maximum))
         return Continuous(tuple(spec.shape), low, high), lambda action: action

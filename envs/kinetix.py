@@ -3,13 +3,8 @@
 Observations are Kinetix's flat symbolic ones. Actions are a choice for every motor (3) and thruster (2), or with "@continuous"
 a number for each, or with "@discrete" a single choice. Every reset gives the same start. The reward is 1 at the goal, -1 on
 failure, and Kinetix's small dense reward for coming nearer.
-
-Its engine, jax2d, calls `jnp.clip` with keywords that jax has removed: a stand-in of `jnp` inside the two modules that do so
-renames them.
 """
 
-import functools
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, promotion_allowed, scalar_reward, split_variant, with_types_of
+from envs.adapter import allow_old_clip, as_arrays, promotion_allowed, scalar_reward, split_variant, with_types_of
 from envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, Transition
 
 ACTIONS = ("multi_discrete", "continuous", "discrete")
@@ -45,12 +40,15 @@ def make(name: str) -> Environment:
         ValueError: there is no such kind of actions.
     """
     level, actions = split_variant(name, ACTIONS, suite="kinetix")
+    from jax2d import collision, engine
+
     with promotion_allowed():
         from kinetix.environment.env import make_kinetix_env
         from kinetix.environment.spaces import ActionType, ObservationType
         from kinetix.util.saving import load_from_json_file
 
-        _rename_clip_keywords()
+        allow_old_clip(collision, "jnp")
+        allow_old_clip(engine, "jnp")
         start, static_params, params = load_from_json_file(f"{level}.json")
         kinds = (ActionType.from_string(actions), ObservationType.SYMBOLIC_FLAT)
         env = make_kinetix_env(*kinds, lambda key: start, params, static_params, auto_reset=False)
@@ -103,24 +101,3 @@ def _action_space(space: Any) -> ActionSpace:
         return Discrete(int(space.n))
     low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
     return Continuous(tuple(space.shape), low, high)
-
-
-class _RenamedClip:
-    """`jax.numpy` whose `clip` takes `a_min` and `a_max` as well."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
-
-    @staticmethod
-    @functools.wraps(jnp.clip)
-    def clip(*args: Any, **kwargs: Any) -> Array:
-        renamed = {{"a_min": "min", "a_max": "max"}.get(name, name): value for name, value in kwargs.items()}
-        return jnp.clip(*args, **renamed)
-
-
-def _rename_clip_keywords() -> None:
-    """Let jax2d run where jax has no `jnp.clip(a_min=, a_max=)`; nothing outside its two modules sees it."""
-    from jax2d import collision, engine
-
-    if "a_min" not in inspect.signature(jnp.clip).parameters:
-        collision.jnp = engine.jnp = _RenamedClip()

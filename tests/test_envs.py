@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import envs
+from envs.adapter import allow_old_clip, split_variant
 from envs.gymnax import adapt, names
 from envs.normalisation import ObservationSums, add_observation, initial_sums
 from envs.registry import SUITES
@@ -490,6 +491,28 @@ def test_a_missing_suite_says_how_to_install_it(suite, name, monkeypatch):
         envs.make(name.removeprefix("gymnax/"))
     with pytest.raises(ModuleNotFoundError, match=re.escape(words)):
         envs.names(suite)
+
+
+def test_old_clip_keywords_are_allowed_in_one_module_alone():
+    module = SimpleNamespace(jnp=jnp)
+    allow_old_clip(module, "jnp")
+    x = jnp.float32([-3, 0, 3])
+    assert module.jnp.clip(x, a_min=-1, a_max=2).tolist() == module.jnp.clip(x, -1, max=2).tolist() == [-1, 0, 2]
+    assert module.jnp.tanh is jnp.tanh
+    with pytest.raises(TypeError, match="a_min"):
+        jnp.clip(x, a_min=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("ant", ("ant", "slow")), ("ant@fast", ("ant", "fast")), ("s/h1@slow", ("s/h1", "slow"))]
+)
+def test_variants(name, expected):
+    assert split_variant(name, ("slow", "fast"), suite="x") == expected
+
+
+def test_unknown_variants():
+    with pytest.raises(ValueError, match="env 'x/ant@fats' must have one of the variants @slow, @fast, got '@fats'"):
+        split_variant("ant@fats", ("slow", "fast"), suite="x")
 
 
 def test_importing_envs_imports_no_suite():
