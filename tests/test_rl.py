@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 
 import envs
+from envs import Continuous, MultiDiscrete, PerAgent
 from experiments import rl
+from experiments.baselines.uniform import uniform_action
 from experiments.common.checkpoint import load_checkpoint
 from experiments.common.run import print_summary, run_folder
+from experiments.evolution import make_optimizer, make_strategy
+from experiments.presets import PAPER
+from experiments.rl_config import Config, parse
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
-SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "3"]
+SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "50"]
+LIMITS = np.array([-1, -2, -np.inf], np.float32), np.array([3, -1, np.inf], np.float32)
 SMALL += ["--check-every", "2", "--target", "501"]
 
 
@@ -38,7 +44,8 @@ def small_run(tmp_path_factory):
 
 def test_summary_and_artefacts(small_run):
     summary, folder = small_run
-    assert list(summary) == ["env", "algorithm", "mean_return", "generations", "env_steps", "seconds"]
+    names = ["env", "algorithm", "mean_return", "random_return", "generations", "env_steps", "seconds"]
+    assert list(summary) == names and 15 < summary["random_return"] < 35
     assert (summary["env"], summary["algorithm"], summary["generations"]) == ("CartPole-v1", "eggroll", 4)
     assert 1 <= summary["mean_return"] <= 500 and summary["seconds"] > 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -57,7 +64,7 @@ def test_the_same_seed_is_the_same_run(small_run, capsys, tmp_path):
 
 def test_checkpoint_restores_the_policy(small_run):
     summary, folder = small_run
-    task = rl.make_task(rl.Config(hidden_sizes=(8,)))
+    task = rl.make_task(Config(hidden_sizes=(8,)))
     like = {
         "params": task.init_params(key=jax.random.key(9)),
         "statistics": envs.initial_statistics((4,))._asdict(),
@@ -65,17 +72,17 @@ def test_checkpoint_restores_the_policy(small_run):
     restored = load_checkpoint(folder / "checkpoint", like)
     statistics = envs.ObservationStatistics(**restored["statistics"])
     assert float(statistics.number) == summary["env_steps"]
-    evaluation_key = jax.random.split(jax.random.key(0), 4)[3]
-    play = jax.jit(functools.partial(task.play, episodes=3, sampled=False))
+    evaluation_key = jax.random.split(jax.random.key(0), 5)[3]
+    play = jax.jit(functools.partial(task.play, episodes=50, sampled=False))
     played = play(restored["params"], statistics, evaluation_key)
     assert float(played.total_reward.mean()) == pytest.approx(summary["mean_return"])
 
 
 def test_statistics_are_gathered_through_the_engine():
     """The engine's sum over the population equals the sum over members played one by one."""
-    config = rl.Config(population_size=6, hidden_sizes=(4,), episodes=2)
+    config = Config(population_size=6, hidden_sizes=(4,), episodes=2)
     task = rl.make_task(config)
-    es = rl.make_strategy(config, task)
+    es = make_strategy(config, task)
     state = es.init(task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
     statistics = envs.ObservationStatistics(jnp.float32(9), jnp.full(4, 0.01), jnp.full(4, 0.1))
     _, metrics = es.step(state, statistics)
@@ -93,7 +100,7 @@ def test_statistics_are_gathered_through_the_engine():
 
 
 def test_continuous_sampled_actions_without_normalisation():
-    task = rl.make_task(rl.Config(env="Pendulum-v1", sampled_actions=True, normalise=False, hidden_sizes=(8,)))
+    task = rl.make_task(Config(env="Pendulum-v1", sampled_actions=True, normalise=False, hidden_sizes=(8,)))
     params, statistics = task.init_params(key=jax.random.key(0)), envs.initial_statistics((3,))
     play = jax.jit(functools.partial(task.play, episodes=4), static_argnames="sampled")
     sampled, other = (play(params, statistics, jax.random.key(1), sampled=sampled) for sampled in (True, False))
@@ -114,6 +121,19 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--population-size", "7"], "error: population_size must be an even integer >= 2"),
         (["--sigma", "-0.1"], "error: sigma must be a finite number > 0"),
         (["--rank", "0"], "error: rank must be an integer >= 1, got 0."),
+        (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
+        (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
+        (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
+        (
+            ["--shaping", "ranks"],
+            "error: shaping must be one of centered_ranks, z_score, ",
+        ),
+        (["--max-steps", "0"], "error: max_steps must be an integer >= 1, got 0."),
+        (["--preset", "paper", "--env", "Acrobot-v1"], "error: preset paper has no row for env 'Acrobot-v1'; it has"),
+        (
+            ["--algorithm", "ppo", "--ppo.minibatches", "3"],
+            "error: minibatches must divide the 2048 steps of",
+        ),
     ],
 )
 def test_bad_options_end_with_one_sentence(arguments, words, capsys):
@@ -121,6 +141,66 @@ def test_bad_options_end_with_one_sentence(arguments, words, capsys):
         rl.main(arguments)
     assert str(ended.value).startswith(words) and "\n" not in str(ended.value)
     assert capsys.readouterr().out == ""
+
+
+def test_random_policy_learns_nothing(capsys, tmp_path):
+    summary = run(capsys, "--algorithm", "random", "--evaluation-episodes", "50", "--folder", str(tmp_path))
+    assert summary["mean_return"] == summary["random_return"] and 15 < summary["mean_return"] < 35
+    assert (summary["algorithm"], summary["generations"], summary["env_steps"]) == ("random", 0, 0)
+
+
+@pytest.mark.parametrize("space", [Continuous((3,), *LIMITS), PerAgent(2, MultiDiscrete((2, 3)))], ids=["box", "agents"])
+def test_uniform_actions_cover_the_space(space):
+    draw = jax.vmap(lambda key: uniform_action(space, key=key))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
+    if isinstance(space, Continuous):
+        assert (drawn[:, 0] >= -1).all() and (drawn[:, 0] <= 3).all() and drawn[:, 2].min() < -2
+        error, std = np.abs(drawn.mean(axis=0)[[0, 2]] - [1, 0]), np.array([4 / 12**0.5, 1])
+        assert (error < 5 * std / 2000**0.5).all()
+    else:
+        assert drawn.shape == (2000, 2, 2)
+        counts = [np.bincount(drawn[:, agent, 1], minlength=3) for agent in range(2)]
+        assert (np.abs(np.array(counts) - 2000 / 3) < 5 * np.sqrt(2000 * 2 / 9)).all()
+
+
+@pytest.mark.parametrize("algorithm", ["openes", "ppo"])
+def test_every_seed_is_a_run_of_its_own(algorithm, capsys, tmp_path):
+    options = ["--ppo.num-envs", "4", "--ppo.rollout-steps", "8", "--env-steps", "64", "--generations", "2"]
+    options = [*SMALL, *options, "--algorithm", algorithm, "--seed", "3", "--seeds", "2", "--folder", str(tmp_path)]
+    summary = run(capsys, *options)
+    rows = summary["seeds"]
+    assert [row["seed"] for row in rows] == [3, 4] and rows[0]["mean_return"] != rows[1]["mean_return"]
+    for name in ("mean_return", "random_return", "env_steps"):
+        assert summary[name] == pytest.approx((rows[0][name] + rows[1][name]) / 2)
+    # PPO stops exactly, evolution after the generation that spends the budget.
+    assert rows[0]["env_steps"] == 64 if algorithm == "ppo" else rows[0]["env_steps"] > 64 and rows[0]["generations"] == 1
+    for seed in (3, 4):
+        folder = tmp_path / f"seed-{seed}"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["env_steps"] == rows[seed - 3]["env_steps"] and (folder / "checkpoint").is_dir()
+
+
+def test_paper_preset_gives_defaults_that_options_override():
+    config = parse(["--env", "CartPole-v1", "--preset", "paper", "--rank", "2"])
+    assert (config.population_size, config.optimizer, config.rank, config.hidden_sizes) == (2048, "sgd", 2, (256,) * 3)
+    assert config.shaping == "z_score" and config.sampled_actions
+    assert parse(["--env", "brax/ant@spring", "--preset", "paper"]).learning_rate == 0.01
+    assert len(PAPER) == 16
+
+
+def test_every_preset_makes_a_configuration_that_checks():
+    for env in PAPER:
+        parse(["--env", env, "--preset", "paper"]).check()
+
+
+def test_sgd_is_in_the_papers_scale_and_follows_sigma():
+    """One step moves by lr sigma_t^2 sqrt(N) g: 0.1 * 0.2^2 * 8 * g at first, times 0.5 * 0.9^2 in the next generation."""
+    options = {"sigma": 0.2, "sigma_decay": 0.9, "learning_rate": 0.1, "learning_rate_decay": 0.5, "population_size": 64}
+    optimizer = make_optimizer(Config(optimizer="sgd", **options))
+    gradient = {"w": jnp.ones(1)}
+    first, state = optimizer.update(gradient, optimizer.init(gradient))
+    second, _ = optimizer.update(gradient, state)
+    assert float(first["w"][0]) == pytest.approx(-0.032) and float(second["w"][0]) == pytest.approx(-0.032 * 0.405)
 
 
 def test_summary_is_one_line_of_json(capsys):

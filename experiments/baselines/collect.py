@@ -3,7 +3,7 @@
     delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
 
-s_{t+1} is the last observation of an episode where one ends, so truncated episodes are bootstrapped and terminated ones are not.
+s_{t+1} is the last observation of an episode where one ends, so truncated episodes are bootstrapped and terminated ones not.
 """
 
 import dataclasses
