@@ -172,17 +172,24 @@ def test_the_mask_is_respected(recorded):
     assert not alive(recorded, mask).all()  # something was forbidden
 
 
-def test_rollout_equals_the_record(recorded):
+def test_rollout_equals_the_record_and_stops_with_the_last(recorded):
     """Bodies in contact amplify the rounding of another compilation, so brax is compared over its first steps."""
     limit = 5 if recorded.environment.name.startswith("brax") else STEPS
     environment = envs.with_time_limit(recorded.environment, limit)
-    policy = random_policy(environment)
-    run = jax.jit(jax.vmap(lambda key: envs.run_episode(environment, policy, key=key)))
-    episodes = run(recorded.keys)
+    policy, calls = random_policy(environment), []
+
+    def counted(observation, *more):
+        jax.debug.callback(lambda x: calls.append(x), observation.reshape(-1)[0])
+        return policy(observation, *more)
+
+    episodes = jax.jit(jax.vmap(lambda key: envs.run_episode(environment, counted, key=key)))(recorded.keys)
+    jax.block_until_ready(episodes)
+    jax.effects_barrier()
     steps = jax.tree.map(lambda x: x[:, :limit], recorded.steps)
     np.testing.assert_array_equal(episodes.steps, steps.alive.sum(axis=1))
     returns = np.where(steps.alive, steps.transition.reward, 0).sum(axis=1)
     np.testing.assert_allclose(episodes.total_reward, returns, rtol=1e-3, atol=1e-3)
+    assert len(calls) == EPISODES * episodes.steps.max()
 
 
 # --- against the suites themselves --------------------------------------------------------------------------------------
