@@ -24,17 +24,20 @@ class Suite:
     examples: tuple[str, ...]  # names, without the prefix, for suggestions when it is not imported
 
 
-_EXTRA = "pip install 'eggroll[{}]'"
-_KINETIX = "pip install 'eggroll[kinetix]' && pip install --no-deps kinetix-env==3.0.2"  # its metadata asks for jax <= 0.9.0
+# The metadata of kinetix-env asks for jax <= 0.9.0 and more than it imports; its extra in pyproject.toml lists the same.
+_KINETIX = (
+    "pip install --no-deps kinetix-env==3.0.2 && pip install jax2d==1.0.1 jaxgl distrax grain hydra-core imageio pygame "
+    "pygame_widgets==1.1.5 safetensors seaborn wandb zarr==2.18.3 numcodecs==0.13.1"
+)
 
 SUITES = {
-    "gymnax": Suite("gymnax", _EXTRA.format("rl"), ("CartPole-v1", "Pendulum-v1")),
-    "brax": Suite("brax", _EXTRA.format("brax"), ("ant", "humanoid", "inverted_double_pendulum")),
-    "jumanji": Suite("jumanji", _EXTRA.format("jumanji"), ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
-    "navix": Suite("navix", _EXTRA.format("navix"), ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
-    "craftax": Suite("craftax", _EXTRA.format("craftax"), ("Craftax-Classic-Symbolic-v1", "Craftax-Symbolic-v1")),
+    "gymnax": Suite("gymnax", "pip install gymnax six", ("CartPole-v1", "Pendulum-v1")),
+    "brax": Suite("brax", "pip install brax", ("ant", "humanoid", "inverted_double_pendulum")),
+    "jumanji": Suite("jumanji", "pip install jumanji", ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
+    "navix": Suite("navix", "pip install navix", ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
+    "craftax": Suite("craftax", "pip install craftax", ("Craftax-Classic-Symbolic-v1", "Craftax-Symbolic-v1")),
     "kinetix": Suite("kinetix", _KINETIX, ("s/h1_thrust_over_ball", "m/h17_thrustcontrol_left", "l/hard_pinball")),
-    "mpe": Suite("jaxmarl", _EXTRA.format("mpe"), ("simple_spread_v3", "simple_speaker_listener_v4", "simple_reference_v3")),
+    "mpe": Suite("jaxmarl", "pip install jaxmarl", ("simple_spread_v3", "simple_speaker_listener_v4", "simple_reference_v3")),
 }
 
 _registered: dict[str, Callable[[], Environment]] = {}
