@@ -1,13 +1,17 @@
-"""Benchmarks: `python -m experiments.bench engine --help`."""
+"""Benchmarks: `python -m experiments.bench engine --help`, `python -m experiments.bench rl --help`."""
 
 import tyro
 
-from experiments.bench import engine
+from experiments.bench import engine, rl
 
 
 def main() -> None:
     """Run one benchmark by name."""
-    engine.run(tyro.extras.subcommand_cli_from_dict({"engine": engine.Engine}))
+    config = tyro.extras.subcommand_cli_from_dict({"engine": engine.Engine, "rl": rl.RL})
+    if isinstance(config, rl.RL):
+        rl.run(config)
+    else:
+        engine.run(config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Reinforcement learning against evosax: seconds and generations to a mean return, members per second, peak memory.
+
+Every seed of either library is a process of its own, ours and theirs in turn; see `experiments.bench.rl_sides` for one of them.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from experiments.bench.timing import machine
+from experiments.common.run import print_summary
+
+LIBRARIES = ("ours", "evosax")
+COLUMNS = ("seconds", "generations", "members_per_second", "peak_mib", "growth_mib")
+
+
+@dataclasses.dataclass(frozen=True)
+class RL:
+    """Compare with evosax's Open_ES on an environment of gymnax."""
+
+    env: str = "CartPole-v1"
+    """Name of a gymnax environment."""
+    target: float = 475.0
+    """Mean return of the mean parameters over 100 held-out episodes that ends a run."""
+    seeds: int = 5
+    """Runs of each library."""
+    generations: int = 100
+    """Generations at most; a run that ends without the target counts as infinitely long."""
+    population_size: int = 256
+    """Members evaluated per generation, even."""
+    episodes: int = 4
+    """Episodes per member."""
+    sigma: float = 0.05
+    """Standard deviation of the perturbation, of both libraries."""
+    learning_rate: float = 0.01
+    """Step size of Adam, of both libraries."""
+    hidden_sizes: tuple[int, ...] = (32, 32)
+    """Widths of the policy's hidden layers."""
+
+    def check(self) -> None:
+        """Raise ValueError for settings that cannot run."""
+        for name in ("seeds", "generations", "episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+        if self.population_size < 2 or self.population_size % 2:
+            raise ValueError(f"population_size must be an even integer >= 2, got {self.population_size}.")
+        if "/" in self.env:
+            raise ValueError(f"env must be an environment of gymnax, which both libraries know, got {self.env!r}.")
+
+
+def run(config: RL) -> None:
+    """Run the benchmark; the last line of standard output is JSON."""
+    try:
+        config.check()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if importlib.util.find_spec("evosax") is None:
+        raise SystemExit("error: the comparison needs evosax, which is not installed; pip install 'evosax>=0.3' installs it.")
+    about = machine() | {"evosax": importlib.metadata.version("evosax")}
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'seed':<6}{'library':<10}" + "".join(f"{column:>20}" for column in COLUMNS), flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+    for seed in range(config.seeds):
+        for library in LIBRARIES:
+            row = run_side(config, library=library, seed=seed)
+            runs[library].append(row)
+            print(f"{seed:<6}{library:<10}" + "".join(f"{_cell(row[column]):>20}" for column in COLUMNS), flush=True)
+    print_summary(summarise(runs) | {"config": dataclasses.asdict(config), "about": about})
+
+
+def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
+    """Run one seed of one library in a new process.
+
+    Raises:
+        SystemExit: the process failed; its last words are in the message.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
+    argument = json.dumps(settings | {"library": library, "seed": seed})
+    command = [sys.executable, "-m", "experiments.bench.rl_sides", argument]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise SystemExit(f"error: seed {seed} of {library} failed: {words[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return medians over seeds, a run without the target counting as infinite, and their ratios, ours over theirs."""
+    medians = {library: {column: _median(rows, column) for column in COLUMNS} for library, rows in runs.items()}
+    ratios = {
+        f"{name}_ratio": medians["ours"][column] / medians["evosax"][column]
+        for name, column in (("seconds", "seconds"), ("generations", "generations"), ("memory", "peak_mib"))
+    }
+    return ratios | medians | {"runs": runs}
+
+
+def _median(rows: list[dict[str, Any]], column: str) -> float:
+    if column == "members_per_second":  # None where a run was too short to tell
+        return statistics.median([row[column] for row in rows if row[column] is not None] or [float("nan")])
+    return statistics.median(float("inf") if row[column] is None else row[column] for row in rows)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.2f}"

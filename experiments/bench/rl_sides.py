@@ -1,0 +1,151 @@
+"""One run of the reinforcement-learning benchmark in a process of its own: ours, or evosax's Open_ES.
+
+    python -m experiments.bench.rl_sides '{"library": "ours", "seed": 0, ...}'
+
+Both start from the same parameters of the same policy and are judged after every generation by the same held-out episodes,
+whose time is not counted. The clock covers compilation and generations, not imports.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import envs
+from experiments.common.run import print_summary
+from experiments.evolution import make_strategy
+from experiments.rl import make_task
+from experiments.rl_config import Config
+from experiments.task import Evaluation, Task
+
+Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation -> mean parameters and statistics after it
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What one process runs."""
+
+    library: str  # "ours" or "evosax"
+    seed: int
+    env: str
+    target: float
+    generations: int
+    population_size: int
+    episodes: int
+    sigma: float
+    learning_rate: float
+    hidden_sizes: tuple[int, ...]
+
+    @property
+    def config(self) -> Config:
+        """The same as options of `experiments.rl`."""
+        names = ("env", "population_size", "episodes", "sigma", "learning_rate")
+        return Config(hidden_sizes=tuple(self.hidden_sizes), **{name: getattr(self, name) for name in names})
+
+
+def run(side: Side) -> dict[str, Any]:
+    """Run generations until the mean parameters reach the target.
+
+    Returns:
+        seconds and generations to the target (None where it was not reached), members per second, memory in MiB.
+    """
+    task = make_task(side.config)
+    evaluation = Evaluation(task, episodes=100)
+    init_key, run_key, check_key = jax.random.split(jax.random.key(side.seed), 3)
+    params = task.init_params(key=init_key)
+    evaluation.mean_return(params, envs.initial_statistics(task.environment.observation_shape), key=check_key)  # compiles
+    before, reached = peak_mib(), False
+    seconds: list[float] = []
+    start = time.perf_counter()
+    advance = (ours if side.library == "ours" else evosax)(side, task, params, key=run_key)
+    prepared = time.perf_counter() - start
+    while not reached and len(seconds) < side.generations:
+        start = time.perf_counter()
+        mean_params, known = jax.block_until_ready(advance(len(seconds)))
+        seconds.append(time.perf_counter() - start)
+        key = jax.random.fold_in(check_key, len(seconds))
+        reached = evaluation.mean_return(mean_params, known, key=key) >= side.target
+    steady = seconds[2:]  # evosax compiles in its first two generations
+    return {
+        "seconds": prepared + sum(seconds) if reached else None,
+        "generations": len(seconds) if reached else None,
+        "members_per_second": side.population_size / statistics.median(steady) if steady else None,
+        "peak_mib": peak_mib(),
+        "growth_mib": peak_mib() - before,
+    }
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ours(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
+    """Make the generation of this library: rank-1 noise, Adam, centred ranks."""
+    es = make_strategy(side.config, task)
+    state, known = es.init(params, key=key), envs.initial_statistics(task.environment.observation_shape)
+
+    def advance(generation: int) -> tuple[Any, envs.ObservationStatistics]:
+        nonlocal state, known
+        state, metrics = es.step(state, known)
+        known = envs.merge(known, metrics.aux)
+        return state.params, known
+
+    return advance
+
+
+class _EvosaxPolicy:
+    """The task's network as the policy that evosax calls."""
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def init(self, key: Array, observation: Array, _: Array) -> Any:
+        return self._task.network.init(key, observation)
+
+    def apply(self, params: Any, observation: Array, _: Array) -> Array:
+        output: Any = self._task.network.apply(params, observation)
+        return envs.choose_action(self._task.environment.action_space, output)
+
+
+def evosax(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
+    """Make the generation of evosax: Open_ES with antithetic noise, Adam, centred ranks; ask, eval and tell in one jit."""
+    from evosax.algorithms import Open_ES
+    from evosax.problems import GymnaxProblem
+
+    problem = GymnaxProblem(side.env, _EvosaxPolicy(task), num_rollouts=side.episodes, use_normalize_obs=True)
+    schedule = optax.constant_schedule(side.sigma)
+    es = Open_ES(side.population_size, params, optimizer=optax.adam(side.learning_rate), std_schedule=schedule)
+    init_key, problem_key, run_key = jax.random.split(key, 3)
+    es_params = es.default_params
+    state, problem_state = es.init(init_key, params, es_params), problem.init(problem_key)
+
+    @jax.jit
+    def step(state, problem_state, key):
+        ask_key, eval_key, tell_key = jax.random.split(key, 3)
+        population, state = es.ask(ask_key, state, es_params)
+        fitness, problem_state, _ = problem.eval(eval_key, population, problem_state)
+        state, _ = es.tell(tell_key, population, -fitness, state, es_params)  # it minimises
+        return state, problem_state
+
+    def advance(generation: int) -> tuple[Any, envs.ObservationStatistics]:
+        nonlocal state, problem_state
+        state, problem_state = step(state, problem_state, jax.random.fold_in(run_key, generation))
+        number = jnp.asarray(problem_state.obs_counter, jnp.float32)
+        known = envs.ObservationStatistics(number, problem_state.obs_mean, problem_state.obs_var_sum)
+        return es.get_mean(state), known
+
+    return advance
+
+
+if __name__ == "__main__":
+    print_summary(run(Side(**json.loads(sys.argv[1]))))
