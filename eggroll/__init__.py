@@ -7,6 +7,7 @@ from eggroll.plan import Plan
 from eggroll.rules import Dense, Frozen, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.strategy import ESState, EvolutionStrategy
+from eggroll.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "group_relative",
     "pair_sign",
     "paper_learning_rate",
+    "train",
     "z_score",
 ]

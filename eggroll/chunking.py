@@ -1,6 +1,7 @@
 """How many pairs fit a byte budget, read from the compiler's own account of temporary memory."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,20 +10,20 @@ import jax
 from eggroll.population import PopulationLayout
 
 
-def pairs_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int) -> int | None:
+def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int) -> PopulationLayout:
     """Choose how many pairs to evaluate at a time.
 
     The evaluation is compiled for two small populations; what it needs grows linearly in the pairs.
 
     Args:
-        evaluate: `evaluate(state, batch, layout)`, the evaluation of a population.
+        evaluate: `evaluate(state, batch, layout=layout)`, the evaluation of a population.
         state: `ESState`; only shapes are used.
         batch: as for `step`.
         layout: the whole population, unchunked.
         budget: bytes of temporary memory.
 
     Returns:
-        Pairs per chunk, None when the whole population fits.
+        The layout, in chunks unless the whole population fits.
 
     Raises:
         ValueError: not even one pair fits.
@@ -34,14 +35,14 @@ def pairs_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popul
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)._replace(member_state=per_member)
         axis = {None: None, 1: 2 * pairs}.get(layout.members_per_batch)
         small_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((axis, *x.shape[1:]) if axis else x.shape, x.dtype), batch)
-        compiled = jax.jit(evaluate, static_argnums=2).lower(shapes, small_batch, small).compile()
+        compiled = jax.jit(functools.partial(evaluate, layout=small)).lower(shapes, small_batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    sizes = (min(8, layout.num_pairs), min(16, layout.num_pairs))
+    sizes = (8, 16) if layout.num_pairs >= 16 else (1, 2)
     needs = [temporary_bytes(size) for size in sizes]
     per_pair = max(1.0, (needs[1] - needs[0]) / max(1, sizes[1] - sizes[0]))
     fixed = max(0.0, needs[0] - per_pair * sizes[0])
     fitting = int((budget - fixed) // per_pair)
     if fitting < 1:
         raise ValueError(f"memory_budget of {budget} bytes is too small: one pair needs about {int(fixed + per_pair)} bytes.")
-    return None if fitting >= layout.num_pairs else fitting
+    return layout if fitting >= layout.num_pairs else dataclasses.replace(layout, chunk_pairs=fitting)

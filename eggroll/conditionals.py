@@ -13,25 +13,23 @@ import jax.extend.core as jexc
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from eggroll.perturbed import PerturbedArray, interpret_with_rules, register
+from eggroll.perturbed import PerturbedArray, interpret_with_rules, is_perturbed, plain, register
 
 
 @register(jax.lax.cond_p, precedence=1)
 def _cond(index: ArrayLike, *operands: PerturbedArray | ArrayLike, branches, **params):
+    if not any(map(is_perturbed, operands)) or params.get("branches_platforms"):
+        return PerturbedArray.default(jax.lax.cond_p, [index, *operands], {"branches": branches, **params})
     leaves, tree = jax.tree.flatten(operands)
-    out_trees = []
 
     def flat_branch(branch):
         def run(*leaves):
             outputs = interpret_with_rules(jexc.jaxpr_as_fun(branch))(*jax.tree.unflatten(tree, leaves))
-            out_leaves, out_tree = jax.tree.flatten(outputs)
-            out_trees.append(out_tree)
-            return out_leaves
+            return [plain(output, "the result of a conditional") for output in outputs]
 
         return run
 
-    out_leaves = _switch([flat_branch(branch) for branch in branches])(index, *leaves)
-    return jax.tree.unflatten(out_trees[0], out_leaves)
+    return _switch([flat_branch(branch) for branch in branches])(index, *leaves)
 
 
 def _switch(branches: Sequence[Callable]) -> Callable:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import noise
-from eggroll.plan import Frozen, LeafPlan, Plan, draw
+from eggroll.plan import LeafPlan, Plan, draw
 from eggroll.population import from_matrix
 from kernels.lowrank_update.reference import lowrank_update
 
@@ -46,7 +46,7 @@ def gradient(plan: Plan, coefficients: Array, *, noise_key: Array, noise_generat
 
 
 def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array | float) -> Array:
-    if isinstance(leaf.spec, Frozen):
+    if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
     num_pairs = coefficients.shape[0]
     chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
@@ -63,7 +63,7 @@ def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array
         total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
     if for_all < num_pairs:
         total += _weighted_noise(leaf, key, jnp.arange(for_all, num_pairs, dtype=jnp.int32), coefficients[for_all:])
-    leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier
+    leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
     if leaf.role == "low-rank":
         total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
     return total / (2 * num_pairs * leaf_sigma)

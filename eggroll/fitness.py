@@ -41,7 +41,7 @@ def _checked_parts(result: Any, *, has_aux: bool, has_state: bool) -> tuple:
             "aux, `init(member_state=...)` gives a carried state."
         )
     value = parts[0]
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or len(value.shape) > 1:
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or len(value.shape) > 1 or value.size == 0:
         described = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
         raise ValueError(f"fitness must return a float scalar, or a float vector over prompts or tasks, got {described}.")
     return parts

@@ -24,6 +24,7 @@ _INLINED = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
+_IDENTITY = ("stop_gradient", "name")  # they matter to derivatives only
 _CONTROL_FLOW = ("scan", "while", "cond")
 
 
@@ -70,7 +71,9 @@ def _evaluate(jaxpr: Any, consts: Any, leaves: Any) -> list:
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         name, params = equation.primitive.name, equation.params
-        if name in _INLINED:
+        if name in _IDENTITY:
+            outputs = inputs
+        elif name in _INLINED:
             body = _close(params[_INLINED[name]])
             outputs = _evaluate(body.jaxpr, body.consts, inputs)
         else:

@@ -10,7 +10,7 @@ import jax
 
 from eggroll import conditionals, products, views  # noqa: F401  (registers the rules)
 from eggroll.forward_only import forward_only
-from eggroll.perturbed import PerturbedArray, Use, interpret_with_rules, is_perturbed
+from eggroll.perturbed import interpret_with_rules, is_perturbed, plain
 
 
 def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
@@ -30,17 +30,8 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
     shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
     flat, out_tree = forward_only(function, shapes, *args)
     outputs = interpret_with_rules(flat)(*jax.tree.leaves((params, *args), is_leaf=is_perturbed))
-    return jax.tree.unflatten(out_tree, [_plain_output(output) for output in outputs])
+    return jax.tree.unflatten(out_tree, [plain(output, "its result") for output in outputs])
 
 
 def _plain_shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_perturbed(leaf) else leaf
-
-
-def _plain_output(output: Any) -> Any:
-    if not isinstance(output, PerturbedArray):
-        return output
-    if not output.observed:
-        raise output.unsupported("its result")
-    output.record(Use(unsupported="returned by the function as it is"))
-    return output.base

@@ -1,34 +1,10 @@
 """`Population`: the members of one generation as addresses, for fitness that is computed outside JAX (ask and tell)."""
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from jax import Array
-
-
-class Apply(Protocol):
-    """`apply(function, batch) -> outputs`: apply `function(params, batch)` under every member's perturbation.
-
-    Args:
-        function: any JAX function; pass the same object every generation, it is compiled once per object.
-        batch: pytree, shared by the members or not as the strategy's `members_per_batch` says.
-
-    Returns:
-        The results with a leading axis of N.
-
-    Raises:
-        ValueError: the batch lacks its leading axis, or the function uses a parameter against the plan.
-    """
-
-    def __call__(self, function: Any, batch: Any = None) -> Any:
-        """See the class."""
-
-
-class Member(Protocol):
-    """`member(index) -> params`: build the parameters of one member, index in [0, N); vmap it for a whole population."""
-
-    def __call__(self, index: Array | int) -> Any:
-        """See the class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,5 +13,36 @@ class Population:
 
     size: int  # N
     _: dataclasses.KW_ONLY
-    apply: Apply
-    member: Member
+    _apply: Callable
+    _member: Callable
+
+    def apply(self, function: Callable, batch: Any = None) -> Any:
+        """Apply `function(params, batch)` under every member's perturbation.
+
+        Args:
+            function: any JAX function; pass the same object every generation, it is compiled once per object.
+            batch: pytree, shared by the members or not as the strategy's `members_per_batch` says.
+
+        Returns:
+            The results with a leading axis of N.
+
+        Raises:
+            ValueError: the batch lacks its leading axis, or the function uses a parameter against the plan.
+        """
+        return self._apply(function, batch)
+
+    def member(self, index: Array | int) -> Any:
+        """Build the parameters of one member; vmap it for a materialised population.
+
+        Args:
+            index: in [0, N); 2 p is pair p with sign +1, 2 p + 1 with sign -1.
+
+        Returns:
+            A pytree like the parameters.
+
+        Raises:
+            ValueError: no plan yet, or a known index outside the population.
+        """
+        if isinstance(index, int) and not 0 <= index < self.size:
+            raise ValueError(f"index must be in [0, {self.size}), got {index}.")
+        return self._member(index)

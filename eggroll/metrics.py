@@ -17,7 +17,7 @@ class Metrics(NamedTuple):
     best_fitness: Array  # float32 []
     std_fitness: Array  # float32 []
     invalid: Array  # int32 [], members whose fitness was not finite
-    skipped: Array  # bool [], True when every member was invalid and nothing changed
+    skipped: Array  # bool [], nothing changed: every member was invalid, or the gradient not finite
     gradient_norm: Array  # float32 []
     sigma: Array  # float32 []
     fitness: Array  # float32 [N] or [N, K], raw
@@ -27,7 +27,9 @@ class Metrics(NamedTuple):
 def summarise(generation: Array, fitness: Array, *, sigma: Array, gradient: Any, aux: Any) -> Metrics:
     """Report a generation from its raw fitness [N] or [N, K] and the ascent gradient."""
     valid = valid_members(fitness)
-    scores = fitness.reshape(fitness.shape[0], -1).mean(axis=1)
+    columns = fitness.reshape(fitness.shape[0], -1)
+    finite = jnp.isfinite(columns)
+    scores = jnp.where(finite, columns, 0.0).sum(axis=1) / jnp.maximum(finite.sum(axis=1), 1).astype(jnp.float32)
     count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
     mean = jnp.where(valid, scores, 0.0).sum() / count
     variance = jnp.where(valid, (scores - mean) ** 2, 0.0).sum() / count
@@ -39,7 +41,7 @@ def summarise(generation: Array, fitness: Array, *, sigma: Array, gradient: Any,
         best_fitness=jnp.where(valid.any(), jnp.where(valid, scores, -jnp.inf).max(), nothing),
         std_fitness=jnp.sqrt(variance),
         invalid=(~valid).sum(),
-        skipped=~valid.any(),
+        skipped=~(valid.any() & jnp.isfinite(squares)),
         gradient_norm=jnp.sqrt(squares),
         sigma=sigma,
         fitness=fitness,
@@ -48,8 +50,17 @@ def summarise(generation: Array, fitness: Array, *, sigma: Array, gradient: Any,
 
 
 def valid_members(fitness: Array) -> Array:
-    """Bool [N]: members whose fitness [N] or [N, K] is finite."""
-    return jnp.isfinite(fitness).reshape(fitness.shape[0], -1).all(axis=1)
+    """Members with a finite fitness [N], or a finite entry of [N, K]: bool [N]."""
+    return jnp.isfinite(fitness).reshape(fitness.shape[0], -1).any(axis=1)
+
+
+def of_valid(valid: Array, new: Any, old: Any) -> Any:
+    """The new member state [P, 2, ...] where the member is valid, the old one where it is not."""
+
+    def choose(new, old):
+        return jnp.where(valid.reshape(*new.shape[:2], *[1] * (new.ndim - 2)), new, old)
+
+    return jax.tree.map(choose, new, old)
 
 
 def reduce_aux(reductions: Any, aux: Any, valid: Array) -> Any:

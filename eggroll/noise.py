@@ -43,6 +43,12 @@ def check_key(key: Array, *, name: str = "key") -> None:
         raise TypeError(f"{name} must use the threefry2x32 implementation, got {key.dtype}.")
 
 
+def stream_key(key: Array, stream: int) -> Array:
+    """Derive a typed key for draws other than perturbations; streams 1, 2, ... are disjoint from every noise address."""
+    data = _threefry([(jax.random.key_data(key), jnp.uint32(stream), 0)])[0]
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+
 def leaf_keys(key: Array, generation: Array | int, paths: Sequence[str]) -> list[Array]:
     """Derive the key of every parameter in one generation.
 

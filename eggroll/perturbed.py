@@ -60,6 +60,7 @@ class Layout:
     rows: frozenset[int] = frozenset()
     columns: frozenset[int] = frozenset()
     rank: int = 0
+    indexed: frozenset[int] = frozenset()  # source axes that a probe was indexed along: they must be stacked
     observer: Observer | None = None
 
     def owns(self, component: str, tag: Tag) -> bool:
@@ -108,12 +109,9 @@ class PerturbedArray(quax.ArrayValue):
         assert self.layout.observer is not None
         self.layout.observer.record(self.layout.path, use)
 
-    def unsupported(self, where: str) -> ValueError:
+    def unsupported(self, where: str) -> "UnsupportedUse":
         """The error for a use without a rule."""
-        return ValueError(
-            f"Parameter '{self.layout.path}' is planned as low-rank but the function uses it in {where}, which has no "
-            f"low-rank rule; put the rule ('{self.layout.path}', eggroll.Dense()) first in `perturbation`."
-        )
+        return UnsupportedUse(self.layout.path, where)
 
     def unpacked(self) -> "PerturbedArray":
         """The same value with its packed signs, if any, unpacked into factors."""
@@ -156,6 +154,27 @@ class PerturbedArray(quax.ArrayValue):
                 value = value.base
             plain.append(value)
         return primitive.bind(*plain, **params)
+
+
+def plain(output: Any, where: str) -> Any:
+    """An output as a plain array: a probe records that it was returned, a perturbed parameter is refused."""
+    if not isinstance(output, PerturbedArray):
+        return output
+    if not output.observed:
+        raise output.unsupported(where)
+    output.record(Use(unsupported=f"returned as {where}"))
+    return output.base
+
+
+class UnsupportedUse(ValueError):
+    """A parameter planned as low-rank is used in a way that has no rule."""
+
+    def __init__(self, path: str, where: str):
+        self.path, self.where = path, where
+        super().__init__(
+            f"Parameter '{path}' is planned as low-rank but the function uses it in {where}, which has no low-rank rule; "
+            f"put the rule ('{path}', eggroll.Dense()) first in `perturbation`."
+        )
 
 
 def is_perturbed(leaf: Any) -> bool:

@@ -6,8 +6,8 @@ other leaf gets dense noise, and the plan says why. Rules on the parameter paths
 """
 
 import dataclasses
+import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax import Array
 
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
-from eggroll.perturbed import Observer, Use, probe
+from eggroll.perturbed import Observer, UnsupportedUse, Use, perturb, probe
 from eggroll.rules import Dense, Frozen, LowRank, Perturbation, Spec, check_params, match_rules, paths
 
 
@@ -42,21 +42,21 @@ class LeafPlan:
     @property
     def values(self) -> int:
         """Random values per address: r (m + n) of a low-rank layer, the size of a dense leaf, 0 when frozen."""
-        if isinstance(self.spec, Frozen):
+        if self.role == "frozen":
             return 0
-        if isinstance(self.spec, Dense) or self.role == "dense":
+        if self.role == "dense":
             return math.prod(self.shape)
         return self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
 
     @property
     def words(self) -> int:
         """Random words per address."""
-        return 0 if isinstance(self.spec, Frozen) else noise.words_needed(self.values, self.spec.distribution)
+        return 0 if self.role == "frozen" else noise.words_needed(self.values, self.spec.distribution)
 
     @property
     def noise_bytes(self) -> int:
         """Bytes of noise one member holds for this leaf: packed signs, or values."""
-        packed = self.role == "low-rank" and not isinstance(self.spec, Frozen) and self.spec.distribution == "rademacher"
+        packed = self.role == "low-rank" and self.spec.distribution == "rademacher"
         per_layer = 4 * self.words if packed else self.values * self.dtype.itemsize
         return math.prod(self.sizes(self.stack)) * per_layer
 
@@ -69,9 +69,8 @@ class LeafPlan:
         Returns:
             `noise.Factors` [*stack, r, m], [*stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
         """
-        assert not isinstance(self.spec, Frozen)
         distribution = self.spec.distribution
-        if isinstance(self.spec, Dense) or self.role == "dense":
+        if self.role == "dense":
             return noise.decode(words, self.values, distribution=distribution, dtype=self.dtype).reshape(self.shape)
         m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
         return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.dtype)
@@ -110,10 +109,12 @@ class Plan:
         return "\n".join([*lines, f"noise per member: {total:,} bytes"])
 
     def check(self, params: Any) -> None:
-        """Raise ValueError unless `params` has the shapes this plan was made for."""
+        """Raise ValueError unless `params` has the shapes and dtypes this plan was made for."""
         leaves, tree = jax.tree.flatten(params)
-        if tree != self.tree or any(leaf.shape != p.shape for leaf, p in zip(leaves, self.leaves, strict=True)):
-            raise ValueError("params differ in structure or shape from the parameters this strategy was planned for.")
+        if tree != self.tree or any(
+            (leaf.shape, leaf.dtype) != (p.shape, p.dtype) for leaf, p in zip(leaves, self.leaves, strict=True)
+        ):
+            raise ValueError("params differ in structure, shape or dtype from the parameters this strategy was planned for.")
 
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
@@ -136,16 +137,47 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     Raises:
         ValueError: an unused rule, a leaf without a rule, a leaf that cannot be perturbed, no perturbed leaf at all.
     """
-    check_params(params)
+    check_params(params, perturbation)
     leaf_paths, leaves = paths(params), jax.tree.leaves(params)
     specs = match_rules(perturbation, leaf_paths)
     uses = read_uses(function, params, *args)
-    planned = tuple(
+    planned = [
         _plan_leaf(path, leaf, spec, uses.get(path, [])) for path, leaf, spec in zip(leaf_paths, leaves, specs, strict=True)
-    )
+    ]
     if all(leaf.role == "frozen" for leaf in planned):
-        raise ValueError("perturbation freezes every parameter; at least one must be perturbed.")
-    return Plan(planned, jax.tree.structure(params))
+        raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
+    return Plan(tuple(_rehearsed(function, planned, params, args)), jax.tree.structure(params))
+
+
+def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
+    """Trace the function once with the planned lazy values; a leaf whose use turns out to have no rule gets dense noise."""
+
+    def perturbed(planned, params, *args):
+        leaves, tree = jax.tree.flatten(params)
+        lazy = [_placeholder(own, leaf) for own, leaf in zip(planned, leaves, strict=True)]
+        return apply_perturbed(function, jax.tree.unflatten(tree, lazy), *args)
+
+    while True:
+        try:
+            jax.eval_shape(functools.partial(perturbed, planned), params, *args)
+            return planned
+        except UnsupportedUse as error:
+            reason = f"used in {error.where}, which has no low-rank rule"
+            planned = [_as_dense(leaf, reason) if leaf.path == error.path else leaf for leaf in planned]
+
+
+def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
+    return dataclasses.replace(leaf, role="dense", reason=reason, stack=(), rows=(), columns=())
+
+
+def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
+    if planned.role != "low-rank":
+        return leaf
+    stack = planned.sizes(planned.stack)
+    factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
+    assert isinstance(factors, noise.Factors)
+    options: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
+    return perturb(leaf, factors, scale=jnp.zeros(stack), **options)
 
 
 def read_uses(function: Callable, params: Any, *args: Any) -> dict[str, list[Use]]:
@@ -163,15 +195,11 @@ def read_uses(function: Callable, params: Any, *args: Any) -> dict[str, list[Use
 
 
 def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
-    dtype = leaf.dtype
-    if not isinstance(spec, Frozen) and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"parameter '{path}' has dtype {dtype}, which no floating perturbation fits; put the rule "
-            f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
-        )
-    planned = LeafPlan(path, tuple(leaf.shape), jnp.dtype(dtype) if not isinstance(spec, Frozen) else dtype, "dense", spec, "")
+    planned = LeafPlan(path, tuple(leaf.shape), leaf.dtype, "dense", spec, "")
     if isinstance(spec, Frozen):
         return dataclasses.replace(planned, role="frozen", reason="by rule")
+    if not uses:
+        return dataclasses.replace(planned, role="frozen", reason="not used by the function")
     if isinstance(spec, Dense):
         return dataclasses.replace(planned, reason="by rule")
     stack, rows, columns, reason = _split(leaf.shape, uses)
@@ -188,8 +216,6 @@ def _axes(axes: Sequence[int]) -> str:
 
 def _split(shape: Sequence[int], uses: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
     """Return (stack, rows, columns, reason for dense noise or "")."""
-    if not uses:
-        return (), (), (), "not used by the function"
     unsupported = [use.unsupported for use in uses if use.unsupported]
     if unsupported:
         return (), (), (), unsupported[0]

@@ -7,6 +7,8 @@ Noise is drawn once per pair; `vmap` runs over the two signs inside and over pai
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from jax import Array
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
-from eggroll.plan import Frozen, LeafPlan, Plan, draw
+from eggroll.plan import LeafPlan, Plan, draw
 
 SIGNS = (1.0, -1.0)
 
@@ -44,14 +46,18 @@ class PopulationLayout:
         Raises:
             ValueError: a count is odd, too small, or does not divide the population.
         """
-        if not isinstance(population_size, int) or population_size < 2 or population_size % 2:
+        if not _is_even(population_size):
             raise ValueError(f"population_size must be an even integer >= 2 (antithetic pairs), got {population_size!r}.")
         g = members_per_batch
-        if g is not None and not (isinstance(g, int) and g >= 1 and (g == 1 or g % 2 == 0) and population_size % g == 0):
+        if g is not None and not (
+            isinstance(g, numbers.Integral) and g >= 1 and (g == 1 or g % 2 == 0) and population_size % g == 0
+        ):
             raise ValueError(
                 f"members_per_batch must be None, 1 or even and divide population_size {population_size}, got {g!r}."
             )
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 2 and chunk_size % 2 == 0):
+        if chunk_size is not None and not (
+            isinstance(chunk_size, numbers.Integral) and chunk_size >= 2 and chunk_size % 2 == 0
+        ):
             raise ValueError(f"chunk_size must be an even integer >= 2 or None, got {chunk_size!r}.")
         return cls(population_size // 2, members_per_batch, None if chunk_size is None else chunk_size // 2)
 
@@ -72,10 +78,15 @@ class PopulationLayout:
                     f"members_per_batch {self.members_per_batch}), got shape {jnp.shape(leaf)}."
                 )
 
-    def one_member(self, tree: Any) -> Any:
-        """Abstract shapes of one member's share of a batch."""
+    def one_member(self, batch: Any) -> Any:
+        """Abstract shapes of one member's share of a batch of arrays, scalars or shapes."""
+        shapes = jax.eval_shape(lambda x: x, batch)
         drop = 0 if self.members_per_batch is None else 1
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[drop:], jnp.asarray(x).dtype), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[drop:], x.dtype), shapes)
+
+
+def _is_even(count: Any) -> bool:
+    return isinstance(count, numbers.Integral) and int(count) >= 2 and int(count) % 2 == 0
 
 
 def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True) -> Any:
@@ -100,29 +111,31 @@ def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array
 
 
 def _perturbed_leaf(planned: LeafPlan, leaf: Array, drawn: Any, amplitude: Array, lazy: bool) -> Any:
-    if isinstance(planned.spec, Frozen):
+    if planned.role == "frozen":
         return leaf
-    amplitude = (amplitude * planned.spec.sigma_multiplier).astype(leaf.dtype)
+    amplitude = amplitude * planned.spec.sigma_multiplier  # type: ignore[union-attr]
     if planned.role == "dense":
         return _dense_sum(leaf, drawn, amplitude)
-    scale = amplitude / jnp.sqrt(jnp.asarray(planned.spec.rank, leaf.dtype))  # type: ignore[union-attr]
+    scale = amplitude / math.sqrt(planned.spec.rank)  # type: ignore[union-attr]
     if not lazy:
-        return leaf + scale * low_rank_noise(planned, drawn)
+        return leaf + (scale * low_rank_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
     scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
     return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array) -> Array:
-    """Leaf + amplitude * drawn.
+    """Leaf + amplitude * drawn, added in float32 and rounded to the leaf's dtype.
 
     For vectors on CPU it is written as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain
     sum, and the decoding of the noise with it, would be fused into every use and repeated for every input of the member
     (normal noise: forward 64 ms instead of 36 ms in the `mlp8` benchmark, experiments/LOG.md).
     """
+    wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
     if leaf.ndim != 1 or jax.default_backend() != "cpu":
-        return leaf + amplitude * drawn
+        return (wide + amplitude * drawn).astype(leaf.dtype)
     weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
-    return jnp.einsum("k,kn->n", weights, jnp.stack([leaf, drawn]), precision=jax.lax.Precision.HIGHEST)
+    total = jnp.einsum("k,kn->n", weights, jnp.stack([wide, drawn]), precision=jax.lax.Precision.HIGHEST)
+    return total.astype(leaf.dtype)
 
 
 def low_rank_noise(planned: LeafPlan, drawn: noise.Factors) -> Array:

@@ -56,11 +56,14 @@ def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str
     """
     leaves, tree = jax.tree.flatten(params)
     wide = jax.tree.leaves(float32_params(params, masters))
-    added = [w + u.astype(w.dtype) for w, u in zip(wide, jax.tree.leaves(updates), strict=True)]
+    added = [
+        w + u.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w  # frozen integers and keys stay
+        for w, u in zip(wide, jax.tree.leaves(updates), strict=True)
+    ]
     new_leaves = [
         stochastic_round(new, leaf.dtype, key=jax.random.fold_in(key, i))
         if precision == "stochastic" and is_low(leaf)
-        else new.astype(leaf.dtype)
+        else (new.astype(leaf.dtype) if is_low(leaf) else new)
         for i, (new, leaf) in enumerate(zip(added, leaves, strict=True))
     ]
     new_masters = tuple(None if m is None else new for m, new in zip(masters, added, strict=True))

@@ -5,6 +5,7 @@
 On a probe the same rules record which axes the function contracts (`perturbed.Use`).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -22,10 +23,14 @@ def _observe(value: PerturbedArray, contracted: Sequence[int], batched: Sequence
     def sources(axes):
         return frozenset(source for axis in axes for source in value.tags[axis])
 
-    free = sources(axis for axis in range(value.base.ndim) if axis not in {*contracted, *batched})
-    dropped = frozenset(range(value.layout.ndim)) - sources(range(value.base.ndim))
-    use = Use(sources(contracted), free, sources(batched) | dropped)
-    if use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
+    ndim, layout = value.base.ndim, value.layout
+    free = sources(axis for axis in range(ndim) if axis not in {*contracted, *batched}) - layout.indexed
+    dropped = frozenset(range(layout.ndim)) - sources(range(ndim))
+    use = Use(sources(contracted), free, sources(batched) | dropped | layout.indexed)
+    scanned = layout.tags[: len(layout.tags) - ndim]
+    inserted = any(not value.tags[axis] for axis in (*contracted, *batched)) or any(not tag for tag in scanned)
+    split = any(frozenset(tag) & sources(range(ndim)) for tag in scanned)
+    if inserted or split or use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
         use = use._replace(unsupported="one of its axes is split between roles")
     value.record(use)
 
@@ -106,9 +111,14 @@ def _gathered_rows(value: PerturbedArray, chosen: Array, axis: int, out_axes: li
     """The perturbation of the chosen rows; `out_axes` labels kept axes by position, index axes from 2 on."""
     first, second = _sides(value, [axis], "a lookup along a stacked axis of a vector")
     rows = jnp.take(getattr(value, first), chosen, axis=0, mode="clip") * value.scale.astype(value.base.dtype)
+    rows *= _in_range(chosen, value.base.shape[axis])[..., None].astype(rows.dtype)  # a fill value is not perturbed
     rank_label = 2 + chosen.ndim
     row_axes = [*range(2, rank_label), rank_label]
     return jnp.einsum(rows, row_axes, getattr(value, second), [1 - axis, rank_label], out_axes)
+
+
+def _in_range(chosen: Array, size: int) -> Array:
+    return (chosen >= 0) & (chosen < size)
 
 
 def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array, out_axes: list[int]) -> PerturbedArray:
@@ -124,10 +134,15 @@ def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array,
         at = own.index(axis)
         labels = [*own[:at], *range(ndim, ndim + chosen.ndim), *own[at + 1 :]]
         taken = jnp.take(array, chosen, axis=at, mode="clip")
+        if component == "scale":
+            inside = _in_range(chosen, value.base.shape[axis]).astype(array.dtype)
+            taken *= inside.reshape((1,) * at + inside.shape + (1,) * (array.ndim - 1 - at))
         order = [labels.index(label) for label in out_axes if label in labels]
         return jnp.transpose(taken, order + list(range(len(labels), taken.ndim)))
 
-    return view(value, [value.tags[axis] if label >= ndim else value.tags[label] for label in out_axes], operation)
+    gathered = view(value, [value.tags[axis] if label >= ndim else value.tags[label] for label in out_axes], operation)
+    indexed = value.layout.indexed.union(value.tags[axis]) if value.observed else frozenset()
+    return dataclasses.replace(gathered, layout=dataclasses.replace(gathered.layout, indexed=indexed))
 
 
 @register(jax.lax.conv_general_dilated_p)

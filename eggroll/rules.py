@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from eggroll import noise
 
@@ -51,16 +52,24 @@ def paths(params: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
 
 
-def check_params(params: Any) -> None:
-    """Raise TypeError or ValueError unless every leaf is an array and there is one at least."""
-    leaves = jax.tree.leaves(params)
+def check_params(params: Any, perturbation: Perturbation) -> None:
+    """Raise TypeError or ValueError unless there are leaves, all arrays with paths of their own, floating where not frozen."""
+    leaves, leaf_paths = jax.tree.leaves(params), paths(params)
     if not leaves:
         raise ValueError("params has no array leaves; expected a pytree of parameters such as model.init(...).")
-    for path, leaf in zip(paths(params), leaves, strict=True):
+    for path, leaf in zip(leaf_paths, leaves, strict=True):
+        if leaf_paths.count(path) > 1:
+            raise ValueError(f"two parameters have the path '{path}'; rename a key that contains '/'.")
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
                 f"params leaf '{path}' is a {type(leaf).__name__}, expected an array; split arrays from the rest first "
                 "(nnx.split, equinox.partition)."
+            )
+    for path, leaf, spec in zip(leaf_paths, leaves, match_rules(perturbation, leaf_paths), strict=True):
+        if not isinstance(spec, Frozen) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"parameter '{path}' has dtype {leaf.dtype}, which no floating perturbation fits; put the rule "
+                f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
             )
 
 

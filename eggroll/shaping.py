@@ -53,6 +53,8 @@ def _column_ranks(column: Array) -> Array:
 def z_score(fitness: Array) -> Array:
     """Shape [N] or [N, K] fitness to zero mean and unit population standard deviation."""
     fitness = worst_for_nonfinite(fitness)
+    size = jnp.abs(fitness).max(axis=0)
+    fitness = fitness / jnp.where(size > 0, size, 1.0)  # no overflow of the square when one member diverged
     return (fitness - fitness.mean(axis=0)) / (fitness.std(axis=0) + 1e-8)
 
 
@@ -99,3 +101,17 @@ SHAPINGS: dict[str, Shaping] = {
     "group_relative": group_relative,
     "pair_sign": pair_sign,
 }
+
+
+def shaped_fitness(shaping: str | Shaping, fitness: Array) -> Array:
+    """Shape raw fitness [N] or [N, K] by name or by a user's function, which sees worst values instead of NaN.
+
+    Raises:
+        ValueError: the user's function does not return [N].
+    """
+    if isinstance(shaping, str):
+        return SHAPINGS[shaping](fitness)
+    shaped = shaping(worst_for_nonfinite(fitness.reshape(fitness.shape[0], -1)).reshape(fitness.shape))
+    if shaped.shape != fitness.shape[:1]:
+        raise ValueError(f"shaping must return shape ({fitness.shape[0]},), got {shaped.shape} for fitness {fitness.shape}.")
+    return shaped.astype(jnp.float32)

@@ -6,24 +6,27 @@
 """
 
 import dataclasses
+import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from eggroll import estimator, noise
-from eggroll.chunking import pairs_in_budget
+from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
 from eggroll.members import Population
-from eggroll.metrics import REDUCTIONS, Metrics, reduce_aux, summarise, valid_members
+from eggroll.metrics import REDUCTIONS, Metrics, of_valid, reduce_aux, summarise, valid_members
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout, draw_pair, evaluate, member_params
 from eggroll.precision import PRECISIONS, Masters, apply_updates, float32_params, init_masters
 from eggroll.rules import LowRank, Perturbation, check_params, check_perturbation, trainable
-from eggroll.shaping import SHAPINGS, Shaping
+from eggroll.shaping import SHAPINGS, Shaping, shaped_fitness
 
 
 class ESState(NamedTuple):
@@ -47,7 +50,8 @@ class EvolutionStrategy:
             [K] over prompts or tasks, and `(fitness, aux)` when `aux` names a reduction. With a `member_state` given to
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
-        sigma: standard deviation of one entry of the perturbation, > 0, or a schedule from generation to it.
+        sigma: standard deviation of one entry of the perturbation, > 0, or a schedule from generation to it; a number may be
+            changed between generations by `state._replace(sigma=...)`, a schedule takes its place.
         optimizer: any optax transformation; it gets the negative of the ascent gradient, and the parameters.
         perturbation: `LowRank`, `Dense` or `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
@@ -83,13 +87,15 @@ class EvolutionStrategy:
         if self.fitness is not None and not callable(self.fitness):
             raise TypeError(f"fitness must be a function or None, got {type(self.fitness).__name__}.")
         _ = self.layout  # checks population_size, members_per_batch and chunk_size
-        if not callable(self.sigma) and not (isinstance(self.sigma, int | float) and 0 < self.sigma < float("inf")):
+        if not callable(self.sigma) and not (
+            isinstance(self.sigma, int | float | np.floating) and 0 < self.sigma < float("inf")
+        ):
             raise ValueError(f"sigma must be a finite number > 0 or a schedule, got {self.sigma!r}.")
         if not hasattr(self.optimizer, "update"):
             raise TypeError(f"optimizer must be an optax transformation, got {type(self.optimizer).__name__}.")
-        if isinstance(self.shaping, str) and self.shaping not in SHAPINGS:
+        if self.shaping not in SHAPINGS if isinstance(self.shaping, str) else not callable(self.shaping):
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)} or a function, got {self.shaping!r}.")
-        if not isinstance(self.noise_reuse, int) or self.noise_reuse < 1:
+        if not isinstance(self.noise_reuse, numbers.Integral) or self.noise_reuse < 1:
             raise ValueError(f"noise_reuse must be an integer >= 1, got {self.noise_reuse!r}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
@@ -118,7 +124,7 @@ class EvolutionStrategy:
             TypeError, ValueError: no array leaves, a leaf that is not an array or cannot be perturbed, a wrong key.
         """
         noise.check_key(key)
-        check_params(params)
+        check_params(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
         masters = init_masters(params, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
@@ -144,6 +150,8 @@ class EvolutionStrategy:
         Returns:
             The `Plan`; `print(plan.table())` shows it.
         """
+        if not isinstance(state, ESState):
+            raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
         if "plan" not in self._cache:
             self.layout.check_batch(batch)
             one_batch = self.layout.one_member(batch)
@@ -164,16 +172,17 @@ class EvolutionStrategy:
         """
         self.layout.check_batch(batch)
         self.plan(state, batch)
-        if "layout" not in self._cache:
-            self._cache["layout"] = self._budgeted_layout(state, batch)
+        if self.memory_budget is not None and self.chunk_size is None and "layout" not in self._cache:
+            run = functools.partial(self.evaluate, self._fitness())
+            self._cache["layout"] = layout_in_budget(run, state, batch, layout=self.layout, budget=self.memory_budget)
         return self._jitted("step", self._step)(state, batch)
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
         return Population(
             self.population_size,
-            apply=lambda function, batch=None: self._apply(state, function, batch),
-            member=lambda index: self._member(state, index),
+            _apply=functools.partial(self._apply, state),
+            _member=functools.partial(self._member, state),
         )
 
     def tell(self, state: ESState, fitness: Any) -> tuple[ESState, Metrics]:
@@ -206,19 +215,19 @@ class EvolutionStrategy:
         return self._cache["plan"]
 
     def _step(self, state: ESState, batch: Any) -> tuple[ESState, Metrics]:
-        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache["layout"])
+        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache.get("layout", self.layout))
         fitness = fitness.reshape(self.population_size, *fitness.shape[2:])
         return self._update(state, fitness, aux, member_state)
 
     def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout) -> Any:
         """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
-        noise_key, evaluation_key, _ = jax.random.split(state.key, 3)
+        evaluation_key = noise.stream_key(state.key, 1)
         return evaluate(
             function,
             self._cache["plan"],
             state.params,
             layout=layout,
-            noise_key=noise_key,
+            noise_key=state.key,
             noise_generation=state.generation // self.noise_reuse,
             sigma=self._sigma(state),
             evaluation_key=jax.random.fold_in(evaluation_key, state.generation),
@@ -237,35 +246,35 @@ class EvolutionStrategy:
         return self._jitted(("apply", function), run)(state, batch)
 
     def _member(self, state: ESState, index: Array | int) -> Any:
-        plan, (noise_key, _, _) = self._known_plan("member"), jax.random.split(state.key, 3)
+        plan = self._known_plan("member")
         pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
-        drawn = draw_pair(plan, noise_key, state.generation // self.noise_reuse, pair)
+        drawn = draw_pair(plan, state.key, state.generation // self.noise_reuse, pair)
         sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
         return member_params(plan, state.params, drawn, sign=sign, sigma=self._sigma(state), lazy=False)
 
     def _update(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[ESState, Metrics]:
-        noise_key, _, rounding_key = jax.random.split(state.key, 3)
         sigma = self._sigma(state)
-        shape = SHAPINGS[self.shaping] if isinstance(self.shaping, str) else self.shaping
         ascent = estimator.gradient(
             self._cache["plan"],
-            estimator.pair_coefficients(shape(fitness).astype(jnp.float32)),
-            noise_key=noise_key,
+            estimator.pair_coefficients(shaped_fitness(self.shaping, fitness)),
+            noise_key=state.key,
             noise_generation=state.generation // self.noise_reuse,
             sigma=sigma,
         )
         wide = float32_params(state.params, state.masters)
         descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
         updates, opt_state = self._optimizer(state.params).update(descent, state.opt_state, wide)
-        rounding_key = jax.random.fold_in(rounding_key, state.generation)
+        rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
         params, masters = apply_updates(state.params, state.masters, updates, precision=self.precision, key=rounding_key)
         valid = valid_members(fitness)
+        reduced = reduce_aux(self.aux, aux, valid)
+        metrics = summarise(state.generation, fitness, sigma=sigma, gradient=ascent, aux=reduced)
+        member_state = of_valid(valid, member_state, state.member_state)
         changed = state._replace(params=params, opt_state=opt_state, masters=masters, member_state=member_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(valid.any(), new, old), changed, state)
+        kept = jax.tree.map(lambda new, old: jnp.where(metrics.skipped, old, new), changed, state)
         new_state = kept._replace(generation=state.generation + 1)
         new_state = new_state._replace(sigma=self._sigma(new_state))
-        reduced = reduce_aux(self.aux, aux, valid)
-        return new_state, summarise(state.generation, fitness, sigma=sigma, gradient=ascent, aux=reduced)
+        return new_state, metrics
 
     def _sigma(self, state: ESState) -> Array:
         return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma
@@ -287,13 +296,3 @@ class EvolutionStrategy:
         if self.fitness is None:
             raise ValueError("fitness is None; give EvolutionStrategy a fitness function, or use ask and tell.")
         return normalised(self.fitness, has_aux=self.aux is not None)
-
-    def _budgeted_layout(self, state: ESState, batch: Any) -> PopulationLayout:
-        if self.memory_budget is None or self.chunk_size is not None:
-            return self.layout
-
-        def evaluate(state, batch, layout):
-            return self.evaluate(self._fitness(), state, batch, layout=layout)
-
-        pairs = pairs_in_budget(evaluate, state, batch, layout=self.layout, budget=self.memory_budget)
-        return dataclasses.replace(self.layout, chunk_pairs=pairs)

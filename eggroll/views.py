@@ -45,6 +45,46 @@ def _squeeze(value: PerturbedArray, *, dimensions):
     return view(value, [tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
 
 
+@register(jax.lax.mul_p)
+def _times_scalar(value: PerturbedArray, factor: ArrayLike, **params):
+    return _scaled(jax.lax.mul_p, value, factor, [value, factor], params)
+
+
+@register(jax.lax.mul_p)
+def _scalar_times(factor: ArrayLike, value: PerturbedArray, **params):
+    return _scaled(jax.lax.mul_p, value, factor, [factor, value], params)
+
+
+@register(jax.lax.div_p)
+def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params):
+    return _scaled(jax.lax.div_p, value, divisor, [value, divisor], params)
+
+
+def _scaled(primitive, value: PerturbedArray, factor: ArrayLike, operands, params):
+    if jnp.ndim(factor) != 0:
+        return PerturbedArray.default(primitive, operands, params)
+
+    def operation(array, component):
+        if component in ("left", "right"):
+            return array
+        factors = jnp.broadcast_to(jnp.asarray(factor).astype(array.dtype), array.shape)
+        return primitive.bind(array, factors, **params)
+
+    return view(value, value.tags, operation)
+
+
+@register(jax.lax.split_p)
+def _split(value: PerturbedArray, *, sizes, axis):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = []
+    for start, size in zip(starts, sizes, strict=True):
+        limits = list(value.base.shape)
+        begin = [0] * len(limits)
+        begin[axis], limits[axis] = start, start + size
+        parts.append(_slice(value, start_indices=tuple(begin), limit_indices=tuple(limits), strides=None))
+    return parts
+
+
 @register(jax.lax.slice_p)
 def _slice(value: PerturbedArray, *, start_indices, limit_indices, strides):
     steps = [1] * value.base.ndim if strides is None else strides

@@ -156,3 +156,83 @@ def test_out_of_range_lookup_behaves_as_the_model_alone():
     state = es.init(params, key=jax.random.key(0))
     outputs = es.ask(state).apply(lambda p, i: jnp.take(p["table"], i, axis=0), jnp.array([5, 6]))
     assert np.isfinite(outputs[:, 0]).all() and np.isnan(outputs[:, 1]).all()
+
+
+def relative_difference(function, params, batch):
+    es = strategy(eggroll.LowRank(2, "normal"), population_size=4)
+    state = es.init(params, key=jax.random.key(0))
+    es.plan(state, batch, function=function)
+
+    @jax.jit
+    def both(state, batch):
+        population = es.ask(state)
+        return population.apply(function, batch), jax.vmap(lambda i: function(population.member(i), batch))(jnp.arange(4))
+
+    outputs, oracle = both(state, batch)
+    return jnp.abs(outputs - oracle).max() / jnp.abs(oracle).max()
+
+
+def weights(*shape, seed=2):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+TWO = {"a": weights(4, 4), "b": weights(4, 4, seed=3)}
+X = weights(5, 4, seed=4)
+EDGE_CASES = {
+    "cond returns a weight": (lambda p, x: x @ jax.lax.cond(x.sum() > -1e5, lambda: p["a"], lambda: p["a"].T), TWO, X),
+    "cond chooses a weight": (lambda p, x: x @ jax.lax.cond(x.sum() > 0, lambda: p["a"], lambda: p["b"]), TWO, X),
+    "switch over weights": (lambda p, i: X @ jax.lax.switch(i, [lambda: p["a"], lambda: p["b"]]), TWO, jnp.int32(1)),
+    "zero for padding ids": (
+        lambda p, i: jnp.take(p["e"], i, axis=0, mode="fill", fill_value=0.0),
+        {"e": weights(6, 4)},
+        jnp.array([1, 6]),
+    ),
+    "experts with padding": (
+        lambda p, i: jnp.einsum("td,tdn->tn", X[:3], jnp.take(p["e"], i, axis=0, mode="fill", fill_value=0.0)),
+        {"e": weights(3, 4, 4)},
+        jnp.array([0, 5, 2]),
+    ),
+    "top-k experts of one token": (
+        lambda p, i: jnp.einsum("d,kdf->kf", X[0], p["e"][i]),
+        {"e": weights(5, 4, 3)},
+        jnp.array([1, 4]),
+    ),
+    "scan over parts of the rows": (
+        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"].reshape(3, 4, 4))[0],
+        {"w": weights(12, 4)},
+        X,
+    ),
+    "scan over an inserted axis": (lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), x, p["a"][None])[0], TWO, X),
+    "product over an inserted axis": (lambda p, x: jnp.tensordot(x[:, None], p["a"][None], 2), TWO, X),
+    "scaled weight": (lambda p, x: x @ (0.5 * p["a"]) @ (p["b"] / 3.0), TWO, X),
+    "stopped gradient": (lambda p, x: x @ jax.lax.stop_gradient(p["a"]), TWO, X),
+    "fused projections": (lambda p, x: sum(x @ w for w in jnp.split(p["w"], 2, axis=1)), {"w": weights(4, 6)}, X),
+    "normalised weight": (lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"])), TWO, X),
+    "scan with another stacked axis": (
+        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, jnp.moveaxis(p["w"], 1, 0))[0],
+        {"w": weights(4, 3, 4)},
+        X,
+    ),
+    "conditional without parameters": (lambda p, x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x) @ p["a"], TWO, X),
+}
+
+
+@pytest.mark.parametrize("name", EDGE_CASES)
+def test_edge_cases_equal_the_oracle(name):
+    assert relative_difference(*EDGE_CASES[name]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["scaled weight", "stopped gradient", "fused projections", "top-k experts of one token"])
+def test_views_keep_low_rank_noise(name):
+    function, params, batch = EDGE_CASES[name]
+    es = strategy(eggroll.LowRank(1))
+    plan = es.plan(es.init(params, key=jax.random.key(0)), batch, function=function)
+    used = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
+    assert used and all(leaf.role == "low-rank" for leaf in used), plan.table()
+
+
+def test_a_use_that_turns_out_to_have_no_rule_gets_dense_noise():
+    function, params, batch = EDGE_CASES["product over an inserted axis"]
+    es = strategy(eggroll.LowRank(1))
+    leaf = es.plan(es.init(params, key=jax.random.key(0)), batch, function=function).leaves[0]
+    assert leaf.role == "dense" and leaf.reason

@@ -37,7 +37,7 @@ def test_roles_and_reasons():
         "layers/b": "dense",
         "layers/w": "low-rank",
         "odd": "dense",
-        "unused": "dense",
+        "unused": "frozen",
     }
     assert leaves["layers/w"].stack == (0,) and leaves["layers/w"].rows == (1,) and leaves["layers/w"].columns == (2,)
     assert "used twice" in leaves["embed"].reason

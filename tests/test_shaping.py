@@ -72,3 +72,9 @@ def test_all_nan_stays_finite(shaping):
 def test_group_size_must_be_even_and_divide(group_size):
     with pytest.raises(ValueError, match="group_size must be even and divide population_size 8"):
         group_relative(jnp.zeros(8), group_size=group_size)
+
+
+def test_z_score_survives_a_member_that_diverged():
+    shaped = z_score(jnp.array([1.0, 2.0, 3.0, -1e30]))
+    np.testing.assert_allclose(shaped, [0.577, 0.577, 0.577, -1.732], atol=1e-3)
+    assert np.isfinite(z_score(jnp.array([3e38, 3e38, 1.0, 2.0]))).all()

@@ -1,5 +1,6 @@
 """Specification of the low-rank update: G = sum_p d_p A_p^T B_p, one matrix product over K = P r."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,7 +18,7 @@ def lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:
     """
     weights = coefficients.reshape((-1,) + (1,) * (left.ndim - 1))
     left, right = _terms(left.astype(jnp.float32) * weights), _terms(right.astype(jnp.float32))
-    return jnp.einsum("...km,...kn->...mn", left, right, preferred_element_type=jnp.float32)
+    return jnp.einsum("...km,...kn->...mn", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _terms(factor: Array) -> Array:
