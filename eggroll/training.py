@@ -32,7 +32,7 @@ class Record:
     best_fitness: float
     std_fitness: float
     invalid: int  # members whose fitness was not finite
-    skipped: bool  # True when every member was invalid and nothing changed
+    skipped: bool  # nothing changed: every member was invalid, or the gradient not finite
     gradient_norm: float
     sigma: float
     seconds: float  # wall time of the generation, compilation included
@@ -42,7 +42,8 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON without `aux`; NaN and infinities become null."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("aux", "extra")} | self.extra
+        fields = {name: value for name, value in vars(self).items() if name not in ("aux", "extra")}
+        fields |= {name: float(value) for name, value in self.extra.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         return json.dumps(finite, allow_nan=False)
 
@@ -136,7 +137,8 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
     record = history[-1]
     if record.skipped:
         warnings.warn(
-            f"generation {record.generation} was skipped: the fitness of all {population_size} members was not finite.",
+            f"generation {record.generation} was skipped: the fitness of all {population_size} members, "
+            "or the gradient, was not finite.",
             stacklevel=3,
         )
     elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
