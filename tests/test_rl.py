@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import envs
+from eggroll import noise
 from envs import Continuous, MultiDiscrete, PerAgent
 from experiments import rl
 from experiments.baselines.uniform import uniform_action
@@ -86,7 +87,7 @@ def test_statistics_are_gathered_through_the_engine():
     state = es.init(task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
     statistics = envs.ObservationStatistics(jnp.float32(9), jnp.full(4, 0.01), jnp.full(4, 0.1))
     _, metrics = es.step(state, statistics)
-    evaluation_key = jax.random.fold_in(jax.random.split(state.key, 3)[1], 0)
+    evaluation_key = jax.random.fold_in(noise.stream_key(state.key, 1), 0)
 
     @jax.jit
     def play(index):
