@@ -66,6 +66,11 @@ class PopulationLayout:
         """N = 2 P."""
         return 2 * self.num_pairs
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the pairs run in more than one chunk."""
+        return self.chunk_pairs is not None and self.chunk_pairs < self.num_pairs
+
     def check_batch(self, batch: Any) -> None:
         """Raise ValueError unless every leaf of `batch` has the leading axis that `members_per_batch` asks for."""
         if self.members_per_batch is None:
@@ -89,7 +94,9 @@ def _is_even(count: Any) -> bool:
     return isinstance(count, numbers.Integral) and int(count) >= 2 and int(count) % 2 == 0
 
 
-def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True) -> Any:
+def member_params(
+    plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True, in_loop: bool = False
+) -> Any:
     """Parameters of one member: theta + sign sigma E.
 
     Args:
@@ -99,39 +106,38 @@ def member_params(plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array
         sign: +1 or -1.
         sigma: standard deviation.
         lazy: keep low-rank leaves as `PerturbedArray`; False builds them (the dense oracle).
+        in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
     Returns:
         A pytree like `params`.
     """
-    leaves = [
-        _perturbed_leaf(planned, leaf, drawn, sign * sigma, lazy)
-        for planned, leaf, drawn in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)
-    ]
+
+    def member_leaf(planned, leaf, drawn):
+        if planned.role == "frozen":
+            return leaf
+        amplitude = sign * sigma * planned.spec.sigma_multiplier
+        if planned.role == "dense":
+            once = leaf.ndim == 1 and (in_loop or planned.spec.distribution == "normal")
+            return _dense_sum(leaf, drawn, amplitude, once=once)
+        scale = amplitude / math.sqrt(planned.spec.rank)
+        if not lazy:
+            return leaf + (scale * low_rank_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
+        scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
+        return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
+
+    leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
 
 
-def _perturbed_leaf(planned: LeafPlan, leaf: Array, drawn: Any, amplitude: Array, lazy: bool) -> Any:
-    if planned.role == "frozen":
-        return leaf
-    amplitude = amplitude * planned.spec.sigma_multiplier  # type: ignore[union-attr]
-    if planned.role == "dense":
-        return _dense_sum(leaf, drawn, amplitude)
-    scale = amplitude / math.sqrt(planned.spec.rank)  # type: ignore[union-attr]
-    if not lazy:
-        return leaf + (scale * low_rank_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
-    scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
-    return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
-
-
-def _dense_sum(leaf: Array, drawn: Array, amplitude: Array) -> Array:
+def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Array:
     """Leaf + amplitude * drawn, added in float32 and rounded to the leaf's dtype.
 
-    For vectors on CPU it is written as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain
-    sum, and the decoding of the noise with it, would be fused into every use and repeated for every input of the member
-    (normal noise: forward 64 ms instead of 36 ms in the `mlp8` benchmark, experiments/LOG.md).
+    `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
+    the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is dear for
+    normal noise and in loops, whose fused code runs on one core; it is cheap otherwise (experiments/LOG.md).
     """
     wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
-    if leaf.ndim != 1 or jax.default_backend() != "cpu":
+    if not once or jax.default_backend() != "cpu":
         return (wide + amplitude * drawn).astype(leaf.dtype)
     weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
     total = jnp.einsum("k,kn->n", weights, jnp.stack([wide, drawn]), precision=jax.lax.Precision.HIGHEST)
@@ -197,7 +203,7 @@ def evaluate(
         key = jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):
-            member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma)
+            member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma, in_loop=layout.is_chunked)
             return apply_perturbed(function, member, member_batch, key, state)
 
         if shared:
@@ -208,6 +214,6 @@ def evaluate(
 
     by_pair = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if per_member else None
     inputs = (jnp.arange(layout.num_pairs, dtype=jnp.int32), by_pair, member_state)
-    if layout.chunk_pairs is None or layout.chunk_pairs >= layout.num_pairs:
-        return jax.vmap(evaluate_pair)(inputs)
-    return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
+    if layout.is_chunked:
+        return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
+    return jax.vmap(evaluate_pair)(inputs)

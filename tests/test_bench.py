@@ -26,7 +26,15 @@ def test_last_line_is_json_with_every_number(one_case, capsys, standard_promotio
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "case" and lines[2].split()[0] == "tiny"
     row = json.loads(lines[-1])["tiny"]
-    assert set(row) == {"inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "dense_ratio"}
+    assert set(row) == {
+        "inference_ms",
+        "forward_ms",
+        "update_ms",
+        "generation_ms",
+        "generation_ratio",
+        "chunked_ratio",
+        "dense_ratio",
+    }
     assert all(value > 0 for value in row.values())
     assert row["generation_ratio"] == pytest.approx(row["inference_ms"] / row["generation_ms"])
 

@@ -94,8 +94,8 @@ def policy() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "mlp8": lambda: mlp(8, chunk_size=256),
-    "mlp128": lambda: mlp(128, chunk_size=32),
+    "mlp8": lambda: mlp(8, chunk_size=1024),
+    "mlp128": lambda: mlp(128, chunk_size=64),
     "transformer": transformer,
     "policy": policy,
 }

@@ -1,7 +1,8 @@
 """The engine against pure batched inference of the same inputs, and against dense noise.
 
 For every case, interleaved in one process: unperturbed inference, perturbed forward, update, generation, dense generation.
-Inference is the faster of its two forms, all members at once or in the same chunks as the perturbed forward.
+Inference is one batched call over all members. Where members are evaluated in chunks that fit the cache, inference gains from
+the same chunks too: that form and the stricter ratio to it are listed beside.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def run(config: Engine) -> None:
         raise SystemExit(f"error: cases must be out of {', '.join(CASES)}, got {', '.join(unknown)}.")
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
-    columns = ("inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "dense_ratio")
+    columns = ("inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "chunked_ratio", "dense_ratio")
     print(f"{'case':<12}" + "".join(f"{column:>18}" for column in columns), flush=True)
     results = {}
     for name in config.cases:
@@ -57,7 +58,7 @@ def _cell(value: float | None) -> str:
 
 
 def measure(case: Case, config: Engine) -> dict[str, float | None]:
-    """Time one case; milliseconds, and ratios inference / generation."""
+    """Time one case; milliseconds, and ratios inference / generation (chunked: of inference in the same chunks)."""
     spec = eggroll.LowRank(config.rank, config.distribution)  # type: ignore[arg-type]
     forms = _engine_forms(case, spec, chunk_size=case.chunk_size)
     forms |= {"inference": _inference(case, None), "chunked_inference": _inference(case, case.chunk_size)}
@@ -67,7 +68,7 @@ def measure(case: Case, config: Engine) -> dict[str, float | None]:
     times = interleaved_ms(forms, repeats=config.repeats)
     if config.tune:
         print({name: round(ms, 2) for name, ms in times.items()})
-    inference = min(times["inference"], times["chunked_inference"])
+    inference = times["inference"]
     dense_ratio = None
     if config.dense_repeats:
         dense_forms = {
@@ -82,6 +83,7 @@ def measure(case: Case, config: Engine) -> dict[str, float | None]:
         "update_ms": times["update"],
         "generation_ms": times["generation"],
         "generation_ratio": inference / times["generation"],
+        "chunked_ratio": times["chunked_inference"] / times["generation"],
         "dense_ratio": dense_ratio,
     }
 
