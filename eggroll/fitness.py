@@ -26,9 +26,17 @@ def normalised(fitness: Callable, *, has_aux: bool) -> Callable:
         has_state = member_state is not None
         result = fitness(params, batch, key, *((member_state,) if has_state else ()))
         parts = _checked_parts(result, has_aux=has_aux, has_state=has_state)
+        if has_state:
+            _check_state(member_state, parts[-1])
         return parts[0].astype(jnp.float32), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
+
+
+def _check_state(old: Any, new: Any) -> None:
+    before, after = ([jax.tree.structure(tree), *map(jax.typeof, jax.tree.leaves(tree))] for tree in (old, new))
+    if [str(part) for part in before] != [str(part) for part in after]:
+        raise ValueError(f"fitness must return member_state as it came, {before[1:]}, got {after[1:]} ({after[0]}).")
 
 
 def _checked_parts(result: Any, *, has_aux: bool, has_state: bool) -> tuple:

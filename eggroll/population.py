@@ -134,7 +134,7 @@ def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Ar
 
     `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
     the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is dear for
-    normal noise and in loops, whose fused code runs on one core; it is cheap otherwise (experiments/LOG.md).
+    normal noise and inside a loop over chunks; it is cheap otherwise (measured, experiments/LOG.md).
     """
     wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
     if not once or jax.default_backend() != "cpu":

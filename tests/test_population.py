@@ -162,3 +162,11 @@ def test_chunks_bound_the_memory():
 
     small, large = temporary(1 << 10), temporary(1 << 14)
     assert large - small < 16 * ((1 << 14) - (1 << 10))  # a few scalars per member, against 500 bytes unchunked
+
+
+@pytest.mark.parametrize("changed", [lambda s: s.astype(jnp.bfloat16), lambda s: s[:1], lambda s: (s, s)])
+def test_a_member_state_of_another_kind_is_refused(changed):
+    es = strategy(lambda p, b, k, s: (fitness(p, b, k), changed(s)))
+    state = es.init(PARAMS, key=jax.random.key(0), member_state=jnp.zeros(2))
+    with pytest.raises(ValueError, match="fitness must return member_state as it came"):
+        es.step(state, X)
