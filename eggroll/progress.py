@@ -1,4 +1,4 @@
-"""The progress line of a training run: generation, best and mean fitness, members per second, time left.
+"""The progress line of long work: how much is done, a bar, a few words that change, time left.
 
 Drawn by rich on standard error; without rich, or when standard error is not a terminal, nothing is drawn.
 """
@@ -6,19 +6,19 @@ Drawn by rich on standard error; without rich, or when standard error is not a t
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 
 @contextlib.contextmanager
-def progress_line(generations: int, *, enabled: bool | None = None) -> Iterator[Callable[[Any], None]]:
+def progress_line(name: str, total: float, *, enabled: bool | None = None) -> Iterator[Callable[[float, str], None]]:
     """Show a progress line while the context is open.
 
     Args:
-        generations: how many there will be at most.
+        name: what is counted, such as "generations".
+        total: how many there will be at most.
         enabled: draw it; None: when standard error is a terminal and rich is installed.
 
     Yields:
-        `show(record)`, to be called after every generation.
+        `show(completed, words)`: how many are done, and what to say beside the bar.
 
     Raises:
         ModuleNotFoundError: `enabled` is True and rich is not installed.
@@ -26,27 +26,20 @@ def progress_line(generations: int, *, enabled: bool | None = None) -> Iterator[
     if enabled is None:
         enabled = sys.stderr.isatty() and _has_rich()
     if not enabled:
-        yield lambda record: None
+        yield lambda completed, words: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("generation"),
-        MofNCompleteColumn(),
+        TextColumn("{task.description} {task.completed:,.0f}/{task.total:,.0f}"),
         BarColumn(),
-        TextColumn("best {task.fields[best]:.4g}  mean {task.fields[mean]:.4g}  {task.fields[rate]:,.0f} members/s  ETA"),
+        TextColumn("{task.fields[words]}  ETA"),
         TimeRemainingColumn(),
     )
-    nothing: dict[str, Any] = dict(best=float("nan"), mean=float("nan"), rate=0.0)
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=generations, **nothing)
-
-        def show(record: Any) -> None:
-            values = dict(best=record.best_fitness, mean=record.mean_fitness, rate=record.members_per_second)
-            bar.update(task, advance=1, **values)
-
-        yield show
+        task = bar.add_task(name, total=total, words="")
+        yield lambda completed, words: bar.update(task, completed=min(completed, total), words=words)
 
 
 def _has_rich() -> bool:

@@ -8,6 +8,7 @@ that of the figure `plot`'s.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -56,19 +57,22 @@ def train(
     state: ESState,
     batches: Any = None,
     *,
-    generations: int,
+    generations: int | None = None,
+    budget: tuple[str, float] | None = None,
     target: float | None = None,
     callbacks: Sequence[Callback] = (),
     run_folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> tuple[ESState, list[Record]]:
-    """Run generations until there are enough, the target is met, a callback stops or the batches end.
+    """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
 
     Args:
         es: the strategy.
         state: from `es.init` or an earlier `train`, which is continued.
         batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
-        generations: how many to run at most, counted from here.
+        generations: how many to run at most, counted from here; None: the budget decides.
+        budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback keeps (environment steps, tokens),
+            is at least `amount`. The progress line then counts it.
         target: stop once the mean fitness of the population is at least this.
         callbacks: each is called as `callback(state, record)` after every generation; True stops. It may add
             held-out scores to `record.extra`.
@@ -82,7 +86,7 @@ def train(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
     """
-    _check(generations, target, callbacks)
+    _check(generations, budget, target, callbacks)
     next_batch = _batch_source(batches)
     first = int(state.generation)
     history: list[Record] = []
@@ -91,8 +95,9 @@ def train(
         if run_folder is not None:
             metrics_file = stack.enter_context(_open_metrics(Path(run_folder), append=first > 0))
             stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
-        show = stack.enter_context(progress_line(generations, enabled=progress))
-        for generation in range(first, first + generations):
+        name, total = budget or ("generations", generations or 0)
+        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress))
+        for generation in itertools.count(first) if generations is None else range(first, first + generations):
             try:
                 batch = next_batch(generation)
             except StopIteration:
@@ -101,20 +106,34 @@ def train(
             history.append(record)
             _warn_of_invalid(history, es.population_size)
             stops = [bool(callback(state, record)) for callback in callbacks]
+            spent = _is_spent(budget, record)
             _write(metrics_file, record)
-            show(record)
-            if any(stops) or (target is not None and record.mean_fitness >= target):
+            show(record.extra[name] if budget else len(history), _words(record))
+            if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
     return state, history
 
 
-def _check(generations: Any, target: Any, callbacks: Any) -> None:
-    if not isinstance(generations, int) or generations < 1:
+def _check(generations: Any, budget: Any, target: Any, callbacks: Any) -> None:
+    if generations is None and budget is None:
+        raise ValueError("generations or budget must be given: without either the run would not end.")
+    if generations is not None and (not isinstance(generations, int) or generations < 1):
         raise ValueError(f"generations must be an integer >= 1, got {generations!r}.")
+    if budget is not None and not (isinstance(budget, tuple) and len(budget) == 2 and budget[1] > 0):
+        raise ValueError(f"budget must be (name, amount > 0), got {budget!r}.")
     if target is not None and not (isinstance(target, int | float) and not math.isnan(target)):
         raise ValueError(f"target must be a number or None, got {target!r}.")
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks must be a sequence of functions (state, record), got {callbacks!r}.")
+
+
+def _is_spent(budget: tuple[str, float] | None, record: Record) -> bool:
+    if budget is None:
+        return False
+    name, amount = budget
+    if name not in record.extra:
+        raise ValueError(f"budget names {name!r}, which no callback put into record.extra.")
+    return record.extra[name] >= amount
 
 
 def _batch_source(batches: Any) -> Callable[[int], Any]:
@@ -131,6 +150,11 @@ def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
     return state, Record(**numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux)
+
+
+def _words(record: Record) -> str:
+    fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
+    return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
 
 
 def _warn_of_invalid(history: list[Record], population_size: int) -> None:

@@ -1,5 +1,6 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,21 @@ from jax import Array
 import eggroll
 import envs
 from eggroll.training import Record, train
+from experiments.common.memory import free_bytes
 from experiments.rl_config import Config
-from experiments.task import Evaluation, Task
+from experiments.task import Evaluation, HeldOutChecks, Task, Trained
+
+MANY_EPISODES = 4096  # fewer side by side are not worth the two compilations that measure their memory
 
 
 def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
     """Make the strategy; its batch is the observation statistics, its aux the sums that update them."""
 
-    def fitness(params: Any, statistics: envs.ObservationStatistics, key: Array) -> tuple[Array, envs.ObservationSums]:
-        played = task.play(params, statistics, key, episodes=config.episodes, sampled=task.sampled)
+    def fitness(params: Any, known: envs.ObservationStatistics, key: Array) -> tuple[Array, envs.ObservationSums]:
+        played = task.play(params, known, key, episodes=config.episodes)
         return played.total_reward.mean(), jax.tree.map(lambda x: x.sum(axis=0), played.sums)
 
+    many = config.population_size * config.episodes >= MANY_EPISODES
     return eggroll.EvolutionStrategy(
         fitness,
         population_size=config.population_size,
@@ -29,6 +34,7 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
         perturbation=eggroll.Dense() if config.algorithm == "openes" else eggroll.LowRank(rank=config.rank),
         shaping=config.shaping,
         chunk_size=config.chunk_size,
+        memory_budget=free_bytes() // 2 if many and config.chunk_size is None else None,
         aux="sum",
     )
 
@@ -46,31 +52,25 @@ def _decaying(rate: float, decay: float) -> Any:
     return rate if decay == 1 else optax.exponential_decay(rate, 1, decay)
 
 
-class HeldOutCheck:
+class _Progress:
     """Callback of the training loop: keeps the observation statistics, counts steps, checks the unperturbed parameters."""
 
-    def __init__(self, config: Config, task: Task, evaluation: Evaluation, *, key: Array):
+    def __init__(self, task: Task, checks: HeldOutChecks):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps = 0
-        self._config, self._evaluation, self._key = config, evaluation, key
+        self._checks = checks
 
     def batch(self, generation: int) -> envs.ObservationStatistics:
         """The batch of a generation: statistics of all generations before it."""
         return self.statistics
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
-        """Merge the generation's sums; every few generations, tell whether the target is met on held-out episodes."""
+        """Merge the generation's sums, count, check; tell whether the target is met."""
         self.statistics = envs.merge(self.statistics, record.aux)
         self.env_steps += int(record.aux.number)
         record.extra["env_steps"] = self.env_steps
-        spent = self._config.env_steps is not None and self.env_steps >= self._config.env_steps
-        if (record.generation + 1) % self._config.check_every:
-            return spent
-        key = jax.random.fold_in(self._key, record.generation)
-        mean_return = self._evaluation.mean_return(state.params, self.statistics, key=key)
-        record.extra["held_out_return"] = mean_return
-        target = self._config.known_target
-        return spent or (target is not None and mean_return >= target)
+        record.extra.update(self._checks(state.params, self.statistics, env_steps=self.env_steps))
+        return self._checks.met
 
 
 class Evolution:
@@ -80,19 +80,28 @@ class Evolution:
         self._config, self._task, self._evaluation = config, task, evaluation
         self._es = make_strategy(config, task)
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> dict[str, Any]:
-        """Run the generations; metrics and figure go to `folder`.
-
-        Returns:
-            params, statistics, generations and env_steps.
-        """
-        check = HeldOutCheck(self._config, self._task, self._evaluation, key=check_key)
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
+        """Run the generations; metrics and figure go to `folder`."""
+        config = self._config
+        every = config.env_steps / config.checks
+        progress = _Progress(
+            self._task, HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        )
         state = self._es.init(self._task.init_params(key=init_key), key=run_key)
-        generations = self._config.generations
-        state, history = train(self._es, state, check.batch, generations=generations, callbacks=[check], run_folder=folder)
-        return {
-            "params": state.params,
-            "statistics": check.statistics,
-            "generations": len(history),
-            "env_steps": check.env_steps,
-        }
+        state, history = train(
+            self._es,
+            state,
+            progress.batch,
+            generations=config.generations,
+            budget=("env_steps", config.env_steps),
+            callbacks=[progress],
+            run_folder=folder,
+        )
+        return Trained(
+            state.params,
+            progress.statistics,
+            generations=len(history),
+            generation_seconds=statistics.median(record.seconds for record in history),
+            env_steps=progress.env_steps,
+            invalid=sum(record.invalid for record in history),
+        )

@@ -15,19 +15,24 @@ from typing import Any
 import jax
 
 import envs
+from experiments.baselines.distributions import num_log_stds
 from experiments.baselines.runs import PPORuns, RandomRuns
 from experiments.common.checkpoint import save_checkpoint
-from experiments.common.run import print_summary, run_folder
+from experiments.common.memory import peak_mib
+from experiments.common.run import print_summary, run_folder, write_json
 from experiments.evolution import Evolution
 from experiments.models.mlp import MLP
 from experiments.rl_config import Config, parse
 from experiments.task import Evaluation, Task
 
+SUMMARY = "summary.json"  # of a seed, with the options that gave it
+
 
 def make_task(config: Config) -> Task:
     """Make the environment and the policy that `config` names."""
     environment = envs.make(config.env, max_steps=config.max_steps)
-    sampled = config.sampled_actions and config.algorithm != "ppo"  # PPO has standard deviations of its own
+    # The continuous policy of PPO has standard deviations of its own, outside the network.
+    sampled = config.sampled_actions and not (config.algorithm == "ppo" and num_log_stds(environment.action_space))
     outputs = envs.output_size(environment.action_space, sampled=sampled)
     return Task(environment, MLP(config.hidden_sizes, outputs, config.activation), sampled, config.normalise)
 
@@ -37,30 +42,38 @@ def make_runs(config: Config, task: Task, evaluation: Evaluation) -> Evolution |
     if config.algorithm == "random":
         return RandomRuns()
     if config.algorithm == "ppo":
-        critic = MLP(config.hidden_sizes, 1, config.activation)
-        return PPORuns(config.ppo, task, critic=critic, env_steps=config.env_steps or 500_000)
+        return PPORuns(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
     return Evolution(config, task, evaluation)
 
 
 def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) -> dict[str, Any]:
-    """Train with one seed, write the artefacts, evaluate."""
+    """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
     init_key, run_key, check_key, evaluation_key, random_key = jax.random.split(jax.random.key(seed), 5)
     folder = _folder(config, seed)
+    (folder / SUMMARY).unlink(missing_ok=True)
     start = time.perf_counter()
     trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder)
     seconds = time.perf_counter() - start
     mean_return = random_return = evaluation.random_return(key=random_key)
-    if trained["params"] is not None:
-        save_checkpoint(folder / "checkpoint", {"params": trained["params"], "statistics": trained["statistics"]._asdict()})
-        mean_return = evaluation.mean_return(trained["params"], trained["statistics"], key=evaluation_key)
-        print(f"seed {seed}: mean return {mean_return:.1f}; metrics and checkpoint are in {folder}", flush=True)
-    return {
+    if trained.params is not None:
+        save_checkpoint(folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
+        mean_return = evaluation.mean_return(trained.params, trained.statistics, key=evaluation_key)
+        print(f"seed {seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {folder}", flush=True)
+    if trained.invalid:
+        what = "steps" if config.algorithm == "ppo" else "members"
+        print(f"seed {seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+    row = {
         "mean_return": mean_return,
         "random_return": random_return,
-        "generations": trained["generations"],
-        "env_steps": trained["env_steps"],
+        "generations": trained.generations,
+        "env_steps": trained.env_steps,
+        "invalid": trained.invalid,
         "seconds": round(seconds, 2),
+        "generation_seconds": round(trained.generation_seconds, 5),
+        "peak_mib": round(peak_mib()),
     }
+    write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
+    return row
 
 
 def _folder(config: Config, seed: int) -> Path:

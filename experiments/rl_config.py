@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from eggroll.shaping import SHAPINGS
 from experiments.baselines.ppo import PPO
-from experiments.presets import paper_settings
+from experiments.common.run import jsonable
+from experiments.presets import SMALL, paper_settings
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
 
@@ -23,17 +24,17 @@ class Config:
     algorithm: Literal["eggroll", "openes", "ppo", "random"] = "eggroll"
     """Low-rank evolution strategies, dense ones, PPO, or uniformly random actions."""
     preset: Literal["small", "paper"] = "small"
-    """Defaults of the options below: for a small machine, or the EGGROLL paper's for this environment."""
+    """Defaults of the options below for this environment: for a small machine, or the EGGROLL paper's."""
     seed: int = 0
     """Seed of the whole run; the same seed gives the same run."""
     seeds: int = 1
     """Runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     population_size: int = 256
     """Members evaluated per generation, even."""
-    generations: int = 200
-    """Generations at most."""
-    env_steps: int | None = None
-    """Stop after so many environment steps of training. None: never; 500,000 for PPO, which needs a number."""
+    env_steps: int = 1_000_000
+    """Environment steps of training: it ends with the generation (of PPO: the update) that spends them."""
+    generations: int | None = None
+    """Generations at most, of evolution strategies. None: env_steps alone decides."""
     sigma: float = 0.1
     """Standard deviation of the perturbation of one weight."""
     sigma_decay: float = 1.0
@@ -51,22 +52,23 @@ class Config:
     episodes: int = 1
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
-    """Members evaluated at a time, even. None: all."""
+    """Members evaluated at a time, even. None: all, or as many as half of the free memory holds, which is said."""
     hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the policy's hidden layers, and of PPO's value network."""
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
     """Activation of the hidden layers."""
     sampled_actions: bool = False
-    """Sample actions in training; evaluation takes the most likely action in any case. PPO always samples."""
+    """Sample actions, in training and in evaluation, else take the most likely. PPO always samples in training; its continuous
+    actions are never sampled in evaluation."""
     normalise: bool = True
     """Normalise observations by their running mean and standard deviation."""
     max_steps: int | None = None
     """Truncate episodes after so many steps. None: as the environment has it."""
     target: float | None = None
     """Stop when the unperturbed parameters reach this mean return in a held-out check. None: 495 for CartPole-v1, -85 for
-    Acrobot-v1, -180 for Pendulum-v1, never for others. PPO has no such check."""
-    check_every: int = 5
-    """Generations between held-out checks."""
+    Acrobot-v1, -180 for Pendulum-v1, never for others; inf: never."""
+    checks: int = 20
+    """Held-out checks, spread evenly over env_steps."""
     evaluation_episodes: int = 100
     """Episodes of a held-out check, and of the final evaluation, whose episodes are fresh."""
     ppo: PPO = dataclasses.field(default_factory=PPO)
@@ -80,13 +82,17 @@ class Config:
         """The target, with the defaults of the environments that have one."""
         return TARGETS.get(self.env) if self.target is None else self.target
 
+    def options(self) -> dict[str, Any]:
+        """The options that decide what a seed gives, as JSON holds them: all but the seeds and the folder."""
+        apart = ("seed", "seeds", "folder", "preset")
+        return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
+
     def check(self) -> None:
         """Raise ValueError for what no part below would refuse in one sentence."""
-        for name in ("seeds", "generations", "episodes", "check_every", "evaluation_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
-        if self.env_steps is not None and self.env_steps < 1:
-            raise ValueError(f"env_steps must be an integer >= 1, got {self.env_steps}.")
+        for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}.")
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
@@ -106,6 +112,5 @@ def parse(arguments: Sequence[str] | None) -> Config:
         ValueError: the preset has nothing for this environment.
     """
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.rl")
-    if config.preset == "small":
-        return config
-    return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **paper_settings(config.env)))
+    settings = paper_settings(config.env) if config.preset == "paper" else SMALL.get(config.env, {})
+    return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **settings))

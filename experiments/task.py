@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import envs
+from envs.rollout import Policy
 from experiments.baselines.uniform import play_uniform
 
 
@@ -20,33 +22,72 @@ class Task:
 
     environment: envs.Environment
     network: nn.Module
-    sampled: bool  # whether training samples actions
+    sampled: bool  # whether actions are sampled: by evolution strategies, and in evaluation
     normalise: bool
 
-    def play(
-        self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int, sampled: bool
-    ) -> envs.Episode:
+    def policy(self, params: Any) -> Policy:
+        """The policy with `params`, as `envs.run_episode` takes it."""
+        return envs.network_policy(self.environment, functools.partial(self.network.apply, params), sampled=self.sampled)
+
+    def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int) -> envs.Episode:
         """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
-        policy = envs.network_policy(self.environment, functools.partial(self.network.apply, params), sampled=sampled)
         known = statistics if self.normalise else None
-        return envs.run_episodes(self.environment, policy, key=key, episodes=episodes, statistics=known)
+        return envs.run_episodes(self.environment, self.policy(params), key=key, episodes=episodes, statistics=known)
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
         return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
 
 
+class Trained(NamedTuple):
+    """What a run of any algorithm ends with."""
+
+    params: Any  # of the policy network; None: the random policy
+    statistics: envs.ObservationStatistics
+    generations: int  # PPO: updates
+    generation_seconds: float  # median
+    env_steps: int
+    invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+
+
 class Evaluation:
     """Mean returns over fresh episodes, compiled once for all seeds of a task."""
 
     def __init__(self, task: Task, *, episodes: int):
-        self._play: Callable = jax.jit(functools.partial(task.play, episodes=episodes, sampled=False))
+        self._play: Callable = jax.jit(functools.partial(task.play, episodes=episodes))
         self._uniform: Callable = jax.jit(functools.partial(play_uniform, task.environment, episodes=episodes))
 
     def mean_return(self, params: Any, statistics: envs.ObservationStatistics, *, key: Array) -> float:
-        """Mean return of `params`, actions being deterministic."""
+        """Mean return of `params`."""
         return float(self._play(params, statistics, key).total_reward.mean())
 
     def random_return(self, *, key: Array) -> float:
         """Mean return of uniformly drawn actions."""
         return float(self._uniform(key=key).total_reward.mean())
+
+
+class HeldOutChecks:
+    """Judges the parameters of one run on held-out episodes, at even distances of its environment steps.
+
+    Args:
+        evaluation: of the task.
+        key: of all checks.
+        every: environment steps between them.
+        target: mean return to reach; None: never.
+    """
+
+    def __init__(self, evaluation: Evaluation, *, key: Array, every: float, target: float | None):
+        self.met = False  # whether the last check reached the target
+        self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
+        self._done = 0
+
+    def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
+        """Check if one is due; return {"held_out_return": mean return}, or {} when none is."""
+        due = math.floor(env_steps / self._every)
+        if due <= self._done:
+            return {}
+        self._done = due
+        key = jax.random.fold_in(self._key, due)
+        mean_return = self._evaluation.mean_return(params, statistics, key=key)
+        self.met = self._target is not None and mean_return >= self._target
+        return {"held_out_return": mean_return}

@@ -11,7 +11,7 @@ import pytest
 import envs
 from experiments.baselines import distributions
 from experiments.baselines.collect import ActorCritic, Step, advantages, collect, reset
-from experiments.baselines.ppo import PPO, make_train
+from experiments.baselines.ppo import PPO, make_trainer
 from experiments.models.mlp import MLP
 
 LOG_STD = jnp.array([-0.5, 0.25])
@@ -118,21 +118,31 @@ def test_continuous_distribution():
     np.testing.assert_allclose(distributions.to_action(BOX, raw), np.tanh(raw), rtol=1e-6)
 
 
+def whole_run(trainer):
+    """A function from key to the learner after all updates and their metrics, stacked."""
+
+    def train(key):
+        run, metrics = jax.lax.scan(lambda run, _: trainer.advance(run), trainer.start(key), length=trainer.updates)
+        return run.learner, metrics
+
+    return train
+
+
 def small_train(environment, *, env_steps=96):
     config = PPO(num_envs=4, rollout_steps=8, epochs=2, minibatches=2)
     outputs = envs.output_size(environment.action_space)
-    return make_train(config, environment, actor=MLP((8,), outputs), critic=MLP((8,), 1), env_steps=env_steps)
+    return whole_run(make_trainer(config, environment, actor=MLP((8,), outputs), critic=MLP((8,), 1), env_steps=env_steps))
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_seeds_vmap_and_are_reproducible():
     first, second = jax.random.split(jax.random.key(0))
-    runs = jax.jit(jax.vmap(small_train(envs.make("Pendulum-v1"))))(jnp.stack([first, second, first]))
-    assert runs.metrics.loss.shape == (3, 3) and jnp.isfinite(runs.metrics.loss).all()
-    assert runs.statistics.number.tolist() == [96.0] * 3
-    for leaf in jax.tree.leaves(runs.params):
+    learner, metrics = jax.jit(jax.vmap(small_train(envs.make("Pendulum-v1"))))(jnp.stack([first, second, first]))
+    assert metrics.loss.shape == (3, 3) and jnp.isfinite(metrics.loss).all()
+    assert learner.statistics.number.tolist() == [96.0] * 3
+    for leaf in jax.tree.leaves(learner.params):
         np.testing.assert_allclose(leaf[0], leaf[2], rtol=1e-6)
-    assert (runs.metrics.loss[0] != runs.metrics.loss[1]).all()
+    assert (metrics.loss[0] != metrics.loss[1]).all()
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -146,9 +156,9 @@ def test_an_observation_that_is_not_finite_is_counted_and_ends_the_episode():
     broken = envs.Environment(
         "broken", reset=sound.reset, step=step, observation_shape=(1,), action_space=envs.Discrete(2), max_steps=5
     )
-    result = jax.jit(small_train(broken, env_steps=32))(jax.random.key(0))
-    assert int(result.metrics.invalid[0]) == 16 and float(result.metrics.mean_return[0]) == 1.0  # every second step
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+    learner, metrics = jax.jit(small_train(broken, env_steps=32))(jax.random.key(0))
+    assert int(metrics.invalid[0]) == 16 and float(metrics.mean_return[0]) == 1.0  # every second step
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learner.params))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +178,9 @@ def test_settings_that_cannot_run(settings, words):
 @pytest.mark.usefixtures("standard_promotion")
 def test_learns_cartpole():
     environment = envs.make("CartPole-v1")
-    train = make_train(PPO(), environment, actor=MLP((32, 32), 2), critic=MLP((32, 32), 1), env_steps=200_000)
-    result = jax.jit(train)(jax.random.key(0))
-    policy = envs.network_policy(environment, lambda x: MLP((32, 32), 2).apply(result.params, x))
-    played = envs.run_episodes(environment, policy, key=jax.random.key(1), episodes=50, statistics=result.statistics)
+    network = MLP((32, 32), 2)
+    trainer = make_trainer(PPO(), environment, actor=network, critic=MLP((32, 32), 1), env_steps=200_000)
+    learner, _ = jax.jit(whole_run(trainer))(jax.random.key(0))
+    policy = envs.network_policy(environment, lambda x: network.apply(learner.params["actor"], x))
+    played = envs.run_episodes(environment, policy, key=jax.random.key(1), episodes=50, statistics=learner.statistics)
     assert float(played.total_reward.mean()) > 400

@@ -2,7 +2,7 @@
 
     loss = -E[min(rho A, clip(rho, 1 - c, 1 + c) A)] + c_V E[(V - A - V_old)^2] / 2 - c_H E[entropy],  rho = pi / pi_old
 
-A whole run is one pure function of its key, so seeds `vmap`. Observations are normalised by the statistics of all earlier
+Observations are normalised by the statistics of all earlier
 rollouts, as in evolution strategies; rewards are divided by the running standard deviation of the discounted return.
 """
 
@@ -86,15 +86,23 @@ class Metrics(NamedTuple):
     loss: Array  # float32, mean over minibatches
 
 
-class Result(NamedTuple):
-    """A finished run."""
+class Run(NamedTuple):
+    """A run between two updates: a pytree, from `Trainer.start`."""
 
-    params: Any  # of the actor
-    statistics: ObservationStatistics
-    metrics: Metrics  # [updates]
+    learner: Learner
+    lanes: Lanes
+    key: Array  # of the next update and all that follow
 
 
-def make_train(
+class Trainer(NamedTuple):
+    """A whole run is `start`, then `advance` `updates` times; both are pure, so seeds `vmap`."""
+
+    start: Callable[[Array], Run]  # start(key)
+    advance: Callable[[Run], tuple[Run, Metrics]]  # one rollout and the passes over it
+    updates: int
+
+
+def make_trainer(
     config: PPO,
     environment: envs.Environment,
     *,
@@ -102,8 +110,8 @@ def make_train(
     critic: nn.Module,
     env_steps: int,
     normalise: bool = True,
-) -> Callable[[Array], Result]:
-    """Make the function that is a whole run.
+) -> Trainer:
+    """Make the functions of a run.
 
     Args:
         config: settings.
@@ -114,7 +122,7 @@ def make_train(
         normalise: normalise observations.
 
     Returns:
-        `train(key) -> Result`, pure: jit it, vmap it over seeds.
+        The `Trainer`.
 
     Raises:
         ValueError: settings that cannot run; the message names them.
@@ -126,20 +134,19 @@ def make_train(
     updates = -(-env_steps // config.steps_per_update)
     model, optimizer = ActorCritic(limited, actor, critic, normalise), _optimizer(config, updates)
 
-    def train(key: Array) -> Result:
+    def start(key: Array) -> Run:
         init_key, reset_key, run_key = jax.random.split(key, 3)
         params = model.init(init_key)
         statistics = envs.initial_statistics(limited.observation_shape), envs.initial_statistics(())
         learner = Learner(params, optimizer.init(params), *statistics)
-        lanes = reset(limited, num_envs=config.num_envs, key=reset_key)
+        return Run(learner, reset(limited, num_envs=config.num_envs, key=reset_key), run_key)
 
-        def update(carry: tuple[Learner, Lanes], key: Array) -> tuple[tuple[Learner, Lanes], Metrics]:
-            return _update(config, model, optimizer, *carry, key=key)
+    def advance(run: Run) -> tuple[Run, Metrics]:
+        key, update_key = jax.random.split(run.key)
+        (learner, lanes), metrics = _update(config, model, optimizer, run.learner, run.lanes, key=update_key)
+        return Run(learner, lanes, key), metrics
 
-        (learner, _), metrics = jax.lax.scan(update, (learner, lanes), jax.random.split(run_key, updates))
-        return Result(learner.params["actor"], learner.statistics, metrics)
-
-    return train
+    return Trainer(start, advance, updates)
 
 
 def _optimizer(config: PPO, updates: int) -> optax.GradientTransformation:

@@ -1,6 +1,8 @@
 """The baselines as `experiments.rl` runs them: with the `train` method that `experiments.evolution.Evolution` has."""
 
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +11,68 @@ import jax
 from jax import Array
 
 import envs
-from experiments.baselines.ppo import PPO, Metrics, make_train
+from eggroll.progress import progress_line
+from experiments.baselines.ppo import Metrics, make_trainer
 from experiments.common.run import jsonable
-from experiments.task import Task
+from experiments.rl_config import Config
+from experiments.task import Evaluation, HeldOutChecks, Task, Trained
 
 
 class PPORuns:
     """PPO on a task; compiled once, run with any number of keys."""
 
-    def __init__(self, config: PPO, task: Task, *, critic: nn.Module, env_steps: int):
-        environment, actor = task.environment, task.network
-        train = make_train(config, environment, actor=actor, critic=critic, env_steps=env_steps, normalise=task.normalise)
-        self._train = jax.jit(train)
-        self._steps_per_update = config.steps_per_update
+    def __init__(self, config: Config, task: Task, evaluation: Evaluation, *, critic: nn.Module):
+        self._trainer = make_trainer(
+            config.ppo,
+            task.environment,
+            actor=task.network,
+            critic=critic,
+            env_steps=config.env_steps,
+            normalise=task.normalise,
+        )
+        self._start, self._advance = jax.jit(self._trainer.start), jax.jit(self._trainer.advance)
+        self._config, self._evaluation = config, evaluation
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> dict[str, Any]:
-        """Run PPO; `metrics.jsonl` in `folder` gets a line per update. All its keys come from `run_key`.
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
+        """Run PPO; `metrics.jsonl` in `folder` gets a line per update. Its initial parameters come from `run_key`."""
+        config = self._config
+        every = config.env_steps / config.checks
+        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        run, rows = self._start(run_key), []
+        with open(folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
+            for update in range(self._trainer.updates):
+                start = time.perf_counter()
+                run, metrics = self._advance(run)
+                rows.append(_row(metrics, update, env_steps=(update + 1) * config.ppo.steps_per_update))
+                rows[-1]["seconds"] = time.perf_counter() - start
+                learner = run.learner
+                actor = learner.params["actor"]
+                rows[-1] |= checks(actor, learner.statistics, env_steps=rows[-1]["env_steps"])
+                file.write(json.dumps(jsonable(rows[-1])) + "\n")
+                file.flush()
+                show(rows[-1]["env_steps"], f"update {update}  mean return {rows[-1]['mean_return']:.4g}")
+                if checks.met:
+                    break
+        return Trained(
+            actor,
+            learner.statistics,
+            generations=len(rows),
+            generation_seconds=statistics.median(row["seconds"] for row in rows),
+            env_steps=rows[-1]["env_steps"],
+            invalid=sum(row["invalid"] for row in rows),
+        )
 
-        Returns:
-            params, statistics, generations (rollouts) and env_steps.
-        """
-        result = jax.block_until_ready(self._train(run_key))
-        _write(result.metrics, folder / "metrics.jsonl", steps_per_update=self._steps_per_update)
-        invalid, updates = int(result.metrics.invalid.sum()), len(result.metrics.loss)
-        if invalid:
-            print(f"{invalid} steps gave a reward or an observation that was not finite; they count as ends with reward 0.")
-        return {
-            "params": result.params,
-            "statistics": result.statistics,
-            "generations": updates,
-            "env_steps": updates * self._steps_per_update,
-        }
 
-
-def _write(metrics: Metrics, path: Path, *, steps_per_update: int) -> None:
-    columns = {name: jsonable(column) for name, column in metrics._asdict().items()}
-    with open(path, "w") as file:
-        for index in range(len(columns["loss"])):
-            row = {"update": index, "env_steps": (index + 1) * steps_per_update}
-            file.write(json.dumps(row | {name: column[index] for name, column in columns.items()}) + "\n")
+def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:
+    """One line of metrics; fetching them is what waits for the update to finish."""
+    numbers = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+    return {"update": update, "env_steps": env_steps} | numbers
 
 
 class RandomRuns:
     """The random policy, which learns nothing."""
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> dict[str, Any]:
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
         """Return a run of no steps, without parameters."""
-        return {"params": None, "statistics": envs.initial_statistics(()), "generations": 0, "env_steps": 0}
+        nothing = envs.initial_statistics(())
+        return Trained(None, nothing, generations=0, generation_seconds=0.0, env_steps=0, invalid=0)

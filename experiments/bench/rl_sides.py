@@ -8,7 +8,6 @@ whose time is not counted. The clock covers compilation and generations, not imp
 
 import dataclasses
 import json
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import optax
 from jax import Array
 
 import envs
+from experiments.common.memory import peak_mib
 from experiments.common.run import print_summary
 from experiments.evolution import make_strategy
 from experiments.rl import make_task
@@ -82,11 +82,6 @@ def run(side: Side) -> dict[str, Any]:
         "peak_mib": peak_mib(),
         "growth_mib": peak_mib() - before,
     }
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process so far; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def ours(side: Side, task: Task, params: Any, *, key: Array) -> Advance:

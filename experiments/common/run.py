@@ -40,6 +40,13 @@ def jsonable(value: Any) -> Any:
     return jsonable(np.asarray(value).tolist())
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the results of a run as one line of JSON on standard output; NaN and infinities become null."""
     print(json.dumps(jsonable(summary), allow_nan=False), flush=True)
