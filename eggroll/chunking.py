@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from eggroll.population import PopulationLayout
+
+logger = logging.getLogger(__name__)
 
 
 def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int) -> PopulationLayout:
@@ -23,7 +27,7 @@ def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popu
         budget: bytes of temporary memory.
 
     Returns:
-        The layout, in chunks unless the whole population fits.
+        The layout, in chunks unless the whole population fits; then the log says so.
 
     Raises:
         ValueError: not even one pair fits.
@@ -45,4 +49,14 @@ def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popu
     fitting = int((budget - fixed) // per_pair)
     if fitting < 1:
         raise ValueError(f"memory_budget of {budget} bytes is too small: one pair needs about {int(fixed + per_pair)} bytes.")
-    return layout if fitting >= layout.num_pairs else dataclasses.replace(layout, chunk_pairs=fitting)
+    if fitting >= layout.num_pairs:
+        return layout
+    # Chunks of nearly equal size: the last is not a short one, which would be compiled apart.
+    chunk = math.ceil(layout.num_pairs / math.ceil(layout.num_pairs / fitting))
+    logger.warning(
+        "%d members would need about %.2g GiB; they are evaluated %d at a time.",
+        layout.population_size,
+        (fixed + per_pair * layout.num_pairs) / 2**30,
+        2 * chunk,
+    )
+    return dataclasses.replace(layout, chunk_pairs=chunk)

@@ -87,7 +87,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "navix/Dynamic-Obstacles-6x6-Random-v0": _PAPER_NETWORK
     | {"learning_rate": 0.01, "sampled_actions": True, "env_steps": 500_000},
     "jumanji/Game2048-v1": _PAPER_NETWORK | {"sigma": 0.05, "learning_rate": 0.01},
-    "jumanji/Knapsack-v1": _PAPER_NETWORK | {"learning_rate": 0.01},
+    "navix/FourRooms-v0": {
+        "hidden_sizes": (64,),
+        "population_size": 512,
+        "learning_rate": 0.01,
+        "sampled_actions": True,
+        "normalise": False,
+        "env_steps": 4_000_000,
+    },
+    "jumanji/Knapsack-v1": _PAPER_NETWORK | {"learning_rate": 0.01, "shaping": "pair_sign"},
     "brax/inverted_double_pendulum": _PAPER_NETWORK | {"sigma": 0.2, "learning_rate": 0.03, "env_steps": 500_000},
     "mpe/simple_spread_v3": _MPE,
     "mpe/simple_speaker_listener_v4": _MPE,

@@ -134,7 +134,7 @@ def test_vector_fitness_over_prompts():
     np.testing.assert_allclose(metrics.best_fitness, metrics.fitness.mean(axis=1).max(), rtol=1e-6)
 
 
-def test_memory_budget_picks_chunks_and_changes_nothing():
+def test_memory_budget_picks_chunks_says_so_and_changes_nothing(caplog):
     options = dict(population_size=512, members_per_batch=1)
     batch = jax.random.normal(jax.random.key(3), (512, 5, 4))
     whole = strategy(**options)
@@ -142,7 +142,7 @@ def test_memory_budget_picks_chunks_and_changes_nothing():
     expected = whole.step(state, batch)[1].fitness
     tight = strategy(**options, memory_budget=20_000)
     np.testing.assert_allclose(tight.step(state, batch)[1].fitness, expected, rtol=1e-6)
-    assert 1 <= tight._cache["layout"].chunk_pairs < 256
+    assert 1 <= tight._cache["layout"].chunk_pairs < 256 and "512 members would need about" in caplog.text
     roomy = strategy(**options, memory_budget=1 << 30)
     roomy.step(state, batch)
     assert roomy._cache["layout"].chunk_pairs is None

@@ -14,7 +14,7 @@ import pytest
 import envs
 from eggroll import noise
 from envs import Continuous, MultiDiscrete, PerAgent
-from experiments import rl
+from experiments import evolution, rl
 from experiments.baselines.uniform import uniform_action
 from experiments.common.checkpoint import load_checkpoint
 from experiments.common.run import print_summary, run_folder
@@ -148,6 +148,13 @@ def test_bad_options_end_with_one_sentence(arguments, words, capsys):
         rl.main(arguments)
     assert str(ended.value).startswith(words) and "\n" not in str(ended.value)
     assert capsys.readouterr().out == ""
+
+
+def test_a_population_too_large_for_memory_runs_in_chunks(capsys, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(evolution, "MANY_EPISODES", 16)
+    monkeypatch.setattr(evolution, "free_bytes", lambda: 40_000)
+    run(capsys, *SMALL, "--population-size", "256", "--generations", "1", "--folder", str(tmp_path))
+    assert "256 members would need about" in caplog.text
 
 
 def test_random_policy_learns_nothing(capsys, tmp_path):
