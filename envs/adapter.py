@@ -1,4 +1,4 @@
-"""What adapters of suites share: the suite's own promotion rules, stable state types, one flat float32 vector.
+"""What adapters of suites share: the suite's own promotion rules, spaces, and steps as `Transition` with stable types.
 
 Suites rely on implicit promotion while the caller may forbid it, some return a state whose types differ from those it was
 given, which a loop cannot carry, and some call `jnp.clip` with keywords that jax has removed.
@@ -6,13 +6,16 @@ given, which a loop cannot carry, and some call `jnp.clip` with keywords that ja
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from envs.protocol import ActionSpace, Continuous, Discrete, Transition
 
 
 @contextlib.contextmanager
@@ -27,9 +30,10 @@ def as_arrays(state: Any) -> Any:
     return jax.tree.map(jnp.asarray, state)
 
 
-def with_types_of(old: Any, new: Any) -> Any:
-    """Return the pytree `new` with the dtypes of `old`."""
-    return jax.tree.map(lambda old, new: new if new is old else jnp.asarray(new, old.dtype), old, new)
+def shapes_at_reset(reset: Callable[[Array], Any]) -> Any:
+    """Return the shapes and dtypes of what `reset(key)` gives, as `jax.eval_shape` does."""
+    with promotion_allowed():
+        return jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def flat_float32(tree: Any) -> Array:
@@ -37,9 +41,42 @@ def flat_float32(tree: Any) -> Array:
     return jnp.concatenate([jnp.asarray(leaf).astype(jnp.float32).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
-def scalar_reward(reward: Any) -> Array:
-    """Return a reward as float32 []."""
-    return jnp.asarray(reward).astype(jnp.float32).reshape(())
+def box(low: Any, high: Any, shape: tuple[int, ...]) -> Continuous:
+    """Return the space of float32 [*shape] between bounds that broadcast to that shape."""
+    return Continuous(tuple(shape), *(np.broadcast_to(np.asarray(bound, np.float32), shape) for bound in (low, high)))
+
+
+def discrete_or_box(space: Any, *, name: str) -> ActionSpace:
+    """Return the action space of one of gymnax, which has `n`, or `low`, `high` and `shape`. The error names the environment.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    if hasattr(space, "low"):
+        return box(space.low, space.high, space.shape)
+    raise ValueError(f"env '{name}' has a {type(space).__name__} action space, expected a discrete one or a box.")
+
+
+def transition(old_state: Any, observation: Array, state: Any, reward: Any, terminated: Any, truncated: Any) -> Transition:
+    """Return what a suite's step gave as a `Transition`: `state` with the dtypes of `old_state`, the rest as declared there."""
+    state = jax.tree.map(lambda old, new: new if new is old else jnp.asarray(new, old.dtype), old_state, state)
+    reward = jnp.asarray(reward).astype(jnp.float32).reshape(())
+    flags = (jnp.asarray(terminated, bool), jnp.asarray(truncated, bool))
+    return Transition(observation.astype(jnp.float32), state, reward, *flags)
+
+
+def step_with_clock(env: Any, params: Any) -> Callable[[Array, Any, Array], Transition]:
+    """Return the step of an `env.step_env` that tells all ends as one, late ones by `timestep` and `params.max_timesteps`."""
+
+    def step(key: Array, state: Any, action: Array) -> Transition:
+        with promotion_allowed():
+            observation, new_state, reward, done, _ = env.step_env(key, state, action, params)
+            late = new_state.timestep >= params.max_timesteps
+        return transition(state, observation, new_state, reward, done & ~late, done & late)
+
+    return step
 
 
 def split_variant(name: str, variants: tuple[str, ...], *, suite: str) -> tuple[str, str]:

@@ -6,13 +6,19 @@ returns compare within one only. Episodes last 1,000 steps, as brax's own traini
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from envs.adapter import allow_old_clip, as_arrays, flat_float32, promotion_allowed, scalar_reward, split_variant, with_types_of
-from envs.protocol import Continuous, Environment, Transition, with_time_limit
+from envs.adapter import (
+    allow_old_clip,
+    as_arrays,
+    box,
+    flat_float32,
+    promotion_allowed,
+    shapes_at_reset,
+    split_variant,
+    transition,
+)
+from envs.protocol import Environment, Transition, with_time_limit
 
 BACKENDS = ("generalized", "positional", "spring", "mjx")
 EPISODE_LENGTH = 1000
@@ -64,18 +70,15 @@ def adapt(env: Any, *, name: str) -> Environment:
 
     def step(key: Array, state: Any, action: Array) -> Transition:
         with promotion_allowed():
-            new_state = with_types_of(state, env.step(state, action))
-            reward, done = scalar_reward(new_state.reward), new_state.done.astype(bool)
-        return Transition(flat_float32(new_state.obs), new_state, reward, done, jnp.bool_(False))
+            new = env.step(state, action)
+        return transition(state, flat_float32(new.obs), new, new.reward, new.done, False)
 
-    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
-    size = (int(env.action_size),)
     environment = Environment(
         name,
         reset=reset,
         step=step,
-        observation_shape=observation.shape,
-        action_space=Continuous(size, np.full(size, -1, np.float32), np.full(size, 1, np.float32)),
+        observation_shape=shapes_at_reset(reset)[0].shape,
+        action_space=box(-1, 1, (int(env.action_size),)),
         max_steps=EPISODE_LENGTH,
     )
     return with_time_limit(environment, EPISODE_LENGTH)

@@ -7,11 +7,10 @@ full game; `envs.make(name, max_steps=...)` lowers that.
 
 from typing import Any
 
-import jax
 from jax import Array
 
-from envs.adapter import as_arrays, promotion_allowed, scalar_reward, with_types_of
-from envs.protocol import Discrete, Environment, Transition
+from envs.adapter import as_arrays, promotion_allowed, shapes_at_reset, step_with_clock
+from envs.protocol import Discrete, Environment
 
 NAMES = ("Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1", "Craftax-Pixels-v1", "Craftax-Classic-Pixels-v1")
 
@@ -54,19 +53,11 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
             observation, state = env.reset_env(key, params)
         return observation.astype("float32"), as_arrays(state)
 
-    def step(key: Array, state: Any, action: Array) -> Transition:
-        with promotion_allowed():
-            observation, new_state, reward, done, _ = env.step_env(key, state, action, params)
-            late = new_state.timestep >= params.max_timesteps
-        new_state = with_types_of(state, new_state)
-        return Transition(observation.astype("float32"), new_state, scalar_reward(reward), done & ~late, done & late)
-
-    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
     return Environment(
         name,
         reset=reset,
-        step=step,
-        observation_shape=observation.shape,
+        step=step_with_clock(env, params),
+        observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=Discrete(int(env.num_actions)),
         max_steps=int(params.max_timesteps),
     )

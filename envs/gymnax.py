@@ -8,13 +8,11 @@ values (1.0) or five (0.0). gymnax relies on implicit promotion, so its code run
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, promotion_allowed, scalar_reward, with_types_of
-from envs.protocol import ActionSpace, Continuous, Discrete, Environment, Transition
+from envs.adapter import as_arrays, discrete_or_box, promotion_allowed, shapes_at_reset, transition
+from envs.protocol import Environment, Transition
 
 
 def names() -> list[str]:
@@ -58,26 +56,25 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
     def reset(key: Array) -> tuple[Array, Any]:
         with promotion_allowed():
             observation, state = env.reset(key, params)
-        return _as_float32(observation, name), as_arrays(state)
+        if not hasattr(observation, "dtype"):
+            raise ValueError(f"env '{name}' has observations of type {type(observation).__name__}, expected a single array.")
+        return observation.astype(jnp.float32), as_arrays(state)
 
     raw_step = _step_env(env, params) if hasattr(env, "step_env") else _step(env, params)
 
     def step(key: Array, state: Any, action: Array) -> Transition:
         with promotion_allowed():
-            observation, new_state, reward, terminated, truncated = raw_step(key, state, action)
-        new_state = with_types_of(state, new_state)
-        flags = (jnp.asarray(terminated, bool), jnp.asarray(truncated, bool))
-        return Transition(_as_float32(observation, name), new_state, scalar_reward(reward), *flags)
+            made = raw_step(key, state, action)
+        return transition(state, *made)
 
     with promotion_allowed():
         space = env.action_space(params)
-    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
     return Environment(
         name,
         reset=reset,
         step=step,
-        observation_shape=observation.shape,
-        action_space=_action_space(space, name),
+        observation_shape=shapes_at_reset(reset)[0].shape,
+        action_space=discrete_or_box(space, name=name),
         max_steps=int(params.max_steps_in_episode),
     )
 
@@ -97,18 +94,3 @@ def _step(env: Any, params: Any) -> Callable:
         return observation, state, reward, ends[0], ends[1] if len(ends) == 2 else False
 
     return step
-
-
-def _as_float32(observation: Any, name: str) -> Array:
-    if not hasattr(observation, "dtype"):
-        raise ValueError(f"env '{name}' has observations of type {type(observation).__name__}, expected a single array.")
-    return observation.astype(jnp.float32)
-
-
-def _action_space(space: Any, name: str) -> ActionSpace:
-    if hasattr(space, "n"):
-        return Discrete(int(space.n))
-    if hasattr(space, "low"):
-        low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
-        return Continuous(tuple(space.shape), low, high)
-    raise ValueError(f"env '{name}' has a {type(space).__name__} action space, expected a discrete one or a box.")

@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, flat_float32, promotion_allowed, scalar_reward, with_types_of
-from envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, Transition, with_time_limit
+from envs.adapter import as_arrays, box, flat_float32, promotion_allowed, shapes_at_reset, transition
+from envs.protocol import ActionSpace, Discrete, Environment, MultiDiscrete, Transition, with_time_limit
 
 EPISODE_LENGTH = 10_000  # of an environment that states none; a game of 2048 ends earlier
 
@@ -61,9 +60,7 @@ def adapt(env: Any, *, name: str) -> Environment:
     """
     if env.reward_spec.shape != ():
         raise ValueError(f"env '{name}' has rewards of shape {env.reward_spec.shape}, expected a scalar.")
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    with promotion_allowed():
-        _, first = jax.eval_shape(env.reset, key)
+    _, first = shapes_at_reset(env.reset)
     shown = getattr(first.observation, "action_mask", None)
     space, decode = _action_space(env.action_spec, None if shown is None else shown.shape, name)
     dtype = env.action_spec.dtype
@@ -77,16 +74,14 @@ def adapt(env: Any, *, name: str) -> Environment:
         with promotion_allowed():
             inner, timestep = env.step(state.inner, decode(action).astype(dtype))
             last, ended = timestep.last(), timestep.discount == 0
-        new_state = _State(with_types_of(state.inner, inner), _mask(timestep.observation))
-        return Transition(
-            _observe(timestep.observation), new_state, scalar_reward(timestep.reward), last & ended, last & ~ended
-        )
+        observation, new_state = _observe(timestep.observation), _State(inner, _mask(timestep.observation))
+        return transition(state, observation, new_state, timestep.reward, last & ended, last & ~ended)
 
     environment = Environment(
         name,
         reset=reset,
         step=step,
-        observation_shape=jax.eval_shape(reset, key)[0].shape,
+        observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=space,
         max_steps=int(getattr(env, "time_limit", EPISODE_LENGTH)),
         action_mask=None if shown is None else lambda state: state.mask,
@@ -111,8 +106,7 @@ def _action_space(spec: Any, mask_shape: tuple[int, ...] | None, name: str) -> t
     if np.issubdtype(spec.dtype, np.integer) and sizes.size == 0:  # MultiCVRP's bound is one more than its mask has
         sizes = np.full(spec.shape, mask_shape[-1] if mask_shape else np.max(spec.maximum) + 1)
     if sizes.size == 0:
-        low, high = (np.broadcast_to(np.asarray(bound, np.float32), spec.shape) for bound in (spec.minimum, spec.maximum))
-        return Continuous(tuple(spec.shape), low, high), lambda action: action
+        return box(spec.minimum, spec.maximum, spec.shape), lambda action: action
     if sizes.ndim == 0:
         return Discrete(int(sizes)), lambda action: action
     shape = tuple(int(size) for size in sizes.reshape(-1))

@@ -8,13 +8,19 @@ failure, and Kinetix's small dense reward for coming nearer.
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from envs.adapter import allow_old_clip, as_arrays, promotion_allowed, scalar_reward, split_variant, with_types_of
-from envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, Transition
+from envs.adapter import (
+    allow_old_clip,
+    as_arrays,
+    discrete_or_box,
+    promotion_allowed,
+    shapes_at_reset,
+    split_variant,
+    step_with_clock,
+)
+from envs.protocol import ActionSpace, Environment, MultiDiscrete
 
 ACTIONS = ("multi_discrete", "continuous", "discrete")
 
@@ -68,36 +74,21 @@ def adapt(env: Any, params: Any, *, start: Any, name: str) -> Environment:
         The `Environment`; its reset and step ignore the key.
     """
 
-    def observe(state: Any) -> Array:
-        return env.get_obs(state).astype(jnp.float32).reshape(-1)
-
     def reset(key: Array) -> tuple[Array, Any]:
         with promotion_allowed():
-            return observe(start), start
+            return env.get_obs(start).astype(jnp.float32), start
 
-    def step(key: Array, state: Any, action: Array) -> Transition:
-        with promotion_allowed():
-            observation, new_state, reward, done, _ = env.step_env(key, state, action, params)
-            late = new_state.timestep >= params.max_timesteps
-        new_state = with_types_of(state, new_state)
-        flags = (done & ~late, done & late)
-        return Transition(observation.astype(jnp.float32).reshape(-1), new_state, scalar_reward(reward), *flags)
-
-    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
     return Environment(
         name,
         reset=reset,
-        step=step,
-        observation_shape=observation.shape,
-        action_space=_action_space(env.action_space(params)),
+        step=step_with_clock(env, params),
+        observation_shape=shapes_at_reset(reset)[0].shape,
+        action_space=_action_space(env.action_space(params), name),
         max_steps=int(params.max_timesteps),
     )
 
 
-def _action_space(space: Any) -> ActionSpace:
+def _action_space(space: Any, name: str) -> ActionSpace:
     if hasattr(space, "number_of_dims_per_distribution"):
         return MultiDiscrete(tuple(int(size) for size in space.number_of_dims_per_distribution))
-    if hasattr(space, "n"):
-        return Discrete(int(space.n))
-    low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
-    return Continuous(tuple(space.shape), low, high)
+    return discrete_or_box(space, name=name)

@@ -10,12 +10,11 @@ JaxMARL tells the end of an episode one step late (25 steps and one), which is k
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, promotion_allowed, with_types_of
+from envs.adapter import as_arrays, promotion_allowed, shapes_at_reset, transition
 from envs.protocol import Discrete, Environment, PerAgent, Transition
 
 NAMES = ("simple_spread_v3", "simple_speaker_listener_v4", "simple_reference_v3", "simple_v3")
@@ -52,8 +51,7 @@ def adapt(env: Any, *, name: str) -> Environment:
         The `Environment`.
     """
     agents = list(env.agents)
-    with promotion_allowed():
-        views, _ = jax.eval_shape(env.reset, jax.eval_shape(lambda: jax.random.key(0)))
+    views, _ = shapes_at_reset(env.reset)
     features = max(views[agent].size for agent in agents)
     choices = [int(env.action_space(agent).n) for agent in agents]
     mask = np.arange(max(choices)) < np.array(choices)[:, None]
@@ -71,7 +69,7 @@ def adapt(env: Any, *, name: str) -> Environment:
         with promotion_allowed():
             views, new_state, rewards, dones, _ = env.step_env(key, state, dict(zip(agents, action, strict=True)))
             reward = jnp.stack([rewards[agent] for agent in agents]).astype(jnp.float32).mean()
-        return Transition(observe(views), with_types_of(state, new_state), reward, jnp.bool_(False), dones["__all__"])
+        return transition(state, observe(views), new_state, reward, False, dones["__all__"])
 
     return Environment(
         name,

@@ -6,13 +6,11 @@ The reward is 1 at the goal and 0 elsewhere; episodes are truncated after navix'
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from envs.adapter import as_arrays, promotion_allowed, scalar_reward, with_types_of
-from envs.protocol import ActionSpace, Continuous, Discrete, Environment, Transition
+from envs.adapter import as_arrays, box, promotion_allowed, shapes_at_reset, transition
+from envs.protocol import ActionSpace, Discrete, Environment, Transition
 
 PREFIX = "Navix-"
 
@@ -58,17 +56,15 @@ def adapt(env: Any, *, name: str) -> Environment:
 
     def step(key: Array, state: Any, action: Array) -> Transition:
         with promotion_allowed():
-            timestep = with_types_of(state, env._step(state, action.astype(state.action.dtype)))  # `step` resets ended ones
-            terminated, truncated = timestep.is_termination(), timestep.is_truncation()
-        observation = timestep.observation.astype(jnp.float32)
-        return Transition(observation, timestep, scalar_reward(timestep.reward), terminated, truncated)
+            new = env._step(state, action.astype(state.action.dtype))  # `step` resets ended ones
+            terminated, truncated = new.is_termination(), new.is_truncation()
+        return transition(state, new.observation, new, new.reward, terminated, truncated)
 
-    observation, _ = jax.eval_shape(reset, jax.eval_shape(lambda: jax.random.key(0)))
     return Environment(
         name,
         reset=reset,
         step=step,
-        observation_shape=observation.shape,
+        observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=_action_space(env.action_space),
         max_steps=int(env.max_steps),
     )
@@ -77,5 +73,4 @@ def adapt(env: Any, *, name: str) -> Environment:
 def _action_space(space: Any) -> ActionSpace:
     if jnp.issubdtype(space.dtype, jnp.integer):
         return Discrete(int(space.n))
-    low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.minimum, space.maximum))
-    return Continuous(tuple(space.shape), low, high)
+    return box(space.minimum, space.maximum, space.shape)
