@@ -61,15 +61,20 @@ ActionSpace = Discrete | MultiDiscrete | Continuous | PerAgent
 class Environment:
     """An environment as pure functions of one episode.
 
+    An episode has one step at least, for `reset` tells no end.
+
     Args:
         name: the suite's name for it.
         reset: `reset(key) -> (observation, state)`.
         step: `step(key, state, action) -> Transition`; what it gives after an end is not defined.
         observation_shape: shape of one observation; with `PerAgent` actions its first axis is that of agents.
         action_space: `Discrete`, `MultiDiscrete`, `Continuous` or `PerAgent`.
-        max_steps: steps after which an episode ends in any case.
+        max_steps: steps after which an episode ends in any case, at least 1.
         action_mask: `action_mask(state) -> bool`, of the shape of the logits that `choose_action` takes, True for the actions
             that are allowed; None: all are.
+
+    Raises:
+        ValueError: `max_steps` is less than 1.
     """
 
     name: str
@@ -80,6 +85,10 @@ class Environment:
     action_space: ActionSpace
     max_steps: int
     action_mask: Callable[[Any], Array] | None = None
+
+    def __post_init__(self):
+        if not self.max_steps >= 1:
+            raise ValueError(f"env '{self.name}' must have max_steps >= 1, got {self.max_steps!r}.")
 
 
 def with_time_limit(environment: Environment, max_steps: int) -> Environment:

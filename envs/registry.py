@@ -4,12 +4,13 @@ A suite is imported when one of its environments is made, not before. Every suit
 names that lack the prefix.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import heapq
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from envs.protocol import Environment, with_time_limit
@@ -73,7 +74,8 @@ def names(suite: str) -> list[str]:
         ModuleNotFoundError: the suite is not installed; the message has the command that installs it.
     """
     prefix = "" if suite == "gymnax" else f"{suite}/"
-    return [prefix + name for name in _module(suite, for_name=f"{suite}/...").names()]
+    with _modules_needed(suite, for_name=f"{suite}/..."):
+        return [prefix + name for name in _module(suite).names()]
 
 
 def make(name: str, *, max_steps: int | None = None) -> Environment:
@@ -101,17 +103,24 @@ def _make_from_suite(name: str) -> Environment:
         suite, short = "gymnax", name
     if suite == "gymnax" and "/" in short:
         raise ValueError(_unknown(name, []))
-    module = _module(suite, for_name=name)
-    if short.partition("@")[0] not in module.names():
-        raise ValueError(_unknown(name, names(suite)))
-    return module.make(short)
+    with _modules_needed(suite, for_name=name):
+        module = _module(suite)
+        if short.partition("@")[0] in module.names():
+            return module.make(short)
+    raise ValueError(_unknown(name, names(suite)))
 
 
-def _module(suite: str, *, for_name: str) -> ModuleType:
-    """Import a suite's adapter and the suite."""
+def _module(suite: str) -> ModuleType:
+    """Import a suite and its adapter."""
+    importlib.import_module(SUITES[suite].package)
+    return importlib.import_module(f"envs.{suite}")
+
+
+@contextlib.contextmanager
+def _modules_needed(suite: str, *, for_name: str) -> Iterator[None]:
+    """Say of a missing module what installs it; suites import some of theirs only when an environment is made."""
     try:
-        importlib.import_module(SUITES[suite].package)
-        return importlib.import_module(f"envs.{suite}")
+        yield
     except ModuleNotFoundError as error:
         install = SUITES[suite].install
         message = f"env '{for_name}' needs the module {error.name}, which is not installed; {install} installs it."

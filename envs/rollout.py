@@ -56,6 +56,9 @@ def run_episode(
 
     Returns:
         The `Episode`.
+
+    Raises:
+        ValueError: an observation has another shape than the environment declares.
     """
     reset_key, steps_key = jax.random.split(key)
     centre = jnp.float32(0) if statistics is None else statistics.mean
@@ -69,6 +72,7 @@ def run_episode(
         action_key, step_key = jax.random.split(jax.random.fold_in(steps_key, carry.episode.steps))
         new_memory, action = act(carry, action_key)
         observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, action)
+        _check_shape(environment, observation)
         finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
@@ -81,6 +85,7 @@ def run_episode(
         return ~carry.done & (carry.episode.steps < environment.max_steps)
 
     observation, state = environment.reset(reset_key)
+    _check_shape(environment, observation)
     nothing = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
     start = _Carry(observation, state, memory, nothing, jnp.bool_(False))
     return jax.lax.while_loop(running, advance, start).episode
@@ -100,7 +105,7 @@ def run_episodes(
     Every episode starts with the same `memory`.
 
     Raises:
-        ValueError: `episodes` is not a positive integer.
+        ValueError: `episodes` is not a positive integer, or an observation has another shape than the environment declares.
     """
     if not isinstance(episodes, int) or episodes < 1:
         raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
@@ -109,3 +114,9 @@ def run_episodes(
         return run_episode(environment, policy, key=key, statistics=statistics, memory=memory)
 
     return jax.vmap(run)(jax.random.split(key, episodes))
+
+
+def _check_shape(environment: Environment, observation: Any) -> None:
+    declared, shape = tuple(environment.observation_shape), getattr(observation, "shape", type(observation).__name__)
+    if shape != declared:
+        raise ValueError(f"env '{environment.name}' must give observations of its observation_shape {declared}, got {shape}.")

@@ -1,5 +1,7 @@
 """Environments: the adapter against gymnax itself, rollouts against hand-written ones, statistics against numpy."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -70,6 +72,36 @@ def test_a_time_limit_truncates():
 def test_bad_time_limit(max_steps):
     with pytest.raises(ValueError, match="max_steps must be an integer >= 1"):
         envs.with_time_limit(counting(), max_steps)
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_an_environment_without_steps_is_refused(max_steps):
+    with pytest.raises(ValueError, match=f"env 'counting' must have max_steps >= 1, got {max_steps}"):
+        counting(ends_at=3, max_steps=max_steps)
+
+
+def test_a_task_that_is_over_at_reset_takes_one_step():
+    episodes = envs.run_episodes(counting(ends_at=0), stay, key=jax.random.key(0), episodes=2)
+    assert (episodes.total_reward.tolist(), episodes.steps.tolist()) == ([1.0, 1.0], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("observation", "got"), [(jnp.zeros(3), "(3,)"), (jnp.float32(0), "()"), (jnp.zeros((1, 1)), "(1, 1)"), ({}, "dict")]
+)
+@pytest.mark.parametrize("function", ["reset", "step"])
+def test_observations_of_another_shape_are_refused(function, observation, got):
+    right = counting(ends_at=3)
+
+    def reset(key):
+        return observation, right.reset(key)[1]
+
+    def step(key, state, action):
+        return right.step(key, state, action)._replace(observation=observation)
+
+    wrong = dataclasses.replace(right, **{function: {"reset": reset, "step": step}[function]})
+    words = f"env 'counting' must give observations of its observation_shape (1,), got {got}."
+    with pytest.raises(ValueError, match=re.escape(words)):
+        envs.run_episodes(wrong, stay, key=jax.random.key(0), episodes=2)
 
 
 def test_side_by_side_equals_one_by_one():
@@ -491,6 +523,23 @@ def test_a_missing_suite_says_how_to_install_it(suite, name, monkeypatch):
         envs.make(name.removeprefix("gymnax/"))
     with pytest.raises(ModuleNotFoundError, match=re.escape(words)):
         envs.names(suite)
+
+
+def test_a_module_missing_when_an_environment_is_made_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("envs.gymnax.make", lambda name: importlib.import_module("no_such_module"))
+    words = "env 'CartPole-v1' needs the module no_such_module, which is not installed; pip install gymnax six installs it."
+    with pytest.raises(ModuleNotFoundError, match=re.escape(words)):
+        envs.make("CartPole-v1")
+
+
+@pytest.mark.filterwarnings("ignore")  # the suites' own
+@pytest.mark.parametrize("suite", SUITES)
+def test_an_installed_suite_suggests_its_own_names(suite):
+    if not envs.is_installed(suite):
+        pytest.skip(f"needs {suite}: {SUITES[suite].install}")
+    name = envs.names(suite)[-1]
+    with pytest.raises(ValueError, match=re.escape(f"env must name an environment, got '{name}x'; did you mean {name}")):
+        envs.make(f"{name}x")
 
 
 def test_old_clip_keywords_are_allowed_in_one_module_alone():
