@@ -8,6 +8,7 @@ from typing import Any
 
 from jax import Array
 
+from envs import drawing
 from envs.adapter import (
     allow_old_clip,
     as_arrays,
@@ -80,5 +81,6 @@ def adapt(env: Any, *, name: str) -> Environment:
         observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=box(-1, 1, (int(env.action_size),)),
         max_steps=EPISODE_LENGTH,
+        draw=drawing.bodies(env),
     )
     return with_time_limit(environment, EPISODE_LENGTH)

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax import Array
 
+from envs import drawing
 from envs.adapter import as_arrays, promotion_allowed, shapes_at_reset, step_with_clock
 from envs.protocol import Discrete, Environment
 
@@ -60,4 +61,5 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
         observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=Discrete(int(env.num_actions)),
         max_steps=int(params.max_timesteps),
+        draw=drawing.craftax,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from envs import drawing
 from envs.adapter import as_arrays, discrete_or_box, promotion_allowed, shapes_at_reset, transition
 from envs.protocol import Environment, Transition
 
@@ -76,6 +77,7 @@ def adapt(env: Any, params: Any, *, name: str) -> Environment:
         observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=discrete_or_box(space, name=name),
         max_steps=int(params.max_steps_in_episode),
+        draw=drawing.CLASSIC_CONTROL.get(name),
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from envs import drawing
 from envs.adapter import as_arrays, box, flat_float32, promotion_allowed, shapes_at_reset, transition
 from envs.protocol import ActionSpace, Discrete, Environment, MultiDiscrete, Transition, with_time_limit
 
@@ -85,6 +86,7 @@ def adapt(env: Any, *, name: str) -> Environment:
         action_space=space,
         max_steps=int(getattr(env, "time_limit", EPISODE_LENGTH)),
         action_mask=None if shown is None else lambda state: state.mask,
+        draw=drawing.jumanji(env),
     )
     return environment if hasattr(env, "time_limit") else with_time_limit(environment, EPISODE_LENGTH)
 

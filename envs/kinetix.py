@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from envs import drawing
 from envs.adapter import (
     allow_old_clip,
     as_arrays,
@@ -85,6 +86,7 @@ def adapt(env: Any, params: Any, *, start: Any, name: str) -> Environment:
         observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=_action_space(env.action_space(params), name),
         max_steps=int(params.max_timesteps),
+        draw=drawing.kinetix(env, params),
     )
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from envs import drawing
 from envs.adapter import as_arrays, promotion_allowed, shapes_at_reset, transition
 from envs.protocol import Discrete, Environment, PerAgent, Transition
 
@@ -79,4 +80,5 @@ def adapt(env: Any, *, name: str) -> Environment:
         action_space=PerAgent(len(agents), Discrete(max(choices))),
         max_steps=int(env.max_steps) + 1,
         action_mask=None if mask.all() else lambda state: jnp.asarray(mask),
+        draw=drawing.particles(env),
     )

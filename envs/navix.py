@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from envs import drawing
 from envs.adapter import as_arrays, box, promotion_allowed, shapes_at_reset, transition
 from envs.protocol import ActionSpace, Discrete, Environment, Transition
 
@@ -67,6 +68,7 @@ def adapt(env: Any, *, name: str) -> Environment:
         observation_shape=shapes_at_reset(reset)[0].shape,
         action_space=_action_space(env.action_space),
         max_steps=int(env.max_steps),
+        draw=drawing.navix,
     )
 
 

@@ -72,6 +72,7 @@ class Environment:
         max_steps: steps after which an episode ends in any case, at least 1.
         action_mask: `action_mask(state) -> bool`, of the shape of the logits that `choose_action` takes, True for the actions
             that are allowed; None: all are.
+        draw: `draw(state)`, called outside jit, gives a picture, a numpy array uint8 [height, width, 3]; None: it has none.
 
     Raises:
         ValueError: `max_steps` is less than 1.
@@ -85,6 +86,7 @@ class Environment:
     action_space: ActionSpace
     max_steps: int
     action_mask: Callable[[Any], Array] | None = None
+    draw: Callable[[Any], np.ndarray] | None = None
 
     def __post_init__(self):
         if not self.max_steps >= 1:
@@ -106,7 +108,7 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
     """
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be an integer >= 1, got {max_steps!r}.")
-    mask = environment.action_mask
+    mask, draw = environment.action_mask, environment.draw
 
     def reset(key: Array) -> tuple[Array, Any]:
         observation, state = environment.reset(key)
@@ -123,4 +125,5 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
         step=step,
         max_steps=min(max_steps, environment.max_steps),
         action_mask=None if mask is None else lambda state: mask(state[0]),
+        draw=None if draw is None else lambda state: draw(state[0]),
     )

@@ -32,7 +32,7 @@ def render_episode(
     """Play one episode on the CPU and write it as an animated GIF, which loops.
 
     The episode is the one that `envs.run_episode` plays with the same arguments. A long one is shown by every second state,
-    or every fourth, and so on; the first and the last state are always shown.
+    or every fourth, and so on, and its last.
 
     Args:
         environment: from `envs.make`.
