@@ -6,7 +6,8 @@ from eggroll.metrics import Metrics
 from eggroll.plan import Plan
 from eggroll.rules import Dense, Frozen, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
-from eggroll.strategy import ESState, EvolutionStrategy
+from eggroll.state import ESState
+from eggroll.strategy import EvolutionStrategy
 from eggroll.training import train
 
 __version__ = "0.1.0"

@@ -9,23 +9,60 @@ from jax import Array
 REDUCTIONS = ("sum", "mean", "max", "min", "all")
 
 
-class Metrics(NamedTuple):
-    """What one generation reports; statistics are over the members whose fitness is finite."""
+class FitnessReport(NamedTuple):
+    """What a population's fitness says; statistics are over the members whose fitness is finite."""
 
-    generation: Array  # int32 [], the generation just done
     mean_fitness: Array  # float32 []
     best_fitness: Array  # float32 []
     std_fitness: Array  # float32 []
     invalid: Array  # int32 [], members whose fitness was not finite
-    skipped: Array  # bool [], nothing changed: every member was invalid, or the gradient not finite
-    gradient_norm: Array  # float32 []
-    sigma: Array  # float32 []
+    tied_pairs: Array  # float32 [], share of the pairs whose members have the same fitness: they say nothing
+    pair_correlation: Array  # float32 [], of the fitness of + and - members; near 1: the fitness is noise that pairs share
+    effective_rank: Array  # float32 [], equal rank-one terms that the update of a matrix amounts to, at most P r
+    coefficients: Array  # float32 [P], what the update is made of; NaN when every member is invalid
     fitness: Array  # float32 [N] or [N, K], raw
     aux: Any  # reduced over the valid members, or None
 
 
-def summarise(generation: Array, fitness: Array, *, sigma: Array, gradient: Any, aux: Any) -> Metrics:
-    """Report a generation from its raw fitness [N] or [N, K] and the ascent gradient."""
+class Metrics(NamedTuple):
+    """What one generation reports: `FitnessReport` and `update.UpdateReport`, and of which generation."""
+
+    generation: Array  # int32 [], the generation just done
+    sigma: Array  # float32 []
+    mean_fitness: Array  # from here: see FitnessReport
+    best_fitness: Array
+    std_fitness: Array
+    invalid: Array
+    tied_pairs: Array
+    pair_correlation: Array
+    effective_rank: Array
+    coefficients: Array
+    fitness: Array
+    aux: Any
+    skipped: Array  # from here: see UpdateReport
+    gradient_norm: Array
+    leaf_norms: Array
+    moved: Array
+
+    @property
+    def scalars(self) -> dict[str, Array]:
+        """The fields that are one number."""
+        arrays = ("coefficients", "fitness", "aux", "leaf_norms")
+        return {name: value for name, value in self._asdict().items() if name not in arrays}
+
+
+def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) -> FitnessReport:
+    """Report a population.
+
+    Args:
+        fitness: raw, [N] or [N, K].
+        coefficients: float32 [P], differences of the shaped fitness.
+        rank: the largest rank of the perturbations.
+        aux: reduced over the population.
+
+    Returns:
+        The report; where no member is valid its statistics are NaN.
+    """
     valid = valid_members(fitness)
     columns = fitness.reshape(fitness.shape[0], -1)
     finite = jnp.isfinite(columns)
@@ -33,20 +70,28 @@ def summarise(generation: Array, fitness: Array, *, sigma: Array, gradient: Any,
     count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
     mean = jnp.where(valid, scores, 0.0).sum() / count
     variance = jnp.where(valid, (scores - mean) ** 2, 0.0).sum() / count
-    squares = sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)), start=jnp.float32(0))
+    weights = jnp.square(coefficients)
     nothing = jnp.float32(jnp.nan)
-    return Metrics(
-        generation=generation,
+    return FitnessReport(
         mean_fitness=jnp.where(valid.any(), mean, nothing),
         best_fitness=jnp.where(valid.any(), jnp.where(valid, scores, -jnp.inf).max(), nothing),
         std_fitness=jnp.sqrt(variance),
         invalid=(~valid).sum(),
-        skipped=~(valid.any() & jnp.isfinite(squares)),
-        gradient_norm=jnp.sqrt(squares),
-        sigma=sigma,
+        tied_pairs=(scores[0::2] == scores[1::2]).astype(jnp.float32).mean(),
+        pair_correlation=_correlation(scores[0::2], scores[1::2], valid[0::2] & valid[1::2]),
+        effective_rank=rank * weights.sum() ** 2 / jnp.maximum(jnp.square(weights).sum(), jnp.finfo(jnp.float32).tiny),
+        coefficients=jnp.where(valid.any(), coefficients, nothing),
         fitness=fitness,
         aux=aux,
     )
+
+
+def _correlation(plus: Array, minus: Array, valid: Array) -> Array:
+    """Correlation of two vectors over the valid entries; 0 where one of them is constant."""
+    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    plus, minus = (jnp.where(valid, x - jnp.where(valid, x, 0.0).sum() / count, 0.0) for x in (plus, minus))
+    scale = jnp.sqrt(jnp.square(plus).sum() * jnp.square(minus).sum())
+    return jnp.where(scale > 0, (plus * minus).sum() / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 def valid_members(fitness: Array) -> Array:

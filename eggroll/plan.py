@@ -99,6 +99,11 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
     tree: Any  # jax.tree_util.PyTreeDef of the parameters
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of the low-rank leaves, 1 when there is none."""
+        return max((leaf.spec.rank for leaf in self.leaves if leaf.role == "low-rank"), default=1)
+
     def table(self) -> str:
         """A readable table: path, shape, role, rank, noise bytes per member, reason."""
         header = ("path", "shape", "role", "rank", "bytes", "reason")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,14 @@ from eggroll import estimator, noise
 from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
 from eggroll.members import Population
-from eggroll.metrics import REDUCTIONS, Metrics, of_valid, reduce_aux, summarise, valid_members
+from eggroll.metrics import REDUCTIONS, FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout, draw_pair, evaluate, member_params
-from eggroll.precision import PRECISIONS, Masters, apply_updates, float32_params, init_masters
+from eggroll.precision import PRECISIONS, float32_params, init_masters
 from eggroll.rules import LowRank, Perturbation, check_params, check_perturbation, trainable
 from eggroll.shaping import SHAPINGS, Shaping, shaped_fitness
-
-
-class ESState(NamedTuple):
-    """State of a run: a pytree that jits, scans and saves as it is."""
-
-    params: Any  # the user's pytree, in its storage dtypes
-    opt_state: Any  # of the optax transformation, float32
-    key: Array  # typed threefry key of the run, never changes
-    generation: Array  # int32 []
-    sigma: Array  # float32 [], standard deviation of the next generation
-    masters: Masters  # float32 copies of low-precision parameters, or None
-    member_state: Any  # [P, 2, ...] carried per member, or None
+from eggroll.state import ESState
+from eggroll.update import UpdateReport, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +77,8 @@ class EvolutionStrategy:
         if self.fitness is not None and not callable(self.fitness):
             raise TypeError(f"fitness must be a function or None, got {type(self.fitness).__name__}.")
         _ = self.layout  # checks population_size, members_per_batch and chunk_size
-        if not callable(self.sigma) and not (
-            isinstance(self.sigma, int | float | np.floating) and 0 < self.sigma < float("inf")
-        ):
+        is_number = isinstance(self.sigma, int | float | np.floating)
+        if not callable(self.sigma) and not (is_number and 0 < self.sigma < float("inf")):
             raise ValueError(f"sigma must be a finite number > 0 or a schedule, got {self.sigma!r}.")
         if not hasattr(self.optimizer, "update"):
             raise TypeError(f"optimizer must be an optax transformation, got {type(self.optimizer).__name__}.")
@@ -175,7 +164,7 @@ class EvolutionStrategy:
         if self.memory_budget is not None and self.chunk_size is None and "layout" not in self._cache:
             run = functools.partial(self.evaluate, self._fitness())
             self._cache["layout"] = layout_in_budget(run, state, batch, layout=self.layout, budget=self.memory_budget)
-        return self._jitted("step", self._step)(state, batch)
+        return self._finish(state, *self._jitted("score", self._evaluate_and_score)(state, batch))
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
@@ -198,13 +187,30 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet (nothing was applied).
         """
-        fitness = jnp.asarray(fitness, jnp.float32)
-        if fitness.ndim not in (1, 2) or fitness.shape[0] != self.population_size:
-            raise ValueError(
-                f"fitness must have shape ({self.population_size},) or ({self.population_size}, K), got {fitness.shape}."
-            )
+        fitness, size = jnp.asarray(fitness, jnp.float32), self.population_size
+        if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
+            raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
         self._known_plan("tell")
-        return self._jitted("tell", self._update)(state, fitness, None, state.member_state)
+        return self._finish(state, *self._jitted("told", self._score)(state, fitness, None, state.member_state))
+
+    def replay(self, state: ESState, coefficients: Any) -> ESState:
+        """Repeat the update of a generation without evaluating anything.
+
+        Args:
+            state: before the generation.
+            coefficients: float32 [P], its `Metrics.coefficients`.
+
+        Returns:
+            The state as `step` left it, bit for bit on the same backend; a carried `member_state` is not rebuilt.
+
+        Raises:
+            ValueError: wrong length, or no plan yet.
+        """
+        coefficients = jnp.asarray(coefficients, jnp.float32)
+        if coefficients.shape != (self.population_size // 2,):
+            raise ValueError(f"coefficients must have shape ({self.population_size // 2},), got {coefficients.shape}.")
+        self._known_plan("replay")
+        return self._jitted("update", self._update)(state, coefficients)[0]
 
     def _known_plan(self, needed_by: str) -> Plan:
         """Return the plan made before; ValueError when there is none yet."""
@@ -214,10 +220,24 @@ class EvolutionStrategy:
             )
         return self._cache["plan"]
 
-    def _step(self, state: ESState, batch: Any) -> tuple[ESState, Metrics]:
+    def _evaluate_and_score(self, state: ESState, batch: Any) -> tuple[FitnessReport, Any]:
         fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache.get("layout", self.layout))
-        fitness = fitness.reshape(self.population_size, *fitness.shape[2:])
-        return self._update(state, fitness, aux, member_state)
+        return self._score(state, fitness.reshape(self.population_size, *fitness.shape[2:]), aux, member_state)
+
+    def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
+        """Report the fitness, with the pair coefficients; and the member state, the old one for invalid members."""
+        valid = valid_members(fitness)
+        coefficients = estimator.pair_coefficients(shaped_fitness(self.shaping, fitness))
+        rank = self._cache["plan"].max_rank
+        report = report_fitness(fitness, coefficients, rank=rank, aux=reduce_aux(self.aux, aux, valid))
+        return report, of_valid(valid, member_state, state.member_state)
+
+    def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
+        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
+        new_state, done = self._jitted("update", self._update)(state, report.coefficients)
+        member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
+        metrics = Metrics(state.generation, self._sigma(state), *report, *done)
+        return new_state._replace(member_state=member_state), metrics
 
     def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout) -> Any:
         """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
@@ -228,7 +248,7 @@ class EvolutionStrategy:
             state.params,
             layout=layout,
             noise_key=state.key,
-            noise_generation=state.generation // self.noise_reuse,
+            noise_generation=self._noise_generation(state),
             sigma=self._sigma(state),
             evaluation_key=jax.random.fold_in(evaluation_key, state.generation),
             batch=batch,
@@ -248,33 +268,19 @@ class EvolutionStrategy:
     def _member(self, state: ESState, index: Array | int) -> Any:
         plan = self._known_plan("member")
         pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
-        drawn = draw_pair(plan, state.key, state.generation // self.noise_reuse, pair)
+        drawn = draw_pair(plan, state.key, self._noise_generation(state), pair)
         sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
         return member_params(plan, state.params, drawn, sign=sign, sigma=self._sigma(state), lazy=False)
 
-    def _update(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[ESState, Metrics]:
-        sigma = self._sigma(state)
-        ascent = estimator.gradient(
-            self._cache["plan"],
-            estimator.pair_coefficients(shaped_fitness(self.shaping, fitness)),
-            noise_key=state.key,
-            noise_generation=state.generation // self.noise_reuse,
-            sigma=sigma,
-        )
-        wide = float32_params(state.params, state.masters)
-        descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-        updates, opt_state = self._optimizer(state.params).update(descent, state.opt_state, wide)
-        rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
-        params, masters = apply_updates(state.params, state.masters, updates, precision=self.precision, key=rounding_key)
-        valid = valid_members(fitness)
-        reduced = reduce_aux(self.aux, aux, valid)
-        metrics = summarise(state.generation, fitness, sigma=sigma, gradient=ascent, aux=reduced)
-        member_state = of_valid(valid, member_state, state.member_state)
-        changed = state._replace(params=params, opt_state=opt_state, masters=masters, member_state=member_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(metrics.skipped, old, new), changed, state)
-        new_state = kept._replace(generation=state.generation + 1)
-        new_state = new_state._replace(sigma=self._sigma(new_state))
-        return new_state, metrics
+    def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
+        plan, optimizer, noise_generation = self._cache["plan"], self._optimizer(state.params), self._noise_generation(state)
+        more = {"sigma": self._sigma(state), "noise_generation": noise_generation}
+        new_state, report = update(plan, optimizer, state, coefficients, **more, precision=self.precision)
+        new_state = new_state._replace(generation=state.generation + 1)
+        return new_state._replace(sigma=self._sigma(new_state)), report
+
+    def _noise_generation(self, state: ESState) -> Array:
+        return state.generation // self.noise_reuse
 
     def _sigma(self, state: ESState) -> Array:
         return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma

@@ -19,34 +19,46 @@ from typing import IO, Any
 
 import jax
 
+from eggroll.durable import DurableRun
 from eggroll.plot import plot_history
 from eggroll.progress import progress_line
-from eggroll.strategy import ESState, EvolutionStrategy
+from eggroll.state import ESState
+from eggroll.strategy import EvolutionStrategy
+
+SCORES = ("held_out_return", "held_out_fitness")
+ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are not one number
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one generation reported, on the host."""
+    """What one generation reported, on the host; its numbers are those of `Metrics`."""
 
     generation: int
-    mean_fitness: float  # over the members whose fitness is finite, as best and std
+    sigma: float
+    mean_fitness: float
     best_fitness: float
     std_fitness: float
-    invalid: int  # members whose fitness was not finite
-    skipped: bool  # nothing changed: every member was invalid, or the gradient not finite
+    invalid: int
+    tied_pairs: float
+    pair_correlation: float
+    effective_rank: float
+    skipped: bool
     gradient_norm: float
-    sigma: float
+    moved: float
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written
+    coefficients: Any = None  # float32 [P], still on the device, not written
+    leaf_norms: tuple[float, ...] = ()  # gradient norm of every leaf in the order of the plan
     extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
 
     def to_json(self) -> str:
-        """One line of JSON without `aux`; NaN and infinities become null."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("aux", "extra")}
+        """One line of JSON, without aux and coefficients; NaN and infinities become null."""
+        fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
         fields |= {name: float(value) for name, value in self.extra.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
-        return json.dumps(finite, allow_nan=False)
+        norms = [norm if math.isfinite(norm) else None for norm in self.leaf_norms]
+        return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)
 
 
 Callback = Callable[[ESState, Record], bool | None]
@@ -62,6 +74,7 @@ def train(
     target: float | None = None,
     callbacks: Sequence[Callback] = (),
     run_folder: str | Path | None = None,
+    durable: DurableRun | None = None,
     progress: bool | None = None,
 ) -> tuple[ESState, list[Record]]:
     """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
@@ -78,6 +91,8 @@ def train(
             held-out scores to `record.extra`.
         run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; made if missing. A run
             from generation 0 replaces them, a continued run appends.
+        durable: keeps every generation in a journal and makes checkpoints; the caller closes it. A callback that puts a
+            `held_out_return` or `held_out_fitness` into `record.extra` decides which checkpoint is the best.
         progress: show the progress line; None: when standard error is a terminal and rich is installed.
 
     Returns:
@@ -93,7 +108,7 @@ def train(
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None:
-            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), append=first > 0))
+            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), first))
             stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress))
@@ -108,6 +123,8 @@ def train(
             stops = [bool(callback(state, record)) for callback in callbacks]
             spent = _is_spent(budget, record)
             _write(metrics_file, record)
+            if durable is not None:
+                durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
             show(record.extra[name] if budget else len(history), _words(record))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
@@ -145,11 +162,12 @@ def _batch_source(batches: Any) -> Callable[[int], Any]:
 def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[ESState, Record]:
     start = time.perf_counter()
     state, metrics = es.step(state, batch)
-    # One transfer of scalars: it is also what waits for the generation to finish.
-    scalars = jax.device_get({name: value for name, value in metrics._asdict().items() if name not in ("fitness", "aux")})
+    # One transfer: it is also what waits for the generation to finish.
+    scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
-    return state, Record(**numbers, seconds=seconds, members_per_second=es.population_size / seconds, aux=metrics.aux)
+    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}
+    return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
 
 
 def _words(record: Record) -> str:
@@ -173,9 +191,20 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
         )
 
 
-def _open_metrics(folder: Path, *, append: bool) -> IO[str]:
+def _open_metrics(folder: Path, first: int) -> IO[str]:
+    """Open `metrics.jsonl` after the line of the last generation before `first`; lines of a lost continuation go."""
     folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / "metrics.jsonl", "a" if append else "w")
+    path = folder / "metrics.jsonl"
+    kept = []
+    if first > 0 and path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                if json.loads(line)["generation"] < first:
+                    kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+    return open(path, "a")
 
 
 def _write(metrics_file: IO[str] | None, record: Record) -> None:

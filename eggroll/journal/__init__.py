@@ -1,0 +1,10 @@
+"""The journal: an append-only file of a run's scalars, enough to rebuild its parameters.
+
+`python -m eggroll.journal --help` tells what the command line does with it.
+"""
+
+from eggroll.journal.header import Header, JournalError, make_header
+from eggroll.journal.records import Entry, Reader, Writer
+from eggroll.journal.replay import replay
+
+__all__ = ["Entry", "Header", "JournalError", "Reader", "Writer", "make_header", "replay"]

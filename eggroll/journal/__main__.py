@@ -1,0 +1,116 @@
+"""The journal of a run from the command line.
+
+    python -m eggroll.journal inspect RUN                  what it holds
+    python -m eggroll.journal replay RUN --generation G    rebuilds the parameters after G generations into an .npz file
+    python -m eggroll.journal verify RUN                   rebuilds the parameters of every checkpoint and compares, bit for bit
+
+RUN is a run folder or a journal.bin. To rebuild, the strategy and the initial parameters are made by the recipe in the header,
+a function of the program that wrote it, which is imported: use it on your own runs only.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from eggroll.checkpoint import Checkpoints
+from eggroll.fingerprint import fingerprint
+from eggroll.journal import JournalError, Reader, make_header, replay
+
+SHOWN = 10  # rows of the table, half from each end
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line; what goes wrong ends it with one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eggroll.journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("inspect", "replay", "verify"))
+    parser.add_argument("run", type=Path, help="run folder, or the journal itself")
+    parser.add_argument("--generation", type=int, help="replay: generations to apply; all by default")
+    parser.add_argument("--out", type=Path, help="replay: the file; RUN/replayed-G.npz by default")
+    options = parser.parse_args(arguments)
+    path = options.run / "journal.bin" if options.run.is_dir() else options.run
+    try:
+        {"inspect": _inspect, "replay": _replay, "verify": _verify}[options.command](path, options)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _inspect(path: Path, options: argparse.Namespace) -> None:
+    reader = Reader(path)
+    header = reader.header
+    print(f"{path}, format {header.version}, key {header.key}, initial parameters {header.fingerprint[:16]}")
+    for name, value in (header.config | header.versions).items():
+        print(f"  {name}: {value}")
+    for row in header.plan:
+        print(f"  {row}")
+    rows = []
+    for entry in reader:
+        zero = np.mean(entry.coefficients == 0)
+        norm = np.linalg.norm(entry.coefficients)
+        rows.append(f"{entry.generation:>10}  {entry.sigma:<10.4g}  {entry.coefficients.size:>8}  {norm:<10.4g}  {zero:.0%}")
+    print("generation  sigma          pairs  norm        zero")
+    hidden = len(rows) - SHOWN
+    shown = rows if hidden <= 0 else [*rows[: SHOWN // 2], f"       ...  {hidden} more", *rows[-SHOWN // 2 :]]
+    print("\n".join(shown))
+    print(f"{len(rows)} generations, {path.stat().st_size:,} bytes")
+    if reader.note:
+        print(reader.note)
+
+
+def _made(reader: Reader) -> tuple[Any, Any]:
+    """Strategy and initial state, made by the recipe and compared with the header."""
+    recipe = reader.header.recipe
+    if recipe is None:
+        raise JournalError(f"{reader.path} has no recipe; rebuild it in Python with eggroll.journal.replay.")
+    module, _, name = recipe["function"].partition(":")
+    es, initial = getattr(importlib.import_module(module), name)(recipe["options"])
+    reader.header.check(make_header(es, initial))
+    return es, initial
+
+
+def _replay(path: Path, options: argparse.Namespace) -> None:
+    reader = Reader(path)
+    es, initial = _made(reader)
+    state = replay(es, initial, iter(reader), until=options.generation)
+    out = options.out or path.parent / f"replayed-{int(state.generation)}.npz"
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    partial = out.with_suffix(".partial")
+    arrays: Any = {jax.tree_util.keystr(name, simple=True, separator="/"): _plain(leaf) for name, leaf in leaves}
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(out)
+    print(f"{out}: parameters after {int(state.generation)} generations, SHA-256 {fingerprint(state.params)}")
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """A leaf as .npz holds it: short floats, which NumPy has no name for, as float32."""
+    array = np.asarray(leaf)
+    return array if array.dtype.kind in "fiub" else array.astype(np.float32)
+
+
+def _verify(path: Path, options: argparse.Namespace) -> None:
+    reader = Reader(path)
+    es, initial = _made(reader)
+    checkpoints = Checkpoints(path.parent / "checkpoints", config=None)
+    state, different = initial, []
+    for generation in checkpoints.generations:
+        state = replay(es, state, iter(reader), until=generation)
+        stored = checkpoints.fingerprints(generation)["params"]
+        same = stored == fingerprint(state.params)
+        print(f"generation {generation}: {'equal' if same else 'DIFFERENT'}")
+        different += [generation] * (not same)
+    checkpoints.close()
+    if different:
+        raise JournalError(f"the journal does not rebuild the checkpoints of generations {different}.")
+    print(f"{len(checkpoints.generations)} checkpoints are rebuilt bit for bit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Seed replay of a journal: a state moved by the recorded coefficients."""
+
+from collections.abc import Iterator
+
+import jax
+
+from eggroll.journal.header import JournalError
+from eggroll.journal.records import Entry
+from eggroll.state import ESState
+from eggroll.strategy import EvolutionStrategy
+
+
+def replay(es: EvolutionStrategy, state: ESState, entries: Iterator[Entry], *, until: int | None = None) -> ESState:
+    """Apply the recorded generations.
+
+    Args:
+        es: the strategy of the run, with its plan.
+        state: at some generation; earlier entries are passed over.
+        entries: from a `Reader`.
+        until: stop at this generation; None: at the end.
+
+    Returns:
+        The state, bit for bit that of the run on the same backend.
+
+    Raises:
+        JournalError: the entries start after the state, or end before `until`.
+    """
+    reached = int(state.generation)
+    for entry in entries:
+        if entry.generation < reached:
+            continue
+        if reached == until:
+            break
+        if entry.generation != reached:
+            raise JournalError(f"the journal starts with generation {entry.generation}, after the state's {reached}.")
+        if not callable(es.sigma):
+            state = state._replace(sigma=jax.numpy.float32(entry.sigma))
+        state, reached = es.replay(state, entry.coefficients), reached + 1
+    if until is not None and reached < until:
+        raise JournalError(f"generation {until} is not in the journal, which ends at {reached}.")
+    return state

@@ -1,0 +1,74 @@
+"""The end of a generation: pair coefficients to new parameters.
+
+The coefficients and sigma are all that a generation adds to a run, so a record of them rebuilds it (see `journal`). They are
+NaN where nothing is to change; a gradient that is not finite changes nothing either.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from eggroll import estimator, noise
+from eggroll.plan import Plan
+from eggroll.precision import apply_updates, float32_params
+from eggroll.state import ESState
+
+
+class UpdateReport(NamedTuple):
+    """What an update did."""
+
+    skipped: Array  # bool [], nothing changed: the gradient was not finite
+    gradient_norm: Array  # float32 []
+    leaf_norms: Array  # float32 [leaves], gradient norm of every leaf in the order of the plan
+    moved: Array  # float32 [], share of the stored weights that changed their value
+
+
+def update(
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    state: ESState,
+    coefficients: Array,
+    *,
+    sigma: Array,
+    noise_generation: Array,
+    precision: str,
+) -> tuple[ESState, UpdateReport]:
+    """Move the parameters.
+
+    Args:
+        plan: the plan that the population was perturbed by.
+        optimizer: any optax transformation.
+        state: before the update.
+        coefficients: float32 [P], from `estimator.pair_coefficients`.
+        sigma: standard deviation that the population was perturbed with.
+        noise_generation: generation // noise_reuse.
+        precision: how short floats are updated.
+
+    Returns:
+        The state with new params, opt_state and masters, and the report.
+    """
+    ascent = estimator.gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
+    wide = float32_params(state.params, state.masters)
+    descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
+    updates, opt_state = optimizer.update(descent, state.opt_state, wide)
+    rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
+    params, masters = apply_updates(state.params, state.masters, updates, precision=precision, key=rounding_key)
+    squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])
+    skipped = ~jnp.isfinite(squares.sum())
+    changed = state._replace(params=params, opt_state=opt_state, masters=masters)
+    kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), changed, state)
+    moved = _share_moved(state.params, kept.params)
+    return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
+
+
+def _share_moved(old: Any, new: Any) -> Array:
+    pairs = [pair for pair in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True) if _is_float(pair[0])]
+    moved = sum((jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs), start=jnp.float32(0))
+    return moved / max(1, sum(a.size for a, _ in pairs))
+
+
+def _is_float(leaf: Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
