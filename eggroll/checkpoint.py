@@ -2,11 +2,13 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from eggroll.fingerprint import fingerprint
 from eggroll.state import ESState
@@ -37,9 +39,9 @@ class Checkpoints:
             _check_config(self._folder / "config.json", dict(config))
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True, create=True
-        )
+        for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
+            shutil.rmtree(unfinished)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True)
         self._ocp, self._manager = ocp, ocp.CheckpointManager(self._folder / "states", options=options)
 
     @property
@@ -111,8 +113,10 @@ def _storable(state: ESState, carried: Any) -> dict[str, Any]:
 
 
 def _abstract(leaf: Any) -> Any:
-    leaf = jax.numpy.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    """What to restore: on the devices that `leaf` is on, or in the host's memory."""
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.empty_like(leaf)
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

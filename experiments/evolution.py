@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 import eggroll
 import envs
+from eggroll.durable import DurableRun
 from eggroll.training import Record, train
 from experiments.common.memory import free_bytes
 from experiments.rl_config import Config
@@ -53,12 +56,15 @@ def _decaying(rate: float, decay: float) -> Any:
 
 
 class _Progress:
-    """Callback of the training loop: keeps the observation statistics, counts steps, checks the unperturbed parameters."""
+    """Callback of the training loop: keeps the observation statistics, counts, checks the unperturbed parameters.
+
+    It is what a run carries beside its state (`eggroll.durable.Carried`).
+    """
 
     def __init__(self, task: Task, checks: HeldOutChecks):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
-        self.env_steps = 0
-        self._checks = checks
+        self.env_steps, self.invalid = 0, 0
+        self.checks = checks
 
     def batch(self, generation: int) -> envs.ObservationStatistics:
         """The batch of a generation: statistics of all generations before it."""
@@ -68,9 +74,21 @@ class _Progress:
         """Merge the generation's sums, count, check; tell whether the target is met."""
         self.statistics = envs.merge(self.statistics, record.aux)
         self.env_steps += int(record.aux.number)
+        self.invalid += record.invalid
         record.extra["env_steps"] = self.env_steps
-        record.extra.update(self._checks(state.params, self.statistics, env_steps=self.env_steps))
-        return self._checks.met
+        record.extra.update(self.checks(state.params, self.statistics, env_steps=self.env_steps))
+        return self.checks.met
+
+    def save(self) -> dict[str, Any]:
+        """As arrays."""
+        counts = np.array([self.env_steps, self.invalid, self.checks.done, self.checks.met], np.int64)
+        return {"counts": counts, "statistics": jax.device_get(self.statistics._asdict())}
+
+    def load(self, saved: Any) -> None:
+        """From arrays."""
+        self.env_steps, self.invalid, self.checks.done, met = (int(count) for count in saved["counts"])
+        self.checks.met = bool(met)
+        self.statistics = envs.ObservationStatistics(**jax.tree.map(jnp.asarray, saved["statistics"]))
 
 
 class Evolution:
@@ -80,28 +98,51 @@ class Evolution:
         self._config, self._task, self._evaluation = config, task, evaluation
         self._es = make_strategy(config, task)
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
-        """Run the generations; metrics and figure go to `folder`."""
-        config = self._config
-        every = config.env_steps / config.checks
-        progress = _Progress(
-            self._task, HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
-        )
+    def start(self, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+        """Return the strategy, with its plan, and the initial state."""
         state = self._es.init(self._task.init_params(key=init_key), key=run_key)
-        state, history = train(
-            self._es,
-            state,
-            progress.batch,
-            generations=config.generations,
-            budget=("env_steps", config.env_steps),
-            callbacks=[progress],
-            run_folder=folder,
+        self._es.plan(state, envs.initial_statistics(self._task.environment.observation_shape))
+        return self._es, state
+
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: dict[str, Any]) -> Trained:
+        """Run the generations, from where the folder is if so configured; metrics, figure, journal and checkpoints go there.
+
+        Raises:
+            ValueError: the folder has a run with other settings, or files that are damaged.
+        """
+        config = self._config
+        es, initial = self.start(init_key=init_key, run_key=run_key)
+        every = config.env_steps / config.checks
+        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        progress = _Progress(self._task, checks)
+        run = DurableRun(
+            folder,
+            es,
+            initial,
+            config=config.options(),
+            carried=progress,
+            checkpoint_every=config.checkpoint_every,
+            recipe=recipe,
         )
+        state, done = run.state, int(run.state.generation)
+        history: list[Record] = []
+        if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
+            state, history = train(
+                es,
+                state,
+                progress.batch,
+                generations=None if config.generations is None else config.generations - done,
+                budget=("env_steps", config.env_steps),
+                callbacks=[progress],
+                run_folder=folder,
+                durable=run,
+            )
+        run.close()
         return Trained(
             state.params,
             progress.statistics,
-            generations=len(history),
-            generation_seconds=statistics.median(record.seconds for record in history),
+            generations=int(state.generation),
+            generation_seconds=statistics.median(record.seconds for record in history) if history else 0.0,
             env_steps=progress.env_steps,
-            invalid=sum(record.invalid for record in history),
+            invalid=progress.invalid,
         )

@@ -5,6 +5,7 @@ trained by PPO; `random` acts without looking. The last line of standard output 
 trained parameters over fresh episodes, beside that of random actions. Artefacts go to one run folder per seed.
 """
 
+import shutil
 import statistics
 import sys
 import time
@@ -14,16 +15,19 @@ from typing import Any
 
 import jax
 
+import eggroll
 import envs
 from experiments.baselines.distributions import num_log_stds
+from experiments.baselines.ppo import PPO
 from experiments.baselines.runs import PPORuns, RandomRuns
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
 from experiments.common.run import print_summary, run_folder, write_json
 from experiments.evolution import Evolution
 from experiments.models.mlp import MLP
+from experiments.render import render_episode
 from experiments.rl_config import Config, parse
-from experiments.task import Evaluation, Task
+from experiments.task import Evaluation, Task, Trained
 
 SUMMARY = "summary.json"  # of a seed, with the options that gave it
 
@@ -38,7 +42,7 @@ def make_task(config: Config) -> Task:
 
 
 def make_runs(config: Config, task: Task, evaluation: Evaluation) -> Evolution | PPORuns | RandomRuns:
-    """Make what trains: `train(init_key=, run_key=, check_key=, folder=)`, compiled once for all seeds."""
+    """Make what trains: `train(init_key=, run_key=, check_key=, folder=, recipe=)`, compiled once for all seeds."""
     if config.algorithm == "random":
         return RandomRuns()
     if config.algorithm == "ppo":
@@ -51,14 +55,20 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
     init_key, run_key, check_key, evaluation_key, random_key = jax.random.split(jax.random.key(seed), 5)
     folder = _folder(config, seed)
     (folder / SUMMARY).unlink(missing_ok=True)
+    if not config.resume:
+        (folder / "journal.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     start = time.perf_counter()
-    trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder)
+    recipe = {"function": "experiments.rl:remake", "options": config.options() | {"seed": seed}}
+    trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder, recipe=recipe)
     seconds = time.perf_counter() - start
     mean_return = random_return = evaluation.random_return(key=random_key)
     if trained.params is not None:
         save_checkpoint(folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
         mean_return = evaluation.mean_return(trained.params, trained.statistics, key=evaluation_key)
         print(f"seed {seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {folder}", flush=True)
+        if config.render:
+            _render(evaluation.task, trained, folder / "policy.gif", key=evaluation_key)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
         print(f"seed {seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
@@ -74,6 +84,21 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
     }
     write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
     return row
+
+
+def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None:
+    known = trained.statistics if task.normalise else None
+    drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=known)
+    print(f"an episode is drawn in {drawn}" if drawn else f"{task.environment.name} cannot be drawn", flush=True)
+
+
+def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    """Make the strategy and the initial state of a run again: the recipe of its journal."""
+    options = options | {"hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])}
+    config = Config(**options)
+    task = make_task(config)
+    init_key, run_key, *_ = jax.random.split(jax.random.key(config.seed), 5)
+    return Evolution(config, task, Evaluation(task, episodes=1)).start(init_key=init_key, run_key=run_key)
 
 
 def _folder(config: Config, seed: int) -> Path:
@@ -100,9 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = make_task(config)
         evaluation = Evaluation(task, episodes=config.evaluation_episodes)
         runs = make_runs(config, task, evaluation)
+        summary = run(config, runs, evaluation)
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print_summary(run(config, runs, evaluation))
+    print_summary(summary)
 
 
 if __name__ == "__main__":

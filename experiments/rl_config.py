@@ -73,9 +73,14 @@ class Config:
     """Episodes of a held-out check, and of the final evaluation, whose episodes are fresh."""
     ppo: PPO = dataclasses.field(default_factory=PPO)
     """Settings of PPO."""
+    checkpoint_every: int = 50
+    """Generations between checkpoints; the journal has every generation."""
+    resume: bool = False
+    """Go on from what is in the run folder; evolution strategies only. Otherwise its files are replaced."""
+    render: bool = False
+    """Write one episode of the trained policy as policy.gif, where the suite can be drawn."""
     folder: Path | None = None
-    """Run folder, with a folder per seed in it when there are several; its files are replaced. None:
-    runs/rl-<env>-<algorithm>-<seed>."""
+    """Run folder, with a folder per seed in it when there are several. None: runs/rl-<env>-<algorithm>-<seed>."""
 
     @property
     def known_target(self) -> float | None:
@@ -84,15 +89,17 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """The options that decide what a seed gives, as JSON holds them: all but the seeds and the folder."""
-        apart = ("seed", "seeds", "folder", "preset")
+        apart = ("seed", "seeds", "folder", "preset", "checkpoint_every", "resume", "render")
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
     def check(self) -> None:
         """Raise ValueError for what no part below would refuse in one sentence."""
-        for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes"):
+        for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+        if self.resume and self.algorithm == "ppo":
+            raise ValueError("resume is for eggroll and openes; ppo starts anew.")
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")

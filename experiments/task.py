@@ -54,6 +54,7 @@ class Evaluation:
     """Mean returns over fresh episodes, compiled once for all seeds of a task."""
 
     def __init__(self, task: Task, *, episodes: int):
+        self.task = task
         self._play: Callable = jax.jit(functools.partial(task.play, episodes=episodes))
         self._uniform: Callable = jax.jit(functools.partial(play_uniform, task.environment, episodes=episodes))
 
@@ -78,15 +79,15 @@ class HeldOutChecks:
 
     def __init__(self, evaluation: Evaluation, *, key: Array, every: float, target: float | None):
         self.met = False  # whether the last check reached the target
+        self.done = 0  # the number of the last check
         self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
-        self._done = 0
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Check if one is due; return {"held_out_return": mean return}, or {} when none is."""
         due = math.floor(env_steps / self._every)
-        if due <= self._done:
+        if due <= self.done:
             return {}
-        self._done = due
+        self.done = due
         key = jax.random.fold_in(self._key, due)
         mean_return = self._evaluation.mean_return(params, statistics, key=key)
         self.met = self._target is not None and mean_return >= self._target

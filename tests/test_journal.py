@@ -265,13 +265,14 @@ def test_a_generation_without_a_finite_member_replays_as_one_that_changed_nothin
 # --- the durable run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_any_generation(tmp_path):
+def test_a_run_goes_on_from_any_generation(tmp_path, caplog):
     whole, counted = go(tmp_path / "whole", 11)
     for generations in (0, 3, 4, 9, 11):  # before, on and after a checkpoint
         state, carried = go(tmp_path / "parts", generations)
         assert int(state.generation) == generations
     same(state, whole)
     same(carried.save(), counted.save())
+    assert "an earlier one is used" not in caplog.text
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     assert len(lines[0]) == len(lines[1]) == 11
 

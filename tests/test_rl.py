@@ -13,6 +13,7 @@ import pytest
 
 import envs
 from eggroll import noise
+from eggroll.journal import __main__ as journal
 from envs import Continuous, MultiDiscrete, PerAgent
 from experiments import evolution, rl
 from experiments.baselines.uniform import uniform_action
@@ -64,6 +65,37 @@ def test_the_same_seed_is_the_same_run(small_run, capsys, tmp_path):
     assert again | measured == small_run[0] | measured
     first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[1], tmp_path))
     assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
+
+
+def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
+    """Two generations, then the rest: the same returns, counts and metrics as in one go."""
+    options = [*SMALL, "--folder", str(tmp_path), "--checkpoint-every", "2"]
+    run(capsys, *options, "--env-steps", "150")  # it stops early; another budget is another run
+    with pytest.raises(SystemExit, match=r"other settings: env_steps \(was 150, is 3000\)"):
+        rl.main([*options, "--resume"])
+    capsys.readouterr()
+    stopped = evolution.train
+    with pytest.MonkeyPatch.context() as patch:
+
+        def two_generations(*args, generations, **more):
+            return stopped(*args, generations=2, **more)
+
+        patch.setattr(evolution, "train", two_generations)
+        assert run(capsys, *options)["generations"] == 2
+    whole = run(capsys, *options, "--resume")
+    measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
+    assert whole | measured == small_run[0] | measured
+    first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[1], tmp_path))
+    assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
+    again = run(capsys, *options, "--resume")  # there is nothing left to do
+    assert again | measured == whole | measured
+    journal.main(["verify", str(tmp_path)])
+    assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
+
+
+def test_a_trained_policy_is_drawn(capsys, tmp_path):
+    run(capsys, *SMALL, "--folder", str(tmp_path), "--render", "--generations", "1")
+    assert (tmp_path / "policy.gif").read_bytes().startswith(b"GIF8")
 
 
 def test_checkpoint_restores_the_policy(small_run):
@@ -131,6 +163,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
+        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo starts anew."),
         (
             ["--shaping", "ranks"],
             "error: shaping must be one of centered_ranks, z_score, ",

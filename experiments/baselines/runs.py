@@ -33,7 +33,7 @@ class PPORuns:
         self._start, self._advance = jax.jit(self._trainer.start), jax.jit(self._trainer.advance)
         self._config, self._evaluation = config, evaluation
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
         """Run PPO; `metrics.jsonl` in `folder` gets a line per update. Its initial parameters come from `run_key`."""
         config = self._config
         every = config.env_steps / config.checks
@@ -72,7 +72,7 @@ def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:
 class RandomRuns:
     """The random policy, which learns nothing."""
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path) -> Trained:
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
         """Return a run of no steps, without parameters."""
         nothing = envs.initial_statistics(())
         return Trained(None, nothing, generations=0, generation_seconds=0.0, env_steps=0, invalid=0)

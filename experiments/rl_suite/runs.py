@@ -71,6 +71,7 @@ class Runs:
         folder = self.folder if seeds > 1 else self.folder / f"seed-{first}"
         command = [sys.executable, "-m", "experiments.rl", *self.arguments, "--folder", str(folder)]
         command += ["--seed", str(first), "--seeds", str(seeds)]
+        command += ["--resume"] if self.algorithm != "ppo" else []
         self.folder.mkdir(parents=True, exist_ok=True)
         errors = self.folder / "errors.txt"
         with open(errors, "w") as file:
