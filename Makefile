@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test slow lint types bench
+.PHONY: run test slow lint types bench suites
 
 run: $(READY)  ## train a CartPole policy and show it
-	$(BIN)/python -m experiments.rl $(ARGS)
+	$(BIN)/python -m experiments.rl --render $(ARGS)
 
 test: $(READY)  ## the default test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -23,6 +24,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+suites: $(SUITES)  ## install the other suites of environments; their tests no longer skip
+
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)
 
@@ -30,4 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "python >= 3.11 is needed, PYTHON=... chooses one"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+$(SUITES): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suites]'
+	$(BIN)/python -m pip install --quiet --no-deps kinetix-env==3.0.2  # its metadata asks for an older jax
 	touch $@

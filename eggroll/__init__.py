@@ -1,5 +1,6 @@
 """Train any JAX model without backpropagation: evolution strategies with low-rank perturbations."""
 
+from eggroll.durable import DurableRun
 from eggroll.estimator import paper_learning_rate
 from eggroll.members import Population
 from eggroll.metrics import Metrics
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SHAPINGS",
     "Dense",
+    "DurableRun",
     "ESState",
     "EvolutionStrategy",
     "Frozen",
