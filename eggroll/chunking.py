@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 
+from eggroll.mesh import Placement
 from eggroll.population import PopulationLayout
 
 logger = logging.getLogger(__name__)
 
 
-def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int) -> PopulationLayout:
+def layout_in_budget(
+    evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int, placement: Placement | None = None
+) -> PopulationLayout:
     """Choose how many pairs to evaluate at a time.
 
     The evaluation is compiled for two small populations; what it needs grows linearly in the pairs.
@@ -24,7 +27,8 @@ def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popu
         state: `ESState`; only shapes are used.
         batch: as for `step`.
         layout: the whole population, unchunked.
-        budget: bytes of temporary memory.
+        budget: bytes of temporary memory, of one device.
+        placement: the mesh that the population is spread over; then one device's part is what has to fit.
 
     Returns:
         The layout, in chunks unless the whole population fits; then the log says so.
@@ -32,6 +36,9 @@ def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popu
     Raises:
         ValueError: not even one pair fits.
     """
+    whole = layout
+    if placement is not None:
+        layout, batch = placement.local_layout, placement.local_batch(batch)
 
     def temporary_bytes(pairs: int) -> int:
         small = dataclasses.replace(layout, num_pairs=pairs)
@@ -50,13 +57,14 @@ def layout_in_budget(evaluate: Callable, state: Any, batch: Any, *, layout: Popu
     if fitting < 1:
         raise ValueError(f"memory_budget of {budget} bytes is too small: one pair needs about {int(fixed + per_pair)} bytes.")
     if fitting >= layout.num_pairs:
-        return layout
+        return whole
     # Chunks of nearly equal size: the last is not a short one, which would be compiled apart.
     chunk = math.ceil(layout.num_pairs / math.ceil(layout.num_pairs / fitting))
     logger.warning(
-        "%d members would need about %.2g GiB; they are evaluated %d at a time.",
+        "%d members%s would need about %.2g GiB; they are evaluated %d at a time.",
         layout.population_size,
+        "" if placement is None else " a device",
         (fixed + per_pair * layout.num_pairs) / 2**30,
         2 * chunk,
     )
-    return dataclasses.replace(layout, chunk_pairs=chunk)
+    return dataclasses.replace(whole, chunk_pairs=chunk)

@@ -27,8 +27,17 @@ def pair_coefficients(shaped: Array) -> Array:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def gradient(plan: Plan, coefficients: Array, *, noise_key: Array, noise_generation: Array | int, sigma: Array | float) -> Any:
-    """Estimate the gradient of the expected fitness (ascent direction).
+def gradient(
+    plan: Plan,
+    coefficients: Array,
+    *,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | float,
+    first_pair: Array | int = 0,
+    num_pairs: int | None = None,
+) -> Any:
+    """Estimate the gradient of the expected fitness (ascent direction), or some pairs' part of it.
 
     Args:
         plan: the plan the population was perturbed by.
@@ -36,16 +45,21 @@ def gradient(plan: Plan, coefficients: Array, *, noise_key: Array, noise_generat
         noise_key: the run's key.
         noise_generation: generation // noise_reuse.
         sigma: standard deviation the population was perturbed with.
+        first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
+        num_pairs: P of the whole population; None: the coefficients are of all pairs.
 
     Returns:
         float32 pytree like the parameters; zeros for frozen leaves.
     """
     keys = noise.leaf_keys(noise_key, noise_generation, [leaf.path for leaf in plan.leaves])
-    leaves = [_leaf_gradient(leaf, key, coefficients, sigma) for leaf, key in zip(plan.leaves, keys, strict=True)]
-    return jax.tree.unflatten(plan.tree, leaves)
+    leaves = [_leaf_sum(leaf, key, coefficients, first_pair) for leaf, key in zip(plan.leaves, keys, strict=True)]
+    count = 2 * (num_pairs or coefficients.shape[0])
+    scaled = [_scaled(leaf, total, count, sigma) for leaf, total in zip(plan.leaves, leaves, strict=True)]
+    return jax.tree.unflatten(plan.tree, scaled)
 
 
-def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array | float) -> Array:
+def _leaf_sum(leaf: LeafPlan, key: Array, coefficients: Array, first_pair: Array | int) -> Array:
+    """sum_p d_p E_p, without the 1 / sqrt(r)."""
     if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
     num_pairs = coefficients.shape[0]
@@ -54,7 +68,7 @@ def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array
     for_all = num_pairs // chunk * chunk
 
     def add_chunk(total, start):
-        pairs = start + jnp.arange(chunk, dtype=jnp.int32)
+        pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
         return total + _weighted_noise(leaf, key, pairs, jax.lax.dynamic_slice(coefficients, (start,), (chunk,))), None
 
     if for_all == chunk:
@@ -62,11 +76,19 @@ def _leaf_gradient(leaf: LeafPlan, key: Array, coefficients: Array, sigma: Array
     else:
         total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
     if for_all < num_pairs:
-        total += _weighted_noise(leaf, key, jnp.arange(for_all, num_pairs, dtype=jnp.int32), coefficients[for_all:])
+        rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
+        total += _weighted_noise(leaf, key, rest, coefficients[for_all:])
+    return total
+
+
+def _scaled(leaf: LeafPlan, total: Array, members: int, sigma: Array | float) -> Array:
+    """Turn the sum over pairs into the gradient of the leaf."""
+    if leaf.role == "frozen":
+        return total
     leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
     if leaf.role == "low-rank":
         total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
-    return total / (2 * num_pairs * leaf_sigma)
+    return total / (members * leaf_sigma)
 
 
 def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:

@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
+
+from eggroll.plan import Plan
+from eggroll.population import draw_pair, member_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +50,22 @@ class Population:
         if isinstance(index, int) and not 0 <= index < self.size:
             raise ValueError(f"index must be in [0, {self.size}), got {index}.")
         return self._member(index)
+
+
+def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, generation: Array, sigma: Array) -> Any:
+    """Build the parameters of one member.
+
+    Args:
+        plan: the plan of `params`.
+        params: unperturbed parameters.
+        index: int32, in [0, N).
+        key: the run's key.
+        generation: int32, generation // noise_reuse.
+        sigma: float32, standard deviation of the perturbation.
+
+    Returns:
+        A pytree like `params`.
+    """
+    pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
+    sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
+    return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)

@@ -175,6 +175,7 @@ def evaluate(
     evaluation_key: Array,
     batch: Any = None,
     member_state: Any = None,
+    first_pair: Array | int = 0,
 ) -> Any:
     """Run `function` for every member of the population.
 
@@ -182,13 +183,14 @@ def evaluate(
         function: `function(params, batch, key, member_state) -> pytree`, one member.
         plan: the plan of `params`.
         params: unperturbed parameters.
-        layout: pairs, chunking and the sharing of the batch.
+        layout: how many pairs to evaluate, chunking and the sharing of the batch.
         noise_key: the run's key.
         noise_generation: int32, generation // noise_reuse.
         sigma: float32 scalar.
         evaluation_key: split per pair; both members of a pair get the same key (common random numbers).
         batch: pytree, with a leading axis as `layout.members_per_batch` says.
         member_state: pytree with leading axes [P, 2], or None.
+        first_pair: index in the population of the first pair of the layout; not 0 on a device that evaluates a part.
 
     Returns:
         The function's result with leading axes [P, 2].
@@ -198,7 +200,8 @@ def evaluate(
     shared = layout.members_per_batch is None
 
     def evaluate_pair(inputs):
-        pair, own_batch, state = inputs
+        index, own_batch, state = inputs
+        pair = first_pair + index
         pair_noise = draw_pair(plan, noise_key, noise_generation, pair)
         key = jax.random.fold_in(evaluation_key, pair)
 
@@ -209,7 +212,7 @@ def evaluate(
         if shared:
             own_batch = batch
         elif not per_member:
-            own_batch = jax.tree.map(lambda x: x[pair // (layout.members_per_batch // 2)], batch)
+            own_batch = jax.tree.map(lambda x: x[index // (layout.members_per_batch // 2)], batch)
         return jax.vmap(evaluate_member, in_axes=(0, 0 if per_member else None, 0))(signs, own_batch, state)
 
     by_pair = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if per_member else None

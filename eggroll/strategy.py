@@ -7,28 +7,29 @@
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
-from eggroll import estimator, noise
+from eggroll import estimator, noise, sharded
 from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
-from eggroll.members import Population
-from eggroll.metrics import REDUCTIONS, FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
+from eggroll.members import Population, build_member
+from eggroll.mesh import Placement, of_report, of_update, place
+from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
-from eggroll.population import PopulationLayout, draw_pair, evaluate, member_params
-from eggroll.precision import PRECISIONS, float32_params, init_masters
-from eggroll.rules import LowRank, Perturbation, check_params, check_perturbation, trainable
-from eggroll.shaping import SHAPINGS, Shaping, shaped_fitness
+from eggroll.population import PopulationLayout, evaluate
+from eggroll.precision import float32_params, init_masters
+from eggroll.rules import LowRank, Perturbation, check_params
+from eggroll.settings import check_settings
+from eggroll.shaping import Shaping, shaped_fitness
 from eggroll.state import ESState
-from eggroll.update import UpdateReport, update
+from eggroll.update import UpdateReport, of_trained, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class EvolutionStrategy:
             [K] over prompts or tasks, and `(fitness, aux)` when `aux` names a reduction. With a `member_state` given to
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
-        sigma: standard deviation of one entry of the perturbation, > 0, or a schedule from generation to it; a number may be
-            changed between generations by `state._replace(sigma=...)`, a schedule takes its place.
+        sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
+            `state._replace(sigma=...)`), or a schedule from generation to it.
         optimizer: any optax transformation; it gets the negative of the ascent gradient, and the parameters.
         perturbation: `LowRank`, `Dense` or `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
@@ -53,6 +54,8 @@ class EvolutionStrategy:
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
         precision: how parameters shorter than float32 are updated: "master", "stochastic" or "nearest" (see `precision`).
+        mesh: devices to run on, axes out of "population", "data", "model" (docs/scaling.md); chunks and budget are per device.
+        shard_optimizer: keep the optimizer state in equal shares over the mesh axis "population".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -71,32 +74,22 @@ class EvolutionStrategy:
     memory_budget: int | None = None
     aux: Any = None
     precision: str = "master"
+    mesh: Mesh | None = None
+    shard_optimizer: bool = False
     _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.fitness is not None and not callable(self.fitness):
-            raise TypeError(f"fitness must be a function or None, got {type(self.fitness).__name__}.")
-        _ = self.layout  # checks population_size, members_per_batch and chunk_size
-        is_number = isinstance(self.sigma, int | float | np.floating)
-        if not callable(self.sigma) and not (is_number and 0 < self.sigma < float("inf")):
-            raise ValueError(f"sigma must be a finite number > 0 or a schedule, got {self.sigma!r}.")
-        if not hasattr(self.optimizer, "update"):
-            raise TypeError(f"optimizer must be an optax transformation, got {type(self.optimizer).__name__}.")
-        if self.shaping not in SHAPINGS if isinstance(self.shaping, str) else not callable(self.shaping):
-            raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)} or a function, got {self.shaping!r}.")
-        if not isinstance(self.noise_reuse, numbers.Integral) or self.noise_reuse < 1:
-            raise ValueError(f"noise_reuse must be an integer >= 1, got {self.noise_reuse!r}.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
-        for name in jax.tree.leaves(self.aux):
-            if name not in REDUCTIONS:
-                raise ValueError(f"aux must name reductions out of {', '.join(REDUCTIONS)}, got {name!r}.")
-        check_perturbation(self.perturbation)
+        check_settings(self)
 
     @property
     def layout(self) -> PopulationLayout:
         """Layout of the population without a memory budget."""
         return PopulationLayout.of_members(self.population_size, self.members_per_batch, self.chunk_size)
+
+    @functools.cached_property
+    def placement(self) -> Placement | None:
+        """Where a generation runs; None without a mesh."""
+        return None if self.mesh is None else Placement(self.mesh, self.layout, self.shard_optimizer)
 
     def init(self, params: Any, *, key: Array, member_state: Any = None) -> ESState:
         """Make the state of a new run.
@@ -118,15 +111,16 @@ class EvolutionStrategy:
         masters = init_masters(params, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
         generation = jnp.int32(0)
-        return ESState(
+        state = ESState(
             params,
-            self._optimizer(params).init(float32_params(params, masters)),
+            of_trained(self.optimizer, params, self.perturbation).init(float32_params(params, masters)),
             key,
             generation,
             jnp.asarray(self.sigma(generation) if callable(self.sigma) else self.sigma, jnp.float32),
             masters,
             per_member,
         )
+        return place(self.placement, state, None)[0]
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Read the plan from one abstract trace; the first call fixes it for this strategy.
@@ -161,10 +155,14 @@ class EvolutionStrategy:
         """
         self.layout.check_batch(batch)
         self.plan(state, batch)
+        if self.placement is not None:
+            self.placement.check(self._fitness(), state, batch)
         if self.memory_budget is not None and self.chunk_size is None and "layout" not in self._cache:
-            run = functools.partial(self.evaluate, self._fitness())
-            self._cache["layout"] = layout_in_budget(run, state, batch, layout=self.layout, budget=self.memory_budget)
-        return self._finish(state, *self._jitted("score", self._evaluate_and_score)(state, batch))
+            run, where = functools.partial(self.evaluate, self._fitness()), {"placement": self.placement}
+            self._cache["layout"] = layout_in_budget(run, state, batch, layout=self.layout, budget=self.memory_budget, **where)
+        state, batch = place(self.placement, state, batch, "split_batch")
+        score = self._jitted("score", self._evaluate_and_score, of_report(self.placement))
+        return self._finish(state, *score(state, batch))
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
@@ -191,7 +189,9 @@ class EvolutionStrategy:
         if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
             raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
         self._known_plan("tell")
-        return self._finish(state, *self._jitted("told", self._score)(state, fitness, None, state.member_state))
+        state, fitness = place(self.placement, state, fitness)
+        score = self._jitted("told", self._score, of_report(self.placement))
+        return self._finish(state, *score(state, fitness, None, state.member_state))
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
         """Repeat the update of a generation without evaluating anything.
@@ -210,18 +210,20 @@ class EvolutionStrategy:
         if coefficients.shape != (self.population_size // 2,):
             raise ValueError(f"coefficients must have shape ({self.population_size // 2},), got {coefficients.shape}.")
         self._known_plan("replay")
-        return self._jitted("update", self._update)(state, coefficients)[0]
+        return self._move(*place(self.placement, state, coefficients))[0]
 
     def _known_plan(self, needed_by: str) -> Plan:
         """Return the plan made before; ValueError when there is none yet."""
         if "plan" not in self._cache:
             raise ValueError(
-                f"{needed_by} needs the plan; call ask(state).apply(fn, batch) or plan(state, batch, function=fn) first."
+                f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)."
             )
         return self._cache["plan"]
 
     def _evaluate_and_score(self, state: ESState, batch: Any) -> tuple[FitnessReport, Any]:
-        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache.get("layout", self.layout))
+        layout = self._cache.get("layout", self.layout)
+        run = functools.partial(sharded.evaluate_fitness, placement=self.placement, aux=self.aux)
+        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=layout, run=run)
         return self._score(state, fitness.reshape(self.population_size, *fitness.shape[2:]), aux, member_state)
 
     def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
@@ -233,16 +235,14 @@ class EvolutionStrategy:
         return report, of_valid(valid, member_state, state.member_state)
 
     def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
-        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
-        new_state, done = self._jitted("update", self._update)(state, report.coefficients)
+        new_state, done = self._move(state, report.coefficients)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
-        metrics = Metrics(state.generation, self._sigma(state), *report, *done)
-        return new_state._replace(member_state=member_state), metrics
+        return new_state._replace(member_state=member_state), Metrics(state.generation, self._sigma(state), *report, *done)
 
-    def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout) -> Any:
+    def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout, run: Any = evaluate) -> Any:
         """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
         evaluation_key = noise.stream_key(state.key, 1)
-        return evaluate(
+        return run(
             function,
             self._cache["plan"],
             state.params,
@@ -256,26 +256,24 @@ class EvolutionStrategy:
         )
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
-        self.plan(state, batch, function=function)
-
         def run(state, batch):
-            layout, stateless = self.layout, state._replace(member_state=None)
-            outputs = self.evaluate(lambda params, batch, key, _: function(params, batch), stateless, batch, layout=layout)
+            options = {"layout": self.layout, "run": functools.partial(sharded.evaluate, placement=self.placement)}
+            stateless = state._replace(member_state=None)
+            outputs = self.evaluate(lambda params, batch, key, _: function(params, batch), stateless, batch, **options)
             return jax.tree.map(lambda x: x.reshape(self.population_size, *x.shape[2:]), outputs)
 
-        return self._jitted(("apply", function), run)(state, batch)
+        self.plan(state, batch, function=function)
+        return self._jitted(("apply", function), run)(*place(self.placement, state, batch, "whole_batch"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
-        plan = self._known_plan("member")
-        pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
-        drawn = draw_pair(plan, state.key, self._noise_generation(state), pair)
-        sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
-        return member_params(plan, state.params, drawn, sign=sign, sigma=self._sigma(state), lazy=False)
+        draws = {"key": state.key, "generation": self._noise_generation(state), "sigma": self._sigma(state)}
+        return build_member(self._known_plan("member"), state.params, index, **draws)
 
     def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
-        plan, optimizer, noise_generation = self._cache["plan"], self._optimizer(state.params), self._noise_generation(state)
-        more = {"sigma": self._sigma(state), "noise_generation": noise_generation}
-        new_state, report = update(plan, optimizer, state, coefficients, **more, precision=self.precision)
+        optimizer = of_trained(self.optimizer, state.params, self.perturbation)
+        gradient = functools.partial(sharded.gradient, placement=self.placement)
+        more: dict[str, Any] = dict(sigma=self._sigma(state), noise_generation=self._noise_generation(state), gradient=gradient)
+        new_state, report = update(self._cache["plan"], optimizer, state, coefficients, **more, precision=self.precision)
         new_state = new_state._replace(generation=state.generation + 1)
         return new_state._replace(sigma=self._sigma(new_state)), report
 
@@ -285,17 +283,15 @@ class EvolutionStrategy:
     def _sigma(self, state: ESState) -> Array:
         return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma
 
-    def _optimizer(self, params: Any) -> optax.GradientTransformation:
-        """The user's optimizer, restricted to the parameters that are not frozen."""
-        mask = trainable(params, self.perturbation)
-        if all(jax.tree.leaves(mask)):
-            return self.optimizer
-        labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", mask)
-        return optax.multi_transform({"trained": self.optimizer, "frozen": optax.set_to_zero()}, labels)
+    def _move(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
+        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
+        where = of_update(self.placement, state)
+        name = "update" if where is None else ("update", *jax.tree.leaves(where))
+        return self._jitted(name, self._update, where)(state, coefficients)
 
-    def _jitted(self, name: Any, function: Callable) -> Callable:
+    def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
         if name not in self._cache:
-            self._cache[name] = jax.jit(function)
+            self._cache[name] = jax.jit(function, out_shardings=out_shardings)
         return self._cache[name]
 
     def _fitness(self) -> Callable:

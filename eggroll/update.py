@@ -4,6 +4,7 @@ The coefficients and sigma are all that a generation adds to a run, so a record 
 NaN where nothing is to change; a gradient that is not finite changes nothing either.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax import Array
 from eggroll import estimator, noise
 from eggroll.plan import Plan
 from eggroll.precision import apply_updates, float32_params
+from eggroll.rules import Perturbation, trainable
 from eggroll.state import ESState
 
 
@@ -35,6 +37,7 @@ def update(
     sigma: Array,
     noise_generation: Array,
     precision: str,
+    gradient: Callable = estimator.gradient,
 ) -> tuple[ESState, UpdateReport]:
     """Move the parameters.
 
@@ -46,11 +49,12 @@ def update(
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
         precision: how short floats are updated.
+        gradient: `estimator.gradient`, or the one that runs over a mesh.
 
     Returns:
         The state with new params, opt_state and masters, and the report.
     """
-    ascent = estimator.gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
+    ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
     wide = float32_params(state.params, state.masters)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     updates, opt_state = optimizer.update(descent, state.opt_state, wide)
@@ -62,6 +66,15 @@ def update(
     kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), changed, state)
     moved = _share_moved(state.params, kept.params)
     return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
+
+
+def of_trained(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
+    """The user's optimizer, restricted to the parameters that are not frozen by rule."""
+    mask = trainable(params, perturbation)
+    if all(jax.tree.leaves(mask)):
+        return optimizer
+    labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", mask)
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def _share_moved(old: Any, new: Any) -> Array:

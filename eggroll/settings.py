@@ -1,0 +1,37 @@
+"""Checks of the settings of an `EvolutionStrategy`, made when it is constructed; `population` and `mesh` check their own."""
+
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+from eggroll.metrics import REDUCTIONS
+from eggroll.precision import PRECISIONS
+from eggroll.rules import check_perturbation
+from eggroll.shaping import SHAPINGS
+
+
+def check_settings(es: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the settings of a strategy are usable."""
+    if es.fitness is not None and not callable(es.fitness):
+        raise TypeError(f"fitness must be a function or None, got {type(es.fitness).__name__}.")
+    _ = es.layout  # checks population_size, members_per_batch and chunk_size
+    is_number = isinstance(es.sigma, int | float | np.floating)
+    if not callable(es.sigma) and not (is_number and 0 < es.sigma < float("inf")):
+        raise ValueError(f"sigma must be a finite number > 0 or a schedule, got {es.sigma!r}.")
+    if not hasattr(es.optimizer, "update"):
+        raise TypeError(f"optimizer must be an optax transformation, got {type(es.optimizer).__name__}.")
+    if es.shaping not in SHAPINGS if isinstance(es.shaping, str) else not callable(es.shaping):
+        raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)} or a function, got {es.shaping!r}.")
+    if not isinstance(es.noise_reuse, numbers.Integral) or es.noise_reuse < 1:
+        raise ValueError(f"noise_reuse must be an integer >= 1, got {es.noise_reuse!r}.")
+    if es.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {es.precision!r}.")
+    for name in jax.tree.leaves(es.aux):
+        if name not in REDUCTIONS:
+            raise ValueError(f"aux must name reductions out of {', '.join(REDUCTIONS)}, got {name!r}.")
+    check_perturbation(es.perturbation)
+    if es.mesh is None and es.shard_optimizer:
+        raise ValueError("shard_optimizer needs a mesh with the axis 'population', got no mesh.")
+    _ = es.placement  # checks the mesh
