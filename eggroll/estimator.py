@@ -27,6 +27,16 @@ def pair_coefficients(shaped: Array) -> Array:
     return pairs[:, 0] - pairs[:, 1]
 
 
+def of_all_pairs(coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
+    """Spread the coefficients [S] of some pairs to [P].
+
+    The others get 0 and these grow by P / S, which leaves the mean of the estimate as it was: every pair's share of it has the
+    same mean.
+    """
+    share = num_pairs / pairs.shape[0]
+    return jnp.zeros(num_pairs, jnp.float32).at[pairs].set(coefficients * share, unique_indices=True)
+
+
 def gradient(
     plan: Plan,
     coefficients: Array,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def normalised(fitness: Callable, *, has_aux: bool) -> Callable:
+def normalised(fitness: Callable | None, *, has_aux: bool) -> Callable:
     """Give every kind of fitness function one signature.
 
     Args:
@@ -20,7 +20,12 @@ def normalised(fitness: Callable, *, has_aux: bool) -> Callable:
 
     Returns:
         `function(params, batch, key, member_state) -> (float32 fitness, aux or None, member state or None)`.
+
+    Raises:
+        ValueError: there is no fitness function.
     """
+    if fitness is None:
+        raise ValueError("fitness is None; give EvolutionStrategy a fitness function, or use ask and tell.")
 
     def function(params: Any, batch: Any, key: Array, member_state: Any) -> tuple[Array, Any, Any]:
         has_state = member_state is not None

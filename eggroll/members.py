@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from eggroll.plan import Plan
@@ -69,3 +70,26 @@ def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, gen
     pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
     sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
     return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)
+
+
+def checked_fitness(fitness: Any, pairs: Any, *, population_size: int) -> tuple[Array, Array]:
+    """Return told fitness as float32 and its pairs as int32 arrays.
+
+    Args:
+        fitness: [2 S] or [2 S, K] floats.
+        pairs: [S] ints, or None for all.
+        population_size: N.
+
+    Raises:
+        ValueError: pairs outside the population or repeated, or a fitness of another length.
+    """
+    num_pairs = population_size // 2
+    chosen = np.arange(num_pairs) if pairs is None else np.asarray(pairs)
+    if chosen.ndim != 1 or not chosen.size or not np.isin(chosen, np.arange(num_pairs)).all():
+        raise ValueError(f"pairs must be integers in [0, {num_pairs}), at least one, got {pairs!r}.")
+    if np.unique(chosen).size != chosen.size:
+        raise ValueError(f"pairs must name every pair once, got {pairs!r}.")
+    fitness, size = jnp.asarray(fitness, jnp.float32), 2 * chosen.size
+    if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
+        raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
+    return fitness, jnp.asarray(chosen, jnp.int32)

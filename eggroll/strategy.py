@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from eggroll import estimator, noise, sharded
 from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
-from eggroll.members import Population, build_member
+from eggroll.members import Population, build_member, checked_fitness
 from eggroll.mesh import Placement, of_report, of_update, place
 from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
@@ -110,16 +110,9 @@ class EvolutionStrategy:
         params = jax.tree.map(jnp.asarray, params)
         masters = init_masters(params, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
-        generation = jnp.int32(0)
-        state = ESState(
-            params,
-            of_trained(self.optimizer, params, self.perturbation).init(float32_params(params, masters)),
-            key,
-            generation,
-            jnp.asarray(self.sigma(generation) if callable(self.sigma) else self.sigma, jnp.float32),
-            masters,
-            per_member,
-        )
+        opt_state = of_trained(self.optimizer, params, self.perturbation).init(float32_params(params, masters))
+        sigma = jnp.asarray(self.sigma(jnp.int32(0)) if callable(self.sigma) else self.sigma, jnp.float32)
+        state = ESState(params, opt_state, key, jnp.int32(0), sigma, masters, per_member)
         return place(self.placement, state, None)[0]
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
@@ -172,26 +165,25 @@ class EvolutionStrategy:
             _member=functools.partial(self._member, state),
         )
 
-    def tell(self, state: ESState, fitness: Any) -> tuple[ESState, Metrics]:
+    def tell(self, state: ESState, fitness: Any, *, pairs: Any = None) -> tuple[ESState, Metrics]:
         """Finish the generation that `ask` began.
 
         Args:
             state: the state given to `ask`.
             fitness: [N] or [N, K] floats, member 2 p and 2 p + 1 being the signs +1 and -1 of pair p.
+            pairs: ints [S], the pairs that the fitness [2 S] or [2 S, K] is of; None: all. The estimate stays unbiased
+                when pairs are left out for reasons that have nothing to do with their fitness.
 
         Returns:
             `(state, metrics)`.
 
         Raises:
-            ValueError: wrong length, or no plan yet (nothing was applied).
+            ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        fitness, size = jnp.asarray(fitness, jnp.float32), self.population_size
-        if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
-            raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
+        told = checked_fitness(fitness, pairs, population_size=self.population_size)
         self._known_plan("tell")
-        state, fitness = place(self.placement, state, fitness)
-        score = self._jitted("told", self._score, of_report(self.placement))
-        return self._finish(state, *score(state, fitness, None, state.member_state))
+        state, told = place(self.placement, state, told)
+        return self._finish(state, *self._jitted("told", self._score_told, of_report(self.placement))(state, *told))
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
         """Repeat the update of a generation without evaluating anything.
@@ -234,6 +226,11 @@ class EvolutionStrategy:
         report = report_fitness(fitness, coefficients, rank=rank, aux=reduce_aux(self.aux, aux, valid))
         return report, of_valid(valid, member_state, state.member_state)
 
+    def _score_told(self, state: ESState, fitness: Array, pairs: Array) -> tuple[FitnessReport, Any]:
+        report, _ = self._score(state._replace(member_state=None), fitness, None, None)
+        coefficients = estimator.of_all_pairs(report.coefficients, pairs, num_pairs=self.population_size // 2)
+        return report._replace(coefficients=coefficients), state.member_state
+
     def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
         new_state, done = self._move(state, report.coefficients)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
@@ -241,16 +238,15 @@ class EvolutionStrategy:
 
     def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout, run: Any = evaluate) -> Any:
         """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
-        evaluation_key = noise.stream_key(state.key, 1)
         return run(
             function,
             self._cache["plan"],
             state.params,
             layout=layout,
             noise_key=state.key,
-            noise_generation=self._noise_generation(state),
+            noise_generation=state.generation // self.noise_reuse,
             sigma=self._sigma(state),
-            evaluation_key=jax.random.fold_in(evaluation_key, state.generation),
+            evaluation_key=jax.random.fold_in(noise.stream_key(state.key, 1), state.generation),
             batch=batch,
             member_state=state.member_state,
         )
@@ -266,19 +262,18 @@ class EvolutionStrategy:
         return self._jitted(("apply", function), run)(*place(self.placement, state, batch, "whole_batch"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
-        draws = {"key": state.key, "generation": self._noise_generation(state), "sigma": self._sigma(state)}
+        draws = {"key": state.key, "generation": state.generation // self.noise_reuse, "sigma": self._sigma(state)}
         return build_member(self._known_plan("member"), state.params, index, **draws)
 
     def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
         optimizer = of_trained(self.optimizer, state.params, self.perturbation)
         gradient = functools.partial(sharded.gradient, placement=self.placement)
-        more: dict[str, Any] = dict(sigma=self._sigma(state), noise_generation=self._noise_generation(state), gradient=gradient)
+        more: dict[str, Any] = dict(
+            sigma=self._sigma(state), noise_generation=state.generation // self.noise_reuse, gradient=gradient
+        )
         new_state, report = update(self._cache["plan"], optimizer, state, coefficients, **more, precision=self.precision)
         new_state = new_state._replace(generation=state.generation + 1)
         return new_state._replace(sigma=self._sigma(new_state)), report
-
-    def _noise_generation(self, state: ESState) -> Array:
-        return state.generation // self.noise_reuse
 
     def _sigma(self, state: ESState) -> Array:
         return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma
@@ -295,6 +290,10 @@ class EvolutionStrategy:
         return self._cache[name]
 
     def _fitness(self) -> Callable:
-        if self.fitness is None:
-            raise ValueError("fitness is None; give EvolutionStrategy a fitness function, or use ask and tell.")
         return normalised(self.fitness, has_aux=self.aux is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: with the plan, without compiled programs, and for one device."""
+        kept = {name: value for name, value in self._cache.items() if name in ("plan", "layout")}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "_"}
+        return fields | {"mesh": None, "shard_optimizer": False, "_cache": kept}
