@@ -67,12 +67,12 @@ class Placement:
 
     @property
     def manual(self) -> tuple[str, ...]:
-        """Axes that `jax.shard_map` takes over."""
-        return tuple(name for name in ("population", "data") if name in self.mesh.axis_names)
+        """Axes that `jax.shard_map` takes over; those of one device have nothing to join."""
+        return tuple(name for name in ("population", "data") if self.size(name) > 1)
 
     def axis(self, name: str) -> str | None:
-        """The name of an axis of the mesh, None without it: an entry of a `PartitionSpec`."""
-        return name if name in self.mesh.axis_names else None
+        """The name of an axis of more than one device, else None: an entry of a `PartitionSpec`."""
+        return name if self.size(name) > 1 else None
 
     @property
     def local_layout(self) -> PopulationLayout:
@@ -119,7 +119,7 @@ class Placement:
         """The first axis that the devices divide is shared over "population"; an array without one is replicated."""
         for axis, size in enumerate(shape):
             if size and size % self.size("population") == 0:
-                return PartitionSpec(*[None] * axis, "population")
+                return PartitionSpec(*[None] * axis, self.axis("population"))
         return PartitionSpec()
 
     def batch_spec(self, *, split: bool, padded: bool) -> PartitionSpec:
