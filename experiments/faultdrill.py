@@ -180,7 +180,7 @@ class Drill:
         command += ["--generations", str(config.generations), "--checkpoint-every", str(config.checkpoint_every)]
         command += [] if die is None else ["--die", die[0], str(die[1])]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
         reported: int | None = None
         for line in process.stdout:
             if line.startswith("started at "):
@@ -193,12 +193,12 @@ class Drill:
                     time.sleep(seconds)
                     process.send_signal(signal.SIGKILL)
                     seconds = None
-        errors = process.stderr.read()
-        code = process.wait()
+        errors = process.communicate()[1].strip().splitlines() or ["it said nothing"]
+        code = process.returncode
         # The last report may be of a generation that was being recorded when the kill came.
         self.done = max(self.done, 0 if reported is None else reported - 1)
         if code not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"the training ended with {code}: {errors.strip().splitlines()[-1]}")
+            raise RuntimeError(f"the training ended with {code}: {errors[-1]}")
         return code == 0
 
 

@@ -1,5 +1,6 @@
 """The training loop: what it runs, when it stops, what it writes, what it says."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -201,6 +202,10 @@ def test_bad_arguments(options, error, words):
 
 
 def test_record_writes_null_for_what_is_not_finite():
-    record = Record(0, float("nan"), float("inf"), 0.0, 1, True, 0.0, 0.1, 1.0, 2.0, aux=object())
+    numbers = {field.name: 0.0 for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING}
+    del numbers["extra"]
+    numbers |= {"mean_fitness": float("nan"), "best_fitness": float("inf"), "skipped": True}
+    record = Record(**numbers, aux=object(), leaf_norms=(1.0, float("nan")))
     line = json.loads(record.to_json())
     assert line["mean_fitness"] is None and line["best_fitness"] is None and line["skipped"] is True
+    assert line["leaf_norms"] == [1.0, None]
