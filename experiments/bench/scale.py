@@ -3,7 +3,8 @@
 A shared batch, an MLP of three hidden layers, SGD with momentum (Adam turns gradient entries that cancel up to rounding into
 whole steps, so it would hide how near two gradients are). Every mesh runs the same generation as one device does; the bytes
 are read from the compiled program and stand beside those of the cost model (docs/scaling.md). Without enough devices the
-benchmark starts itself again with virtual CPU devices: those say nothing about speed, so no time is reported.
+benchmark starts itself again with virtual CPU devices: those say nothing about speed, so no time is reported. A collective
+in the loop over chunks counts once; only the partitioner's, with "model", are there.
 """
 
 import dataclasses
