@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test slow lint types bench suites
+.PHONY: run test slow heavy lint types bench suites
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -15,7 +15,10 @@ test: $(READY)  ## the default test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 slow: $(READY)  ## the tests the default suite leaves out
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not heavy and not gpu" $(ARGS)
+
+heavy: $(SUITES)  ## what takes a minute or more a test
+	$(BIN)/python -m pytest -n $(WORKERS) -m "heavy and not gpu" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -156,6 +156,7 @@ def slow(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_workers_equal_the_engine_and_join_and_leave(ray):
     from eggroll.remote import RemoteEvaluator
@@ -177,6 +178,7 @@ def test_workers_equal_the_engine_and_join_and_leave(ray):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_the_pairs_of_a_killed_worker_go_to_another(ray, tmp_path):
     from eggroll.remote import RemoteEvaluator
@@ -189,6 +191,7 @@ def test_the_pairs_of_a_killed_worker_go_to_another(ray, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_a_straggler_is_dropped_and_the_next_generation_goes_on_without_it(ray, tmp_path):
     from eggroll.remote import RemoteEvaluator

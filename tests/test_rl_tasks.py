@@ -13,6 +13,7 @@ from experiments.presets import PAPER
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.filterwarnings("ignore")]  # the suites' own warnings
 MULTI_AGENT = ("mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3")
 QUICK = ("gymnax", "jumanji", "navix", "mpe")  # the others compile for more than 10 s
+ONE_OF_EACH = ("brax/inverted_double_pendulum", "craftax/Craftax-Classic-Symbolic-v1", "kinetix/s/h1_thrust_over_ball")
 TINY = ["--population-size", "4", "--generations", "2", "--evaluation-episodes", "2", "--max-steps", "10", "--checks", "1"]
 
 
@@ -20,7 +21,8 @@ def row(name):
     """A task, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     marks = [pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")]
-    return pytest.param(name, marks=marks + [pytest.mark.slow] * (suite not in QUICK), id=name)
+    slow, heavy = suite not in QUICK, suite not in QUICK and name not in ONE_OF_EACH
+    return pytest.param(name, marks=marks + [pytest.mark.slow] * slow + [pytest.mark.heavy] * heavy, id=name)
 
 
 @pytest.fixture(autouse=True)

@@ -33,11 +33,19 @@ SLOW = [  # they compile for more than 10 s
 ]
 
 
+HEAVY = [  # and of these one of each suite is enough for every change
+    *["brax/ant", "brax/humanoid@spring", "craftax/Craftax-Symbolic-AutoReset-v1"],
+    *["kinetix/m/h17_thrustcontrol_left", "kinetix/l/hard_pinball", "kinetix/s/h1_thrust_over_ball@continuous"],
+]
+
+
 def case(name, *more):
     """A row of the table, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     marks = [pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")]
-    return pytest.param(name, *more, marks=marks + [pytest.mark.slow] * (name in SLOW), id=name)
+    return pytest.param(
+        name, *more, marks=marks + [pytest.mark.slow] * (name in SLOW) + [pytest.mark.heavy] * (name in HEAVY), id=name
+    )
 
 
 CASES = [*map(case, FAST), *map(case, SLOW)]
