@@ -9,6 +9,7 @@ from experiments import faultdrill
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 def test_a_killed_run_ends_as_an_undisturbed_one(capsys, tmp_path):
     faultdrill.main(["--kills", "3", "--generations", "60", "--damages", "8", "--folder", str(tmp_path / "drill")])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
