@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -209,8 +210,16 @@ def of_update(placement: Placement | None, state: ESState) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding | None) -> Any:
-    if isinstance(leaf, jax.core.Tracer) or getattr(leaf, "sharding", None) == sharding:
+    if isinstance(leaf, jax.core.Tracer) or sharding is None or getattr(leaf, "sharding", None) == sharding:
         return leaf
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # Devices of several processes, each of which has the whole value; jax compares them.
+    if isinstance(leaf, Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, Array) and leaf.is_fully_addressable:
+        leaf = np.asarray(leaf)  # jax takes no array of one process that is committed to its device
     return jax.device_put(leaf, sharding)
 
 

@@ -1,0 +1,82 @@
+"""Starts several processes of one run on this machine.
+
+    python -m eggroll.launch 4 -m experiments.rl --mesh population=4
+
+What follows the number is what `python` is given. Every process gets one device: on a machine with GPUs the one with its
+number. When one fails the others are ended, and the failure is told.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from eggroll.processes import LAUNCHED
+
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+
+
+def launch(count: int, arguments: Sequence[str]) -> str | None:
+    """Run `python *arguments` in `count` processes until all have ended.
+
+    Args:
+        count: processes, >= 1.
+        arguments: for python, such as `["-m", "experiments.rl"]`.
+
+    Returns:
+        None when all ended well, else a sentence that names the process that failed first.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    running = []
+    try:
+        for index in range(count):
+            values = (address, str(count), str(index))
+            environment = os.environ | dict(zip(LAUNCHED, values, strict=True)) | {"JAX_LOCAL_DEVICE_IDS": str(index)}
+            running.append(subprocess.Popen([sys.executable, *arguments], env=environment))
+        while True:
+            codes = [process.poll() for process in running]
+            failed = [index for index, code in enumerate(codes) if code]
+            if failed:
+                return _sentence(failed[0], count, codes[failed[0]])
+            if all(code == 0 for code in codes):
+                return None
+            time.sleep(0.05)
+    finally:
+        _end(running)
+
+
+def _sentence(index: int, count: int, code: int | None) -> str:
+    assert code is not None
+    what = f"ended with {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    return f"process {index} of {count} {what}; the others were ended. What was recorded is kept: a durable run can be resumed."
+
+
+def _end(running: list[subprocess.Popen]) -> None:
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if len(given) < 2 or not given[0].isdigit() or int(given[0]) < 1:
+        sys.exit("usage: python -m eggroll.launch PROCESSES (SCRIPT | -m MODULE) [ARGUMENTS ...]")
+    failure = launch(int(given[0]), given[1:])
+    if failure is not None:
+        sys.exit(f"error: {failure}")
+
+
+if __name__ == "__main__":
+    main()
