@@ -1,4 +1,7 @@
-"""Checkpoints of a run through orbax: asynchronous, written whole or not at all, the last few and the best kept."""
+"""Checkpoints of a run through orbax: asynchronous, written whole or not at all, the last few and the best kept.
+
+Of several processes every one makes the same calls on the same folder.
+"""
 
 import json
 import logging
@@ -11,6 +14,7 @@ import jax
 import numpy as np
 
 from eggroll.fingerprint import fingerprint
+from eggroll.processes import is_first, wait_for_all
 from eggroll.state import ESState
 
 
@@ -39,8 +43,10 @@ class Checkpoints:
             _check_config(self._folder / "config.json", dict(config))
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
-        for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
-            shutil.rmtree(unfinished)
+        if is_first():
+            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
+                shutil.rmtree(unfinished)
+        wait_for_all("eggroll checkpoints")
         options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True)
         self._ocp, self._manager = ocp, ocp.CheckpointManager(self._folder / "states", options=options)
 
@@ -91,7 +97,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore have no common error for damage
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
-        key = jax.random.wrap_key_data(stored["state"]["key"], impl=jax.random.key_impl(like.key))
+        key = jax.random.wrap_key_data(jax.numpy.asarray(stored["state"]["key"]), impl=jax.random.key_impl(like.key))
         return ESState(**{**stored["state"], "key": key}), stored["carried"]
 
     def fingerprints(self, generation: int) -> dict[str, str]:
@@ -109,7 +115,11 @@ class Checkpoints:
 
 
 def _storable(state: ESState, carried: Any) -> dict[str, Any]:
-    return {"state": state._asdict() | {"key": jax.random.key_data(state.key)}, "carried": carried}
+    stored = {"state": state._asdict() | {"key": jax.random.key_data(state.key)}, "carried": carried}
+    if jax.process_count() == 1:
+        return stored
+    # orbax takes arrays of all processes or of the host, not those that every process has for itself.
+    return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
 
 
 def _abstract(leaf: Any) -> Any:
@@ -128,6 +138,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         if names:
             differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {wanted.get(name)!r})" for name in names)
             raise ValueError(f"{path.parent} has a run with other settings: {differing}.")
+        return
+    if not is_first():
         return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(wanted, indent=1) + "\n")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,34 @@ import jax
 
 from eggroll.mesh import Placement
 from eggroll.population import PopulationLayout
+from eggroll.processes import smallest
 
 logger = logging.getLogger(__name__)
 
 
+def free_bytes() -> int:
+    """Bytes that the default device has free, by its own account; without one, the machine's available memory.
+    Where the system does not say, half of what there is.
+    """
+    account = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in account:
+        return int(account["bytes_limit"] - account["bytes_in_use"])
+    try:
+        with open("/proc/meminfo") as file:
+            rows = dict(line.split(":") for line in file)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def layout_in_budget(
-    evaluate: Callable, state: Any, batch: Any, *, layout: PopulationLayout, budget: int, placement: Placement | None = None
+    evaluate: Callable,
+    state: Any,
+    batch: Any,
+    *,
+    layout: PopulationLayout,
+    budget: int | str,
+    placement: Placement | None = None,
 ) -> PopulationLayout:
     """Choose how many pairs to evaluate at a time.
 
@@ -27,7 +50,7 @@ def layout_in_budget(
         state: `ESState`; only shapes are used.
         batch: as for `step`.
         layout: the whole population, unchunked.
-        budget: bytes of temporary memory, of one device.
+        budget: bytes of temporary memory, of one device; "device": half of what is free beside the parameters, now.
         placement: the mesh that the population is spread over; then one device's part is what has to fit.
 
     Returns:
@@ -36,7 +59,7 @@ def layout_in_budget(
     Raises:
         ValueError: not even one pair fits.
     """
-    whole = layout
+    whole, budget = layout, smallest(free_bytes() // 2) if isinstance(budget, str) else budget
     if placement is not None:
         layout, batch = placement.local_layout, placement.local_batch(batch)
 

@@ -5,6 +5,8 @@
 
 Every generation is in the journal once `train` goes on to the next; checkpoints shorten the way back. Starting again reads the
 last sound checkpoint and replays the journal from there: no generation is evaluated twice, and the run goes on bit for bit.
+
+Of several processes all make the same calls on the same folder; the first one writes the journal.
 """
 
 import logging
@@ -17,6 +19,7 @@ import numpy as np
 
 from eggroll.checkpoint import Checkpoints
 from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
+from eggroll.processes import is_first, wait_for_all
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
 
@@ -65,8 +68,9 @@ class DurableRun:
     ):
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
-        if jax.tree.leaves(initial.member_state):
-            checkpoint_every = 1  # the journal cannot rebuild a carried member state
+        if jax.tree.leaves(initial.member_state) and checkpoint_every > 1:
+            logger.warning("member_state is carried, which the journal cannot rebuild: every generation is checkpointed.")
+            checkpoint_every = 1
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
         self._folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
@@ -74,15 +78,15 @@ class DurableRun:
         path = self._folder / "journal.bin"
         if not path.exists() and self.checkpoints.generations:
             raise JournalError(f"{self._folder} has checkpoints, but its journal.bin is missing; bring it back or start anew.")
-        self._journal = Writer(path, header)
-        if self._journal.note:
+        self._journal = Writer(path, header) if is_first() else None
+        if self._journal is None and path.exists():
+            Reader(path).header.check(header)  # as the first process does: all refuse together
+        if self._journal is not None and self._journal.note:
             logger.warning(self._journal.note)
+        wait_for_all("eggroll journal")
         self.state = self._resume(es, initial, path)
 
     def _resume(self, es: EvolutionStrategy, initial: ESState, path: Path) -> ESState:
-        state, reached = self._last_sound(initial), self._journal.next or 0
-        if int(state.generation) > reached:
-            raise JournalError(f"{path} ends at generation {reached}, before the checkpoint of {int(state.generation)}.")
         seen: list[Entry] = []
 
         def remembering() -> Iterator[Entry]:
@@ -90,7 +94,10 @@ class DurableRun:
                 seen[:] = [entry]
                 yield entry
 
-        state = replay(es, state, remembering())
+        state = replay(es, self._last_sound(initial), remembering())
+        reached = seen[0].generation + 1 if seen else 0
+        if int(state.generation) > reached:
+            raise JournalError(f"{path} ends at generation {reached}, before the checkpoint of {int(state.generation)}.")
         if seen and self._carried is not None:
             self._carried.load(_unpacked(seen[0].extra, self._carried.save()))
         return state
@@ -120,14 +127,17 @@ class DurableRun:
         """
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
-        self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _packed(carried)))
+        if self._journal is not None:
+            self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _packed(carried)))
         if (generation + 1) % self._every == 0:
-            self._journal.sync()
+            if self._journal is not None:
+                self._journal.sync()
             self.checkpoints.save(state, carried, score=score)
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
         self.checkpoints.close()
 
 

@@ -41,7 +41,9 @@ class Placement:
     mesh: Mesh
     layout: PopulationLayout
     shard_optimizer: bool = False
-    _checked: set = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)  # shapes of batches
+    _checked: set = dataclasses.field(
+        default_factory=set, init=False, repr=False, compare=False
+    )  # shapes of batches; "batch": one was compared
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):
@@ -193,10 +195,13 @@ def place(placement: Placement | None, state: ESState, tree: Any, where: str = "
     """
     if placement is None:
         return state, tree
-    sharding = placement.replicated
+    sharding, compared = placement.replicated, True
     if where != "replicated":
         sharding = NamedSharding(placement.mesh, placement.batch_spec(split=where == "split_batch", padded=False))
-    return jax.tree.map(_put, state, placement.shardings(state)), jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+        compared = "batch" not in placement._checked  # the first batch shows wrong seeds; comparing costs a meeting of all
+        placement._checked.add("batch")
+    placed = jax.tree.map(lambda leaf: _put(leaf, sharding, compared=compared), tree)
+    return jax.tree.map(_put, state, placement.shardings(state)), placed
 
 
 def of_report(placement: Placement | None) -> Any:
@@ -209,18 +214,34 @@ def of_update(placement: Placement | None, state: ESState) -> Any:
     return None if placement is None else (placement.shardings(state), placement.replicated)
 
 
-def _put(leaf: Any, sharding: NamedSharding | None) -> Any:
+def of_outputs(placement: Placement | None) -> Any:
+    """Where outputs of members lie: with the members; on every device where those belong to several processes."""
+    if placement is None or placement.replicated.is_fully_addressable:
+        return None
+    return placement.replicated
+
+
+def _put(leaf: Any, sharding: NamedSharding | None, *, compared: bool = True) -> Any:
     if isinstance(leaf, jax.core.Tracer) or sharding is None or getattr(leaf, "sharding", None) == sharding:
         return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    # Devices of several processes, each of which has the whole value; jax compares them.
+    # Devices of several processes, each of which has the whole value.
     if isinstance(leaf, Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, Array) and leaf.is_fully_addressable:
         leaf = np.asarray(leaf)  # jax takes no array of one process that is committed to its device
-    return jax.device_put(leaf, sharding)
+    if not compared and not isinstance(leaf, Array):
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    try:
+        return jax.device_put(leaf, sharding)
+    except AssertionError as error:
+        raise ValueError(
+            f"the processes of this run have different values of an array {np.shape(leaf)}: parameters, key, batch and told "
+            "fitness must be the same on all of them."
+        ) from error
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:

@@ -8,13 +8,20 @@
 are not written by all together are written by the first process.
 """
 
+import contextlib
 import os
+import re
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 LAUNCHED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LOST = re.compile("gloo|nccl|connection|heartbeat|coordination service|distributed service", re.IGNORECASE)
 SCHEDULED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for the processes that srun or mpirun starts
 
 
@@ -60,6 +67,8 @@ def join(
         raise ValueError(f"process {index} of {count} at {address!r}: need 0 <= process < number, and an address host:port.")
     if count == 1:
         return False
+    if index > 0:
+        _wait_for(address, timeout)
     return _initialize(timeout, coordinator_address=address, num_processes=count, process_id=index)
 
 
@@ -73,6 +82,22 @@ def _initialize(timeout: int, **where: Any) -> bool:
     return jax.process_count() > 1
 
 
+def _wait_for(address: str, timeout: int) -> None:
+    """Wait until the first process listens; jaxlib, left to itself, ends this process without an exception."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the first process of this run was not found at {address} within {timeout} s: {error}."
+                ) from None
+            time.sleep(0.2)
+
+
 def is_first() -> bool:
     """Whether this process writes the files and the progress line: process 0, or the only one."""
     return jax.process_index() == 0
@@ -84,6 +109,35 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def smallest(value: int) -> int:
+    """The smallest of the values that the processes bring; every process has to bring one."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int64(value)).min())
+
+
+@contextlib.contextmanager
+def told_of_lost_process(what: str) -> Iterator[None]:
+    """Say in one sentence that another process is gone, where jax fails because of that; `what` was being done."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if jax.process_count() > 1 and _LOST.search(str(error)):
+            here = f"process {jax.process_index()} of {jax.process_count()}"
+            raise RuntimeError(
+                f"{here} lost another process of this run in {what}; start all of them again, a durable run goes on. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        raise
+
+
+def local(tree: Any) -> Any:
+    """Arrays of all processes as arrays of this one; every process has to ask. Others stay as they are."""
+    return jax.tree.map(lambda x: x if getattr(x, "is_fully_addressable", True) else jnp.asarray(whole(x)), tree)
 
 
 def whole(array: Any) -> np.ndarray:

@@ -31,6 +31,9 @@ def check_settings(es: Any) -> None:
     for name in jax.tree.leaves(es.aux):
         if name not in REDUCTIONS:
             raise ValueError(f"aux must name reductions out of {', '.join(REDUCTIONS)}, got {name!r}.")
+    budget = es.memory_budget
+    if budget not in (None, "device") and not (isinstance(budget, int | np.integer) and budget > 0):
+        raise ValueError(f"memory_budget must be bytes > 0, 'device' or None, got {budget!r}.")
     check_perturbation(es.perturbation)
     if es.mesh is None and es.shard_optimizer:
         raise ValueError("shard_optimizer needs a mesh with the axis 'population', got no mesh.")

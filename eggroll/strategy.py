@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from eggroll import estimator, noise, sharded
 from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
 from eggroll.members import Population, build_member, checked_fitness
-from eggroll.mesh import Placement, of_report, of_update, place
+from eggroll.mesh import Placement, of_outputs, of_report, of_update, place
 from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout, evaluate
@@ -50,7 +50,7 @@ class EvolutionStrategy:
         members_per_batch: None: all members share `batch`; 1: `batch` has a leading axis of N; g: of N / g, consecutive
             groups of g members (even, dividing N) share one entry.
         chunk_size: members evaluated at a time (even), None: all, or what `memory_budget` allows.
-        memory_budget: bytes of temporary memory that an evaluation may use; picks the chunk size.
+        memory_budget: bytes of temporary memory of an evaluation, or "device": half of what is free; picks the chunk size.
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
         precision: how parameters shorter than float32 are updated: "master", "stochastic" or "nearest" (see `precision`).
@@ -71,7 +71,7 @@ class EvolutionStrategy:
     noise_reuse: int = 1
     members_per_batch: int | None = None
     chunk_size: int | None = None
-    memory_budget: int | None = None
+    memory_budget: int | Literal["device"] | None = None
     aux: Any = None
     precision: str = "master"
     mesh: Mesh | None = None
@@ -259,7 +259,8 @@ class EvolutionStrategy:
             return jax.tree.map(lambda x: x.reshape(self.population_size, *x.shape[2:]), outputs)
 
         self.plan(state, batch, function=function)
-        return self._jitted(("apply", function), run)(*place(self.placement, state, batch, "whole_batch"))
+        compiled = self._jitted(("apply", function), run, of_outputs(self.placement))
+        return compiled(*place(self.placement, state, batch, "whole_batch"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
         draws = {"key": state.key, "generation": state.generation // self.noise_reuse, "sigma": self._sigma(state)}

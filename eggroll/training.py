@@ -21,6 +21,7 @@ import jax
 
 from eggroll.durable import DurableRun
 from eggroll.plot import plot_history
+from eggroll.processes import is_first, told_of_lost_process
 from eggroll.progress import progress_line
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
@@ -100,6 +101,7 @@ def train(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: another process of this run was lost.
     """
     _check(generations, budget, target, callbacks)
     next_batch = _batch_source(batches)
@@ -107,11 +109,11 @@ def train(
     history: list[Record] = []
     with contextlib.ExitStack() as stack:
         metrics_file = None
-        if run_folder is not None:
+        if run_folder is not None and is_first():
             metrics_file = stack.enter_context(_open_metrics(Path(run_folder), first))
             stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
         name, total = budget or ("generations", generations or 0)
-        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress))
+        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
             try:
                 batch = next_batch(generation)
@@ -119,7 +121,8 @@ def train(
                 break
             state, record = _run_generation(es, state, batch)
             history.append(record)
-            _warn_of_invalid(history, es.population_size)
+            if is_first():
+                _warn_of_invalid(history, es.population_size)
             stops = [bool(callback(state, record)) for callback in callbacks]
             spent = _is_spent(budget, record)
             _write(metrics_file, record)
@@ -161,9 +164,10 @@ def _batch_source(batches: Any) -> Callable[[int], Any]:
 
 def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[ESState, Record]:
     start = time.perf_counter()
-    state, metrics = es.step(state, batch)
-    # One transfer: it is also what waits for the generation to finish.
-    scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
+    with told_of_lost_process(f"generation {int(state.generation)}"):
+        state, metrics = es.step(state, batch)
+        # One transfer: it is also what waits for the generation to finish.
+        scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
     arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}

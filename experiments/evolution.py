@@ -13,8 +13,9 @@ from jax import Array
 import eggroll
 import envs
 from eggroll.durable import DurableRun
+from eggroll.processes import local
 from eggroll.training import Record, train
-from experiments.common.memory import free_bytes
+from experiments.common.mesh import parse_mesh
 from experiments.rl_config import Config
 from experiments.task import Evaluation, HeldOutChecks, Task, Trained
 
@@ -37,8 +38,9 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
         perturbation=eggroll.Dense() if config.algorithm == "openes" else eggroll.LowRank(rank=config.rank),
         shaping=config.shaping,
         chunk_size=config.chunk_size,
-        memory_budget=free_bytes() // 2 if many and config.chunk_size is None else None,
+        memory_budget="device" if many and config.chunk_size is None else None,
         aux="sum",
+        mesh=parse_mesh(config.mesh),
     )
 
 
@@ -72,11 +74,11 @@ class _Progress:
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
         """Merge the generation's sums, count, check; tell whether the target is met."""
-        self.statistics = envs.merge(self.statistics, record.aux)
+        self.statistics = envs.merge(self.statistics, local(record.aux))
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
         record.extra["env_steps"] = self.env_steps
-        record.extra.update(self.checks(state.params, self.statistics, env_steps=self.env_steps))
+        record.extra.update(self.checks(local(state.params), self.statistics, env_steps=self.env_steps))
         return self.checks.met
 
     def save(self) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class Evolution:
             )
         run.close()
         return Trained(
-            state.params,
+            local(state.params),
             progress.statistics,
             generations=int(state.generation),
             generation_seconds=statistics.median(record.seconds for record in history) if history else 0.0,

@@ -17,12 +17,13 @@ import jax
 
 import eggroll
 import envs
+from eggroll.processes import is_first, wait_for_all
 from experiments.baselines.distributions import num_log_stds
 from experiments.baselines.ppo import PPO
 from experiments.baselines.runs import PPORuns, RandomRuns
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
-from experiments.common.run import print_summary, run_folder, write_json
+from experiments.common.run import join_processes, print_summary, run_folder, write_json
 from experiments.evolution import Evolution
 from experiments.models.mlp import MLP
 from experiments.render import render_episode
@@ -54,10 +55,12 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
     """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
     init_key, run_key, check_key, evaluation_key, random_key = jax.random.split(jax.random.key(seed), 5)
     folder = _folder(config, seed)
-    (folder / SUMMARY).unlink(missing_ok=True)
-    if not config.resume:
-        (folder / "journal.bin").unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if is_first():
+        (folder / SUMMARY).unlink(missing_ok=True)
+        if not config.resume:
+            (folder / "journal.bin").unlink(missing_ok=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    wait_for_all("run folder")
     start = time.perf_counter()
     recipe = {"function": "experiments.rl:remake", "options": config.options() | {"seed": seed}}
     trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder, recipe=recipe)
@@ -67,7 +70,7 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
         save_checkpoint(folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
         mean_return = evaluation.mean_return(trained.params, trained.statistics, key=evaluation_key)
         print(f"seed {seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {folder}", flush=True)
-        if config.render:
+        if config.render and is_first():
             _render(evaluation.task, trained, folder / "policy.gif", key=evaluation_key)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
@@ -82,7 +85,8 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
         "generation_seconds": round(trained.generation_seconds, 5),
         "peak_mib": round(peak_mib()),
     }
-    write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
+    if is_first():
+        write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
     return row
 
 
@@ -122,11 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = parse(arguments)
         config.check()
+        join_processes()
         task = make_task(config)
         evaluation = Evaluation(task, episodes=config.evaluation_episodes)
         runs = make_runs(config, task, evaluation)
         summary = run(config, runs, evaluation)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print_summary(summary)
 

@@ -73,6 +73,8 @@ class Config:
     """Episodes of a held-out check, and of the final evaluation, whose episodes are fresh."""
     ppo: PPO = dataclasses.field(default_factory=PPO)
     """Settings of PPO."""
+    mesh: str | None = None
+    """Devices of evolution strategies, such as population=4. None: all where the run has several processes, else one."""
     checkpoint_every: int = 50
     """Generations between checkpoints; the journal has every generation."""
     resume: bool = False
@@ -89,7 +91,7 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """The options that decide what a seed gives, as JSON holds them: all but the seeds and the folder."""
-        apart = ("seed", "seeds", "folder", "preset", "checkpoint_every", "resume", "render")
+        apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "render")
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
     def check(self) -> None:
@@ -100,6 +102,8 @@ class Config:
                 raise ValueError(f"{name} must be an integer >= 1, got {value}.")
         if self.resume and self.algorithm == "ppo":
             raise ValueError("resume is for eggroll and openes; ppo starts anew.")
+        if self.mesh and self.algorithm not in ("eggroll", "openes"):
+            raise ValueError(f"mesh is for eggroll and openes, not for {self.algorithm}.")
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")

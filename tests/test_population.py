@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import eggroll
+from eggroll import chunking
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.zeros(3)}
 X = jax.random.normal(jax.random.key(2), (5, 4))
@@ -148,6 +149,18 @@ def test_memory_budget_picks_chunks_says_so_and_changes_nothing(caplog):
     assert roomy._cache["layout"].chunk_pairs is None
     with pytest.raises(ValueError, match="memory_budget of 10 bytes is too small"):
         strategy(**options, memory_budget=10).step(state, batch)
+    for wrong in ("1GB", 0, 2.5):
+        with pytest.raises(ValueError, match="memory_budget must be bytes > 0, 'device' or None"):
+            strategy(**options, memory_budget=wrong)
+
+
+def test_the_budget_of_the_device_is_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(chunking, "free_bytes", lambda: 40_000)
+    options = dict(population_size=512, members_per_batch=1)
+    by_device, by_bytes = (strategy(**options, memory_budget=budget) for budget in ("device", 20_000))
+    for es in (by_device, by_bytes):
+        es.step(es.init(PARAMS, key=jax.random.key(0)), jnp.ones((512, 5, 4)))
+    assert by_device._cache["layout"] == by_bytes._cache["layout"] != by_bytes.layout
 
 
 def test_chunks_bound_the_memory():

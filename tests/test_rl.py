@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from eggroll import noise
+from eggroll import chunking, noise
 from eggroll.journal import __main__ as journal
 from envs import Continuous, MultiDiscrete, PerAgent
 from experiments import evolution, rl
@@ -185,7 +185,7 @@ def test_bad_options_end_with_one_sentence(arguments, words, capsys):
 
 def test_a_population_too_large_for_memory_runs_in_chunks(capsys, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(evolution, "MANY_EPISODES", 16)
-    monkeypatch.setattr(evolution, "free_bytes", lambda: 40_000)
+    monkeypatch.setattr(chunking, "free_bytes", lambda: 40_000)
     run(capsys, *SMALL, "--population-size", "256", "--generations", "1", "--folder", str(tmp_path))
     assert "256 members would need about" in caplog.text
 

@@ -1,19 +1,22 @@
-"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl` and `scale`."""
+"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale` and `populations`."""
+
+from typing import Any
 
 import tyro
 
-from experiments.bench import engine, rl, scale
+from experiments.bench import engine, populations, rl, scale
 
 
 def main() -> None:
     """Run one benchmark by name."""
-    config = tyro.extras.subcommand_cli_from_dict({"engine": engine.Engine, "rl": rl.RL, "scale": scale.Scale})
-    if isinstance(config, rl.RL):
-        rl.run(config)
-    elif isinstance(config, scale.Scale):
-        scale.run(config)
-    else:
-        engine.run(config)
+    benchmarks: Any = {
+        "engine": (engine.Engine, engine.run),
+        "rl": (rl.RL, rl.run),
+        "scale": (scale.Scale, scale.run),
+        "populations": (populations.Populations, populations.run),
+    }
+    config = tyro.extras.subcommand_cli_from_dict({name: options for name, (options, _) in benchmarks.items()})
+    next(run for options, run in benchmarks.values() if isinstance(config, options))(config)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 def save_checkpoint(folder: str | Path, tree: Any) -> None:
     """Write a pytree of arrays into `folder`, which is replaced if it exists.
@@ -13,7 +15,7 @@ def save_checkpoint(folder: str | Path, tree: Any) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).absolute(), tree, force=True)
+        checkpointer.save(Path(folder).absolute(), jax.device_get(tree), force=True)
 
 
 def load_checkpoint(folder: str | Path, like: Any) -> Any:

@@ -5,11 +5,25 @@ Every experiment writes its files into `run_folder(name)` and ends with `print_s
 
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from eggroll.processes import is_first, join
+
+
+def join_processes() -> None:
+    """Meet the other processes of this run, if there are any (`eggroll.processes`); only the first one prints.
+
+    Raises:
+        ValueError, RuntimeError: they cannot be found, or do not come.
+    """
+    if join() and not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def run_folder(name: str | Path) -> Path:

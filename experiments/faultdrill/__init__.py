@@ -1,0 +1,1 @@
+"""A training run is killed at random moments and resumed, bit for bit."""

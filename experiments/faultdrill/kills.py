@@ -1,0 +1,93 @@
+"""Kills the training in every kind of moment, and starts it again."""
+
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+MOMENTS = ("start", "training", "journal", "checkpoint")
+STARTS, SHORT = 3.0, 0.02  # seconds: a process is starting, a few generations
+
+
+@dataclasses.dataclass
+class Drill:
+    """What happened so far."""
+
+    kills: dict[str, int]
+    resumes: int = 0
+    lost: int = 0  # generations that were reported done before a kill and done again after it
+    done: int = 0  # generations reported
+
+    def start(
+        self, folder: Path, generations: int, checkpoint_every: int, *, die: tuple[str, int] | None = None, delay: float = 0.0
+    ) -> bool:
+        """Run the training until it ends or is killed.
+
+        Args:
+            folder: of the run.
+            generations: of the whole run.
+            checkpoint_every: generations between checkpoints.
+            die: moment and generation of the kill; None: it is left alone.
+            delay: seconds from the start of the process ("start", but no later than its first report), or from the report of
+                the generation ("training"), to the kill; in other moments the training kills itself.
+
+        Returns:
+            Whether it came to its end.
+        """
+        moment, at = die or ("none", 0)
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.faultdrill.training",
+            str(folder),
+            str(generations),
+            str(checkpoint_every),
+        ]
+        command += [moment, str(at)] if moment in ("journal", "checkpoint") else []
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        if moment == "start":
+            threading.Timer(delay, process.kill).start()
+        reported: int | None = None
+        for line in process.stdout:
+            if line.startswith("started at "):
+                started = int(line.split()[-1])
+                self.lost += max(0, self.done - started)
+                self.resumes += started > 0
+            elif line.strip().isdigit():
+                reported = int(line) + 1
+                if moment == "start" or (moment == "training" and reported > at):
+                    time.sleep(0 if moment == "start" else delay)
+                    process.kill()
+                    moment = "none"
+        errors = process.communicate()[1].strip().splitlines() or ["it said nothing"]
+        code = process.returncode
+        # The last report may be of a generation that was being recorded when the kill came.
+        self.done = max(self.done, 0 if reported is None else reported - 1)
+        if code not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the training ended with {code}: {errors[-1]}")
+        return code == 0
+
+
+def drill(folder: Path, *, generations: int, checkpoint_every: int, kills: int, seed: int) -> dict[str, Any]:
+    """Kill and resume until the run is done; return the counts."""
+    chance = random.Random(seed)
+    moments = [MOMENTS[index % len(MOMENTS)] for index in range(kills)]
+    chance.shuffle(moments)
+    state = Drill(dict.fromkeys(MOMENTS, 0))
+    for index, moment in enumerate(moments):
+        # Kills are spread over the run, so that some come early and some late.
+        at = chance.randrange(*(generations * (index + part) // (kills + 1) for part in (0, 1)))
+        delay = chance.random() * (STARTS if moment == "start" else SHORT)
+        if state.start(folder, generations, checkpoint_every, die=(moment, at), delay=delay):
+            break
+        state.kills[moment] += 1
+        print(f"kill {index + 1}/{kills} in {moment}: {state.done} generations reported", flush=True)
+    ended = state.start(folder, generations, checkpoint_every)
+    counts = {"kills": sum(state.kills.values()), "kills_in": state.kills, "resumes": state.resumes}
+    return counts | {"lost_generations": state.lost, "ended": ended}

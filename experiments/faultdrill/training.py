@@ -1,0 +1,133 @@
+"""The training that the drill kills: a small network with a journal and checkpoints, in a process of its own.
+
+python -m experiments.faultdrill.training FOLDER GENERATIONS CHECKPOINT_EVERY [MOMENT GENERATION]
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import eggroll
+from eggroll.durable import DurableRun
+from eggroll.fingerprint import fingerprint
+from eggroll.training import Record, train
+
+RECIPE = "experiments.faultdrill.training:make"
+
+
+class Statistics:
+    """A running mean of the fitness, carried beside the state as front ends do."""
+
+    def __init__(self) -> None:
+        self.mean, self.count = np.float32(0), np.int64(0)
+
+    def save(self) -> dict[str, Any]:
+        """As arrays."""
+        return {"count": np.asarray(self.count), "mean": np.asarray(self.mean)}
+
+    def load(self, saved: Any) -> None:
+        """From arrays."""
+        self.count, self.mean = np.int64(saved["count"]), np.float32(saved["mean"])
+
+    def __call__(self, state: eggroll.ESState, record: Record) -> None:
+        """Callback of the training loop."""
+        self.count = self.count + 1
+        self.mean = np.float32(self.mean + (np.float32(record.mean_fitness) - self.mean) / np.float32(self.count))
+
+
+class Net(nn.Module):
+    """Two layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [4] to [1]."""
+        return nn.Dense(1)(nn.tanh(nn.Dense(32)(x)))
+
+
+def batch_of(generation: int) -> tuple[jax.Array, jax.Array]:
+    """Inputs [64, 4] and targets [64, 1] of a generation."""
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(1), generation), (64, 4))
+    return x, jnp.sin(x.sum(axis=1, keepdims=True))
+
+
+def make(options: Any) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    """Make the strategy, with its plan, and the initial state: the recipe of the journal."""
+
+    def fitness(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        x, y = batch
+        return -jnp.mean(jnp.square(jax.vmap(lambda x: Net().apply(params, x))(x) - y))
+
+    es = eggroll.EvolutionStrategy(fitness, population_size=64, sigma=0.05, optimizer=optax.adam(1e-2))
+    state = es.init(Net().init(jax.random.key(0), jnp.zeros(4)), key=jax.random.key(2))
+    es.plan(state, batch_of(0))
+    return es, state
+
+
+def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[str, int] | None = None) -> str:
+    """Train in `folder` from where it is to the end, or to the moment and the generation of `die`; return the fingerprint."""
+    es, initial = make({})
+    carried = Statistics()
+    about = {"experiment": "faultdrill", "checkpoint_every": checkpoint_every}
+    more: dict[str, Any] = {"recipe": {"function": RECIPE, "options": {}}, "checkpoint_every": checkpoint_every}
+    run = DurableRun(folder, es, initial, config=about, carried=carried, **more)
+    state, started_at = run.state, int(run.state.generation)
+    print(f"started at {started_at}", flush=True)
+    if die is not None:
+        _arm(run, *die)
+    if (left := generations - started_at) > 0:
+        state, _ = train(es, state, batch_of, generations=left, callbacks=[carried, _tell], run_folder=folder, durable=run)
+    run.close()
+    return fingerprint((state.params, state.opt_state, carried.save()))
+
+
+def _tell(state: eggroll.ESState, record: Record) -> None:
+    """Callback: the parent counts what was done, not what the files say."""
+    print(record.generation, flush=True)
+
+
+def _arm(run: DurableRun, moment: str, generation: int) -> None:
+    """Let the run kill itself in the middle of a write."""
+    journal, checkpoints = run._journal, run.checkpoints
+    assert journal is not None
+    if moment == "journal":
+        file, done = journal._file, lambda: journal.next or 0
+
+        class HalfWritten:
+            """Writes half of a record, and dies."""
+
+            def write(self, data: bytes) -> int:
+                if done() >= generation:
+                    file.write(data[: len(data) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return file.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+        journal._file = HalfWritten()  # type: ignore[assignment]
+    else:
+        save = checkpoints.save
+
+        def save_and_die(state: eggroll.ESState, carried: Any = None, *, score: float | None = None) -> None:
+            save(state, carried, score=score)  # it is written in the background
+            if int(state.generation) >= generation:
+                time.sleep(random.random() * 0.02)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoints.save = save_and_die  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    place, length, every, *moment = sys.argv[1:]
+    kill = (moment[0], int(moment[1])) if moment else None
+    work(Path(place), generations=int(length), checkpoint_every=int(every), die=kill)
