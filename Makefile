@@ -27,7 +27,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-suites: $(SUITES)  ## install the other suites of environments; their tests no longer skip
+suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
 
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)
@@ -39,6 +39,6 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(SUITES): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suites]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suites,remote]'
 	$(BIN)/python -m pip install --quiet --no-deps kinetix-env==3.0.2  # its metadata asks for an older jax
 	touch $@

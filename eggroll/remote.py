@@ -14,6 +14,7 @@ another and is replaced; pairs that are late are dropped, and `tell` keeps the e
 import collections
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,15 +48,18 @@ class Worker:
         """The generation that is evaluated next."""
         return int(self._state.generation)
 
-    def evaluate(self, pairs: Sequence[int]) -> list[float]:
-        """Fitness of both members of every pair; an error of the score counts as not finite."""
+    def evaluate(self, pairs: Sequence[int]) -> tuple[list[float], list[str]]:
+        """Fitness of both members of every pair, and the errors of the score, whose fitness is NaN."""
         key = jax.random.fold_in(noise.stream_key(self._state.key, 1), self._state.generation)
-        return [self._fitness(2 * pair + sign, jax.random.fold_in(key, pair)) for pair in pairs for sign in (0, 1)]
+        errors: list[str] = []
+        members = [(2 * pair + sign, jax.random.fold_in(key, pair)) for pair in pairs for sign in (0, 1)]
+        return [self._fitness(*member, errors) for member in members], errors
 
-    def _fitness(self, index: int, key: jax.Array) -> float:
+    def _fitness(self, index: int, key: jax.Array, errors: list[str]) -> float:
         try:
             return float(self._score(self._build(self._state, index), key))
-        except Exception:  # the user's code: a member that cannot be scored is the worst
+        except Exception as error:  # the user's code: a member that cannot be scored is the worst
+            errors.append(f"{type(error).__name__}: {error}")
             return float("nan")
 
 
@@ -73,6 +77,7 @@ class Report:
 
     dropped: int = 0  # pairs that were late
     deaths: int = 0  # workers that were lost
+    errors: list[str] = dataclasses.field(default_factory=list)  # of the score, one for each member that it failed on
 
 
 class RemoteEvaluator:
@@ -116,7 +121,7 @@ class RemoteEvaluator:
         self._pairs_per_task, self.deadline = pairs_per_task, deadline
         self._workers: list[Any] = []
         self._running: dict[Any, _Task] = {}  # by Ray's reference to the result
-        self.report = Report()
+        self.report, self._warned = Report(), False
         self.resize(num_workers)
 
     def resize(self, num_workers: int) -> None:
@@ -147,7 +152,7 @@ class RemoteEvaluator:
 
         Raises:
             ValueError: the workers have another generation.
-            RuntimeError: every pair was late, or workers die as fast as they start.
+            RuntimeError: every pair was late, the score failed on every member, or workers die as fast as they start.
         """
         if int(state.generation) != int(self._state.generation):
             raise ValueError(f"the workers are at generation {int(self._state.generation)}, got {int(state.generation)}.")
@@ -165,8 +170,18 @@ class RemoteEvaluator:
         self.report.dropped = num_pairs - len(results)
         if not results:
             raise RuntimeError(f"no pair of generation {int(state.generation)} came within {self.deadline} seconds.")
+        self._tell_of_errors(2 * len(results))
         pairs = np.array(sorted(results), np.int32)
         return np.concatenate([results[pair] for pair in pairs.tolist()]).astype(np.float32), pairs
+
+    def _tell_of_errors(self, members: int) -> None:
+        """Warn of the first error of the score, once; raise RuntimeError when every member has one."""
+        errors = self.report.errors
+        if len(errors) == members:
+            raise RuntimeError(f"the score failed on all {members} members; the first error was {errors[0]}")
+        if errors and not self._warned:
+            warnings.warn(f"the score failed on {len(errors)} of {members} members: {errors[0]} (said once)", stacklevel=3)
+            self._warned = True
 
     def _hand_out(self, waiting: collections.deque) -> None:
         """Give pairs to the workers that have none; a straggler of an earlier generation still has its own."""
@@ -182,7 +197,7 @@ class RemoteEvaluator:
         task = self._running.pop(reference)
         current = task.generation == generation
         try:
-            values = np.reshape(self._ray.get(reference), (-1, 2))
+            values, errors = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
             self.report.deaths += 1
             if self.report.deaths > MANY_DEATHS * len(self._workers):
@@ -193,7 +208,8 @@ class RemoteEvaluator:
                 waiting.append(task.pairs)
             return
         if current:
-            results.update(zip(task.pairs, values, strict=True))
+            results.update(zip(task.pairs, np.reshape(values, (-1, 2)), strict=True))
+            self.report.errors += errors
 
     def advance(self, state: ESState, metrics: Metrics) -> None:
         """Tell the workers the coefficients of a generation; one that died is replaced when it is next needed.

@@ -141,22 +141,22 @@ def deadly(path):
 
 
 def slow(folder):
-    """A score that sleeps in the one worker that comes first, once the file "armed" is in the folder."""
+    """A score that, once the file "armed" is in the folder, blocks in one worker until the file "released" is there too."""
 
-    def score_or_sleep(params, key):
+    def score_or_block(params, key):
         if os.path.exists(f"{folder}/armed"):
             try:
-                os.close(os.open(f"{folder}/slept", os.O_CREAT | os.O_EXCL))
-                time.sleep(40)
+                os.close(os.open(f"{folder}/blocked", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
-                pass
+                return score(params, key)
+            while not os.path.exists(f"{folder}/released"):
+                time.sleep(0.05)
         return score(params, key)
 
-    return score_or_sleep
+    return score_or_block
 
 
 @pytest.mark.slow
-@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_workers_equal_the_engine_and_join_and_leave(ray):
     from eggroll.remote import RemoteEvaluator
@@ -178,7 +178,6 @@ def test_workers_equal_the_engine_and_join_and_leave(ray):
 
 
 @pytest.mark.slow
-@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_the_pairs_of_a_killed_worker_go_to_another(ray, tmp_path):
     from eggroll.remote import RemoteEvaluator
@@ -191,21 +190,56 @@ def test_the_pairs_of_a_killed_worker_go_to_another(ray, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_a_straggler_is_dropped_and_the_next_generation_goes_on_without_it(ray, tmp_path):
     from eggroll.remote import RemoteEvaluator
 
     es, state = make()
-    with RemoteEvaluator(es, slow(tmp_path), state, num_workers=2, pairs_per_task=2, deadline=100.0) as workers:
-        assert len(workers.evaluate(state)[1]) == 8  # both have started and compiled
+    with RemoteEvaluator(es, slow(tmp_path), state, num_workers=2, pairs_per_task=2) as workers:
+        ready = [worker.evaluate.remote([0]) for worker in workers.workers]
+        ray.get(ready)  # both have started and compiled
         (tmp_path / "armed").touch()
         workers.deadline = 10.0
         fitness, pairs = workers.evaluate(state)
         assert workers.report.dropped == 2 and len(pairs) == 6 and len(fitness) == 12
         state, metrics = es.tell(state, fitness, pairs=pairs)
         workers.advance(state, metrics)
-        assert len(workers.evaluate(state)[1]) == 8  # by the other one
+        workers.deadline = None
+        for _ in range(2):  # without the straggler, whose late result is thrown away; then with it
+            fitness, pairs = workers.evaluate(state)
+            assert len(pairs) == 8
+            np.testing.assert_allclose(fitness, es.step(state)[1].fitness, rtol=1e-4, atol=1e-4)
+            (tmp_path / "released").touch()
+            ray.get([worker.generation.remote() for worker in workers.workers])  # it is free again
+
+
+def failing(calls):
+    """A score that fails on the first members of a worker, or on all."""
+
+    def score_or_fail(params, key):
+        seen.append(0)
+        if len(seen) <= calls:
+            raise KeyError("no such answer")
+        return score(params, key)
+
+    seen = []
+    return score_or_fail
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_errors_of_the_score_are_told(ray):
+    from eggroll.remote import RemoteEvaluator
+
+    es, state = make()
+    with RemoteEvaluator(es, failing(3), state, num_workers=1, pairs_per_task=4) as workers:
+        with pytest.warns(UserWarning, match="the score failed on 3 of 16 members: KeyError: 'no such answer'"):
+            fitness, pairs = workers.evaluate(state)
+        assert len(pairs) == 8 and np.isnan(fitness).sum() == 3 and len(workers.report.errors) == 3
+        assert np.isfinite(workers.evaluate(state)[0]).all() and not workers.report.errors
+    words = "the score failed on all 16 members; the first error was KeyError"
+    with RemoteEvaluator(es, failing(1000), state, num_workers=1) as workers, pytest.raises(RuntimeError, match=words):
+        workers.evaluate(state)
 
 
 @pytest.mark.parametrize("name", ["num_workers", "pairs_per_task", "deadline"])
