@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import noise
-from eggroll.plan import LeafPlan, Plan, draw
+from eggroll.plan import LeafKeys, LeafPlan, Plan, draw, leaf_keys
 from eggroll.population import from_matrix
 from kernels.lowrank_update.reference import lowrank_update
 
@@ -61,14 +61,14 @@ def gradient(
     Returns:
         float32 pytree like the parameters; zeros for frozen leaves.
     """
-    keys = noise.leaf_keys(noise_key, noise_generation, [leaf.path for leaf in plan.leaves])
+    keys = leaf_keys(plan.leaves, noise_key, noise_generation)
     leaves = [_leaf_sum(leaf, key, coefficients, first_pair) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
     scaled = [_scaled(leaf, total, count, sigma) for leaf, total in zip(plan.leaves, leaves, strict=True)]
     return jax.tree.unflatten(plan.tree, scaled)
 
 
-def _leaf_sum(leaf: LeafPlan, key: Array, coefficients: Array, first_pair: Array | int) -> Array:
+def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Array | int) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r)."""
     if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
@@ -108,7 +108,7 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
     return (*leaf.sizes(leaf.stack), *sides)
 
 
-def _weighted_noise(leaf: LeafPlan, key: Array, pairs: Array, coefficients: Array) -> Array:
+def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array) -> Array:
     """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
     drawn = jax.vmap(lambda pair: draw([leaf], [key], pair)[0])(pairs)
     if isinstance(drawn, noise.Factors):

@@ -44,7 +44,7 @@ def check_key(key: Array, *, name: str = "key") -> None:
 
 
 def stream_key(key: Array, stream: int) -> Array:
-    """Derive a typed key for draws other than perturbations; streams 1, 2, ... are disjoint from every noise address."""
+    """Derive a typed key for other draws: 1 evaluation, 2 rounding, 3 shared right factors; disjoint from noise addresses."""
     data = _threefry([(jax.random.key_data(key), jnp.uint32(stream), 0)])[0]
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
@@ -177,6 +177,12 @@ def decode_factors(words: Array, *, rank: int, m: int, n: int, distribution: str
         return Factors(rank, m, n, None, None, words)
     values = decode(words, rank * (m + n), distribution=distribution, dtype=dtype)
     return Factors(rank, m, n, *_split(values, rank, m, n), None)
+
+
+def joined(left: Factors, right: Factors, dtype: DTypeLike) -> Factors:
+    """The left factor of one noise with the right factor of another."""
+    factors = left.unpacked(dtype)[0], right.unpacked(dtype)[1]
+    return Factors(left.rank, left.m, left.n, *factors, None)
 
 
 def _split(values: Array, rank: int, m: int, n: int) -> tuple[Array, Array]:

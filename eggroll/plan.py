@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,11 @@ class LeafPlan:
         return self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
 
     @property
+    def refresh(self) -> int:
+        """Generations that share the right factor; 1 where there is none."""
+        return self.spec.refresh if self.role == "low-rank" else 1
+
+    @property
     def words(self) -> int:
         """Random words per address."""
         return 0 if self.role == "frozen" else noise.words_needed(self.values, self.spec.distribution)
@@ -76,17 +81,50 @@ class LeafPlan:
         return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.dtype)
 
 
-def draw(leaves: Sequence[LeafPlan], keys: Sequence[Array], pair: Array | int) -> list[noise.Factors | Array]:
+class LeafKeys(NamedTuple):
+    """Keys of one leaf in one generation."""
+
+    own: Array  # uint32 [2]
+    shared: Array | None  # uint32 [2], of a right factor that `spec.refresh` generations share
+
+
+def leaf_keys(leaves: Sequence[LeafPlan], key: Array, generation: Array | int) -> list[LeafKeys]:
+    """Derive the keys of several leaves.
+
+    Args:
+        leaves: their plans.
+        key: the run's typed threefry key.
+        generation: int32 scalar, already divided by `noise_reuse`.
+    """
+    own = noise.leaf_keys(key, generation, [leaf.path for leaf in leaves])
+    shared: dict[str, Array] = {}
+    for refresh in sorted({leaf.refresh for leaf in leaves} - {1}):
+        lazy = [leaf.path for leaf in leaves if leaf.refresh == refresh]
+        shared |= zip(lazy, noise.leaf_keys(noise.stream_key(key, 3), generation // refresh, lazy), strict=True)
+    return [LeafKeys(mine, shared.get(leaf.path)) for leaf, mine in zip(leaves, own, strict=True)]
+
+
+def draw(leaves: Sequence[LeafPlan], keys: Sequence[LeafKeys], pair: Array | int) -> list[noise.Factors | Array]:
     """Draw the noise of one pair for several leaves that are not frozen.
 
     Args:
         leaves: their plans.
-        keys: uint32 [2] per leaf, from `noise.leaf_keys`.
+        keys: of every leaf, from `leaf_keys`.
         pair: int32 scalar.
 
     Returns:
         What `LeafPlan.decode` gives, per leaf.
     """
+    drawn = _drawn(leaves, [key.own for key in keys], pair)
+    lazy = [index for index, key in enumerate(keys) if key.shared is not None]
+    for index, other in zip(lazy, _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair), strict=True):
+        drawn[index] = noise.joined(drawn[index], other, leaves[index].dtype)
+    return drawn
+
+
+def _drawn(leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int) -> list[Any]:
+    if not leaves:
+        return []
     addresses = noise.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves])
     words = noise.draw_words(addresses, [leaf.words for leaf in leaves])
     return [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]

@@ -19,7 +19,7 @@ from jax import Array
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
-from eggroll.plan import LeafPlan, Plan, draw
+from eggroll.plan import LeafPlan, Plan, draw, leaf_keys
 
 SIGNS = (1.0, -1.0)
 
@@ -33,11 +33,13 @@ class PopulationLayout:
         members_per_batch: None: one batch is shared by all; 1: the batch has a leading axis of N, one entry per member;
             g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry.
         chunk_pairs: evaluate this many pairs at a time; None: all at once.
+        signs: of the members of a pair; (1.0,) for one-sided estimates, whose "pairs" have one member.
     """
 
     num_pairs: int
     members_per_batch: int | None = None
     chunk_pairs: int | None = None
+    signs: tuple[float, ...] = SIGNS
 
     @classmethod
     def of_members(cls, population_size: int, members_per_batch: int | None, chunk_size: int | None) -> "PopulationLayout":
@@ -63,8 +65,8 @@ class PopulationLayout:
 
     @property
     def population_size(self) -> int:
-        """N = 2 P."""
-        return 2 * self.num_pairs
+        """N = 2 P; P where estimates are one-sided."""
+        return len(self.signs) * self.num_pairs
 
     @property
     def is_chunked(self) -> bool:
@@ -159,7 +161,7 @@ def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
 def draw_pair(plan: Plan, key: Array, generation: Array | int, pair: Array | int) -> list[Any]:
     """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already."""
     perturbed = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
-    drawn = iter(draw(perturbed, noise.leaf_keys(key, generation, [leaf.path for leaf in perturbed]), pair))
+    drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair))
     return [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
 
 
@@ -193,9 +195,9 @@ def evaluate(
         first_pair: index in the population of the first pair of the layout; not 0 on a device that evaluates a part.
 
     Returns:
-        The function's result with leading axes [P, 2].
+        The function's result with leading axes [P, 2], or [P, S] for S signs.
     """
-    signs = jnp.asarray(SIGNS, jnp.float32)
+    signs = jnp.asarray(layout.signs, jnp.float32)
     per_member = layout.members_per_batch == 1
     shared = layout.members_per_batch is None
 

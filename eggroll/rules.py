@@ -23,11 +23,14 @@ class LowRank:
         rank: number of terms, >= 1.
         distribution: of the factors' entries, "rademacher" (fastest, packed bits) or "normal" (as in the paper).
         sigma_multiplier: this leaf's sigma relative to the strategy's.
+        refresh: generations that share the right factor of a matrix; the left one is always fresh. Above 1 this is the lazily
+            refreshed subspace of LOZO (arXiv 2410.07698).
     """
 
     rank: int = 1
     distribution: noise.Distribution = "rademacher"
     sigma_multiplier: float = 1.0
+    refresh: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,8 @@ def _check_rule(pattern: Any, spec: Any) -> None:
         raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
     if isinstance(spec, LowRank) and not (isinstance(spec.rank, int) and spec.rank >= 1):
         raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
+    if isinstance(spec, LowRank) and not (isinstance(spec.refresh, int) and spec.refresh >= 1):
+        raise ValueError(f"refresh must be an integer >= 1, got {spec.refresh!r}.")
     if isinstance(spec, LowRank | Dense):
         if spec.distribution not in noise.DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")

@@ -43,7 +43,7 @@ def update(
 
     Args:
         plan: the plan that the population was perturbed by.
-        optimizer: any optax transformation.
+        optimizer: any optax transformation; one with extra arguments gets `coefficients` and `sigma` too.
         state: before the update.
         coefficients: float32 [P], from `estimator.pair_coefficients`.
         sigma: standard deviation that the population was perturbed with.
@@ -57,7 +57,8 @@ def update(
     ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
     wide = float32_params(state.params, state.masters)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-    updates, opt_state = optimizer.update(descent, state.opt_state, wide)
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(descent, state.opt_state, wide, coefficients=coefficients, sigma=sigma)
     rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
     params, masters = apply_updates(state.params, state.masters, updates, precision=precision, key=rounding_key)
     squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])

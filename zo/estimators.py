@@ -1,0 +1,92 @@
+"""Estimators: the losses of perturbed forwards to one coefficient per direction.
+
+    descent direction = 1 / (2 n sigma) sum_k d_k E_k
+
+n directions E_k at addresses (key, step, k), losses l_k+ and l_k- at theta +- sigma E_k, l_0 at theta:
+
+    two_point   d = l+ - l-                        SPSA, MeZO (arXiv 2305.17333); d / (2 sigma) is the projected gradient
+    one_sided   d = 2 (l+ - l_0)                   n + 1 forwards instead of 2 n
+    fzoo        d = 2 sigma (l+ - l_0) / std(l+)   FZOO (arXiv 2506.09034): normalised by the spread of the losses
+    curvature   d = w (l+ - l-)                    1.5-SPSA (arXiv 2609.38095): w = 1 / max(1, |c|^0.1),
+                                                   c = (l+ - 2 l_0 + l-) / sigma^2
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+CURVATURE_POWER = 0.1  # of 1.5-SPSA
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """How a step evaluates and what it makes of the losses.
+
+    Args:
+        signs: of the perturbed forwards of a direction.
+        unperturbed: whether the loss at the unperturbed parameters is needed too.
+        differences: `differences(plus, other, base, sigma, valid) -> d`, float32; plus [n], other [n] (l_-, or l_0 where there
+            is one sign), base [] (0 where `unperturbed` is False), valid bool [n]: the entries that count.
+    """
+
+    signs: tuple[float, ...]
+    unperturbed: bool
+    differences: Callable[[Array, Array, Array, Array, Array], Array]
+
+    @property
+    def forwards(self) -> str:
+        """Forwards of a step with n directions."""
+        return f"{len(self.signs)} n{' + 1' if self.unperturbed else ''}".replace("1 n", "n")
+
+
+def _two_point(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
+    return plus - other
+
+
+def _one_sided(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
+    return 2 * (plus - other)
+
+
+def _fzoo(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
+    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    mean = jnp.where(valid, plus, 0.0).sum() / count
+    spread = jnp.sqrt(jnp.where(valid, (plus - mean) ** 2, 0.0).sum() / count)
+    # Losses that are all equal say nothing; neither does one direction, whose spread is 0.
+    return jnp.where(spread > 0, 2 * sigma * (plus - other) / jnp.where(spread > 0, spread, 1.0), 0.0)
+
+
+def _curvature(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
+    curvature = jnp.abs(plus - 2 * base + other) / sigma**2
+    return (plus - other) / jnp.maximum(1.0, curvature**CURVATURE_POWER)
+
+
+ESTIMATORS = {
+    "two_point": Estimator((1.0, -1.0), False, _two_point),
+    "one_sided": Estimator((1.0,), True, _one_sided),
+    "fzoo": Estimator((1.0,), True, _fzoo),
+    "curvature": Estimator((1.0, -1.0), True, _curvature),
+}
+
+
+def coefficients(estimator: Estimator, plus: Array, other: Array, base: Array, *, sigma: Array) -> Array:
+    """Return d [n] float32 of the losses.
+
+    A direction with a loss that is not finite gets 0, and the others grow by n / (valid directions), which keeps the mean of
+    the estimate; where no direction is valid all are NaN, and the step changes nothing.
+
+    Args:
+        estimator: out of `ESTIMATORS`.
+        plus: float32 [n].
+        other: float32 [n], l_- or l_0.
+        base: float32 [], l_0.
+        sigma: float32 [].
+    """
+    valid = jnp.isfinite(plus) & jnp.isfinite(other)
+    if estimator.unperturbed:
+        valid &= jnp.isfinite(base)
+    plus, other, base = (jnp.where(jnp.isfinite(losses), losses, 0.0) for losses in (plus, other, base))
+    d = estimator.differences(plus, other, base, sigma, valid)
+    share = plus.shape[0] / jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    return jnp.where(valid.any(), jnp.where(valid, d * share, 0.0), jnp.nan).astype(jnp.float32)

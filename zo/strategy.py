@@ -1,0 +1,216 @@
+"""`ZerothOrder`: one step of zeroth-order fine-tuning, from a loss to an update, with forwards only.
+
+    step = losses of perturbed forwards -> estimator -> coefficients -> the engine's update
+
+State, noise addresses, plan, update, meshes, journal and checkpoints are the engine's: a step is a generation whose "pairs" are
+directions, and `eggroll.train` and `eggroll.DurableRun` take a `ZerothOrder` like an `EvolutionStrategy`. Parameters are never
+restored by adding and subtracting.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from eggroll import noise, sharded
+from eggroll.mesh import Placement, of_update, place
+from eggroll.metrics import Metrics, report_fitness
+from eggroll.plan import Plan, make_plan
+from eggroll.population import PopulationLayout
+from eggroll.precision import float32_params, init_masters
+from eggroll.rules import Dense, Perturbation, check_params
+from eggroll.state import ESState
+from eggroll.update import of_trained, update
+from zo.estimators import ESTIMATORS, coefficients
+
+
+@dataclasses.dataclass(frozen=True)
+class ZerothOrder:
+    """Zeroth-order optimisation of any JAX loss; `recipes` has the known settings.
+
+    Args:
+        loss: `loss(params, batch, key) -> scalar`, lower is better, or `(total, weight)` whose ratio is the loss (a sum over
+            target tokens and their number); it need not be differentiable.
+        directions: n >= 1, perturbations of a step.
+        sigma: standard deviation of the perturbation (MeZO's epsilon), > 0.
+        optimizer: an optax transformation, such as `zo_optimizer(...)`.
+        estimator: a name out of `ESTIMATORS`.
+        perturbation: noise of the directions: `Dense`, `LowRank`, or rules on the paths.
+        chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
+        precision: how parameters shorter than float32 are updated (`eggroll.precision`).
+        mesh: axes "population" (directions over devices) and "data" (the batch over devices), any of them.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+
+    loss: Callable
+    _: dataclasses.KW_ONLY
+    directions: int
+    sigma: float
+    optimizer: optax.GradientTransformation
+    estimator: str = "two_point"
+    perturbation: Perturbation = Dense()
+    chunk_directions: int | None = None
+    precision: str = "master"
+    mesh: Mesh | None = None
+    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise TypeError(f"loss must be a function, got {type(self.loss).__name__}.")
+        for name in ("directions", "chunk_directions"):
+            value = getattr(self, name)
+            if not (value is None and name != "directions") and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if not (isinstance(self.sigma, int | float) and 0 < self.sigma < float("inf")):
+            raise ValueError(f"sigma must be a finite number > 0, got {self.sigma!r}.")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
+        if self.estimator == "fzoo" and self.directions < 2:
+            raise ValueError("estimator fzoo divides by the spread of the losses: directions must be >= 2, got 1.")
+        _ = self.placement  # checks the mesh
+
+    # What the journal and the training loop ask of a strategy.
+    noise_reuse = 1
+
+    @property
+    def population_size(self) -> int:
+        """Members as the journal counts them: two for every direction."""
+        return 2 * self.directions
+
+    @property
+    def shaping(self) -> str:
+        """The estimator, under the name that the journal has for it."""
+        return self.estimator
+
+    @property
+    def layout(self) -> PopulationLayout:
+        """Directions as the engine's pairs."""
+        return PopulationLayout(self.directions, chunk_pairs=self.chunk_directions, signs=ESTIMATORS[self.estimator].signs)
+
+    @functools.cached_property
+    def placement(self) -> Placement | None:
+        """Where a step runs; None without a mesh."""
+        return None if self.mesh is None else Placement(self.mesh, self.layout)
+
+    def init(self, params: Any, *, key: Array) -> ESState:
+        """Make the state of a new run.
+
+        Args:
+            params: pytree of parameters.
+            key: typed key from `jax.random.key`, kept for the whole run.
+
+        Returns:
+            `ESState` at generation (step) 0.
+        """
+        noise.check_key(key)
+        check_params(params, self.perturbation)
+        params = jax.tree.map(jnp.asarray, params)
+        masters = init_masters(params, self.precision)
+        opt_state = self._optimizer(params).init(float32_params(params, masters))
+        state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(self.sigma), masters, None)
+        return place(self.placement, state, None)[0]
+
+    def plan(self, state: ESState, batch: Any = None) -> Plan:
+        """Read the plan from one abstract trace of the loss; the first call fixes it. `print(plan.table())` shows it."""
+        if "plan" not in self._cache:
+            shapes = jax.eval_shape(lambda x: x, batch)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            self._cache["plan"] = make_plan(self._weighted, state.params, shapes, key, perturbation=self.perturbation)
+        self._cache["plan"].check(state.params)
+        return self._cache["plan"]
+
+    def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
+        """Run one step.
+
+        Args:
+            state: from `init` or the last `step`.
+            batch: any pytree the loss takes.
+
+        Returns:
+            `(state, metrics)`; `metrics.mean_fitness` is minus the loss: of the unperturbed parameters where the estimator
+            evaluates them (`ESTIMATORS[...].unperturbed`), else the mean over the perturbed ones. `metrics.coefficients` are
+            -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
+        """
+        self.plan(state, batch)
+        if self.placement is not None:
+            self.placement.check(lambda params, batch, key, _: self._weighted(params, batch, key), state, batch)
+        state, batch = place(self.placement, state, batch, "split_batch")
+        report = self._jitted("score", self._score)(state, batch)
+        new_state, done = self._move(state, report.coefficients)
+        return new_state, Metrics(state.generation, state.sigma, *report, *done)
+
+    def replay(self, state: ESState, coefficients: Any) -> ESState:
+        """Repeat the update of a step without evaluating anything.
+
+        Args:
+            state: before the step; the plan is known.
+            coefficients: float32 [n], `Metrics.coefficients` of the step.
+
+        Raises:
+            ValueError: wrong length, or no plan yet.
+        """
+        given = jnp.asarray(coefficients, jnp.float32)
+        if given.shape != (self.directions,):
+            raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
+        if "plan" not in self._cache:
+            raise ValueError("replay needs the plan: call plan(state, batch).")
+        return self._move(*place(self.placement, state, given))[0]
+
+    def _weighted(self, params: Any, batch: Any, key: Array, _: Any = None) -> tuple[Array, Array]:
+        """The loss as (total, weight), float32."""
+        result = self.loss(params, batch, key)
+        total, weight = result if isinstance(result, tuple) else (result, jnp.float32(1))
+        if jnp.shape(total) or jnp.shape(weight):
+            raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
+        return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight).astype(jnp.float32)
+
+    def _score(self, state: ESState, batch: Any) -> Any:
+        estimator, placement = ESTIMATORS[self.estimator], self.placement
+        evaluation_key = jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
+
+        def join(results: tuple[Array, Array]) -> Array:
+            if placement is not None and placement.axis("data"):
+                results = jax.lax.psum(results, "data")
+            return results[0] / results[1]
+
+        options: dict[str, Any] = dict(noise_key=state.key, noise_generation=state.generation, sigma=state.sigma)
+        options |= {"evaluation_key": evaluation_key, "batch": batch, "layout": self.layout, "placement": placement}
+        losses = sharded.evaluate(self._weighted, self._cache["plan"], state.params, join=join, split=True, **options)
+        base = jnp.float32(jnp.nan)
+        if estimator.unperturbed:
+            total, weight = self._weighted(state.params, batch, jax.random.fold_in(evaluation_key, 0))
+            base = total / weight
+        plus, other = losses[:, 0], losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
+        found = coefficients(estimator, plus, other, base, sigma=state.sigma)
+        report = report_fitness(
+            -jnp.stack([plus, other], axis=1).reshape(-1), -found, rank=self._cache["plan"].max_rank, aux=None
+        )
+        return report._replace(mean_fitness=-base) if estimator.unperturbed else report
+
+    def _move(self, state: ESState, given: Array) -> tuple[ESState, Any]:
+        """Update the parameters; a program of its own, so that `step` and `replay` give the same bits."""
+        where = of_update(self.placement, state)
+        name = "update" if where is None else ("update", *jax.tree.leaves(where))
+        return self._jitted(name, self._update, where)(state, given)
+
+    def _update(self, state: ESState, given: Array) -> tuple[ESState, Any]:
+        more: dict[str, Any] = dict(sigma=state.sigma, noise_generation=state.generation, precision=self.precision)
+        more["gradient"] = functools.partial(sharded.gradient, placement=self.placement)
+        new_state, report = update(self._cache["plan"], self._optimizer(state.params), state, given, **more)
+        return new_state._replace(generation=state.generation + 1), report
+
+    def _optimizer(self, params: Any) -> optax.GradientTransformation:
+        return of_trained(self.optimizer, params, self.perturbation)
+
+    def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
+        if name not in self._cache:
+            self._cache[name] = jax.jit(function, out_shardings=out_shardings)
+        return self._cache[name]
