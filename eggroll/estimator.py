@@ -46,6 +46,7 @@ def gradient(
     sigma: Array | float,
     first_pair: Array | int = 0,
     num_pairs: int | None = None,
+    first_index: Array | int = 0,
 ) -> Any:
     """Estimate the gradient of the expected fitness (ascent direction), or some pairs' part of it.
 
@@ -57,18 +58,20 @@ def gradient(
         sigma: standard deviation the population was perturbed with.
         first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
+        first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
 
     Returns:
         float32 pytree like the parameters; zeros for frozen leaves.
     """
     keys = leaf_keys(plan.leaves, noise_key, noise_generation)
-    leaves = [_leaf_sum(leaf, key, coefficients, first_pair) for leaf, key in zip(plan.leaves, keys, strict=True)]
+    first = first_pair, first_index
+    leaves = [_leaf_sum(leaf, key, coefficients, *first) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
     scaled = [_scaled(leaf, total, count, sigma) for leaf, total in zip(plan.leaves, leaves, strict=True)]
     return jax.tree.unflatten(plan.tree, scaled)
 
 
-def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Array | int) -> Array:
+def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first_index: Any) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r)."""
     if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
@@ -79,7 +82,8 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Ar
 
     def add_chunk(total, start):
         pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
-        return total + _weighted_noise(leaf, key, pairs, jax.lax.dynamic_slice(coefficients, (start,), (chunk,))), None
+        own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
+        return total + _weighted_noise(leaf, key, pairs, own, first_index), None
 
     if for_all == chunk:
         total = add_chunk(total, jnp.int32(0))[0]
@@ -87,7 +91,7 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Ar
         total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
     if for_all < num_pairs:
         rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
-        total += _weighted_noise(leaf, key, rest, coefficients[for_all:])
+        total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first_index)
     return total
 
 
@@ -108,9 +112,9 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
     return (*leaf.sizes(leaf.stack), *sides)
 
 
-def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array) -> Array:
+def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first_index: Any) -> Array:
     """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
-    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair)[0])(pairs)
+    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, first_index=first_index)[0])(pairs)
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)

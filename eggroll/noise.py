@@ -66,20 +66,23 @@ def leaf_keys(key: Array, generation: Array | int, paths: Sequence[str]) -> list
     return _threefry([(generation_key, jnp.uint32(high), jnp.uint32(low)) for high, low in words])
 
 
-def address_keys(keys: Sequence[Array], pair: Array | int, stacks: Sequence[tuple[int, ...]]) -> list[Array]:
+def address_keys(
+    keys: Sequence[Array], pair: Array | int, stacks: Sequence[tuple[int, ...]], *, first_index: Array | int = 0
+) -> list[Array]:
     """Derive the keys of every layer of every parameter for one pair.
 
     Args:
         keys: uint32 [2] per parameter, from `leaf_keys`.
         pair: int32 scalar, index of the antithetic pair.
         stacks: sizes of each parameter's stacked axes; () for an unstacked one, whose stack index is 0.
+        first_index: int32 scalar, the stack index of the first layer; not 0 for one layer out of a stack.
 
     Returns:
         uint32 [*stack, 2] per parameter.
     """
     requests = []
     for key, stack in zip(keys, stacks, strict=True):
-        index = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
+        index = jnp.asarray(first_index).astype(jnp.uint32) + jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
         requests.append((jnp.broadcast_to(key, (*stack, 2)), pair, index))
     return _threefry(requests)
 

@@ -31,7 +31,7 @@ class LeafPlan:
     role: str  # "low-rank", "dense" or "frozen"
     spec: Spec
     reason: str
-    stack: tuple[int, ...] = ()  # axes with independent noise per index
+    stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
     rows: tuple[int, ...] = ()  # axes spanned by the left factor
     columns: tuple[int, ...] = ()  # axes spanned by the right factor
 
@@ -41,11 +41,11 @@ class LeafPlan:
 
     @property
     def values(self) -> int:
-        """Random values per address: r (m + n) of a low-rank layer, the size of a dense leaf, 0 when frozen."""
+        """Random values per address: r (m + n) of a low-rank layer, the size of a dense one, 0 when frozen."""
         if self.role == "frozen":
             return 0
         if self.role == "dense":
-            return math.prod(self.shape)
+            return math.prod(self.shape) // math.prod(self.sizes(self.stack))
         return self.spec.rank * (math.prod(self.sizes(self.rows)) + math.prod(self.sizes(self.columns)))
 
     @property
@@ -104,28 +104,32 @@ def leaf_keys(leaves: Sequence[LeafPlan], key: Array, generation: Array | int) -
     return [LeafKeys(mine, shared.get(leaf.path)) for leaf, mine in zip(leaves, own, strict=True)]
 
 
-def draw(leaves: Sequence[LeafPlan], keys: Sequence[LeafKeys], pair: Array | int) -> list[noise.Factors | Array]:
+def draw(
+    leaves: Sequence[LeafPlan], keys: Sequence[LeafKeys], pair: Array | int, *, first_index: Array | int = 0
+) -> list[noise.Factors | Array]:
     """Draw the noise of one pair for several leaves that are not frozen.
 
     Args:
         leaves: their plans.
         keys: of every leaf, from `leaf_keys`.
         pair: int32 scalar.
+        first_index: stack index of the first layer of every leaf (`noise.address_keys`).
 
     Returns:
         What `LeafPlan.decode` gives, per leaf.
     """
-    drawn = _drawn(leaves, [key.own for key in keys], pair)
+    drawn = _drawn(leaves, [key.own for key in keys], pair, first_index)
     lazy = [index for index, key in enumerate(keys) if key.shared is not None]
-    for index, other in zip(lazy, _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair), strict=True):
+    others = _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair, first_index)
+    for index, other in zip(lazy, others, strict=True):
         drawn[index] = noise.joined(drawn[index], other, leaves[index].dtype)
     return drawn
 
 
-def _drawn(leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int) -> list[Any]:
+def _drawn(leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int, first_index: Array | int) -> list[Any]:
     if not leaves:
         return []
-    addresses = noise.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves])
+    addresses = noise.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves], first_index=first_index)
     words = noise.draw_words(addresses, [leaf.words for leaf in leaves])
     return [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]
 

@@ -158,10 +158,13 @@ def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
     return matrix.reshape(planned.sizes(axes)).transpose([axes.index(axis) for axis in range(len(axes))])
 
 
-def draw_pair(plan: Plan, key: Array, generation: Array | int, pair: Array | int) -> list[Any]:
-    """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already."""
+def draw_pair(plan: Plan, key: Array, generation: Array | int, pair: Array | int, *, first_index: Array | int = 0) -> list[Any]:
+    """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already.
+
+    `first_index` is the stack index of the first layer, not 0 where the plan is of one layer out of a stack.
+    """
     perturbed = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
-    drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair))
+    drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair, first_index=first_index))
     return [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
 
 

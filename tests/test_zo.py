@@ -320,5 +320,5 @@ def test_wrong_use_is_refused():
         tuner.replay(start(tuner), jnp.zeros(2))
     with pytest.raises(ValueError, match="loss must be a scalar or"):
         run(zo.mezo(lambda p, b, k: b[:, 0], learning_rate=0.1), 1)
-    with pytest.raises(TypeError, match="loss must be a function"):
+    with pytest.raises(TypeError, match="loss must be a function or Blocks"):
         zo.mezo(None, learning_rate=0.1)

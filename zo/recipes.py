@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eggroll.rules import Dense, LowRank, Perturbation
-from zo.optimizers import zo_optimizer
+from zo.optimizers import Descent
 from zo.strategy import ZerothOrder
 
 Rate = float | Callable[[Any], Any]  # a constant, or an optax schedule
@@ -38,7 +38,7 @@ def mezo(
         perturbation: noise of the directions.
         **options: other fields of `ZerothOrder`; an unknown one is a TypeError.
     """
-    optimizer = zo_optimizer(learning_rate, weight_decay=weight_decay, second_moment=second_moment)
+    optimizer = Descent(learning_rate, weight_decay=weight_decay, second_moment=second_moment)
     return ZerothOrder(loss, directions=directions, sigma=sigma, optimizer=optimizer, perturbation=perturbation, **options)
 
 

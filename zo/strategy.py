@@ -27,7 +27,9 @@ from eggroll.precision import float32_params, init_masters
 from eggroll.rules import Dense, Perturbation, check_params
 from eggroll.state import ESState
 from eggroll.update import of_trained, update
+from zo.blocks import Blocks, stacked_plan, whole_loss
 from zo.estimators import ESTIMATORS, coefficients
+from zo.optimizers import Descent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,10 @@ class ZerothOrder:
 
     Args:
         loss: `loss(params, batch, key) -> scalar`, lower is better, or `(total, weight)` whose ratio is the loss (a sum over
-            target tokens and their number); it need not be differentiable.
+            target tokens and their number); it need not be differentiable. Or a model in pieces, `Blocks`, with the same end.
         directions: n >= 1, perturbations of a step.
         sigma: standard deviation of the perturbation (MeZO's epsilon), > 0.
-        optimizer: an optax transformation, such as `zo_optimizer(...)`.
+        optimizer: `Descent`, or any optax transformation.
         estimator: a name out of `ESTIMATORS`.
         perturbation: noise of the directions: `Dense`, `LowRank`, or rules on the paths.
         chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
@@ -50,11 +52,11 @@ class ZerothOrder:
         ValueError, TypeError: an argument is wrong; the message names it.
     """
 
-    loss: Callable
+    loss: Callable | Blocks
     _: dataclasses.KW_ONLY
     directions: int
     sigma: float
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | Descent
     estimator: str = "two_point"
     perturbation: Perturbation = Dense()
     chunk_directions: int | None = None
@@ -63,8 +65,8 @@ class ZerothOrder:
     _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise TypeError(f"loss must be a function, got {type(self.loss).__name__}.")
+        if not callable(self.loss) and not isinstance(self.loss, Blocks):
+            raise TypeError(f"loss must be a function or Blocks, got {type(self.loss).__name__}.")
         for name in ("directions", "chunk_directions"):
             value = getattr(self, name)
             if not (value is None and name != "directions") and not (isinstance(value, int) and value >= 1):
@@ -120,11 +122,16 @@ class ZerothOrder:
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """Read the plan from one abstract trace of the loss; the first call fixes it. `print(plan.table())` shows it."""
+        return self.plan_of(state.params, batch)
+
+    def plan_of(self, params: Any, batch: Any = None) -> Plan:
+        """`plan` from parameters, or their shapes and dtypes."""
         if "plan" not in self._cache:
             shapes = jax.eval_shape(lambda x: x, batch)
             key = jax.eval_shape(lambda: jax.random.key(0))
-            self._cache["plan"] = make_plan(self._weighted, state.params, shapes, key, perturbation=self.perturbation)
-        self._cache["plan"].check(state.params)
+            plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
+            self._cache["plan"] = stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
+        self._cache["plan"].check(params)
         return self._cache["plan"]
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
@@ -166,7 +173,7 @@ class ZerothOrder:
 
     def _weighted(self, params: Any, batch: Any, key: Array, _: Any = None) -> tuple[Array, Array]:
         """The loss as (total, weight), float32."""
-        result = self.loss(params, batch, key)
+        result = (whole_loss(self.loss) if isinstance(self.loss, Blocks) else self.loss)(params, batch, key)
         total, weight = result if isinstance(result, tuple) else (result, jnp.float32(1))
         if jnp.shape(total) or jnp.shape(weight):
             raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
@@ -208,7 +215,8 @@ class ZerothOrder:
         return new_state._replace(generation=state.generation + 1), report
 
     def _optimizer(self, params: Any) -> optax.GradientTransformation:
-        return of_trained(self.optimizer, params, self.perturbation)
+        own = self.optimizer.transformation() if isinstance(self.optimizer, Descent) else self.optimizer
+        return of_trained(own, params, self.perturbation)
 
     def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
         if name not in self._cache:

@@ -1,0 +1,228 @@
+"""Offloading and meshes change where a zeroth-order step runs, not what it does."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+import zo
+from tests.tiny_blocks import BATCH, PIECES, begin, block, end, init
+from zo import offload
+
+ROOT = Path(__file__).parent.parent
+KEY = jax.random.key(9)
+WARMUP = optax.linear_schedule(1e-3, 3e-2, 10)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(tree)])
+
+
+def tuner(**options):
+    return zo.mezo(PIECES, **dict(learning_rate=WARMUP, sigma=1e-2, weight_decay=0.1) | options)
+
+
+def offloaded(own, steps, *, params=None, **options):
+    own = zo.Offload(own, **options)
+    state, seen = own.init(params or init(), key=KEY), []
+    for _ in range(steps):
+        state, metrics = own.step(state, BATCH)
+        seen.append(metrics)
+    return own, state, seen
+
+
+SETTINGS = {
+    "mezo": {},
+    "directions in chunks": dict(directions=5, chunk_directions=2),
+    "low-rank": dict(perturbation=eggroll.LowRank(2)),
+    "lozo": dict(perturbation=eggroll.LowRank(2, "normal", refresh=3), directions=2),
+    "fzoo": dict(estimator="fzoo", directions=4, perturbation=eggroll.Dense("rademacher")),
+    "curvature": dict(estimator="curvature", directions=3),
+    "meazo": dict(second_moment=0.9, learning_rate=1e-3),
+    "frozen": dict(perturbation=[("resident/embed", eggroll.Frozen()), (".*/up", eggroll.Frozen()), (".*", eggroll.Dense())]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_offloaded_run_is_the_resident_run(name):
+    """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
+    own = tuner(**SETTINGS[name])
+    state = own.init(init(), key=KEY)
+    away, moved, seen = offloaded(own, 20)
+    for step in range(20):
+        state, metrics = own.step(state, BATCH)
+        np.testing.assert_allclose(seen[step].loss, -metrics.mean_fitness, rtol=2e-5, err_msg=str(step))
+        if step == 0:
+            np.testing.assert_allclose(seen[step].coefficients, metrics.coefficients, rtol=1e-3, atol=2e-6)
+    flushed = away.flush(moved)
+    np.testing.assert_allclose(flat(away.parameters(flushed)), flat(state.params), atol=5e-5)
+    whole, _ = own._weighted(state.params, BATCH, KEY), None
+    np.testing.assert_allclose(away.loss(flushed, BATCH, key=KEY), whole[0] / whole[1], rtol=1e-5)
+
+
+def test_a_learning_rate_that_is_not_the_pending_ones_own_is_noticed():
+    """The negative control: the deferred update with the rate of the next step, as the first implementations had it."""
+    own = tuner()
+    away = zo.Offload(own)
+    state, late = away.init(init(), key=KEY), away.init(init(), key=KEY)
+    for step in range(20):
+        state, _ = away.step(state, BATCH)
+        late, _ = away.step(late, BATCH)
+        late = late._replace(pending=late.pending._replace(rate=jnp.float32(WARMUP(step + 1))))
+    difference = np.abs(flat(away.parameters(away.flush(late))) - flat(away.parameters(away.flush(state)))).max()
+    assert difference > 1e-3
+
+
+def test_blocks_stay_in_the_hosts_memory_and_are_used_up():
+    away = zo.Offload(tuner())
+    first = away.init(init(), key=KEY)
+    state, _ = away.step(first, BATCH)
+    kinds = {leaf.sharding.memory_kind for own in state.blocks for leaf in jax.tree.leaves(own)}
+    assert kinds == {"pinned_host"}
+    assert all(leaf.is_deleted() for own in first.blocks for leaf in jax.tree.leaves(own))  # the host holds them once
+
+
+def live_bytes():
+    """Bytes of the arrays on the device."""
+    arrays = [x for x in jax.live_arrays() if x.sharding.memory_kind == "device" and not x.is_deleted()]
+    return sum(x.nbytes for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
+    """Live arrays whenever a block has arrived, and the program that works on it: 8 against 64 blocks."""
+    upload, found = offload._uploaded, {}
+    for blocks in (8, 64):
+        own, peak = zo.Offload(tuner()), []
+        state, _ = own.step(own.init(init(blocks), key=KEY), BATCH)
+        gc.collect()
+        before = live_bytes()
+
+        def counted(block, peak=peak):
+            arrived = upload(block)
+            peak.append(live_bytes())
+            return arrived
+
+        monkeypatch.setattr(offload, "_uploaded", counted)
+        state, _ = own.step(state, BATCH)
+        monkeypatch.setattr(offload, "_uploaded", upload)
+        _, carry, aux = own._cache["begin"](state._replace(blocks=()), BATCH)
+        arguments = (state._replace(blocks=()), upload(state.blocks[0]), jnp.int32(0), carry, aux)
+        memory = own._cache["visit"].lower(*arguments).compile().memory_analysis()
+        program = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        found[blocks] = (max(peak) - before, program, sum(leaf.nbytes for leaf in jax.tree.leaves(state.blocks)))
+    assert abs(found[64][0] - found[8][0]) <= 0.05 * found[8][0] and found[64][1] == found[8][1]
+    assert found[64][2] == 8 * found[8][2]  # the blocks themselves did grow
+
+
+def test_short_floats_travel_and_keep_their_mean():
+    """bfloat16 on the way: 30 updates that are smaller than its spacing arrive on the average, within 5 standard errors."""
+    push = zo.Blocks(lambda r, b, k: (r["s"] * jnp.ones(()), ()), lambda p, x, a: x + p["w"].sum(), lambda r, x, b: x)
+    params = {"resident": {"s": jnp.ones(1).sum()}, "blocks": {"w": jnp.ones((2, 4096))}}
+    own = zo.mezo(push, learning_rate=5e-7, sigma=1e-2, perturbation=eggroll.Dense("rademacher"))
+    away = zo.Offload(own, transfer_dtype=jnp.bfloat16)
+    state, plain = away.init(params, key=KEY), own.init(params, key=KEY)
+    for _ in range(30):
+        state, _ = away.step(state)
+        plain, _ = own.step(plain)
+    assert state.blocks[0]["w"].dtype == jnp.bfloat16
+    ours, exact = away.parameters(away.flush(state))["blocks"]["w"], np.asarray(plain.params["blocks"]["w"])
+    assert ours.dtype == np.float32 and np.abs(exact - 1).max() < 2**-8  # less than one step of bfloat16
+    spread = 2**-7 * np.sqrt(30) / 2  # 30 roundings of at most one step each
+    assert abs((ours - exact).mean()) < 5 * spread / np.sqrt(exact.size)
+    assert (ours != 1).any()
+
+
+def test_steps_without_a_finite_loss_change_nothing_and_the_next_goes_on():
+    sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))
+    own = zo.mezo(sick, learning_rate=1e-2, weight_decay=0.1)
+    away, bad = zo.Offload(own), BATCH.at[0, 0].set(-1)
+    state = away.init(init(), key=KEY)
+    state, metrics = away.step(state, bad)
+    assert metrics.skipped and float(state.pending.rate) == 0
+    np.testing.assert_array_equal(flat(away.parameters(away.flush(state))), flat(init()))
+    state, metrics = away.step(state, BATCH)
+    assert not metrics.skipped and float(state.pending.rate) > 0
+
+
+def test_an_unflushed_state_is_neither_saved_nor_evaluated():
+    away, state, _ = offloaded(tuner(), 1)
+    for call in (lambda: away.parameters(state), lambda: away.loss(state, BATCH, key=KEY)):
+        with pytest.raises(ValueError, match=r"an update is pending: (save|evaluate) flush\(state\)"):
+            call()
+    flushed = away.flush(state)
+    assert away.flush(flushed) is flushed
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (
+            lambda: zo.Offload(zo.mezo(lambda p, b, k: 0.0, learning_rate=0.1)),
+            TypeError,
+            "the loss of the tuner must be Blocks",
+        ),
+        (
+            lambda: zo.Offload(zo.ZerothOrder(PIECES, directions=1, sigma=0.1, optimizer=optax.sgd(0.1))),
+            TypeError,
+            "only Descent can be deferred",
+        ),
+        (
+            lambda: zo.Offload(tuner(), transfer_dtype=jnp.int8),
+            ValueError,
+            "transfer_dtype must be a float of 16 bits or fewer",
+        ),
+        (
+            lambda: zo.Offload(tuner(), transfer_dtype=jnp.float32),
+            ValueError,
+            "transfer_dtype must be a float of 16 bits or fewer",
+        ),
+        (lambda: offloaded(tuner(), 1, params={"blocks": {}}), ValueError, "params of Blocks must be"),
+        (
+            lambda: offloaded(
+                tuner(), 1, params={"resident": {"a": jnp.ones(1)}, "blocks": {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+            ),
+            ValueError,
+            "blocks must be stacked, every leaf with the same leading axis",
+        ),
+    ],
+)
+def test_what_cannot_be_offloaded_is_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.fixture(scope="module")
+def over_meshes():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "zo_mesh_runs.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_directions_and_batches_over_devices_are_the_same_run(over_meshes):
+    """20 steps: perturbation parallelism, data parallelism with shares of different weight, both; replicas equal to the bit."""
+    assert len(over_meshes) == 11
+    for name, row in over_meshes.items():
+        assert row["params"] <= 5e-5, (name, row)
+        if name != "uneven":
+            assert row["losses"] <= 2e-5 and row["first_coefficients"] <= 2e-6 and row["replicas_equal"], (name, row)
+
+
+def test_pieces_are_one_function():
+    x, aux = begin(init()["resident"], BATCH, KEY)
+    for index in range(4):
+        x = block(jax.tree.map(lambda leaf, i=index: leaf[i], init()["blocks"]), x, aux)
+    total, weight = end(init()["resident"], x, BATCH)
+    found = tuner()._weighted(init(), BATCH, KEY)
+    np.testing.assert_allclose(found, (total, weight), rtol=1e-6)

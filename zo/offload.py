@@ -1,0 +1,187 @@
+"""ZO2 (arXiv 2503.12668): fine-tuning of models larger than the device, with two or three blocks on it at a time.
+
+The blocks lie in the host's memory. In a step every block is uploaded once, gets the update of the PREVIOUS step, runs all
+perturbed streams while it is there, and goes back, while the next one is on its way:
+
+    for l in blocks:   w = upload(l);  w = update(w, pending);  x_ks = block(w + s sigma E_kl, x_ks)  for all k, s;  download(w)
+
+One program does this for every block; Python runs it L times, so that nothing on the device grows with L and the host holds the
+blocks once. The pending update carries its own learning rate; `flush` applies it before evaluation, saving and export, which
+refuse a state without. Noise comes from the same addresses as without offloading, so a step is that of `ZerothOrder` up to
+rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+
+from eggroll import noise
+from eggroll.precision import is_low
+from eggroll.rules import check_params
+from zo.blocks import Blocks, check_blocks, split_plan
+from zo.estimators import ESTIMATORS
+from zo.optimizers import Descent, ProjectedMoment
+from zo.strategy import ZerothOrder
+from zo.streams import OffloadMetrics, OffloadState, Pending, Streams
+
+HOST = "pinned_host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Offload:
+    """Runs a `ZerothOrder` of a model in pieces with its blocks in the host's memory.
+
+    Args:
+        tuner: its loss is `Blocks`, its optimizer `Descent`; without a mesh.
+        transfer_dtype: dtype of float32 blocks in the host's memory and on the way, such as bfloat16, rounded stochastically
+            after every update; None: as they are. Blocks that are short floats are rounded stochastically too.
+
+    Raises:
+        TypeError, ValueError: a tuner that cannot be offloaded.
+    """
+
+    tuner: ZerothOrder
+    transfer_dtype: Any = None
+    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tuner.loss, Blocks):
+            raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
+        if not isinstance(self.tuner.optimizer, Descent):
+            raise TypeError("only Descent can be deferred block by block, got another optimizer.")
+        if self.tuner.mesh is not None:
+            raise ValueError("offloading over a mesh is not built yet; give the tuner no mesh.")
+        short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
+        if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
+            raise ValueError(f"transfer_dtype must be a float of 16 bits or fewer, or None, got {self.transfer_dtype!r}.")
+
+    def init(self, params: Any, *, key: Array) -> OffloadState:
+        """Make the state of a new run.
+
+        Args:
+            params: {"resident": ..., "blocks": ...}; the blocks may be NumPy arrays, or lie in the host's memory already.
+            key: typed key, kept for the whole run.
+
+        Raises:
+            ValueError: the blocks are not stacked, or have short floats already where `transfer_dtype` is given.
+        """
+        noise.check_key(key)
+        count = check_blocks(params)
+        check_params(params, self.tuner.perturbation)
+        if self.transfer_dtype is not None and any(is_low(leaf) for leaf in jax.tree.leaves(params["blocks"])):
+            raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which travel as they are.")
+        blocks = tuple(jax.tree.map(lambda x, own=i: self._stored(x[own]), params["blocks"]) for i in range(count))
+        zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
+        pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1))
+        moment = ProjectedMoment(jnp.int32(0), zero)
+        return OffloadState(resident, blocks, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+
+    def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, OffloadMetrics]:
+        """Run one step; its own update stays pending. The blocks of `state` are used up: they are not copied.
+
+        Args:
+            state: from `init` or the last `step`.
+            batch: any pytree that the pieces take.
+        """
+        streams, small = self._streams(state, batch), state._replace(blocks=())
+        resident, carry, aux = self._jitted("begin", streams.begin)(small, batch)
+        blocks, carry = self._each_block("visit", streams.visit, state, carry, aux)
+        new, metrics = self._jitted("end", streams.end)(small, resident, carry, batch)
+        return new._replace(blocks=blocks), metrics
+
+    def flush(self, state: OffloadState) -> OffloadState:
+        """Apply what is pending; the blocks of `state` are used up. A state without anything pending stays as it is."""
+        if not float(state.pending.rate):
+            return state
+        streams = self._cache["streams"]
+        only_update = lambda small, block, index, carry, aux: (streams.moved_block(small, block, index), carry)  # noqa: E731
+        blocks, _ = self._each_block("flush", only_update, state, None, None)
+        update = lambda small: streams.updated(streams.resident_plan, small.resident, small)  # noqa: E731
+        resident = self._jitted("flush resident", update)(state._replace(blocks=()))
+        return state._replace(resident=resident, blocks=blocks, pending=state.pending._replace(rate=jnp.float32(0)))
+
+    def loss(self, state: OffloadState, batch: Any, *, key: Array) -> Array:
+        """The unperturbed loss of what `flush` returned, block by block; float32 [].
+
+        Raises:
+            ValueError: an update is pending.
+        """
+        if float(state.pending.rate):
+            raise ValueError("an update is pending: evaluate flush(state).")
+        streams = self._streams(state, batch)
+        x, aux = self._jitted("loss begin", streams.pieces.begin)(state.resident, batch, key)
+        forward, coming = self._jitted("loss block", streams.forward), _uploaded(state.blocks[0])
+        for following in (*state.blocks[1:], None):
+            block, coming = coming, None if following is None else _uploaded(following)
+            x = jax.block_until_ready(forward(block, x, aux))
+        return self._jitted("loss end", streams.loss)(state.resident, x, batch)
+
+    def parameters(self, state: OffloadState) -> Any:
+        """The parameters of what `flush` returned, in their own dtypes, for saving and export; blocks stacked, as NumPy arrays.
+
+        Raises:
+            ValueError: an update is pending.
+        """
+        if float(state.pending.rate):
+            raise ValueError("an update is pending: save flush(state).")
+        dtype = None if self.transfer_dtype is None else np.float32
+        stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf, dtype) for leaf in leaves]), *state.blocks)
+        return {"resident": state.resident, "blocks": stacked}
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _stored(self, leaf: Any) -> Array:
+        """A stack of blocks in the host's memory, as it travels."""
+        values = np.array(leaf, self.transfer_dtype)  # a copy: on CPU a view would keep the array it comes from
+        try:
+            return jax.device_put(values, SingleDeviceSharding(jax.devices()[0], memory_kind=HOST))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the host's memory for blocks is full ({values.nbytes / 2**30:.3g} GiB more were wanted); on CUDA it is "
+                "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says more before JAX starts."
+            ) from error
+
+    def _streams(self, state: OffloadState, batch: Any) -> Streams:
+        if "streams" not in self._cache:
+            count, travels = len(state.blocks), self.transfer_dtype is not None
+
+            def stacked(leaf: Array) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((count, *leaf.shape), jnp.float32 if travels else leaf.dtype)
+
+            shapes = {"resident": state.resident, "blocks": jax.tree.map(stacked, state.blocks[0])}
+            tuner: Any = self.tuner
+            known = (tuner.loss, ESTIMATORS[tuner.estimator], tuner.optimizer, tuner.directions, tuner.chunk_directions)
+            self._cache["streams"] = Streams(*known, *split_plan(tuner.plan_of(shapes, batch), shapes))
+        return self._cache["streams"]
+
+    def _each_block(self, name: str, visit: Callable, state: OffloadState, carry: Any, aux: Any) -> tuple[tuple, Any]:
+        """Run `visit(state, block, index, carry, aux) -> (block, carry)` over the blocks, the next one on its way meanwhile."""
+        if name not in self._cache:
+            host = jax.tree.map(lambda leaf: leaf.sharding, state.blocks[0])
+            self._cache[name] = jax.jit(visit, out_shardings=(host, None), donate_argnums=3)
+        run, small, done = self._cache[name], state._replace(blocks=()), []
+        coming = _uploaded(state.blocks[0])
+        for index, old in enumerate(state.blocks):
+            block = coming
+            coming = _uploaded(state.blocks[index + 1]) if index + 1 < len(state.blocks) else None
+            new, carry = run(small, block, jnp.int32(index), carry, aux)
+            done.append(new)
+            jax.block_until_ready(done[max(0, index - 1)])  # so that no more than three are on the device
+            for leaf in jax.tree.leaves(old):
+                leaf.delete()
+        return tuple(done), carry
+
+    def _jitted(self, name: str, function: Callable) -> Callable:
+        if name not in self._cache:
+            self._cache[name] = jax.jit(function)
+        return self._cache[name]
+
+
+def _uploaded(block: Any) -> Any:
+    return jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), block))
