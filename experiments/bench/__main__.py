@@ -1,10 +1,10 @@
-"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale` and `populations`."""
+"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale`, `populations` and `zo`."""
 
 from typing import Any
 
 import tyro
 
-from experiments.bench import engine, populations, rl, scale
+from experiments.bench import engine, populations, rl, scale, zo
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
         "rl": (rl.RL, rl.run),
         "scale": (scale.Scale, scale.run),
         "populations": (populations.Populations, populations.run),
+        "zo": (zo.ZO, zo.run),
     }
     config = tyro.extras.subcommand_cli_from_dict({name: options for name, (options, _) in benchmarks.items()})
     next(run for options, run in benchmarks.values() if isinstance(config, options))(config)

@@ -1,0 +1,136 @@
+"""Zeroth-order steps: offloaded against resident, forwards per second of every recipe, many low-rank directions in one pass.
+
+    offload_ratio            resident step / offloaded step, for every number of directions: one upload serves all of them
+    forwards_per_second      of every recipe, on the resident model
+    lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
+
+The forms that are compared run in turn in one process. On CPU an "upload" is a copy in memory.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eggroll
+import zo
+from eggroll.population import PopulationLayout, evaluate
+from experiments.bench.timing import interleaved_ms, machine
+from experiments.common.run import print_summary
+
+SETTINGS: dict[str, dict[str, Any]] = {"mezo": {}, "lozo": {}, "fzoo": {"directions": 8}, "spsa15": {"directions": 8}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ZO:
+    """Time zeroth-order steps of a stack of blocks x + tanh(x W) V, and 16 low-rank directions of one large matrix."""
+
+    blocks: int = 8
+    """Blocks of the stack."""
+    width: int = 256
+    """Width D; a block has 8 D^2 parameters."""
+    tokens: int = 512
+    """Rows of x: the compute that an upload serves."""
+    directions: tuple[int, ...] = (1, 4, 16)
+    """Directions a step; the last gives offload_ratio."""
+    matrix: int = 8192
+    """Rows and columns of the large matrix; 8192: 256 MiB."""
+    rows: int = 1
+    """Inputs of every direction to the large matrix."""
+    repeats: int = 10
+    """Rounds; medians are reported."""
+
+
+def run(config: ZO) -> None:
+    """Run the benchmark; the last line of standard output is JSON."""
+    about = machine()
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'directions':>10}{'resident ms':>13}{'offloaded ms':>14}{'ratio':>8}")
+    ratios = {}
+    for count in config.directions:
+        times = interleaved_ms(_both(config, count), repeats=config.repeats)
+        ratios[str(count)] = ratio = times["resident"] / times["offloaded"]
+        print(f"{count:>10}{times['resident']:>13.1f}{times['offloaded']:>14.1f}{ratio:>8.3f}", flush=True)
+    steps = {name: _stepper(tuner, config) for name, tuner in _recipes().items()}
+    times = interleaved_ms(steps, repeats=config.repeats)
+    rates = {name: 1e3 * _forwards(tuner) / times[name] for name, tuner in _recipes().items()}
+    print("  ".join(f"{name} {rate:,.0f} forwards/s" for name, rate in rates.items()))
+    times = interleaved_ms(_batched(config), repeats=config.repeats)
+    speedup = times["separate"] / times["batched"]
+    print(
+        f"16 low-rank directions: {times['separate']:.1f} ms one by one, {times['batched']:.1f} ms in one pass: {speedup:.2f}x"
+    )
+    summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "forwards_per_second": rates}
+    print_summary(summary | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about})
+
+
+def _end(resident: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
+    return jnp.mean((x @ resident["head"]) ** 2)
+
+
+PIECES = zo.Blocks(
+    lambda resident, batch, key: (batch * resident["scale"], ()),
+    lambda params, x, aux: x + jnp.tanh(x @ params["w"]) @ params["v"],
+    _end,
+)
+
+
+def _params(config: ZO) -> Any:
+    draw, d = np.random.default_rng(0).normal, config.width
+    blocks = {"w": draw(size=(config.blocks, d, 4 * d)), "v": draw(size=(config.blocks, 4 * d, d))}
+    blocks = {name: (0.02 * leaf).astype(np.float32) for name, leaf in blocks.items()}
+    return {"resident": {"scale": jnp.ones(d), "head": jnp.full((d, 1), 0.1)}, "blocks": blocks}
+
+
+def _stepper(tuner: Any, config: ZO) -> Callable[[], Any]:
+    """A function that goes one step on; the state stays with it."""
+    batch = jax.random.normal(jax.random.key(1), (config.tokens, config.width))
+    state = tuner.init(_params(config), key=jax.random.key(0))
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = tuner.step(state, batch)
+        return metrics.coefficients, jax.tree.leaves(state)[0]
+
+    return step
+
+
+def _both(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
+    tuner = zo.mezo(PIECES, learning_rate=1e-6, directions=directions, chunk_directions=1)
+    return {"resident": _stepper(tuner, config), "offloaded": _stepper(zo.Offload(tuner), config)}
+
+
+def _recipes() -> dict[str, zo.ZerothOrder]:
+    more: dict[str, Any] = {"learning_rate": 1e-6, "chunk_directions": 1}
+    return {name: make(PIECES, **more, **SETTINGS[name]) for name, make in zo.RECIPES.items()}
+
+
+def _forwards(tuner: zo.ZerothOrder) -> int:
+    estimator = zo.ESTIMATORS[tuner.estimator]
+    return len(estimator.signs) * tuner.directions + estimator.unperturbed
+
+
+def _batched(config: ZO) -> dict[str, Callable[[], Any]]:
+    """16 low-rank directions (8 pairs) of one matrix: in one pass, and one at a time by the same code."""
+    size = config.matrix
+    params = {"w": jnp.full((size, size), 1e-3)}
+    x = jax.random.normal(jax.random.key(2), (config.rows, size))
+    product = lambda params, batch, key, _: (batch @ params["w"]).sum()  # noqa: E731
+    es = eggroll.EvolutionStrategy(None, population_size=2, sigma=0.1, optimizer=zo.Descent(0.1).transformation())
+    plan = es.plan(es.init(params, key=jax.random.key(0)), x, function=lambda params, batch: batch @ params["w"])
+
+    def forwards(params: Any, x: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
+        key = jax.random.key(0)
+        layout = PopulationLayout(count, signs=(1.0,))
+        options: dict[str, Any] = dict(noise_key=key, noise_generation=jnp.int32(0), sigma=jnp.float32(0.1), evaluation_key=key)
+        return evaluate(product, plan, params, layout=layout, batch=x, first_pair=first, **options)
+
+    compiled = {count: jax.jit(forwards, static_argnames="count") for count in (1, 16)}
+    indices = [jnp.int32(index) for index in range(16)]
+    return {
+        "batched": lambda: compiled[16](params, x, indices[0], count=16),
+        "separate": lambda: [compiled[1](params, x, index, count=1) for index in indices],
+    }
