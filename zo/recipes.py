@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eggroll.rules import Dense, LowRank, Perturbation
+from zo.blocks import Blocks
 from zo.optimizers import Descent
 from zo.strategy import ZerothOrder
 
@@ -16,7 +17,7 @@ Rate = float | Callable[[Any], Any]  # a constant, or an optax schedule
 
 
 def mezo(
-    loss: Callable,
+    loss: Callable | Blocks,
     *,
     learning_rate: Rate,
     sigma: float = 1e-3,
@@ -43,7 +44,7 @@ def mezo(
 
 
 def lozo(
-    loss: Callable,
+    loss: Callable | Blocks,
     *,
     learning_rate: Rate,
     sigma: float = 1e-3,
@@ -76,7 +77,7 @@ def lozo(
 
 
 def fzoo(
-    loss: Callable,
+    loss: Callable | Blocks,
     *,
     learning_rate: Rate,
     sigma: float = 1e-4,
@@ -101,7 +102,7 @@ def fzoo(
 
 
 def spsa15(
-    loss: Callable,
+    loss: Callable | Blocks,
     *,
     learning_rate: Rate | None = None,
     sigma: float = 1e-4,

@@ -60,9 +60,8 @@ def run(config: ZO) -> None:
     print("  ".join(f"{name} {rate:,.0f} forwards/s" for name, rate in rates.items()))
     times = interleaved_ms(_batched(config), repeats=config.repeats)
     speedup = times["separate"] / times["batched"]
-    print(
-        f"16 low-rank directions: {times['separate']:.1f} ms one by one, {times['batched']:.1f} ms in one pass: {speedup:.2f}x"
-    )
+    apart, together = times["separate"], times["batched"]
+    print(f"16 low-rank directions: {apart:.1f} ms one by one, {together:.1f} ms in one pass: {speedup:.2f}x")
     summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "forwards_per_second": rates}
     print_summary(summary | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about})
 
