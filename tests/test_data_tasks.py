@@ -157,7 +157,7 @@ def test_shipped_task_is_deterministic_balanced_and_split(tmp_path):
     assert len(set(texts)) == len(texts)
     assert all(everything[fields["text"]] == fields["label"] for split in splits for fields in split)
     assert 0.4 < np.mean([fields["label"] for fields in splits[0]]) < 0.6
-    assert everything["the film was not very dull"] == 1 and everything["the film was very dull"] == 0
+    assert everything["the film was not dull"] == 1 and everything["the film was very dull"] == 0
     with pytest.raises(ValueError, match="all together at most 110592, got"):
         sentiment.write(tmp_path, train=200_000)
 

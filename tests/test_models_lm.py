@@ -112,6 +112,16 @@ def test_bfloat16_is_near_float32(config, tmp_path):
     assert np.abs(low - high)[mask].mean() < 0.05 * np.abs(high).mean()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_saved_bfloat16_is_read_by_transformers(tmp_path):
+    params = random_params(QWEN3, jnp.bfloat16)
+    hf.save(tmp_path, QWEN3, params)
+    tokens, mask = inputs()
+    expected = reference_logits(tmp_path, tokens, mask)
+    got = logits_of(QWEN3, hf.load(tmp_path, jnp.float32)[2], tokens, mask)
+    np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4)
+
+
 @all_configs
 def test_padding_changes_no_real_token(config):
     params = random_params(config)
@@ -206,6 +216,12 @@ def test_files_of_a_model_without_head_are_read(folder):
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[2], expected)
 
 
+def test_absent_fields_have_the_defaults_of_transformers(folder):
+    edit(folder, head_dim=None, num_key_value_heads=None)
+    config = hf.read_config(folder)
+    assert (config.head_dim, config.num_key_value_heads) == (128, 4)
+
+
 def test_older_rotary_fields_are_read(folder):
     edit(folder, rope_parameters=None, rope_theta=7.0, rope_scaling=None)
     assert hf.read_config(folder).rope_theta == 7.0
@@ -223,6 +239,7 @@ def test_older_rotary_fields_are_read(folder):
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
         ({"hidden_size": "16"}, "'hidden_size' in config.json must be an integer >= 1, got '16'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"head_dim": 0}, "'head_dim' in config.json must be an integer >= 1, got 0"),
         ({"head_dim": 5}, "head_dim must be even, got 5"),
         ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], and config.json expects \[51, 16\]"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', expected with shape"),

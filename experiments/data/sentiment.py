@@ -1,6 +1,6 @@
 """A task that ships: short reviews made of word lists, whose label is the adjective's, turned round by a negation.
 
-"to be honest, the music was hardly dull this time"   ->   1
+"to be honest, the music was not dull this time"   ->   1
 """
 
 import itertools
@@ -15,8 +15,8 @@ TASK = Classification("{text} It was", {"0": " poor", "1": " good"})
 
 _OPENINGS = ("", "i think ", "we found that ", "to be honest, ", "in the end, ", "my friends said ")
 _NOUNS = ("film", "story", "music", "food", "hotel", "game", "book", "cast", "service", "camera", "meal", "show")
-_PLAIN = ("", "very ", "really ", "quite ")
-_NEGATED = ("not ", "never ", "hardly ", "not very ")
+_PLAIN = ("", "very ", "really ", "quite ", "so ", "rather ")
+_NEGATED = ("not ", "never ")  # a quarter, so that the adjective alone is right in three of four
 _GOOD = ("great", "lovely", "clever", "warm", "superb", "charming", "fresh", "bright", "moving", "solid", "funny", "elegant")
 _BAD = ("awful", "dull", "boring", "cold", "weak", "clumsy", "stale", "bleak", "silly", "broken", "noisy", "ugly")
 _TAILS = ("", " this time", " in every way", " as we expected", " from start to end", " for me", " on the whole", " again")

@@ -36,7 +36,7 @@ def apply(decoder: Decoder, params: Any, tokens: Array, mask: Array) -> Array:
     Args:
         decoder: the model.
         params: its parameters, blocks stacked.
-        tokens: int32 [B, T].
+        tokens: int32 [B, T]; one outside the vocabulary makes the logits of its text NaN.
         mask: bool [B, T], False on padding, which no other token sees; logits on padding mean nothing.
 
     Returns:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -83,7 +84,7 @@ def _stacked(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
     stack = np.empty((layers, *leaf.shape), dtype)
     for layer in range(layers):
         stack[layer] = _read(shards, leaf, layer)
-    return jnp.asarray(stack)
+    return jax.block_until_ready(jax.device_put(stack))  # else the host keeps the stacks of several copies under way
 
 
 def save(folder: str | Path, config: Config, params: Any, *, source: str | Path | None = None) -> Path:

@@ -80,12 +80,11 @@ def from_fields(fields: Mapping[str, Any]) -> Qwen3Config:
         raise ValueError(
             "'layer_types' in config.json has 'sliding_attention', and of 'qwen3' only full attention is supported."
         )
-    heads = fields.get("num_key_value_heads")
+    defaults: dict[str, Any] = {"head_dim": HEAD_DIM, "max_position_embeddings": MAX_POSITIONS}
+    defaults["num_key_value_heads"] = fields.get("num_attention_heads")
+    given = {name: value for name, value in fields.items() if value is not None}
     return Qwen3Config(
-        **integers(fields, *SIZES),
-        num_key_value_heads=fields["num_attention_heads"] if heads is None else heads,
-        head_dim=fields.get("head_dim", HEAD_DIM),
-        max_position_embeddings=fields.get("max_position_embeddings", MAX_POSITIONS),
+        **integers(defaults | given, *SIZES, *defaults),
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(fields),
         tie_word_embeddings=fields.get("tie_word_embeddings", False),
