@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test slow heavy lint types bench suites
+.PHONY: run test slow heavy lint types bench suites parity
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -28,6 +28,9 @@ types: $(READY)
 	$(BIN)/mypy
 
 suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
+
+parity: $(READY)  ## torch and transformers, which language models are compared with; their tests no longer skip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
 
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)

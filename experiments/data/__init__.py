@@ -1,0 +1,1 @@
+"""Language tasks from local JSONL files: records, tokens, padded examples, losses."""

@@ -1,0 +1,70 @@
+"""Text to tokens: bytes, which need nothing, or the tokenizer.json of a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What tasks need of a tokenizer."""
+
+    vocab_size: int  # every token is below it
+    prefix: tuple[int, ...]  # tokens that start every text
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without `prefix`."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8 as tokens 0 to 255; 256 starts a text."""
+
+    vocab_size = 257
+    prefix = (256,)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without `prefix`."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A Hugging Face tokenizer.json. Needs `pip install '.[llm]'`.
+
+    Args:
+        path: of the file, or of the folder that holds it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no tokenizer at {path}.")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no narrower class
+            raise ValueError(f"{path} is not a tokenizer.json: {error}.") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab().values())
+        bare, whole = self.encode("a"), self._tokenizer.encode("a").ids
+        starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+        self.prefix: tuple[int, ...] = tuple(whole[: starts[0]]) if starts else ()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without `prefix`; special tokens such as "</s>" may stand in the text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return self._tokenizer.decode(list(tokens))

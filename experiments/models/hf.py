@@ -1,0 +1,138 @@
+"""Checkpoints in the Hugging Face layout: a folder with config.json and safetensors. Needs `pip install '.[llm]'`."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from experiments.models import opt, qwen3
+from experiments.models.decoder import Decoder
+from experiments.models.leaves import Leaf, check_params
+from experiments.models.shards import CONFIG, SINGLE, Shards, read_object
+
+FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}  # by model_type
+Config = opt.OPTConfig | qwen3.Qwen3Config
+_BESIDE = (  # files of a checkpoint that training leaves as they are
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, Decoder, Any]:
+    """Read a model; host memory holds one stacked parameter at a time beside what is already read.
+
+    Args:
+        folder: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
+        dtype: of all parameters; float32 or bfloat16.
+
+    Returns:
+        Its configuration, its functions, its parameters.
+
+    Raises:
+        FileNotFoundError: no config.json, no weights, or a missing shard.
+        ValueError: an unknown model_type or variant, a missing tensor, a wrong shape, a damaged file, a dtype not floating.
+    """
+    folder, dtype = Path(folder), jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
+    config = read_config(folder)
+    leaves = FAMILIES[config.model_type].leaves(config)
+    shards = Shards(folder)
+    resident = {name: jnp.asarray(_read(shards, leaf, 0).astype(dtype)) for name, leaf in leaves.resident.items()}
+    blocks = {name: _stacked(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
+    return config, decoder(config), {"resident": resident, "blocks": blocks}
+
+
+def read_config(folder: str | Path) -> Config:
+    """Read config.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of a model that is not supported.
+    """
+    path = Path(folder) / CONFIG
+    fields = read_object(path)
+    if fields.get("model_type") not in FAMILIES:
+        got = repr(fields["model_type"]) if "model_type" in fields else "none"
+        raise ValueError(f"model_type in {path} must be one of {', '.join(FAMILIES)}, got {got}.")
+    return FAMILIES[fields["model_type"]].from_fields(fields)
+
+
+def decoder(config: Config) -> Decoder:
+    """Return the functions of the model that `config` describes."""
+    return FAMILIES[config.model_type].decoder(config)
+
+
+def _read(shards: Shards, leaf: Leaf, layer: int) -> np.ndarray:
+    name = leaf.tensor.format(layer=layer)
+    array = shards.read((name, name.removeprefix("model.")), leaf.stored_shape)  # a headless model has no "model."
+    return array.T if leaf.transposed else array
+
+
+def _stacked(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
+    stack = np.empty((layers, *leaf.shape), dtype)
+    for layer in range(layers):
+        stack[layer] = _read(shards, leaf, layer)
+    return jax.block_until_ready(jax.device_put(stack))  # else the host keeps the stacks of several copies under way
+
+
+def save(folder: str | Path, config: Config, params: Any, *, source: str | Path | None = None) -> Path:
+    """Write a model that transformers and `load` read: config.json and model.safetensors, each whole or not at all.
+
+    Args:
+        folder: made where it is missing.
+        config: of the model.
+        params: its parameters, of one dtype.
+        source: folder that the model was loaded from; its tokenizer and further settings are copied.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `params` are not those of `config`.
+    """
+    from safetensors.numpy import save_file
+
+    folder, family = Path(folder), FAMILIES[config.model_type]
+    leaves = family.leaves(config)
+    check_params(leaves, params)
+    tensors = {leaf.tensor: _stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
+    for name, leaf in leaves.blocks.items():
+        for layer, value in enumerate(np.asarray(params["blocks"][name])):
+            tensors[leaf.tensor.format(layer=layer)] = _stored(leaf, value)
+    dtype = str(params["resident"]["embed"].dtype)
+    fields = family.to_fields(config) | {"dtype": dtype}
+    folder.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        fields = read_object(Path(source) / CONFIG) | fields
+        fields.pop("torch_dtype", None)  # the older name of dtype
+        _copy_beside(Path(source), folder)
+    partial = folder / f"{SINGLE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / SINGLE)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / CONFIG)
+    return folder
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for name in _BESIDE:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _stored(leaf: Leaf, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return np.ascontiguousarray(array.T if leaf.transposed else array)

@@ -1,0 +1,85 @@
+"""The tensors of a checkpoint folder: one model.safetensors, or shards listed in model.safetensors.index.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+    return value
+
+
+class Shards:
+    """Opened weight files of a folder; tensors are read one at a time, so that memory holds one of them.
+
+    Args:
+        folder: with model.safetensors, or model.safetensors.index.json and what it lists.
+
+    Raises:
+        FileNotFoundError: no weights, or a listed file is missing.
+        ValueError: a file is damaged.
+        ImportError: the package safetensors is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        if (folder / SINGLE).is_file():
+            names = [SINGLE]
+        elif (folder / INDEX).is_file():
+            listed = read_object(folder / INDEX).get("weight_map")
+            if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+                raise ValueError(f"{folder / INDEX} has no 'weight_map' of tensor names to file names.")
+            names = sorted(set(listed.values()))
+        else:
+            raise FileNotFoundError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} with its shards.")
+        self.folder = folder
+        self._files = {key: file for file in (_opened(folder / name) for name in names) for key in file.keys()}  # noqa: SIM118
+
+    def read(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """Read one tensor.
+
+        Args:
+            names: what it may be called; the first that exists is taken.
+            shape: what it must have.
+
+        Returns:
+            The tensor in the dtype of the file.
+
+        Raises:
+            ValueError: it is missing, or has another shape.
+        """
+        name = next((name for name in names if name in self._files), None)
+        if name is None:
+            raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
+        got = self._files[name].get_slice(name).get_shape()
+        if list(got) != list(shape):
+            raise ValueError(f"tensor '{name}' has shape {list(got)}, and config.json expects {list(shape)}.")
+        return self._files[name].get_tensor(name)
+
+
+def _opened(path: Path) -> Any:
+    import safetensors
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent / INDEX} lists {path.name}, which does not exist.")
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from None
