@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if len(given) < 2 or not given[0].isdigit() or int(given[0]) < 1:
         sys.exit("usage: python -m eggroll.launch PROCESSES (SCRIPT | -m MODULE) [ARGUMENTS ...]")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended too
     failure = launch(int(given[0]), given[1:])
     if failure is not None:
         sys.exit(f"error: {failure}")

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eggroll.fitness import member_arguments
 from eggroll.population import PopulationLayout
+from eggroll.processes import check_same
 from eggroll.state import ESState
 
 AXES = ("population", "data", "model")
@@ -230,18 +232,12 @@ def _put(leaf: Any, sharding: NamedSharding | None, *, compared: bool = True) ->
     if isinstance(leaf, Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-    if isinstance(leaf, Array) and leaf.is_fully_addressable:
-        leaf = np.asarray(leaf)  # jax takes no array of one process that is committed to its device
-    if not compared and not isinstance(leaf, Array):
-        values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-    try:
+    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    except AssertionError as error:
-        raise ValueError(
-            f"the processes of this run have different values of an array {np.shape(leaf)}: parameters, key, batch and told "
-            "fitness must be the same on all of them."
-        ) from error
+    values = np.asarray(leaf if isinstance(leaf, Array) else jnp.asarray(leaf))
+    if compared:
+        check_same(values, f"parameters, key, batch, fitness or coefficients (an array {values.shape})")
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:

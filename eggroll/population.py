@@ -34,12 +34,14 @@ class PopulationLayout:
             g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry.
         chunk_pairs: evaluate this many pairs at a time; None: all at once.
         signs: of the members of a pair; (1.0,) for one-sided estimates, whose "pairs" have one member.
+        same_key: all members get the same key, not one for every pair.
     """
 
     num_pairs: int
     members_per_batch: int | None = None
     chunk_pairs: int | None = None
     signs: tuple[float, ...] = SIGNS
+    same_key: bool = False
 
     @classmethod
     def of_members(cls, population_size: int, members_per_batch: int | None, chunk_size: int | None) -> "PopulationLayout":
@@ -192,7 +194,8 @@ def evaluate(
         noise_key: the run's key.
         noise_generation: int32, generation // noise_reuse.
         sigma: float32 scalar.
-        evaluation_key: split per pair; both members of a pair get the same key (common random numbers).
+        evaluation_key: split per pair, unless the layout has `same_key`; both members of a pair get the same key (common
+            random numbers).
         batch: pytree, with a leading axis as `layout.members_per_batch` says.
         member_state: pytree with leading axes [P, 2], or None.
         first_pair: index in the population of the first pair of the layout; not 0 on a device that evaluates a part.
@@ -208,7 +211,7 @@ def evaluate(
         index, own_batch, state = inputs
         pair = first_pair + index
         pair_noise = draw_pair(plan, noise_key, noise_generation, pair)
-        key = jax.random.fold_in(evaluation_key, pair)
+        key = evaluation_key if layout.same_key else jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):
             member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma, in_loop=layout.is_chunked)
@@ -220,7 +223,7 @@ def evaluate(
             own_batch = jax.tree.map(lambda x: x[index // (layout.members_per_batch // 2)], batch)
         return jax.vmap(evaluate_member, in_axes=(0, 0 if per_member else None, 0))(signs, own_batch, state)
 
-    by_pair = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if per_member else None
+    by_pair = jax.tree.map(lambda x: x.reshape(-1, len(layout.signs), *x.shape[1:]), batch) if per_member else None
     inputs = (jnp.arange(layout.num_pairs, dtype=jnp.int32), by_pair, member_state)
     if layout.is_chunked:
         return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)

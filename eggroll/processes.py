@@ -9,6 +9,7 @@ are not written by all together are written by the first process.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LAUNCHED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_LOST = re.compile("gloo|nccl|connection|heartbeat|coordination service|distributed service", re.IGNORECASE)
+_LOST = re.compile(r"\bgloo\b|\bnccl|coordination service|distributed service", re.IGNORECASE)
 SCHEDULED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for the processes that srun or mpirun starts
 
 
@@ -112,12 +113,27 @@ def wait_for_all(name: str) -> None:
 
 
 def smallest(value: int) -> int:
-    """The smallest of the values that the processes bring; every process has to bring one."""
+    """The smallest of the numbers of bytes that the processes bring, in whole MiB; every process has to bring one."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.process_allgather(np.int64(value)).min())
+    mebibytes = np.int32(value >> 20)  # jax has no 64 bits
+    return int(multihost_utils.process_allgather(mebibytes).min()) << 20
+
+
+def check_same(values: np.ndarray, name: str) -> None:
+    """Compare the bytes of an array, NaN included, over the processes.
+
+    Raises:
+        ValueError: they differ; `name` says what was compared.
+    """
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(values.tobytes()).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    if (digests != digests[0]).any():
+        raise ValueError(f"the processes of this run have different values of {name}: they must be the same on all of them.")
 
 
 @contextlib.contextmanager

@@ -189,8 +189,8 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
         )
     elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
         warnings.warn(
-            f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation}; "
-            "they count as the worst (said once, see `invalid` in the history).",
+            f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation} "
+            "(said once, see `invalid` in the history).",
             stacklevel=3,
         )
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 import eggroll
+import zo
 from eggroll import processes
 from eggroll.durable import DurableRun
 from eggroll.fingerprint import fingerprint
@@ -59,7 +60,12 @@ def strategy(function=fitness, **options):
 def go(name, generations, function=fitness, *, member_state=None, callbacks=(), every=2, **options):
     """Train from where the folder is; return what every process has."""
     es = strategy(function, **options)
-    initial = es.init(PARAMS, key=jax.random.key(0), member_state=member_state)
+    return es, *_train(name, generations, es, member_state, callbacks, every)
+
+
+def _train(name, generations, es, member_state=None, callbacks=(), every=2):
+    more = {} if member_state is None else {"member_state": member_state}
+    initial = es.init(PARAMS, key=jax.random.key(0), **more)
     es.plan(initial, batch_of(0))
     run = DurableRun(FOLDER / name, es, initial, config={}, checkpoint_every=every)
     state, left, history = run.state, generations - int(run.state.generation), []
@@ -67,7 +73,7 @@ def go(name, generations, function=fitness, *, member_state=None, callbacks=(), 
         more = {"callbacks": callbacks, "run_folder": FOLDER / name, "durable": run}
         state, history = train(es, state, batch_of, generations=left, **more)
     run.close()
-    return es, state, history
+    return state, history
 
 
 @check
@@ -78,7 +84,13 @@ def same():
     _, memory, _ = go("memory", 3, recurrent, member_state=jnp.ones(8), shaping="z_score")
     outputs = es.ask(state).apply(model, batch_of(9))
     told, _ = es.tell(state, np.asarray(outputs).mean(axis=(1, 2)))
-    arrays = {"mean": [record.mean_fitness for record in history], "memory": processes.whole(memory.member_state)}
+    tuner = zo.fzoo(lambda params, batch, key: -fitness(params, batch, key), learning_rate=0.05, sigma=0.05, mesh=es.mesh)
+    tuned, _ = _train("zo", 4, tuner, every=2)
+    sick = strategy(lambda params, batch, key: jnp.nan * fitness(params, batch, key))
+    _train("sick", 2, sick, every=5)
+    again_sick, _ = _train("sick", 3, sick, every=5)  # replays generations that were skipped
+    arrays = {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.smallest(3 << 30)}
+    arrays |= {"mean": [record.mean_fitness for record in history], "memory": processes.whole(memory.member_state)}
     arrays |= {"w": state.params["w"], "b": state.params["b"], "outputs": outputs, "told": told.params["w"]}
     arrays["momentum"] = processes.whole(jax.tree.leaves(state.opt_state)[1])
     arrays["resumed"] = fingerprint(again) == fingerprint(state) and not nothing

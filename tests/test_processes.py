@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -111,6 +112,21 @@ def test_incomplete_or_wrong_processes_are_refused(options, words):
 def test_launch_says_how_it_is_used(arguments):
     with pytest.raises(SystemExit, match=r"usage: python -m eggroll.launch PROCESSES"):
         launch.main(arguments)
+
+
+def test_ending_the_launcher_ends_its_processes(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text("import os, time\nopen(os.environ['JAX_PROCESS_ID'], 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    command, environment = [sys.executable, "-m", "eggroll.launch", "2", str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    numbers, deadline = [tmp_path / str(index) for index in (0, 1)], time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in numbers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.terminate()
+    assert launcher.wait(30) == 143
+    for path in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
 
 
 def test_launch_ends_the_others_when_one_fails(tmp_path):

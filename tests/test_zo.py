@@ -127,7 +127,7 @@ def test_the_squared_error_of_n_directions_is_d_over_n():
         squares = ((estimates(zo.ZerothOrder(linear, **options), 400) - truth) ** 2).sum(axis=1) / (truth**2).sum()
         error = squares.std(ddof=1) / math.sqrt(len(squares))
         assert abs(squares.mean() - (truth.size + 1) / n) < 5 * error
-        assert abs(squares.mean() - (truth.size + 1) / (n + 1)) > 5 * error or n == 8
+        assert abs(squares.mean() - (truth.size + 1) / (2 * n)) > 5 * error
 
 
 def test_coefficients_by_hand():

@@ -22,7 +22,7 @@ PREFIX = "blocks/"
 class Blocks(NamedTuple):
     """The pieces; pure functions."""
 
-    begin: Callable  # begin(resident, batch, key) -> (x, aux); aux (masks, positions) must not depend on parameters
+    begin: Callable  # begin(resident, batch, key) -> (x, aux); aux (masks, positions, a key) must not depend on parameters
     block: Callable  # block(params of one block, x, aux) -> x, of the shape and dtype that it came in
     end: Callable  # end(resident, x, batch) -> loss, or (total, weight)
 

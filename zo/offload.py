@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from eggroll import noise
+from eggroll.plan import Plan
 from eggroll.precision import is_low
 from eggroll.rules import check_params
 from zo.blocks import Blocks, check_blocks, split_plan
@@ -82,6 +83,11 @@ class Offload:
         moment = ProjectedMoment(jnp.int32(0), zero)
         return OffloadState(resident, blocks, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
 
+    def plan(self, state: OffloadState, batch: Any = None) -> Plan:
+        """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do it by themselves, `flush` of a restored state needs it."""
+        self._streams(state, batch)
+        return self.tuner.plan_of(self._shapes(state), batch)
+
     def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, OffloadMetrics]:
         """Run one step; its own update stays pending. The blocks of `state` are used up: they are not copied.
 
@@ -99,6 +105,8 @@ class Offload:
         """Apply what is pending; the blocks of `state` are used up. A state without anything pending stays as it is."""
         if not float(state.pending.rate):
             return state
+        if "streams" not in self._cache:
+            raise ValueError("flush needs the plan: call plan(state, batch).")
         streams = self._cache["streams"]
         only_update = lambda small, block, index, carry, aux: (streams.moved_block(small, block, index), carry)  # noqa: E731
         blocks, _ = self._each_block("flush", only_update, state, None, None)
@@ -130,15 +138,18 @@ class Offload:
         """
         if float(state.pending.rate):
             raise ValueError("an update is pending: save flush(state).")
-        dtype = None if self.transfer_dtype is None else np.float32
-        stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf, dtype) for leaf in leaves]), *state.blocks)
+        dtypes = jax.tree.map(lambda shape: shape.dtype, self._shapes(state)["blocks"])
+        stacked = jax.tree.map(
+            lambda dtype, *leaves: np.stack([np.asarray(leaf, dtype) for leaf in leaves]), dtypes, *state.blocks
+        )
         return {"resident": state.resident, "blocks": stacked}
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _stored(self, leaf: Any) -> Array:
         """A stack of blocks in the host's memory, as it travels."""
-        values = np.array(leaf, self.transfer_dtype)  # a copy: on CPU a view would keep the array it comes from
+        travels = leaf.dtype == jnp.float32 and self.transfer_dtype is not None
+        values = np.array(leaf, self.transfer_dtype if travels else None)  # a copy: a view would keep what it comes from
         try:
             return jax.device_put(values, SingleDeviceSharding(jax.devices()[0], memory_kind=HOST))
         except RuntimeError as error:
@@ -148,17 +159,25 @@ class Offload:
             ) from error
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
+        shapes, tuner = self._shapes(state), self.tuner
+        plan = tuner.plan_of(shapes, batch)  # refuses parameters of other shapes
         if "streams" not in self._cache:
-            count, travels = len(state.blocks), self.transfer_dtype is not None
-
-            def stacked(leaf: Array) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct((count, *leaf.shape), jnp.float32 if travels else leaf.dtype)
-
-            shapes = {"resident": state.resident, "blocks": jax.tree.map(stacked, state.blocks[0])}
-            tuner: Any = self.tuner
-            known = (tuner.loss, ESTIMATORS[tuner.estimator], tuner.optimizer, tuner.directions, tuner.chunk_directions)
-            self._cache["streams"] = Streams(*known, *split_plan(tuner.plan_of(shapes, batch), shapes))
+            resident_plan, block_plan = split_plan(plan, shapes)
+            known: Any = {"pieces": tuner.loss, "estimator": ESTIMATORS[tuner.estimator], "descent": tuner.optimizer}
+            known |= {"directions": tuner.directions, "chunk_directions": tuner.chunk_directions}
+            self._cache["streams"] = Streams(**known, resident_plan=resident_plan, block_plan=block_plan)
         return self._cache["streams"]
+
+    def _shapes(self, state: OffloadState) -> Any:
+        """Shapes of the parameters as the model computes with them."""
+        count, short = len(state.blocks), self.transfer_dtype
+
+        def stacked(leaf: Array) -> jax.ShapeDtypeStruct:
+            wide = short is not None and leaf.dtype == jnp.dtype(short)
+            return jax.ShapeDtypeStruct((count, *leaf.shape), jnp.float32 if wide else leaf.dtype)
+
+        of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+        return {"resident": jax.tree.map(of, state.resident), "blocks": jax.tree.map(stacked, state.blocks[0])}
 
     def _each_block(self, name: str, visit: Callable, state: OffloadState, carry: Any, aux: Any) -> tuple[tuple, Any]:
         """Run `visit(state, block, index, carry, aux) -> (block, carry)` over the blocks, the next one on its way meanwhile."""

@@ -38,7 +38,8 @@ class ZerothOrder:
 
     Args:
         loss: `loss(params, batch, key) -> scalar`, lower is better, or `(total, weight)` whose ratio is the loss (a sum over
-            target tokens and their number); it need not be differentiable. Or a model in pieces, `Blocks`, with the same end.
+            target tokens and their number); all forwards of a step get the same key. It need not be differentiable. Or a
+            model in pieces, `Blocks`, with the same end.
         directions: n >= 1, perturbations of a step.
         sigma: standard deviation of the perturbation (MeZO's epsilon), > 0.
         optimizer: `Descent`, or any optax transformation.
@@ -95,7 +96,9 @@ class ZerothOrder:
     @property
     def layout(self) -> PopulationLayout:
         """Directions as the engine's pairs."""
-        return PopulationLayout(self.directions, chunk_pairs=self.chunk_directions, signs=ESTIMATORS[self.estimator].signs)
+        signs = ESTIMATORS[self.estimator].signs
+        # One key for all forwards of a step: the losses that are subtracted see the same dropout.
+        return PopulationLayout(self.directions, chunk_pairs=self.chunk_directions, signs=signs, same_key=True)
 
     @functools.cached_property
     def placement(self) -> Placement | None:
@@ -191,9 +194,11 @@ class ZerothOrder:
         options: dict[str, Any] = dict(noise_key=state.key, noise_generation=state.generation, sigma=state.sigma)
         options |= {"evaluation_key": evaluation_key, "batch": batch, "layout": self.layout, "placement": placement}
         losses = sharded.evaluate(self._weighted, self._cache["plan"], state.params, join=join, split=True, **options)
+        if placement is not None:
+            losses = jax.lax.with_sharding_constraint(losses, placement.replicated)
         base = jnp.float32(jnp.nan)
         if estimator.unperturbed:
-            total, weight = self._weighted(state.params, batch, jax.random.fold_in(evaluation_key, 0))
+            total, weight = self._weighted(state.params, batch, evaluation_key)
             base = total / weight
         plus, other = losses[:, 0], losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
         found = coefficients(estimator, plus, other, base, sigma=state.sigma)

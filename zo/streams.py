@@ -80,12 +80,12 @@ class Streams:
     def begin(self, state: OffloadState, batch: Any) -> Any:
         """The resident parameters with what is pending, where every stream starts, and aux."""
         resident = self.updated(self.resident_plan, state.resident, state)
-        key = self._evaluation_key(state)
+        key = jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
 
-        def begin(params: Any, _: Any, pair: Array) -> Any:
-            return self.pieces.begin(params, batch, jax.random.fold_in(key, pair))[0]
+        def begin(params: Any, _: Any) -> Any:
+            return self.pieces.begin(params, batch, key)[0]
 
-        base_x, aux = self.pieces.begin(resident, batch, jax.random.fold_in(key, 0))
+        base_x, aux = self.pieces.begin(resident, batch, key)
         nothing = jnp.zeros((self.directions, len(self.estimator.signs)))
         return resident, (self._streams(begin, self.resident_plan, resident, nothing, state), base_x), aux
 
@@ -94,26 +94,30 @@ class Streams:
         x, base_x = carry
         stored = self.moved_block(state, block, index)
         own = _as_planned(self.block_plan, stored)
-        x = self._streams(lambda params, x, _: self.pieces.block(params, x, aux), self.block_plan, own, x, state, index)
+        x = self._streams(lambda params, x: self.pieces.block(params, x, aux), self.block_plan, own, x, state, index)
         return stored, (x, self.pieces.block(own, base_x, aux) if self.estimator.unperturbed else base_x)
 
     def end(self, state: OffloadState, resident: Any, carry: Any, batch: Any) -> tuple[OffloadState, OffloadMetrics]:
         """Losses, coefficients, and the next state but for its blocks."""
         estimator, (x, base_x) = self.estimator, carry
-        end = lambda params, x, _: _ratio(self.pieces.end(params, x, batch))  # noqa: E731
+        end = lambda params, x: _ratio(self.pieces.end(params, x, batch))  # noqa: E731
         losses = self._streams(end, self.resident_plan, resident, x, state)
         base = _ratio(self.pieces.end(resident, base_x, batch)) if estimator.unperturbed else jnp.float32(jnp.nan)
         other = losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
         found = -coefficients(estimator, losses[:, 0], other, base, sigma=state.sigma)
         both = jnp.stack([losses[:, 0], other], axis=1)
-        loss, skipped = base if estimator.unperturbed else both.mean(), ~jnp.isfinite(found).all()
+        finite = jnp.isfinite(both)
+        mean = jnp.where(finite, both, 0.0).sum() / finite.sum().astype(jnp.float32)  # NaN where none is
+        # Where the resident step asks for a finite gradient norm, which offloading never has, this asks for finite squares.
+        skipped = ~jnp.isfinite(jnp.square(found / (2 * state.sigma)).sum())
+        loss = base if estimator.unperturbed else mean
         metrics = OffloadMetrics(state.generation, loss, both, found, skipped)
         return self._deferred(state._replace(resident=resident), found, skipped), metrics
 
     def _streams(
         self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array | int = 0
     ) -> Any:
-        """`function(member's params, what it carries, pair)` for every direction and sign: [n, S, ...]."""
+        """`function(member's params, what it carries)` for every direction and sign: [n, S, ...]."""
 
         def of_pair(inputs: Any) -> Any:
             pair, own = inputs
@@ -121,7 +125,7 @@ class Streams:
 
             def of_sign(sign: Array, own: Any) -> Any:
                 member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma, in_loop=True)
-                return apply_perturbed(function, member, own, pair)
+                return apply_perturbed(function, member, own)
 
             return jax.vmap(of_sign)(jnp.asarray(self.estimator.signs, jnp.float32), own)
 
@@ -172,9 +176,6 @@ class Streams:
     def loss(self, resident: Any, x: Any, batch: Any) -> Array:
         """The loss at the end of an unperturbed stream."""
         return _ratio(self.pieces.end(resident, x, batch))
-
-    def _evaluation_key(self, state: OffloadState) -> Array:
-        return jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
 
 
 def _as_planned(plan: Plan, stored: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from eggroll.fingerprint import fingerprint
+from eggroll.plan import LeafPlan
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
 
@@ -52,8 +53,13 @@ def make_header(es: EvolutionStrategy, state: ESState, *, recipe: Mapping | None
     options |= {name: _said(getattr(es, name)) for name in ("sigma", "shaping", "perturbation")}
     key = [str(jax.random.key_impl(state.key)), np.asarray(jax.random.key_data(state.key)).tolist()]
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
-    rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec}" for leaf in plan.leaves]
+    rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]
     return Header(key, options, rows, fingerprint(state.params), versions, dict(recipe) if recipe else None)
+
+
+def _axes(leaf: LeafPlan) -> str:
+    """How the noise lies in the parameter."""
+    return " ".join(f"{name} {list(getattr(leaf, name))}" for name in ("stack", "rows", "columns"))
 
 
 def _said(value: Any) -> Any:

@@ -113,23 +113,24 @@ def _forwards(tuner: zo.ZerothOrder) -> int:
 
 
 def _batched(config: ZO) -> dict[str, Callable[[], Any]]:
-    """16 low-rank directions (8 pairs) of one matrix: in one pass, and one at a time by the same code."""
+    """16 low-rank directions of one matrix, each with inputs of its own: in one pass, and one at a time by the same code."""
     size = config.matrix
     params = {"w": jnp.full((size, size), 1e-3)}
-    x = jax.random.normal(jax.random.key(2), (config.rows, size))
+    x = jax.random.normal(jax.random.key(2), (16, config.rows, size))
     product = lambda params, batch, key, _: (batch @ params["w"]).sum()  # noqa: E731
     es = eggroll.EvolutionStrategy(None, population_size=2, sigma=0.1, optimizer=zo.Descent(0.1).transformation())
-    plan = es.plan(es.init(params, key=jax.random.key(0)), x, function=lambda params, batch: batch @ params["w"])
+    plan = es.plan(es.init(params, key=jax.random.key(0)), x[0], function=lambda params, batch: batch @ params["w"])
 
     def forwards(params: Any, x: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
         key = jax.random.key(0)
-        layout = PopulationLayout(count, signs=(1.0,))
+        layout = PopulationLayout(count, members_per_batch=1, signs=(1.0,))
         options: dict[str, Any] = dict(noise_key=key, noise_generation=jnp.int32(0), sigma=jnp.float32(0.1), evaluation_key=key)
         return evaluate(product, plan, params, layout=layout, batch=x, first_pair=first, **options)
 
     compiled = {count: jax.jit(forwards, static_argnames="count") for count in (1, 16)}
+    parts = [x[index : index + 1] for index in range(16)]
     indices = [jnp.int32(index) for index in range(16)]
     return {
         "batched": lambda: compiled[16](params, x, indices[0], count=16),
-        "separate": lambda: [compiled[1](params, x, index, count=1) for index in indices],
+        "separate": lambda: [compiled[1](params, own, index, count=1) for own, index in zip(parts, indices, strict=True)],
     }

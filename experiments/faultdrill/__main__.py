@@ -38,12 +38,14 @@ class Config:
     seed: int = 0
     """Seed of the moments and the damages."""
     folder: Path = Path("runs/faultdrill")
-    """Run folder; it is emptied first."""
+    """Run folder; the runs of an earlier drill in it are replaced."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; it ends with 1 where something was lost, differs or was not found."""
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.faultdrill")
+    if config.kills < 1 or config.generations <= config.kills:
+        sys.exit(f"error: generations must be more than kills, and those >= 1, got {config.generations} and {config.kills}.")
     root = run_folder(config.folder)
     for name in ("undisturbed", "killed"):
         shutil.rmtree(root / name, ignore_errors=True)

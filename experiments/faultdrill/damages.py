@@ -37,6 +37,7 @@ def damage(folder: Path, *, damages: int, seed: int) -> dict[str, int]:
     chance, counts = random.Random(seed + 1), {"found": 0, "harmless": 0, "silent": 0}
     initial = make({})[1]
     whole = _restored(folder, initial)
+    assert whole is not None, "the undamaged checkpoint cannot be read"
     for index in range(damages):
         copy = folder.parent / f"{folder.name}-damaged"
         shutil.rmtree(copy, ignore_errors=True)
