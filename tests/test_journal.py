@@ -213,7 +213,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path, field, value, words):
 
 def test_another_version_and_a_missing_file_are_refused(tmp_path):
     Writer(tmp_path / "a", dataclasses.replace(HEADER, version=9)).close()
-    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 1"):
+    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 2"):
         Reader(tmp_path / "a")
     with pytest.raises(JournalError, match="there is no journal"):
         Reader(tmp_path / "b")
@@ -340,9 +340,11 @@ def test_command_line(tmp_path, capsys):
             assert arrays[name].tobytes() == np.asarray(leaf).tobytes()
     __main__.main(["verify", str(tmp_path)])
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
+    go(tmp_path / "short", 2)
     for arguments, words in (
         (["inspect", "nowhere"], "there is no journal"),
         (["replay", tmp_path, "--generation", "12"], "12 is not"),
+        (["verify", tmp_path / "short"], "has no checkpoint to compare with"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{words}"):
             __main__.main([str(argument) for argument in arguments])

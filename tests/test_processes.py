@@ -149,7 +149,7 @@ def test_lost_processes_are_told_only_where_there_are_several():
         ("population", "mesh must be such as"),
         ("population=0", "mesh must be such as"),
         ("population=1,population=1", "has 1 devices"),
-        ("population=512", "mesh 'population=512' has 512 devices, this run "),
+        ("population=512", "mesh 'population=512' has 512 devices, this run has "),
     ],
 )
 def test_wrong_meshes_are_refused(text, words):

@@ -35,10 +35,9 @@ class Estimator:
     unperturbed: bool
     differences: Callable[[Array, Array, Array, Array, Array], Array]
 
-    @property
-    def forwards(self) -> str:
-        """Forwards of a step with n directions."""
-        return f"{len(self.signs)} n{' + 1' if self.unperturbed else ''}".replace("1 n", "n")
+    def forwards(self, directions: int) -> int:
+        """Forwards of a step with so many directions."""
+        return len(self.signs) * directions + self.unperturbed
 
 
 def _two_point(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:

@@ -107,6 +107,8 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
         print(f"generation {generation}: {'equal' if same else 'DIFFERENT'}")
         different += [generation] * (not same)
     checkpoints.close()
+    if not checkpoints.generations:
+        raise JournalError(f"{path.parent} has no checkpoint to compare with.")
     if different:
         raise JournalError(f"the journal does not rebuild the checkpoints of generations {different}.")
     print(f"{len(checkpoints.generations)} checkpoints are rebuilt bit for bit")

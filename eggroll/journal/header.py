@@ -12,7 +12,7 @@ from eggroll.plan import LeafPlan
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
 
-VERSION = 1  # of the format of the file
+VERSION = 2  # of the format of the file; 2: the plan says how the noise lies in a parameter
 
 
 class JournalError(ValueError):

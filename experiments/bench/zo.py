@@ -108,8 +108,7 @@ def _recipes() -> dict[str, zo.ZerothOrder]:
 
 
 def _forwards(tuner: zo.ZerothOrder) -> int:
-    estimator = zo.ESTIMATORS[tuner.estimator]
-    return len(estimator.signs) * tuner.directions + estimator.unperturbed
+    return zo.ESTIMATORS[tuner.estimator].forwards(tuner.directions)
 
 
 def _batched(config: ZO) -> dict[str, Callable[[], Any]]:

@@ -27,5 +27,5 @@ def parse_mesh(text: str | None) -> Mesh | None:
         count *= size
     here = jax.device_count()
     if len(sizes) < len(parts) or count > here or (count < here and jax.process_count() > 1):
-        raise ValueError(f"mesh {text!r} has {count} devices, this run {here} in {jax.process_count()} processes.")
+        raise ValueError(f"mesh {text!r} has {count} devices, this run has {here}; several processes must use all.")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])
