@@ -47,6 +47,7 @@ def gradient(
     first_pair: Array | int = 0,
     num_pairs: int | None = None,
     first_index: Array | int = 0,
+    first_word: Array | int = 0,
 ) -> Any:
     """Estimate the gradient of the expected fitness (ascent direction), or some pairs' part of it.
 
@@ -59,19 +60,20 @@ def gradient(
         first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
         first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
+        first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`plan.draw`).
 
     Returns:
         float32 pytree like the parameters; zeros for frozen leaves.
     """
     keys = leaf_keys(plan.leaves, noise_key, noise_generation)
-    first = first_pair, first_index
+    first = first_pair, {"first_index": first_index, "first_word": first_word}
     leaves = [_leaf_sum(leaf, key, coefficients, *first) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
     scaled = [_scaled(leaf, total, count, sigma) for leaf, total in zip(plan.leaves, leaves, strict=True)]
     return jax.tree.unflatten(plan.tree, scaled)
 
 
-def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first_index: Any) -> Array:
+def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r)."""
     if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
@@ -83,7 +85,7 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
     def add_chunk(total, start):
         pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
         own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
-        return total + _weighted_noise(leaf, key, pairs, own, first_index), None
+        return total + _weighted_noise(leaf, key, pairs, own, first), None
 
     if for_all == chunk:
         total = add_chunk(total, jnp.int32(0))[0]
@@ -91,7 +93,7 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
         total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
     if for_all < num_pairs:
         rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
-        total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first_index)
+        total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first)
     return total
 
 
@@ -112,9 +114,9 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
     return (*leaf.sizes(leaf.stack), *sides)
 
 
-def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first_index: Any) -> Array:
+def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first: dict[str, Any]) -> Array:
     """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
-    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, first_index=first_index)[0])(pairs)
+    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, **first)[0])(pairs)
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)

@@ -202,8 +202,8 @@ def place(placement: Placement | None, state: ESState, tree: Any, where: str = "
         sharding = NamedSharding(placement.mesh, placement.batch_spec(split=where == "split_batch", padded=False))
         compared = "batch" not in placement._checked  # the first batch shows wrong seeds; comparing costs a meeting of all
         placement._checked.add("batch")
-    placed = jax.tree.map(lambda leaf: _put(leaf, sharding, compared=compared), tree)
-    return jax.tree.map(_put, state, placement.shardings(state)), placed
+    placed = jax.tree.map(lambda leaf: put(leaf, sharding, compared=compared), tree)
+    return jax.tree.map(put, state, placement.shardings(state)), placed
 
 
 def of_report(placement: Placement | None) -> Any:
@@ -223,14 +223,21 @@ def of_outputs(placement: Placement | None) -> Any:
     return placement.replicated
 
 
-def _put(leaf: Any, sharding: NamedSharding | None, *, compared: bool = True) -> Any:
+def put(leaf: Any, sharding: NamedSharding | None, *, compared: bool = True) -> Any:
+    """Put one array where `sharding` says, also over several processes, each of which has the whole value.
+
+    Args:
+        leaf: array or number; a tracer stays where it is.
+        sharding: None: it stays too.
+        compared: check that all processes have the same value.
+    """
     if isinstance(leaf, jax.core.Tracer) or sharding is None or getattr(leaf, "sharding", None) == sharding:
         return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     # Devices of several processes, each of which has the whole value.
     if isinstance(leaf, Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        words = _put(jax.random.key_data(leaf), sharding)
+        words = put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)

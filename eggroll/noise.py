@@ -87,12 +87,13 @@ def address_keys(
     return _threefry(requests)
 
 
-def draw_words(keys: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+def draw_words(keys: Sequence[Array], counts: Sequence[int], *, first: Array | int = 0) -> list[Array]:
     """Draw random words for several addresses at once; the words do not depend on what else is drawn.
 
     Args:
         keys: uint32 [*stack, 2] per parameter, from `address_keys`.
         counts: words wanted per address of each parameter.
+        first: index of the first word, even.
 
     Returns:
         uint32 [*stack, count] per parameter.
@@ -100,7 +101,7 @@ def draw_words(keys: Sequence[Array], counts: Sequence[int]) -> list[Array]:
     requests = []
     for key, count in zip(keys, counts, strict=True):
         key = jnp.broadcast_to(key[..., None, :], (*key.shape[:-1], -(-count // 2), 2))
-        requests.append((key, 0, jnp.arange(-(-count // 2), dtype=jnp.uint32)))
+        requests.append((key, 0, jnp.asarray(first).astype(jnp.uint32) // 2 + jnp.arange(-(-count // 2), dtype=jnp.uint32)))
     words = _threefry(requests)
     return [w.reshape(*w.shape[:-2], -1)[..., :count] for w, count in zip(words, counts, strict=True)]
 

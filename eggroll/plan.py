@@ -105,7 +105,12 @@ def leaf_keys(leaves: Sequence[LeafPlan], key: Array, generation: Array | int) -
 
 
 def draw(
-    leaves: Sequence[LeafPlan], keys: Sequence[LeafKeys], pair: Array | int, *, first_index: Array | int = 0
+    leaves: Sequence[LeafPlan],
+    keys: Sequence[LeafKeys],
+    pair: Array | int,
+    *,
+    first_index: Array | int = 0,
+    first_word: Array | int = 0,
 ) -> list[noise.Factors | Array]:
     """Draw the noise of one pair for several leaves that are not frozen.
 
@@ -114,23 +119,26 @@ def draw(
         keys: of every leaf, from `leaf_keys`.
         pair: int32 scalar.
         first_index: stack index of the first layer of every leaf (`noise.address_keys`).
+        first_word: of the words at every address, even; not 0 where the leaves are parts of dense ones.
 
     Returns:
         What `LeafPlan.decode` gives, per leaf.
     """
-    drawn = _drawn(leaves, [key.own for key in keys], pair, first_index)
+    drawn = _drawn(leaves, [key.own for key in keys], pair, first_index, first_word)
     lazy = [index for index, key in enumerate(keys) if key.shared is not None]
-    others = _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair, first_index)
+    others = _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair, first_index, first_word)
     for index, other in zip(lazy, others, strict=True):
         drawn[index] = noise.joined(drawn[index], other, leaves[index].dtype)
     return drawn
 
 
-def _drawn(leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int, first_index: Array | int) -> list[Any]:
+def _drawn(
+    leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int, first_index: Array | int, first_word: Array | int
+) -> list[Any]:
     if not leaves:
         return []
     addresses = noise.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves], first_index=first_index)
-    words = noise.draw_words(addresses, [leaf.words for leaf in leaves])
+    words = noise.draw_words(addresses, [leaf.words for leaf in leaves], first=first_word)
     return [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]
 
 

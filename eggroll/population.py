@@ -35,6 +35,8 @@ class PopulationLayout:
         chunk_pairs: evaluate this many pairs at a time; None: all at once.
         signs: of the members of a pair; (1.0,) for one-sided estimates, whose "pairs" have one member.
         same_key: all members get the same key, not one for every pair.
+        apart: the two members of a pair are entries of their own, so that devices can share a pair: `num_pairs` counts
+            entries, entry j being pair j // S with sign j % S of the S signs, and results have leading axes [entries, 1].
     """
 
     num_pairs: int
@@ -42,6 +44,7 @@ class PopulationLayout:
     chunk_pairs: int | None = None
     signs: tuple[float, ...] = SIGNS
     same_key: bool = False
+    apart: bool = False
 
     @classmethod
     def of_members(cls, population_size: int, members_per_batch: int | None, chunk_size: int | None) -> "PopulationLayout":
@@ -68,7 +71,7 @@ class PopulationLayout:
     @property
     def population_size(self) -> int:
         """N = 2 P; P where estimates are one-sided."""
-        return len(self.signs) * self.num_pairs
+        return self.num_pairs if self.apart else len(self.signs) * self.num_pairs
 
     @property
     def is_chunked(self) -> bool:
@@ -209,7 +212,9 @@ def evaluate(
 
     def evaluate_pair(inputs):
         index, own_batch, state = inputs
-        pair = first_pair + index
+        pair, own_signs = first_pair + index, signs
+        if layout.apart:
+            pair, own_signs = pair // len(signs), signs[pair % len(signs)][None]
         pair_noise = draw_pair(plan, noise_key, noise_generation, pair)
         key = evaluation_key if layout.same_key else jax.random.fold_in(evaluation_key, pair)
 
@@ -221,7 +226,7 @@ def evaluate(
             own_batch = batch
         elif not per_member:
             own_batch = jax.tree.map(lambda x: x[index // (layout.members_per_batch // 2)], batch)
-        return jax.vmap(evaluate_member, in_axes=(0, 0 if per_member else None, 0))(signs, own_batch, state)
+        return jax.vmap(evaluate_member, in_axes=(0, 0 if per_member else None, 0))(own_signs, own_batch, state)
 
     by_pair = jax.tree.map(lambda x: x.reshape(-1, len(layout.signs), *x.shape[1:]), batch) if per_member else None
     inputs = (jnp.arange(layout.num_pairs, dtype=jnp.int32), by_pair, member_state)

@@ -61,7 +61,7 @@ def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str
         for w, u in zip(wide, jax.tree.leaves(updates), strict=True)
     ]
     new_leaves = [
-        stochastic_round(new, leaf.dtype, key=jax.random.fold_in(key, i))
+        stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(jax.random.fold_in(key, i), new.shape))
         if precision == "stochastic" and is_low(leaf)
         else (new.astype(leaf.dtype) if is_low(leaf) else new)
         for i, (new, leaf) in enumerate(zip(added, leaves, strict=True))
@@ -70,7 +70,7 @@ def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str
     return jax.tree.unflatten(tree, new_leaves), new_masters
 
 
-def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
+def stochastic_round(value: Array, dtype: Any, *, uniform: Array) -> Array:
     """Round float32 to a shorter float so that the mean is kept: up with the probability of the remainder.
 
     Values that are not finite are rounded to nearest.
@@ -78,7 +78,7 @@ def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
     Args:
         value: float32 array.
         dtype: the shorter floating dtype.
-        key: consumed.
+        uniform: float32 in [0, 1), like `value`: rounded up where it is less than the remainder.
 
     Returns:
         Array of `dtype`, each entry one of the two neighbours of its value.
@@ -87,6 +87,6 @@ def stochastic_round(value: Array, dtype: Any, *, key: Array) -> Array:
     exponent = jnp.maximum(jnp.frexp(value)[1] - 1, int(info.minexp))
     ulp = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
     whole = jnp.floor(value / ulp)
-    up = jax.random.uniform(key, value.shape) < value / ulp - whole
+    up = uniform < value / ulp - whole
     rounded = (whole + up.astype(jnp.float32)) * ulp
     return jnp.where(jnp.isfinite(value), rounded, value).astype(dtype)

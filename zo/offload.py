@@ -7,11 +7,13 @@ perturbed streams while it is there, and goes back, while the next one is on its
 
 One program does this for every block; Python runs it L times, so that nothing on the device grows with L and the host holds the
 blocks once. The pending update carries its own learning rate; `flush` applies it before evaluation, saving and export, which
-refuse a state without. Noise comes from the same addresses as without offloading, so a step is that of `ZerothOrder` up to
-rounding.
+refuse a state without. On a mesh the devices share all of it (`distributed`). Noise comes from the same addresses as without
+offloading, so a step is that of `ZerothOrder` up to rounding.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,19 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 
 from eggroll import noise
 from eggroll.plan import Plan
 from eggroll.precision import is_low
+from eggroll.processes import whole
 from eggroll.rules import check_params
 from zo.blocks import Blocks, check_blocks, split_plan
+from zo.distributed import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced
 from zo.estimators import ESTIMATORS
 from zo.optimizers import Descent, ProjectedMoment
 from zo.strategy import ZerothOrder
 from zo.streams import OffloadMetrics, OffloadState, Pending, Streams
-
-HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Offload:
     """Runs a `ZerothOrder` of a model in pieces with its blocks in the host's memory.
 
     Args:
-        tuner: its loss is `Blocks`, its optimizer `Descent`; without a mesh.
+        tuner: its loss is `Blocks`, its optimizer `Descent`; its mesh has the axes "population" and "data", or one of them.
         transfer_dtype: dtype of float32 blocks in the host's memory and on the way, such as bfloat16, rounded stochastically
             after every update; None: as they are. Blocks that are short floats are rounded stochastically too.
 
@@ -56,11 +57,15 @@ class Offload:
             raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
         if not isinstance(self.tuner.optimizer, Descent):
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
-        if self.tuner.mesh is not None:
-            raise ValueError("offloading over a mesh is not built yet; give the tuner no mesh.")
+        _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
             raise ValueError(f"transfer_dtype must be a float of 16 bits or fewer, or None, got {self.transfer_dtype!r}.")
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        """What runs a step."""
+        return Devices(self.tuner.mesh)
 
     def init(self, params: Any, *, key: Array) -> OffloadState:
         """Make the state of a new run.
@@ -81,24 +86,28 @@ class Offload:
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
         pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1))
         moment = ProjectedMoment(jnp.int32(0), zero)
-        return OffloadState(resident, blocks, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+        state = OffloadState(resident, (), pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+        return self.devices.everywhere(state)._replace(blocks=blocks)
 
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:
         """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do it by themselves, `flush` of a restored state needs it."""
         self._streams(state, batch)
-        return self.tuner.plan_of(self._shapes(state), batch)
+        return self.tuner.plan_of(_shapes(state), batch)
 
     def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, OffloadMetrics]:
         """Run one step; its own update stays pending. The blocks of `state` are used up: they are not copied.
 
         Args:
             state: from `init` or the last `step`.
-            batch: any pytree that the pieces take.
+            batch: any pytree that the pieces take; on a mesh with "data", examples along axis 0.
+
+        Raises:
+            ValueError: the devices along "data" do not divide the examples.
         """
-        streams, small = self._streams(state, batch), state._replace(blocks=())
-        resident, carry, aux = self._jitted("begin", streams.begin)(small, batch)
+        streams, batch, small = self._streams(state, batch), self.devices.batch(batch), state._replace(blocks=())
+        resident, carry, aux = self._program("begin", streams.begin, (SAME, BATCH), (SAME, OWN, OWN))(small, batch)
         blocks, carry = self._each_block("visit", streams.visit, state, carry, aux)
-        new, metrics = self._jitted("end", streams.end)(small, resident, carry, batch)
+        new, metrics = self._program("end", streams.end, (SAME, SAME, OWN, BATCH), SAME)(small, resident, carry, batch)
         return new._replace(blocks=blocks), metrics
 
     def flush(self, state: OffloadState) -> OffloadState:
@@ -110,25 +119,27 @@ class Offload:
         streams = self._cache["streams"]
         only_update = lambda small, block, index, carry, aux: (streams.moved_block(small, block, index), carry)  # noqa: E731
         blocks, _ = self._each_block("flush", only_update, state, None, None)
-        update = lambda small: streams.updated(streams.resident_plan, small.resident, small)  # noqa: E731
-        resident = self._jitted("flush resident", update)(state._replace(blocks=()))
-        return state._replace(resident=resident, blocks=blocks, pending=state.pending._replace(rate=jnp.float32(0)))
+        resident = self._program("flush resident", streams.moved_resident, (SAME,), SAME)(state._replace(blocks=()))
+        pending = state.pending._replace(rate=self.devices.everywhere(jnp.float32(0)))
+        return state._replace(resident=resident, blocks=blocks, pending=pending)
 
     def loss(self, state: OffloadState, batch: Any, *, key: Array) -> Array:
         """The unperturbed loss of what `flush` returned, block by block; float32 [].
 
         Raises:
-            ValueError: an update is pending.
+            ValueError: an update is pending, or the devices along "data" do not divide the examples.
         """
         if float(state.pending.rate):
             raise ValueError("an update is pending: evaluate flush(state).")
-        streams = self._streams(state, batch)
-        x, aux = self._jitted("loss begin", streams.pieces.begin)(state.resident, batch, key)
-        forward, coming = self._jitted("loss block", streams.forward), _uploaded(state.blocks[0])
+        streams, batch = self._streams(state, batch), self.devices.batch(batch)
+        key = self.devices.everywhere(key)
+        x, aux = self._program("loss first", streams.first, (SAME, BATCH, SAME), OWN)(state.resident, batch, key)
+        forward = self._program("loss block", streams.forward, (SLICES, OWN, OWN), OWN)
+        coming = _uploaded(state.blocks[0])
         for following in (*state.blocks[1:], None):
             block, coming = coming, None if following is None else _uploaded(following)
             x = jax.block_until_ready(forward(block, x, aux))
-        return self._jitted("loss end", streams.loss)(state.resident, x, batch)
+        return self._program("loss end", streams.loss, (SAME, OWN, BATCH), SAME)(state.resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
         """The parameters of what `flush` returned, in their own dtypes, for saving and export; blocks stacked, as NumPy arrays.
@@ -138,54 +149,36 @@ class Offload:
         """
         if float(state.pending.rate):
             raise ValueError("an update is pending: save flush(state).")
-        dtypes = jax.tree.map(lambda shape: shape.dtype, self._shapes(state)["blocks"])
-        stacked = jax.tree.map(
-            lambda dtype, *leaves: np.stack([np.asarray(leaf, dtype) for leaf in leaves]), dtypes, *state.blocks
-        )
-        return {"resident": state.resident, "blocks": stacked}
+
+        def stacked(*leaves: Sliced) -> np.ndarray:
+            shape, dtype = leaves[0].shape, leaves[0].dtype
+            return np.stack([whole(leaf.values)[: math.prod(shape)].reshape(shape).astype(dtype) for leaf in leaves])
+
+        return {"resident": state.resident, "blocks": jax.tree.map(stacked, *state.blocks, is_leaf=is_sliced)}
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _stored(self, leaf: Any) -> Array:
-        """A stack of blocks in the host's memory, as it travels."""
+    def _stored(self, leaf: Any) -> Sliced:
+        """A leaf of one block in the host's memory, as it travels."""
         travels = leaf.dtype == jnp.float32 and self.transfer_dtype is not None
-        values = np.array(leaf, self.transfer_dtype if travels else None)  # a copy: a view would keep what it comes from
-        try:
-            return jax.device_put(values, SingleDeviceSharding(jax.devices()[0], memory_kind=HOST))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the host's memory for blocks is full ({values.nbytes / 2**30:.3g} GiB more were wanted); on CUDA it is "
-                "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says more before JAX starts."
-            ) from error
+        return self.devices.stored(np.asarray(leaf, self.transfer_dtype if travels else None), leaf.dtype)
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
-        shapes, tuner = self._shapes(state), self.tuner
+        shapes, tuner = _shapes(state), self.tuner
         plan = tuner.plan_of(shapes, batch)  # refuses parameters of other shapes
         if "streams" not in self._cache:
             resident_plan, block_plan = split_plan(plan, shapes)
             known: Any = {"pieces": tuner.loss, "estimator": ESTIMATORS[tuner.estimator], "descent": tuner.optimizer}
-            known |= {"directions": tuner.directions, "chunk_directions": tuner.chunk_directions}
+            known |= {"directions": tuner.directions, "chunk_directions": tuner.chunk_directions, "devices": self.devices}
             self._cache["streams"] = Streams(**known, resident_plan=resident_plan, block_plan=block_plan)
         return self._cache["streams"]
 
-    def _shapes(self, state: OffloadState) -> Any:
-        """Shapes of the parameters as the model computes with them."""
-        count, short = len(state.blocks), self.transfer_dtype
-
-        def stacked(leaf: Array) -> jax.ShapeDtypeStruct:
-            wide = short is not None and leaf.dtype == jnp.dtype(short)
-            return jax.ShapeDtypeStruct((count, *leaf.shape), jnp.float32 if wide else leaf.dtype)
-
-        of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-        return {"resident": jax.tree.map(of, state.resident), "blocks": jax.tree.map(stacked, state.blocks[0])}
-
     def _each_block(self, name: str, visit: Callable, state: OffloadState, carry: Any, aux: Any) -> tuple[tuple, Any]:
         """Run `visit(state, block, index, carry, aux) -> (block, carry)` over the blocks, the next one on its way meanwhile."""
-        if name not in self._cache:
-            host = jax.tree.map(lambda leaf: leaf.sharding, state.blocks[0])
-            self._cache[name] = jax.jit(visit, out_shardings=(host, None), donate_argnums=3)
-        run, small, done = self._cache[name], state._replace(blocks=()), []
-        coming = _uploaded(state.blocks[0])
+        ins, outs = (SAME, SLICES, SAME, OWN, OWN), (SLICES, OWN)
+        where = jax.tree.map(lambda _: self.devices.host, state.blocks[0]), None
+        run = self._program(name, visit, ins, outs, out_shardings=where, donate_argnums=3)
+        small, done, coming = state._replace(blocks=()), [], _uploaded(state.blocks[0])
         for index, old in enumerate(state.blocks):
             block = coming
             coming = _uploaded(state.blocks[index + 1]) if index + 1 < len(state.blocks) else None
@@ -196,10 +189,22 @@ class Offload:
                 leaf.delete()
         return tuple(done), carry
 
-    def _jitted(self, name: str, function: Callable) -> Callable:
+    def _program(self, name: str, function: Callable, ins: Any, outs: Any, **options: Any) -> Callable:
+        """`function` on all devices, compiled once."""
         if name not in self._cache:
-            self._cache[name] = jax.jit(function)
+            self._cache[name] = jax.jit(self.devices.spread(function, ins, outs), **options)
         return self._cache[name]
+
+
+def _shapes(state: OffloadState) -> Any:
+    """Shapes of the parameters as the model computes with them."""
+    count = len(state.blocks)
+    stacked = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)  # noqa: E731
+    of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    return {
+        "resident": jax.tree.map(of, state.resident),
+        "blocks": jax.tree.map(stacked, state.blocks[0], is_leaf=is_sliced),
+    }
 
 
 def _uploaded(block: Any) -> Any:

@@ -47,7 +47,8 @@ class ZerothOrder:
         perturbation: noise of the directions: `Dense`, `LowRank`, or rules on the paths.
         chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
         precision: how parameters shorter than float32 are updated (`eggroll.precision`).
-        mesh: axes "population" (directions over devices) and "data" (the batch over devices), any of them.
+        mesh: axes "population" (directions over devices; their two forwards, where there are fewer directions than devices)
+            and "data" (the batch over devices), any of them.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -78,6 +79,11 @@ class ZerothOrder:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
         if self.estimator == "fzoo" and self.directions < 2:
             raise ValueError("estimator fzoo divides by the spread of the losses: directions must be >= 2, got 1.")
+        if self._sharing > self.layout.num_pairs:
+            raise ValueError(
+                f"directions {self.directions} make {self.layout.num_pairs} perturbed forwards, fewer than the devices of mesh "
+                f"axis 'population', {self._sharing}."
+            )
         _ = self.placement  # checks the mesh
 
     # What the journal and the training loop ask of a strategy.
@@ -97,8 +103,15 @@ class ZerothOrder:
     def layout(self) -> PopulationLayout:
         """Directions as the engine's pairs."""
         signs = ESTIMATORS[self.estimator].signs
+        apart = self.directions < self._sharing
+        count = self.directions * len(signs) if apart else self.directions
         # One key for all forwards of a step: the losses that are subtracted see the same dropout.
-        return PopulationLayout(self.directions, chunk_pairs=self.chunk_directions, signs=signs, same_key=True)
+        return PopulationLayout(count, chunk_pairs=self.chunk_directions, signs=signs, same_key=True, apart=apart)
+
+    @property
+    def _sharing(self) -> int:
+        """Devices that share the forwards."""
+        return self.mesh.shape.get("population", 1) if isinstance(self.mesh, Mesh) else 1
 
     @functools.cached_property
     def placement(self) -> Placement | None:
@@ -200,6 +213,7 @@ class ZerothOrder:
         if estimator.unperturbed:
             total, weight = self._weighted(state.params, batch, evaluation_key)
             base = total / weight
+        losses = losses.reshape(self.directions, len(estimator.signs))
         plus, other = losses[:, 0], losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
         found = coefficients(estimator, plus, other, base, sigma=state.sigma)
         report = report_fitness(

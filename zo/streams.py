@@ -1,6 +1,6 @@
 """The programs of an offloaded step: perturbed streams through one block, and the update that was deferred to it.
 
-Everything here is traced; `offload` runs it, block after block.
+Everything here is traced, and is what one device of the mesh does; `offload` runs it, block after block.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from eggroll.population import draw_pair, member_params
 from eggroll.precision import is_low, stochastic_round
 from eggroll.rules import Frozen
 from zo.blocks import Blocks
+from zo.distributed import Devices, Sliced, is_sliced, mine, own
 from zo.estimators import Estimator, coefficients
 from zo.optimizers import Descent, ProjectedMoment, next_moment
 
@@ -36,8 +37,8 @@ class Pending(NamedTuple):
 class OffloadState(NamedTuple):
     """State of an offloaded run: a pytree."""
 
-    resident: Any  # on the device
-    blocks: tuple[Any, ...]  # one pytree for each of L blocks, in the host's memory
+    resident: Any  # on every device
+    blocks: tuple[Any, ...]  # a pytree of `Sliced` for each of L blocks, in the host's memory
     pending: Pending
     moment: ProjectedMoment
     key: Array  # typed threefry key of the run
@@ -67,6 +68,7 @@ class Streams:
         chunk_directions: directions that pass a block at a time; None: all.
         resident_plan: noise of the resident parameters.
         block_plan: noise of one block.
+        devices: what they share.
     """
 
     pieces: Blocks
@@ -76,33 +78,35 @@ class Streams:
     chunk_directions: int | None
     resident_plan: Plan
     block_plan: Plan
+    devices: Devices
 
     def begin(self, state: OffloadState, batch: Any) -> Any:
         """The resident parameters with what is pending, where every stream starts, and aux."""
-        resident = self.updated(self.resident_plan, state.resident, state)
+        resident = self.moved_resident(state)
         key = jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
 
         def begin(params: Any, _: Any) -> Any:
             return self.pieces.begin(params, batch, key)[0]
 
         base_x, aux = self.pieces.begin(resident, batch, key)
-        nothing = jnp.zeros((self.directions, len(self.estimator.signs)))
-        return resident, (self._streams(begin, self.resident_plan, resident, nothing, state), base_x), aux
+        nothing = jnp.zeros(self.devices.streams(self.directions, self.estimator.signs)[1].shape)
+        return resident, own((self._streams(begin, self.resident_plan, resident, nothing, state), base_x)), own(aux)
 
     def visit(self, state: OffloadState, block: Any, index: Array, carry: Any, aux: Any) -> Any:
         """A block with what is pending, and all streams behind it."""
-        x, base_x = carry
-        stored = self.moved_block(state, block, index)
-        own = _as_planned(self.block_plan, stored)
-        x = self._streams(lambda params, x: self.pieces.block(params, x, aux), self.block_plan, own, x, state, index)
-        return stored, (x, self.pieces.block(own, base_x, aux) if self.estimator.unperturbed else base_x)
+        (x, base_x), aux = mine(carry), mine(aux)
+        moved = self.moved_block(state, block, index)
+        params = self.devices.whole(moved)
+        x = self._streams(lambda params, x: self.pieces.block(params, x, aux), self.block_plan, params, x, state, index)
+        return moved, own((x, self.pieces.block(params, base_x, aux) if self.estimator.unperturbed else base_x))
 
     def end(self, state: OffloadState, resident: Any, carry: Any, batch: Any) -> tuple[OffloadState, OffloadMetrics]:
         """Losses, coefficients, and the next state but for its blocks."""
-        estimator, (x, base_x) = self.estimator, carry
-        end = lambda params, x: _ratio(self.pieces.end(params, x, batch))  # noqa: E731
-        losses = self._streams(end, self.resident_plan, resident, x, state)
-        base = _ratio(self.pieces.end(resident, base_x, batch)) if estimator.unperturbed else jnp.float32(jnp.nan)
+        estimator, (x, base_x) = self.estimator, mine(carry)
+        end = lambda params, x: _total(self.pieces.end(params, x, batch))  # noqa: E731
+        parts = self._streams(end, self.resident_plan, resident, x, state)
+        losses = self.devices.losses(parts, self.directions, len(estimator.signs))
+        base = self.devices.ratio(end(resident, base_x)) if estimator.unperturbed else jnp.float32(jnp.nan)
         other = losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
         found = -coefficients(estimator, losses[:, 0], other, base, sigma=state.sigma)
         both = jnp.stack([losses[:, 0], other], axis=1)
@@ -117,27 +121,23 @@ class Streams:
     def _streams(
         self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array | int = 0
     ) -> Any:
-        """`function(member's params, what it carries)` for every direction and sign: [n, S, ...]."""
+        """`function(member's params, what it carries)` for every direction and sign of this device: [a, b, ...]."""
 
         def of_pair(inputs: Any) -> Any:
-            pair, own = inputs
+            pair, signs, carried = inputs
             drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index)
 
-            def of_sign(sign: Array, own: Any) -> Any:
+            def of_sign(sign: Array, carried: Any) -> Any:
                 member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma, in_loop=True)
-                return apply_perturbed(function, member, own)
+                return apply_perturbed(function, member, carried)
 
-            return jax.vmap(of_sign)(jnp.asarray(self.estimator.signs, jnp.float32), own)
+            return jax.vmap(of_sign)(signs, carried)
 
-        directions, chunk = self.directions, self.chunk_directions
-        pairs = jnp.arange(directions, dtype=jnp.int32)
-        if chunk is None or chunk >= directions:
-            return jax.vmap(of_pair)((pairs, carried))
-        return jax.lax.map(of_pair, (pairs, carried), batch_size=chunk)
-
-    def moved_block(self, state: OffloadState, block: Any, index: Array) -> Any:
-        """One block with what is pending."""
-        return self.updated(self.block_plan, block, state, first_index=index)
+        pairs, signs = self.devices.streams(self.directions, self.estimator.signs)
+        chunk = self.chunk_directions
+        if chunk is None or chunk >= pairs.shape[0]:
+            return jax.vmap(of_pair)((pairs, signs, carried))
+        return jax.lax.map(of_pair, (pairs, signs, carried), batch_size=chunk)
 
     def _deferred(self, state: OffloadState, found: Array, skipped: Array) -> OffloadState:
         """The state of the next step, to which the update of this one is pending; a skipped one counts for no schedule."""
@@ -149,42 +149,72 @@ class Streams:
         pending = Pending(safe, state.generation, rate, scale)
         return state._replace(pending=pending, moment=moment, generation=state.generation + 1)
 
-    def updated(self, plan: Plan, params: Any, state: OffloadState, *, first_index: Array | int = 0) -> Any:
-        """Parameters with what is pending, in the dtypes they came in."""
-        pending, descent = state.pending, self.descent
-        where: dict[str, Any] = dict(noise_generation=pending.generation, sigma=state.sigma, first_index=first_index)
-        ascent = jax.tree.leaves(gradient(plan, pending.coefficients, noise_key=state.key, **where))
-        rounding = jax.random.fold_in(noise.stream_key(state.key, 2), pending.generation)
-        rounding = jax.random.fold_in(rounding, first_index)
+    def moved_resident(self, state: OffloadState) -> Any:
+        """The resident parameters with what is pending."""
 
-        def moved(leaf: Any, planned: LeafPlan, up: Array, number: int) -> Array:
+        def moved(leaf: Array, planned: LeafPlan, ascent: Array, key: Array) -> Array:
+            new = self._moved(leaf, planned, ascent, state.pending)
+            return stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(key, leaf.shape)) if is_low(leaf) else new
+
+        one = lambda planned, coefficients, **where: gradient(_alone(planned), coefficients, **where)  # noqa: E731
+        return self._each_leaf(moved, one, self.resident_plan, state.resident, state, 0)
+
+    def moved_block(self, state: OffloadState, block: Any, index: Array) -> Any:
+        """This device's slices of a block with what is pending."""
+
+        def moved(leaf: Sliced, planned: LeafPlan, ascent: Array, key: Array) -> Sliced:
+            new = self._moved(leaf.values, planned, ascent, state.pending)
+            if is_low(leaf.values):
+                uniform = self.devices.slice_of_uniform(key, new.size)
+                new = stochastic_round(new, leaf.values.dtype, uniform=uniform)
+            return dataclasses.replace(leaf, values=new)
+
+        return self._each_leaf(moved, self.devices.slice_of_gradient, self.block_plan, block, state, index)
+
+    def _each_leaf(
+        self, moved: Callable, estimate: Callable, plan: Plan, tree: Any, state: OffloadState, index: Array | int
+    ) -> Any:
+        """`moved(leaf, planned, its ascent, key for rounding)` for every leaf that is not frozen."""
+        pending = state.pending
+        where: dict[str, Any] = dict(
+            noise_key=state.key, noise_generation=pending.generation, sigma=state.sigma, first_index=index
+        )
+        rounding = jax.random.fold_in(noise.stream_key(state.key, 2), pending.generation)
+        rounding = jax.random.fold_in(rounding, index)
+
+        def of_leaf(leaf: Any, planned: LeafPlan) -> Any:
             if isinstance(planned.spec, Frozen):
                 return leaf
-            wide = leaf.astype(jnp.float32)
-            decay = descent.weight_decay if descent.decays_at(planned.path) else 0.0
-            new = wide + pending.rate * (up / pending.scale - decay * wide)
-            key = jax.random.fold_in(jax.random.fold_in(rounding, zlib.crc32(planned.path.encode())), number)
-            return stochastic_round(new, leaf.dtype, key=key) if is_low(leaf) else new
+            key = jax.random.fold_in(rounding, zlib.crc32(planned.path.encode()))
+            return moved(leaf, planned, estimate(planned, pending.coefficients, **where), key)
 
-        parts = zip(jax.tree.leaves(params), plan.leaves, ascent, range(len(ascent)), strict=True)
-        return jax.tree.unflatten(plan.tree, [moved(*part) for part in parts])
+        leaves = zip(jax.tree.leaves(tree, is_leaf=is_sliced), plan.leaves, strict=True)
+        return jax.tree.unflatten(plan.tree, [of_leaf(*leaf) for leaf in leaves])
+
+    def _moved(self, values: Array, planned: LeafPlan, ascent: Array, pending: Pending) -> Array:
+        """Float32 values with what is pending."""
+        wide = values.astype(jnp.float32)
+        decay = self.descent.weight_decay if self.descent.decays_at(planned.path) else 0.0
+        return wide + pending.rate * (ascent / pending.scale - decay * wide)
 
     def forward(self, block: Any, x: Any, aux: Any) -> Any:
         """One block, unperturbed."""
-        return self.pieces.block(_as_planned(self.block_plan, block), x, aux)
+        return own(self.pieces.block(self.devices.whole(block), mine(x), mine(aux)))
+
+    def first(self, resident: Any, batch: Any, key: Array) -> Any:
+        """Where an unperturbed stream starts, and aux."""
+        return own(self.pieces.begin(resident, batch, key))
 
     def loss(self, resident: Any, x: Any, batch: Any) -> Array:
         """The loss at the end of an unperturbed stream."""
-        return _ratio(self.pieces.end(resident, x, batch))
+        return self.devices.ratio(_total(self.pieces.end(resident, mine(x), batch)))
 
 
-def _as_planned(plan: Plan, stored: Any) -> Any:
-    """Stored parameters in the dtypes that the model computes in."""
-    leaves = zip(jax.tree.leaves(stored), plan.leaves, strict=True)
-    return jax.tree.unflatten(plan.tree, [leaf.astype(planned.dtype) for leaf, planned in leaves])
+def _alone(planned: LeafPlan) -> Plan:
+    return Plan((planned,), jax.tree.structure(0))
 
 
-def _ratio(result: Any) -> Array:
-    """A loss, or (total, weight), as float32 []."""
+def _total(result: Any) -> tuple[Array, Array]:
+    """A loss, or (total, weight), as float32 totals."""
     total, weight = result if isinstance(result, tuple) else (result, 1.0)
-    return jnp.asarray(total, jnp.float32) / jnp.asarray(weight, jnp.float32)
+    return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
