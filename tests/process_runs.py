@@ -86,10 +86,18 @@ def same():
     told, _ = es.tell(state, np.asarray(outputs).mean(axis=(1, 2)))
     tuner = zo.fzoo(lambda params, batch, key: -fitness(params, batch, key), learning_rate=0.05, sigma=0.05, mesh=es.mesh)
     tuned, _ = _train("zo", 4, tuner, every=2)
+    from tests.tiny_blocks import BATCH, PIECES, init  # it uses jax, which the processes have to join before
+
+    away = zo.Offload(zo.mezo(PIECES, learning_rate=0.05, sigma=0.05, directions=3, mesh=es.mesh))
+    moved = away.init(init(), key=jax.random.key(9))
+    for _ in range(3):
+        moved, _ = away.step(moved, BATCH)
+    moved = away.parameters(away.flush(moved))
     sick = strategy(lambda params, batch, key: jnp.nan * fitness(params, batch, key))
     _train("sick", 2, sick, every=5)
     again_sick, _ = _train("sick", 3, sick, every=5)  # replays generations that were skipped
-    arrays = {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.smallest(3 << 30)}
+    arrays = {"embed": moved["resident"]["embed"], "block": moved["blocks"]["w"]}
+    arrays |= {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.smallest(3 << 30)}
     arrays |= {"mean": [record.mean_fitness for record in history], "memory": processes.whole(memory.member_state)}
     arrays |= {"w": state.params["w"], "b": state.params["b"], "outputs": outputs, "told": told.params["w"]}
     arrays["momentum"] = processes.whole(jax.tree.leaves(state.opt_state)[1])
