@@ -1,1 +1,1 @@
-"""Language tasks from local JSONL files: records, tokens, padded examples, losses."""
+"""Language tasks from local JSONL files: records, tokens, padded examples, losses. Corpora of bytes."""
