@@ -56,6 +56,8 @@ class Offload:
             raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
         if not isinstance(self.tuner.optimizer, Descent):
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
+        if self.tuner.optimizer.momentum is not None:
+            raise ValueError("momentum cannot be deferred block by block: its state would have to travel with the blocks.")
         if self.tuner.mesh is not None:
             raise ValueError("offloading over a mesh is not built yet; give the tuner no mesh.")
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
@@ -79,7 +81,8 @@ class Offload:
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which travel as they are.")
         blocks = tuple(jax.tree.map(lambda x, own=i: self._stored(x[own]), params["blocks"]) for i in range(count))
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
-        pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1))
+        history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
+        pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1), history)
         moment = ProjectedMoment(jnp.int32(0), zero)
         return OffloadState(resident, blocks, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
 

@@ -4,6 +4,7 @@ Everything here is traced; `offload` runs it, block after block.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from eggroll.rules import Frozen
 from zo.blocks import Blocks
 from zo.estimators import Estimator, coefficients
 from zo.optimizers import Descent, ProjectedMoment, next_moment
+from zo.rebuilt_adam import History
 
 
 class Pending(NamedTuple):
@@ -31,6 +33,7 @@ class Pending(NamedTuple):
     generation: Array  # int32 [], of its noise
     rate: Array  # float32 [], its own learning rate; 0: nothing is pending
     scale: Array  # float32 [], of the second moment
+    history: History | None  # of `Descent(adam=...)`, the steps that were not skipped
 
 
 class OffloadState(NamedTuple):
@@ -146,14 +149,22 @@ class Streams:
         scale = jnp.float32(1) if descent.second_moment is None else scale
         rate = jnp.where(skipped, 0.0, descent.rate(state.moment.steps))
         moment = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moment, state.moment)
-        pending = Pending(safe, state.generation, rate, scale)
+        history = state.pending.history
+        if history is not None:
+            after = history.after(safe, state.generation, state.sigma)
+            history = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, history)
+        pending = Pending(safe, state.generation, rate, scale, history)
         return state._replace(pending=pending, moment=moment, generation=state.generation + 1)
 
     def updated(self, plan: Plan, params: Any, state: OffloadState, *, first_index: Array | int = 0) -> Any:
         """Parameters with what is pending, in the dtypes they came in."""
         pending, descent = state.pending, self.descent
         where: dict[str, Any] = dict(noise_generation=pending.generation, sigma=state.sigma, first_index=first_index)
-        ascent = jax.tree.leaves(gradient(plan, pending.coefficients, noise_key=state.key, **where))
+        if descent.adam is None or pending.history is None:
+            ascent = jax.tree.leaves(gradient(plan, pending.coefficients, noise_key=state.key, **where))
+        else:
+            rebuilt = functools.partial(descent.adam.ascent, history=pending.history, key=state.key, first_index=first_index)
+            ascent = [rebuilt(leaf) for leaf in plan.leaves]
         rounding = jax.random.fold_in(noise.stream_key(state.key, 2), pending.generation)
         rounding = jax.random.fold_in(rounding, first_index)
 
