@@ -241,6 +241,7 @@ def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
     np.testing.assert_array_equal(flat(whole.params), flat(parts.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_frozen_parameters_stay_and_short_floats_have_masters(name):
     options = dict(METHODS[name])

@@ -48,8 +48,9 @@ SETTINGS = {
     "fzoo": dict(estimator="fzoo", directions=4, perturbation=eggroll.Dense("rademacher")),
     "curvature": dict(estimator="curvature", directions=3),
     "meazo": dict(second_moment=0.9, learning_rate=1e-3),
-    "adamezo": dict(adam=zo.RebuiltAdam(history=4), learning_rate=1e-3, directions=2),
-    "adamezo, lozo": dict(adam=zo.RebuiltAdam(0.8, 0.9, 6), learning_rate=1e-3, perturbation=eggroll.LowRank(2, refresh=3)),
+    "adamezo": dict(
+        adam=zo.RebuiltAdam(history=6), learning_rate=1e-3, directions=2, perturbation=eggroll.LowRank(2, refresh=3)
+    ),
     "frozen": dict(perturbation=[("resident/embed", eggroll.Frozen()), (".*/up", eggroll.Frozen()), (".*", eggroll.Dense())]),
 }
 
