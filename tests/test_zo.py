@@ -27,7 +27,7 @@ def loss(params, batch, key):
 
 
 def start(tuner, params=PARAMS):
-    return tuner.init(params, key=KEY, batch=X)
+    return tuner.init(params, key=KEY)
 
 
 def run(tuner, steps, params=PARAMS, batch=X):
@@ -179,7 +179,7 @@ SETTINGS = {
 @pytest.mark.parametrize("recipe", sorted(zo.RECIPES))
 def test_recipes_learn_and_replay_bit_for_bit(recipe):
     tuner = zo.RECIPES[recipe](loss, **SETTINGS[recipe], weight_decay=1e-3, second_moment=None if recipe != "mezo" else 0.9)
-    state = replayed = start(tuner)
+    state = replayed = tuner.init(PARAMS, key=KEY, batch=X)
     before = float(loss(PARAMS, X, KEY))
     for _ in range(150):
         state, metrics = tuner.step(state, X)

@@ -33,7 +33,7 @@ class Pending(NamedTuple):
     generation: Array  # int32 [], of its noise
     rate: Array  # float32 [], its own learning rate; 0: nothing is pending
     scale: Array  # float32 [], of the second moment
-    history: History | None  # of `Descent(adam=...)`, the steps that were not skipped
+    history: History | None = None  # of `Descent(adam=...)`: the steps that were not skipped
 
 
 class OffloadState(NamedTuple):
