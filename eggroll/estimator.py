@@ -73,6 +73,11 @@ def gradient(
     return jax.tree.unflatten(plan.tree, scaled)
 
 
+def leaf_gradient(leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
+    """The gradient of one parameter, float32; `where` as for `gradient`."""
+    return gradient(Plan((leaf,), jax.tree.structure(0)), coefficients, **where)
+
+
 def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r)."""
     if leaf.role == "frozen":

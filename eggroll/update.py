@@ -4,6 +4,8 @@ The coefficients and sigma are all that a generation adds to a run, so a record 
 NaN where nothing is to change; a gradient that is not finite changes nothing either.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import optax
 from jax import Array
 
 from eggroll import estimator, noise
-from eggroll.plan import Plan
+from eggroll.plan import LeafPlan, Plan
 from eggroll.precision import apply_updates, float32_params
 from eggroll.rules import Perturbation, trainable
 from eggroll.state import ESState
@@ -26,6 +28,22 @@ class UpdateReport(NamedTuple):
     gradient_norm: Array  # float32 []
     leaf_norms: Array  # float32 [leaves], gradient norm of every leaf in the order of the plan
     moved: Array  # float32 [], share of the stored weights that changed their value
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "generation"], meta_fields=["plan"])
+@dataclasses.dataclass(frozen=True)
+class NoiseSource:
+    """Where an optimizer finds the noise of a generation: with its coefficients, the estimate can be had again at any time."""
+
+    plan: Plan
+    key: Array  # typed threefry key of the run
+    generation: Array  # int32 [], of the noise
+
+    def map_leaves(self, function: Callable[[LeafPlan, Array], Array], updates: Any) -> Any:
+        """`function(leaf's plan, leaf)` for every leaf of the updates; those that optax has masked stay so."""
+        leaves, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
+        pairs = zip(self.plan.leaves, leaves, strict=True)
+        return jax.tree.unflatten(tree, [leaf if _is_masked(leaf) else function(own, leaf) for own, leaf in pairs])
 
 
 def update(
@@ -43,7 +61,8 @@ def update(
 
     Args:
         plan: the plan that the population was perturbed by.
-        optimizer: any optax transformation; one with extra arguments gets `coefficients` and `sigma` too.
+        optimizer: any optax transformation; one with extra arguments gets `coefficients`, `sigma` and `noise`, a `NoiseSource`,
+            too.
         state: before the update.
         coefficients: float32 [P], from `estimator.pair_coefficients`.
         sigma: standard deviation that the population was perturbed with.
@@ -58,7 +77,9 @@ def update(
     wide = float32_params(state.params, state.masters)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     optimizer = optax.with_extra_args_support(optimizer)
-    updates, opt_state = optimizer.update(descent, state.opt_state, wide, coefficients=coefficients, sigma=sigma)
+    known: dict[str, Any] = dict(coefficients=coefficients, sigma=sigma)
+    known["noise"] = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
+    updates, opt_state = optimizer.update(descent, state.opt_state, wide, **known)
     rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
     params, masters = apply_updates(state.params, state.masters, updates, precision=precision, key=rounding_key)
     squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])
@@ -82,6 +103,10 @@ def _share_moved(old: Any, new: Any) -> Array:
     pairs = [pair for pair in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True) if _is_float(pair[0])]
     moved = sum((jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs), start=jnp.float32(0))
     return moved / max(1, sum(a.size for a, _ in pairs))
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _is_float(leaf: Array) -> bool:

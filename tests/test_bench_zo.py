@@ -14,7 +14,7 @@ def test_numbers_of_a_small_run(capsys):
     zo.run(zo.ZO(blocks=2, width=8, tokens=4, directions=(1, 2), matrix=64, repeats=2))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(summary["offload_ratios"]) == {"1", "2"} and summary["offload_ratio"] == summary["offload_ratios"]["2"]
-    assert set(summary["forwards_per_second"]) == {"mezo", "lozo", "fzoo", "spsa15"}
+    assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15"}
     assert summary["lowrank_batched_speedup"] > 0
 
 
@@ -27,7 +27,9 @@ def test_the_forms_of_the_large_matrix_compute_the_same():
 def test_forwards_are_counted():
     assert {name: zo._forwards(tuner) for name, tuner in zo._recipes().items()} == {
         "mezo": 2,
+        "adamezo": 2,
         "lozo": 2,
+        "lozo_m": 2,
         "fzoo": 9,
         "spsa15": 17,
     }

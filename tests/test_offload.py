@@ -42,6 +42,9 @@ SETTINGS = {
     "fzoo": dict(estimator="fzoo", directions=4, perturbation=eggroll.Dense("rademacher")),
     "curvature": dict(estimator="curvature", directions=3),
     "meazo": dict(second_moment=0.9, learning_rate=1e-3),
+    "adamezo": dict(
+        adam=zo.RebuiltAdam(history=6), learning_rate=1e-3, directions=2, perturbation=eggroll.LowRank(2, refresh=3)
+    ),
     "frozen": dict(perturbation=[("resident/embed", eggroll.Frozen()), (".*/up", eggroll.Frozen()), (".*", eggroll.Dense())]),
 }
 
@@ -230,6 +233,7 @@ def test_an_unflushed_state_is_neither_saved_nor_evaluated():
             TypeError,
             "only Descent can be deferred",
         ),
+        (lambda: zo.Offload(tuner(momentum=0.9)), ValueError, "momentum cannot be deferred block by block"),
         (
             lambda: zo.Offload(tuner(), transfer_dtype=jnp.int8),
             ValueError,

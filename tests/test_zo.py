@@ -159,7 +159,7 @@ def test_a_step_without_a_finite_loss_changes_nothing():
 @pytest.mark.parametrize("recipe", sorted(zo.RECIPES))
 def test_losses_that_are_all_equal_move_nothing_and_key_zero_is_a_key(recipe):
     tuner = zo.RECIPES[recipe](lambda params, batch, key: 0.0 * loss(params, batch, key) + 1.0, learning_rate=0.1)
-    state, metrics = tuner.step(tuner.init(PARAMS, key=jax.random.key(0)), X)
+    state, metrics = tuner.step(tuner.init(PARAMS, key=jax.random.key(0), batch=X), X)
     assert not metrics.skipped
     np.testing.assert_array_equal(flat(state.params), flat(PARAMS))
 
@@ -168,7 +168,9 @@ def test_losses_that_are_all_equal_move_nothing_and_key_zero_is_a_key(recipe):
 
 SETTINGS = {
     "mezo": dict(learning_rate=0.02, sigma=1e-2),
+    "adamezo": dict(learning_rate=0.01, sigma=1e-2, history=5),
     "lozo": dict(learning_rate=0.02, sigma=1e-2, refresh=5),
+    "lozo_m": dict(learning_rate=0.02, sigma=1e-2, refresh=5),
     "fzoo": dict(learning_rate=0.02, sigma=1e-2),
     "spsa15": dict(learning_rate=0.1, sigma=1e-2, directions=8),
 }
@@ -177,7 +179,7 @@ SETTINGS = {
 @pytest.mark.parametrize("recipe", sorted(zo.RECIPES))
 def test_recipes_learn_and_replay_bit_for_bit(recipe):
     tuner = zo.RECIPES[recipe](loss, **SETTINGS[recipe], weight_decay=1e-3, second_moment=None if recipe != "mezo" else 0.9)
-    state = replayed = start(tuner)
+    state = replayed = tuner.init(PARAMS, key=KEY, batch=X)
     before = float(loss(PARAMS, X, KEY))
     for _ in range(150):
         state, metrics = tuner.step(state, X)

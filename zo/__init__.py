@@ -4,8 +4,10 @@ from zo.blocks import Blocks
 from zo.estimators import ESTIMATORS, Estimator
 from zo.offload import Offload
 from zo.optimizers import Descent, scale_by_projected_gradient
-from zo.recipes import RECIPES, fzoo, lozo, mezo, spsa15
+from zo.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
+from zo.recipes import RECIPES, adamezo, fzoo, lozo, lozo_m, mezo, spsa15
 from zo.strategy import ZerothOrder
+from zo.subspace_momentum import subspace_momentum
 
 __all__ = [
     "ESTIMATORS",
@@ -14,10 +16,15 @@ __all__ = [
     "Descent",
     "Estimator",
     "Offload",
+    "RebuiltAdam",
     "ZerothOrder",
+    "adamezo",
     "fzoo",
     "lozo",
+    "lozo_m",
     "mezo",
     "scale_by_projected_gradient",
+    "scale_by_rebuilt_adam",
     "spsa15",
+    "subspace_momentum",
 ]

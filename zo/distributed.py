@@ -20,9 +20,9 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eggroll import noise
-from eggroll.estimator import gradient
+from eggroll.estimator import leaf_gradient
 from eggroll.mesh import put
-from eggroll.plan import LeafPlan, Plan
+from eggroll.plan import LeafPlan
 
 AXES = ("population", "data")
 HOST = "pinned_host"
@@ -210,10 +210,9 @@ def part_of_gradient(
         padded: length to which the flat gradient is padded; what lies past its end means nothing.
         **where: the other arguments of `estimator.gradient`.
     """
-    single = jax.tree.structure(0)
     if leaf.role == "dense":
         part = dataclasses.replace(leaf, shape=(count,), stack=())
         first_word = first // noise.WORD if leaf.spec.distribution == "rademacher" else first  # type: ignore[union-attr]
-        return gradient(Plan((part,), single), coefficients, first_word=first_word, **where)
-    flat = jnp.ravel(gradient(Plan((leaf,), single), coefficients, **where))
+        return leaf_gradient(part, coefficients, first_word=first_word, **where)
+    flat = jnp.ravel(leaf_gradient(leaf, coefficients, **where))
     return jax.lax.dynamic_slice_in_dim(jnp.pad(flat, (0, padded - flat.size)), first, count)

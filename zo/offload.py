@@ -57,6 +57,8 @@ class Offload:
             raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
         if not isinstance(self.tuner.optimizer, Descent):
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
+        if self.tuner.optimizer.momentum is not None:
+            raise ValueError("momentum cannot be deferred block by block: its state would have to travel with the blocks.")
         _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
@@ -84,9 +86,11 @@ class Offload:
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which travel as they are.")
         blocks = tuple(jax.tree.map(lambda x, own=i: self._stored(x[own]), params["blocks"]) for i in range(count))
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
-        pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1))
+        history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
+        sigma, none = jnp.float32(self.tuner.sigma), jnp.zeros(self.tuner.directions, jnp.float32)
+        pending = Pending(none, jnp.int32(0), sigma, zero, jnp.float32(1), history)
         moment = ProjectedMoment(jnp.int32(0), zero)
-        state = OffloadState(resident, (), pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+        state = OffloadState(resident, (), pending, moment, key, jnp.int32(0), sigma)
         return self.devices.everywhere(state)._replace(blocks=blocks)
 
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:

@@ -10,23 +10,28 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from eggroll.plan import Plan
 from eggroll.rules import paths
+from zo.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
+from zo.subspace_momentum import subspace_momentum
 
 EXEMPT = r".*(bias|norm|ln_|layernorm).*"  # biases and normalisation do not decay
 
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """theta -= learning_rate (g / scale + weight_decay theta), decoupled.
+    """theta -= learning_rate (g / scale + weight_decay theta), decoupled, where `adam` or `momentum` may take the place of g.
 
     Args:
         learning_rate: constant > 0, or schedule from step to it.
         weight_decay: >= 0.
         exempt: `re.fullmatch`, case ignored, on the path: parameters that do not decay.
         second_moment: decay rate in [0, 1) of MEAZO's one scalar second moment (arXiv 2605.03869), the scale; None: no scale.
+        adam: m / (sqrt(v) + epsilon) of moments that are rebuilt at every step (AdaMeZO, `rebuilt_adam`).
+        momentum: decay rate in [0, 1) of a momentum in the subspace that steps share (LOZO-M, `subspace_momentum`).
 
     Raises:
-        ValueError: a number outside its range, or `exempt` is no pattern.
+        ValueError: a number outside its range, two of the last three, or `exempt` is no pattern.
     """
 
     learning_rate: float | Callable[[Any], Any]
@@ -34,22 +39,42 @@ class Descent:
     weight_decay: float = 0.0
     exempt: str = EXEMPT
     second_moment: float | None = None
+    adam: RebuiltAdam | None = None
+    momentum: float | None = None
 
     def __post_init__(self) -> None:
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay!r}.")
         if not callable(self.learning_rate) and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number > 0 or a schedule, got {self.learning_rate!r}.")
-        if self.second_moment is not None and not 0 <= self.second_moment < 1:
-            raise ValueError(f"second_moment must be in [0, 1), got {self.second_moment!r}.")
+        for name in ("second_moment", "momentum"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
+        given = [name for name in ("second_moment", "adam", "momentum") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of second_moment, adam and momentum can be given, got {' and '.join(given)}.")
         try:
             re.compile(self.exempt)
         except (re.error, TypeError) as error:
             raise ValueError(f"exempt {self.exempt!r} is not a regular expression: {error}.") from None
 
-    def transformation(self) -> optax.GradientTransformation:
-        """The same as an optax transformation."""
+    def transformation(self, *, directions: int = 1, plan: Plan | None = None) -> optax.GradientTransformation:
+        """The same as an optax transformation.
+
+        Args:
+            directions: coefficients a step; `adam` and `momentum` keep something for each.
+            plan: of the parameters; only `momentum` needs it.
+
+        Raises:
+            ValueError: there is momentum and no plan, or no subspace that steps share.
+        """
         parts: list[Any] = [] if self.second_moment is None else [scale_by_projected_gradient(self.second_moment)]
+        if self.adam is not None:
+            parts.append(scale_by_rebuilt_adam(self.adam, directions))
+        if self.momentum is not None:
+            if plan is None:
+                raise ValueError("momentum follows the plan: give init a batch, or call plan_of(params, batch) before.")
+            parts.append(subspace_momentum(self.momentum, plan, directions))
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay, mask=self.decays))
         return optax.chain(*parts, optax.scale_by_learning_rate(self.learning_rate))

@@ -1,8 +1,10 @@
 """Recipes: known zeroth-order methods as settings of `ZerothOrder`.
 
-tuner = zo.mezo(loss, learning_rate=1e-6)
-state = tuner.init(params, key=jax.random.key(0))
-state, metrics = tuner.step(state, batch)
+    tuner = zo.mezo(loss, learning_rate=1e-6)
+    state = tuner.init(params, key=jax.random.key(0))
+    state, metrics = tuner.step(state, batch)
+
+All are `mezo` with other defaults, and take all that `mezo` takes.
 """
 
 from collections.abc import Callable
@@ -11,19 +13,23 @@ from typing import Any
 from eggroll.rules import Dense, LowRank, Perturbation
 from zo.blocks import Blocks
 from zo.optimizers import Descent
+from zo.rebuilt_adam import RebuiltAdam
 from zo.strategy import ZerothOrder
 
+Loss = Callable | Blocks
 Rate = float | Callable[[Any], Any]  # a constant, or an optax schedule
 
 
 def mezo(
-    loss: Callable | Blocks,
+    loss: Loss,
     *,
     learning_rate: Rate,
     sigma: float = 1e-3,
     directions: int = 1,
     weight_decay: float = 0.0,
     second_moment: float | None = None,
+    adam: RebuiltAdam | None = None,
+    momentum: float | None = None,
     perturbation: Perturbation = Dense("normal"),
     **options: Any,
 ) -> ZerothOrder:
@@ -32,29 +38,36 @@ def mezo(
     Args:
         loss: see `ZerothOrder`.
         learning_rate: 1e-7 to 1e-6 for large models; constant or a schedule.
-        sigma: MeZO's epsilon.
+        sigma: standard deviation of the perturbation, MeZO's epsilon.
         directions: perturbations a step.
         weight_decay: decoupled; biases and normalisation are exempt.
         second_moment: MEAZO's decay rate, None: plain MeZO.
+        adam: see `adamezo`.
+        momentum: see `lozo_m`.
         perturbation: noise of the directions.
         **options: other fields of `ZerothOrder`; an unknown one is a TypeError.
     """
-    optimizer = Descent(learning_rate, weight_decay=weight_decay, second_moment=second_moment)
+    optimizer = Descent(learning_rate, weight_decay=weight_decay, second_moment=second_moment, adam=adam, momentum=momentum)
     return ZerothOrder(loss, directions=directions, sigma=sigma, optimizer=optimizer, perturbation=perturbation, **options)
 
 
-def lozo(
-    loss: Callable | Blocks,
-    *,
-    learning_rate: Rate,
-    sigma: float = 1e-3,
-    rank: int = 2,
-    refresh: int = 50,
-    directions: int = 1,
-    weight_decay: float = 0.0,
-    second_moment: float | None = None,
-    **options: Any,
+def adamezo(
+    loss: Loss, *, learning_rate: Rate, b1: float = 0.9, b2: float = 0.999, history: int = 10, **options: Any
 ) -> ZerothOrder:
+    """AdaMeZO (arXiv 2605.00650): MeZO with Adam's moments, rebuilt from the coefficients of the last steps.
+
+    Args:
+        loss: see `ZerothOrder`.
+        learning_rate: a step moves a parameter by about so much, as with Adam.
+        b1: decay rate of the first moment.
+        b2: of the second.
+        history: steps that the moments are made of; a step draws the noise of all of them again.
+        **options: of `mezo`.
+    """
+    return mezo(loss, learning_rate=learning_rate, adam=RebuiltAdam(b1, b2, history), **options)
+
+
+def lozo(loss: Loss, *, learning_rate: Rate, rank: int = 2, refresh: int = 50, **options: Any) -> ZerothOrder:
     """LOZO (arXiv 2410.07698): low-rank normal noise whose right factor lasts `refresh` steps; vectors get dense noise.
 
     The noise is U V^T / sqrt(rank), of unit variance, where LOZO has U V^T: a sigma here is sqrt(rank) of theirs, and with its
@@ -63,26 +76,31 @@ def lozo(
     Args:
         loss: see `ZerothOrder`.
         learning_rate: constant or a schedule.
-        sigma: standard deviation of the perturbation.
         rank: of the perturbation of a matrix.
         refresh: steps that share a right factor.
-        directions: perturbations a step.
-        weight_decay: decoupled; biases and normalisation are exempt.
-        second_moment: MEAZO's decay rate.
-        **options: other fields of `ZerothOrder`.
+        **options: of `mezo`.
     """
-    noise = LowRank(rank, "normal", refresh=refresh)
-    rates: dict[str, Any] = dict(learning_rate=learning_rate, weight_decay=weight_decay, second_moment=second_moment)
-    return mezo(loss, sigma=sigma, directions=directions, perturbation=noise, **rates, **options)
+    return mezo(loss, learning_rate=learning_rate, perturbation=LowRank(rank, "normal", refresh=refresh), **options)
+
+
+def lozo_m(loss: Loss, *, learning_rate: Rate, momentum: float = 0.9, **options: Any) -> ZerothOrder:
+    """LOZO-M (arXiv 2410.07698): LOZO with momentum in its subspace; `init` needs a batch.
+
+    Args:
+        loss: see `ZerothOrder`.
+        learning_rate: constant or a schedule.
+        momentum: its decay rate, b in b N + (1 - b) c U.
+        **options: of `lozo`.
+    """
+    return lozo(loss, learning_rate=learning_rate, momentum=momentum, **options)
 
 
 def fzoo(
-    loss: Callable | Blocks,
+    loss: Loss,
     *,
     learning_rate: Rate,
     sigma: float = 1e-4,
     directions: int = 8,
-    weight_decay: float = 0.0,
     perturbation: Perturbation = Dense("rademacher"),
     **options: Any,
 ) -> ZerothOrder:
@@ -93,21 +111,19 @@ def fzoo(
         learning_rate: 5e-5 for large models; constant or a schedule.
         sigma: standard deviation of the perturbation.
         directions: >= 2; a step takes directions + 1 forwards.
-        weight_decay: decoupled; biases and normalisation are exempt.
         perturbation: noise of the directions.
-        **options: other fields of `ZerothOrder`.
+        **options: of `mezo`.
     """
-    more: dict[str, Any] = dict(directions=directions, weight_decay=weight_decay, perturbation=perturbation)
-    return mezo(loss, learning_rate=learning_rate, sigma=sigma, estimator="fzoo", **more, **options)
+    noise: dict[str, Any] = dict(sigma=sigma, directions=directions, perturbation=perturbation)
+    return mezo(loss, learning_rate=learning_rate, estimator="fzoo", **noise, **options)
 
 
 def spsa15(
-    loss: Callable | Blocks,
+    loss: Loss,
     *,
     learning_rate: Rate | None = None,
     sigma: float = 1e-4,
     directions: int = 16,
-    weight_decay: float = 0.0,
     perturbation: Perturbation = Dense("rademacher"),
     **options: Any,
 ) -> ZerothOrder:
@@ -118,13 +134,19 @@ def spsa15(
         learning_rate: None: sigma, as there, where the two cancel.
         sigma: standard deviation of the perturbation.
         directions: probes; a step takes 2 directions + 1 forwards.
-        weight_decay: decoupled; biases and normalisation are exempt.
         perturbation: noise of the directions.
-        **options: other fields of `ZerothOrder`.
+        **options: of `mezo`.
     """
     rate = sigma if learning_rate is None else learning_rate
-    more: dict[str, Any] = dict(directions=directions, weight_decay=weight_decay, perturbation=perturbation)
-    return mezo(loss, learning_rate=rate, sigma=sigma, estimator="curvature", **more, **options)
+    noise: dict[str, Any] = dict(sigma=sigma, directions=directions, perturbation=perturbation)
+    return mezo(loss, learning_rate=rate, estimator="curvature", **noise, **options)
 
 
-RECIPES: dict[str, Callable[..., ZerothOrder]] = {"mezo": mezo, "lozo": lozo, "fzoo": fzoo, "spsa15": spsa15}
+RECIPES: dict[str, Callable[..., ZerothOrder]] = {
+    "mezo": mezo,
+    "adamezo": adamezo,
+    "lozo": lozo,
+    "lozo_m": lozo_m,
+    "fzoo": fzoo,
+    "spsa15": spsa15,
+}

@@ -118,19 +118,25 @@ class ZerothOrder:
         """Where a step runs; None without a mesh."""
         return None if self.mesh is None else Placement(self.mesh, self.layout)
 
-    def init(self, params: Any, *, key: Array) -> ESState:
+    def init(self, params: Any, *, key: Array, batch: Any = None) -> ESState:
         """Make the state of a new run.
 
         Args:
             params: pytree of parameters.
             key: typed key from `jax.random.key`, kept for the whole run.
+            batch: as for `step`, arrays or shapes; only `Descent(momentum=...)`, whose state follows the plan, needs it.
 
         Returns:
             `ESState` at generation (step) 0.
+
+        Raises:
+            ValueError: there is momentum, and neither a batch nor a plan.
         """
         noise.check_key(key)
         check_params(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
+        if batch is not None:
+            self.plan_of(params, batch)
         masters = init_masters(params, self.precision)
         opt_state = self._optimizer(params).init(float32_params(params, masters))
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(self.sigma), masters, None)
@@ -234,7 +240,9 @@ class ZerothOrder:
         return new_state._replace(generation=state.generation + 1), report
 
     def _optimizer(self, params: Any) -> optax.GradientTransformation:
-        own = self.optimizer.transformation() if isinstance(self.optimizer, Descent) else self.optimizer
+        own = self.optimizer
+        if isinstance(own, Descent):
+            own = own.transformation(directions=self.directions, plan=self._cache.get("plan"))
         return of_trained(own, params, self.perturbation)
 
     def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:

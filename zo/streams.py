@@ -4,6 +4,7 @@ Everything here is traced, and is what one device of the mesh does; `offload` ru
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import noise
-from eggroll.estimator import gradient
+from eggroll.estimator import leaf_gradient
 from eggroll.interpret import apply_perturbed
 from eggroll.plan import LeafPlan, Plan
 from eggroll.population import draw_pair, member_params
@@ -23,6 +24,7 @@ from zo.blocks import Blocks
 from zo.distributed import Devices, Sliced, is_sliced, mine, own
 from zo.estimators import Estimator, coefficients
 from zo.optimizers import Descent, ProjectedMoment, next_moment
+from zo.rebuilt_adam import History
 
 
 class Pending(NamedTuple):
@@ -30,8 +32,10 @@ class Pending(NamedTuple):
 
     coefficients: Array  # float32 [n], -d
     generation: Array  # int32 [], of its noise
+    sigma: Array  # float32 [], that its noise was scaled with
     rate: Array  # float32 [], its own learning rate; 0: nothing is pending
     scale: Array  # float32 [], of the second moment
+    history: History | None = None  # of `Descent(adam=...)`: the steps that were not skipped
 
 
 class OffloadState(NamedTuple):
@@ -146,7 +150,11 @@ class Streams:
         scale = jnp.float32(1) if descent.second_moment is None else scale
         rate = jnp.where(skipped, 0.0, descent.rate(state.moment.steps))
         moment = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), moment, state.moment)
-        pending = Pending(safe, state.generation, rate, scale)
+        history = state.pending.history
+        if history is not None:
+            after = history.after(safe, state.generation, state.sigma)
+            history = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, history)
+        pending = Pending(safe, state.generation, state.sigma, rate, scale, history)
         return state._replace(pending=pending, moment=moment, generation=state.generation + 1)
 
     def moved_resident(self, state: OffloadState) -> Any:
@@ -156,8 +164,7 @@ class Streams:
             new = self._moved(leaf, planned, ascent, state.pending)
             return stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(key, leaf.shape)) if is_low(leaf) else new
 
-        one = lambda planned, coefficients, **where: gradient(_alone(planned), coefficients, **where)  # noqa: E731
-        return self._each_leaf(moved, one, self.resident_plan, state.resident, state, 0)
+        return self._each_leaf(moved, leaf_gradient, self.resident_plan, state.resident, state, 0)
 
     def moved_block(self, state: OffloadState, block: Any, index: Array) -> Any:
         """This device's slices of a block with what is pending."""
@@ -175,10 +182,7 @@ class Streams:
         self, moved: Callable, estimate: Callable, plan: Plan, tree: Any, state: OffloadState, index: Array | int
     ) -> Any:
         """`moved(leaf, planned, its ascent, key for rounding)` for every leaf that is not frozen."""
-        pending = state.pending
-        where: dict[str, Any] = dict(
-            noise_key=state.key, noise_generation=pending.generation, sigma=state.sigma, first_index=index
-        )
+        pending, adam = state.pending, self.descent.adam
         rounding = jax.random.fold_in(noise.stream_key(state.key, 2), pending.generation)
         rounding = jax.random.fold_in(rounding, index)
 
@@ -186,7 +190,12 @@ class Streams:
             if isinstance(planned.spec, Frozen):
                 return leaf
             key = jax.random.fold_in(rounding, zlib.crc32(planned.path.encode()))
-            return moved(leaf, planned, estimate(planned, pending.coefficients, **where), key)
+            own = functools.partial(estimate, planned, noise_key=state.key, first_index=index)
+            if adam is None or pending.history is None:
+                ascent = own(pending.coefficients, noise_generation=pending.generation, sigma=pending.sigma)
+            else:
+                ascent = adam.ascent(pending.history, own)
+            return moved(leaf, planned, ascent, key)
 
         leaves = zip(jax.tree.leaves(tree, is_leaf=is_sliced), plan.leaves, strict=True)
         return jax.tree.unflatten(plan.tree, [of_leaf(*leaf) for leaf in leaves])
@@ -208,10 +217,6 @@ class Streams:
     def loss(self, resident: Any, x: Any, batch: Any) -> Array:
         """The loss at the end of an unperturbed stream."""
         return self.devices.ratio(_total(self.pieces.end(resident, mine(x), batch)))
-
-
-def _alone(planned: LeafPlan) -> Plan:
-    return Plan((planned,), jax.tree.structure(0))
 
 
 def _total(result: Any) -> tuple[Array, Array]:
