@@ -31,7 +31,7 @@ class PopulationLayout:
     Args:
         num_pairs: P; the population has N = 2 P members, member index 2 p for sign +1 and 2 p + 1 for sign -1.
         members_per_batch: None: one batch is shared by all; 1: the batch has a leading axis of N, one entry per member;
-            g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry.
+            g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry; 2: one for a pair.
         chunk_pairs: evaluate this many pairs at a time; None: all at once.
         signs: of the members of a pair; (1.0,) for one-sided estimates, whose "pairs" have one member.
         same_key: all members get the same key, not one for every pair.

@@ -4,7 +4,7 @@ from zo.blocks import Blocks
 from zo.estimators import ESTIMATORS, Estimator
 from zo.offload import Offload
 from zo.optimizers import Descent, scale_by_projected_gradient
-from zo.recipes import RECIPES, fzoo, lozo, mezo, spsa15
+from zo.recipes import RECIPES, fzoo, grzo, lozo, mezo, spsa15
 from zo.strategy import ZerothOrder
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Offload",
     "ZerothOrder",
     "fzoo",
+    "grzo",
     "lozo",
     "mezo",
     "scale_by_projected_gradient",

@@ -56,6 +56,8 @@ class Offload:
             raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
         if not isinstance(self.tuner.optimizer, Descent):
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
+        if ESTIMATORS[self.tuner.estimator].per_example:
+            raise ValueError(f"estimator {self.tuner.estimator} cannot be offloaded yet: all streams share one batch there.")
         if self.tuner.mesh is not None:
             raise ValueError("offloading over a mesh is not built yet; give the tuner no mesh.")
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)

@@ -8,7 +8,7 @@ state, metrics = tuner.step(state, batch)
 from collections.abc import Callable
 from typing import Any
 
-from eggroll.rules import Dense, LowRank, Perturbation
+from eggroll.rules import Dense, Flipout, LowRank, Perturbation
 from zo.blocks import Blocks
 from zo.optimizers import Descent
 from zo.strategy import ZerothOrder
@@ -127,4 +127,38 @@ def spsa15(
     return mezo(loss, learning_rate=rate, sigma=sigma, estimator="curvature", **more, **options)
 
 
-RECIPES: dict[str, Callable[..., ZerothOrder]] = {"mezo": mezo, "lozo": lozo, "fzoo": fzoo, "spsa15": spsa15}
+def grzo(
+    loss: Callable | Blocks,
+    *,
+    learning_rate: Rate,
+    sigma: float = 1e-3,
+    directions: int = 16,
+    weight_decay: float = 0.0,
+    perturbation: Perturbation = Flipout("normal"),
+    **options: Any,
+) -> ZerothOrder:
+    """GRZO (arXiv 2606.02857): every example of the batch sees a direction of its own, in two forwards of the batch.
+
+    Matrices get `Flipout` noise, which all directions share but for the signs of its rows and columns; vectors get dense noise
+    of their own. The differences are divided by their standard deviation over the batch.
+
+    Args:
+        loss: see `ZerothOrder`; it sees one example at a time, with a leading axis of 1.
+        learning_rate: constant or a schedule.
+        sigma: standard deviation of the perturbation.
+        directions: >= 2, the examples of a batch.
+        weight_decay: decoupled; biases and normalisation are exempt.
+        perturbation: noise of the directions.
+        **options: other fields of `ZerothOrder`.
+    """
+    more: dict[str, Any] = dict(directions=directions, weight_decay=weight_decay, perturbation=perturbation)
+    return mezo(loss, learning_rate=learning_rate, sigma=sigma, estimator="grzo", **more, **options)
+
+
+RECIPES: dict[str, Callable[..., ZerothOrder]] = {
+    "mezo": mezo,
+    "lozo": lozo,
+    "fzoo": fzoo,
+    "spsa15": spsa15,
+    "grzo": grzo,
+}
