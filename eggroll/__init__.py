@@ -5,7 +5,7 @@ from eggroll.estimator import paper_learning_rate
 from eggroll.members import Population
 from eggroll.metrics import Metrics
 from eggroll.plan import Plan
-from eggroll.rules import Dense, Frozen, LowRank
+from eggroll.rules import Dense, Flipout, Frozen, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
@@ -18,6 +18,7 @@ __all__ = [
     "DurableRun",
     "ESState",
     "EvolutionStrategy",
+    "Flipout",
     "Frozen",
     "LowRank",
     "Metrics",

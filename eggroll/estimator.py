@@ -15,7 +15,7 @@ from jax import Array
 
 from eggroll import noise
 from eggroll.plan import LeafKeys, LeafPlan, Plan, draw, leaf_keys
-from eggroll.population import from_matrix
+from eggroll.population import draw_shared, from_matrix
 from kernels.lowrank_update.reference import lowrank_update
 
 NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
@@ -69,7 +69,8 @@ def gradient(
     first = first_pair, {"first_index": first_index, "first_word": first_word}
     leaves = [_leaf_sum(leaf, key, coefficients, *first) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
-    scaled = [_scaled(leaf, total, count, sigma) for leaf, total in zip(plan.leaves, leaves, strict=True)]
+    shared = draw_shared(plan, noise_key, noise_generation, first_index=first_index)
+    scaled = [_scaled(*of_leaf, count, sigma) for of_leaf in zip(plan.leaves, leaves, shared, strict=True)]
     return jax.tree.unflatten(plan.tree, scaled)
 
 
@@ -79,7 +80,7 @@ def leaf_gradient(leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
 
 
 def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
-    """sum_p d_p E_p, without the 1 / sqrt(r)."""
+    """sum_p d_p E_p, without the 1 / sqrt(r) and without what all pairs share."""
     if leaf.role == "frozen":
         return jnp.zeros(leaf.shape, jnp.float32)
     num_pairs = coefficients.shape[0]
@@ -102,13 +103,15 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
     return total
 
 
-def _scaled(leaf: LeafPlan, total: Array, members: int, sigma: Array | float) -> Array:
+def _scaled(leaf: LeafPlan, total: Array, shared: Array | None, members: int, sigma: Array | float) -> Array:
     """Turn the sum over pairs into the gradient of the leaf."""
     if leaf.role == "frozen":
         return total
     leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
-    if leaf.role == "low-rank":
+    if leaf.factored:
         total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
+    if shared is not None:
+        total *= shared.astype(jnp.float32)
     return total / (members * leaf_sigma)
 
 
@@ -120,7 +123,7 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
 
 
 def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first: dict[str, Any]) -> Array:
-    """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
+    """`_leaf_sum` over some pairs."""
     drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, **first)[0])(pairs)
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))

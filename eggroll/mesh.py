@@ -60,7 +60,7 @@ class Placement:
                 f"population_size {layout.population_size} has {layout.num_pairs} pairs, fewer than the {on_axis}."
             )
         groups = layout.population_size // (layout.members_per_batch or layout.population_size)
-        if (layout.members_per_batch or 1) > 1 and groups % devices:
+        if (layout.members_per_batch or 1) > 2 and groups % devices:
             raise ValueError(f"members_per_batch makes {groups} groups, which the {on_axis}, do not divide.")
         if self.shard_optimizer and ("population" not in names or "model" in names):
             raise ValueError(f"shard_optimizer needs a mesh with the axis 'population' and without 'model', got {names}.")

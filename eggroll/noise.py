@@ -44,7 +44,10 @@ def check_key(key: Array, *, name: str = "key") -> None:
 
 
 def stream_key(key: Array, stream: int) -> Array:
-    """Derive a typed key for other draws: 1 evaluation, 2 rounding, 3 shared right factors; disjoint from noise addresses."""
+    """Derive a typed key for other draws: 1 evaluation, 2 rounding, 3 shared right factors, 4 shared noise.
+
+    They are disjoint from noise addresses.
+    """
     data = _threefry([(jax.random.key_data(key), jnp.uint32(stream), 0)])[0]
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 

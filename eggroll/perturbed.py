@@ -1,6 +1,7 @@
 """`PerturbedArray`: a parameter plus a low-rank perturbation, as one lazy array value.
 
     value = base + scale * left right^T        left [stack, rows, r], right [stack, columns, r]
+    value = base + scale * shared o left right^T                       where the members share noise (`flipout`)
 
 The user's function sees an ordinary array; products use the factors and never build the sum. Every axis carries a *tag*, the
 source axes of the parameter it came from, so that views (`views`) act on base and factors alike, products (`products`) know
@@ -64,8 +65,8 @@ class Layout:
     observer: Observer | None = None
 
     def owns(self, component: str, tag: Tag) -> bool:
-        """Whether `component` ("base", "left", "right", "scale") has the axis tagged `tag`."""
-        if component == "base":
+        """Whether `component` ("base", "left", "right", "scale", "shared") has the axis tagged `tag`."""
+        if component in ("base", "shared"):
             return True
         if not tag:
             return component == "right"
@@ -85,6 +86,7 @@ class PerturbedArray(quax.ArrayValue):
     words: Array | None  # packed Rademacher signs of both factors, uint32 [stack, words]
     scale: Array | None  # [stack]
     layout: Layout = eqx.field(static=True)
+    shared: Array | None = None  # like the base
 
     def aval(self) -> Any:
         """Abstract value of the sum."""
@@ -136,7 +138,7 @@ class PerturbedArray(quax.ArrayValue):
             return factor.transpose([order.index(axis) for axis in own] + [len(stack)])
 
         left, right = arranged(left, "left"), arranged(right, "right")
-        return PerturbedArray(self.base, left, right, None, self.scale, self.layout)
+        return PerturbedArray(self.base, left, right, None, self.scale, self.layout, self.shared)
 
     def materialise(self) -> Array:
         """Refuse: a perturbed parameter is never built in the hot path."""
@@ -189,7 +191,14 @@ def probe(array: Array, *, path: str, observer: Observer) -> PerturbedArray:
 
 
 def perturb(
-    base: Array, factors: noise.Factors, *, scale: Array, path: str, rows: Sequence[int], columns: Sequence[int]
+    base: Array,
+    factors: noise.Factors,
+    *,
+    scale: Array,
+    path: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    shared: Array | None = None,
 ) -> PerturbedArray:
     """Wrap a parameter with the factors of its perturbation.
 
@@ -200,13 +209,14 @@ def perturb(
         path: the parameter's path, for messages.
         rows: the axes of `base` that the left factor spans.
         columns: the axes of `base` that the right factor spans.
+        shared: noise of the shape of `base` that multiplies the product of the factors, None: none.
 
     Returns:
         The lazy sum.
     """
     tags = tuple((axis,) for axis in range(base.ndim))
     layout = Layout(path, base.ndim, tags, frozenset(rows), frozenset(columns), factors.rank)
-    value = PerturbedArray(base, None, None, factors.words, scale, layout)
+    value = PerturbedArray(base, None, None, factors.words, scale, layout, shared)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))
     # Packed signs of stacked layers are unpacked layer by layer inside the scan over them; those of a single matrix at once,
@@ -220,6 +230,6 @@ def view(value: PerturbedArray, tags: Sequence[Tag], operation: Callable[[Array,
     value = value.unpacked()
     components = {
         name: None if (array := getattr(value, name)) is None else operation(array, name)
-        for name in ("base", "left", "right", "scale")
+        for name in ("base", "left", "right", "scale", "shared")
     }
     return PerturbedArray(words=None, layout=dataclasses.replace(value.layout, tags=tuple(tags)), **components)

@@ -18,7 +18,7 @@ from jax import Array
 from eggroll import noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import Observer, UnsupportedUse, Use, perturb, probe
-from eggroll.rules import Dense, Frozen, LowRank, Perturbation, Spec, check_params, match_rules, paths
+from eggroll.rules import Dense, Flipout, Frozen, LowRank, Perturbation, Spec, check_params, match_rules, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LeafPlan:
     path: str
     shape: tuple[int, ...]
     dtype: Any
-    role: str  # "low-rank", "dense" or "frozen"
+    role: str  # "low-rank", "flipout", "dense" or "frozen"
     spec: Spec
     reason: str
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
@@ -40,8 +40,18 @@ class LeafPlan:
         return tuple(self.shape[axis] for axis in axes)
 
     @property
+    def factored(self) -> bool:
+        """Whether a pair's noise is factors: low-rank, or the signs of Flipout."""
+        return self.role in ("low-rank", "flipout")
+
+    @property
+    def distribution(self) -> str:
+        """Of the values of a pair."""
+        return "rademacher" if self.role == "flipout" else self.spec.distribution
+
+    @property
     def values(self) -> int:
-        """Random values per address: r (m + n) of a low-rank layer, the size of a dense one, 0 when frozen."""
+        """Random values per address: r (m + n) of a low-rank layer, m + n signs, the size of a dense one, 0 when frozen."""
         if self.role == "frozen":
             return 0
         if self.role == "dense":
@@ -56,12 +66,12 @@ class LeafPlan:
     @property
     def words(self) -> int:
         """Random words per address."""
-        return 0 if self.role == "frozen" else noise.words_needed(self.values, self.spec.distribution)
+        return 0 if self.role == "frozen" else noise.words_needed(self.values, self.distribution)
 
     @property
     def noise_bytes(self) -> int:
         """Bytes of noise one member holds for this leaf: packed signs, or values."""
-        packed = self.role == "low-rank" and self.spec.distribution == "rademacher"
+        packed = self.factored and self.distribution == "rademacher"
         per_layer = 4 * self.words if packed else self.values * self.dtype.itemsize
         return math.prod(self.sizes(self.stack)) * per_layer
 
@@ -72,9 +82,9 @@ class LeafPlan:
             words: uint32 [*stack, self.words].
 
         Returns:
-            `noise.Factors` [*stack, r, m], [*stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
+            `noise.Factors` [*stack, r, m], [*stack, r, n] for factors; an array of the leaf's shape for "dense".
         """
-        distribution = self.spec.distribution
+        distribution = self.distribution
         if self.role == "dense":
             return noise.decode(words, self.values, distribution=distribution, dtype=self.dtype).reshape(self.shape)
         m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
@@ -161,6 +171,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(leaf.noise_bytes for leaf in self.leaves)
+        shared = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves if leaf.role == "flipout")
+        lines += [f"noise of all members: {shared:,} bytes"] if shared else []
         return "\n".join([*lines, f"noise per member: {total:,} bytes"])
 
     def check(self, params: Any) -> None:
@@ -226,12 +238,13 @@ def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
 
 
 def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
-    if planned.role != "low-rank":
+    if not planned.factored:
         return leaf
     stack = planned.sizes(planned.stack)
     factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
     assert isinstance(factors, noise.Factors)
     options: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
+    options["shared"] = leaf if planned.role == "flipout" else None
     return perturb(leaf, factors, scale=jnp.zeros(stack), **options)
 
 
@@ -262,7 +275,8 @@ def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
         return dataclasses.replace(planned, reason=reason)
     note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
     note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
-    return dataclasses.replace(planned, role="low-rank", reason=note, stack=stack, rows=rows, columns=columns)
+    role = "flipout" if isinstance(spec, Flipout) else "low-rank"
+    return dataclasses.replace(planned, role=role, reason=note, stack=stack, rows=rows, columns=columns)
 
 
 def _axes(axes: Sequence[int]) -> str:

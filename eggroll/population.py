@@ -10,7 +10,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class PopulationLayout:
     Args:
         num_pairs: P; the population has N = 2 P members, member index 2 p for sign +1 and 2 p + 1 for sign -1.
         members_per_batch: None: one batch is shared by all; 1: the batch has a leading axis of N, one entry per member;
-            g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry.
+            g (even, dividing N): a leading axis of N / g, consecutive groups of g members share an entry; 2: one for a pair.
         chunk_pairs: evaluate this many pairs at a time; None: all at once.
         signs: of the members of a pair; (1.0,) for one-sided estimates, whose "pairs" have one member.
         same_key: all members get the same key, not one for every pair.
@@ -112,7 +112,7 @@ def member_params(
         pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
         sign: +1 or -1.
         sigma: standard deviation.
-        lazy: keep low-rank leaves as `PerturbedArray`; False builds them (the dense oracle).
+        lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle).
         in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
     Returns:
@@ -128,9 +128,11 @@ def member_params(
             return _dense_sum(leaf, drawn, amplitude, once=once)
         scale = amplitude / math.sqrt(planned.spec.rank)
         if not lazy:
-            return leaf + (scale * low_rank_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
+            return leaf + (scale * built_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
         scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
-        return perturb(leaf, drawn, scale=scale, path=planned.path, rows=planned.rows, columns=planned.columns)
+        shared, factors = drawn if isinstance(drawn, Flipped) else (None, drawn)
+        where: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
+        return perturb(leaf, factors, scale=scale, shared=shared, **where)
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
@@ -151,26 +153,59 @@ def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Ar
     return total.astype(leaf.dtype)
 
 
-def low_rank_noise(planned: LeafPlan, drawn: noise.Factors) -> Array:
-    """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order."""
+class Flipped(NamedTuple):
+    """Noise of one pair for a leaf of role "flipout": U o (r s^T)."""
+
+    shared: Array  # U, of the leaf's shape and dtype
+    signs: noise.Factors  # r and s
+
+
+def built_noise(planned: LeafPlan, drawn: noise.Factors | Flipped) -> Array:
+    """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order, times what is shared."""
+    if isinstance(drawn, Flipped):
+        return drawn.shared * built_noise(planned, drawn.signs)
     left, right = drawn.unpacked(planned.dtype)
     return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
 
 
 def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
-    """Arrange [*stack, m, n] as the leaf."""
+    """Arrange [*stack, m, n], in any shape, as the leaf."""
     axes = [*planned.stack, *planned.rows, *planned.columns]
     return matrix.reshape(planned.sizes(axes)).transpose([axes.index(axis) for axis in range(len(axes))])
 
 
-def draw_pair(plan: Plan, key: Array, generation: Array | int, pair: Array | int, *, first_index: Array | int = 0) -> list[Any]:
+def draw_shared(plan: Plan, key: Array, generation: Array | int, *, first_index: Array | int = 0) -> list[Any]:
+    """Noise that all pairs share: U of every leaf of role "flipout", None for the others; arguments as for `draw_pair`.
+
+    Its address is that of pair 0 under a key of its own.
+    """
+    leaves = [dataclasses.replace(leaf, role="dense") for leaf in plan.leaves if leaf.role == "flipout"]
+    if not leaves:
+        return [None] * len(plan.leaves)
+    drawn: list[Any] = draw(leaves, leaf_keys(leaves, noise.stream_key(key, 4), generation), 0, first_index=first_index)
+    arranged = iter([from_matrix(*of_leaf) for of_leaf in zip(leaves, drawn, strict=True)])
+    return [next(arranged) if leaf.role == "flipout" else None for leaf in plan.leaves]
+
+
+def draw_pair(
+    plan: Plan,
+    key: Array,
+    generation: Array | int,
+    pair: Array | int,
+    *,
+    first_index: Array | int = 0,
+    shared: list[Any] | None = None,
+) -> list[Any]:
     """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already.
 
-    `first_index` is the stack index of the first layer, not 0 where the plan is of one layer out of a stack.
+    `first_index` is the stack index of the first layer, not 0 where the plan is of one layer out of a stack. `shared` is from
+    `draw_shared`, for a caller that draws it once for several chunks of pairs.
     """
+    shared = draw_shared(plan, key, generation, first_index=first_index) if shared is None else shared
     perturbed = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
     drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair, first_index=first_index))
-    return [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
+    own: list[Any] = [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
+    return [signs if u is None else Flipped(u, signs) for u, signs in zip(shared, own, strict=True)]
 
 
 def evaluate(
@@ -208,21 +243,22 @@ def evaluate(
     """
     signs = jnp.asarray(layout.signs, jnp.float32)
     per_member = layout.members_per_batch == 1
-    shared = layout.members_per_batch is None
+    shared_batch = layout.members_per_batch is None
+    shared = draw_shared(plan, noise_key, noise_generation)
 
     def evaluate_pair(inputs):
         index, own_batch, state = inputs
         pair, own_signs = first_pair + index, signs
         if layout.apart:
             pair, own_signs = pair // len(signs), signs[pair % len(signs)][None]
-        pair_noise = draw_pair(plan, noise_key, noise_generation, pair)
+        pair_noise = draw_pair(plan, noise_key, noise_generation, pair, shared=shared)
         key = evaluation_key if layout.same_key else jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):
             member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma, in_loop=layout.is_chunked)
             return apply_perturbed(function, member, member_batch, key, state)
 
-        if shared:
+        if shared_batch:
             own_batch = batch
         elif not per_member:
             own_batch = jax.tree.map(lambda x: x[index // (layout.members_per_batch // 2)], batch)

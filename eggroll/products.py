@@ -1,12 +1,14 @@
 """Product rules of `PerturbedArray`: the uses of a parameter that cost r (m + n) instead of m n.
 
-    x W  ->  x W + scale (x left) right^T        for dot_general, gather (embedding) and convolution
+    x W  ->  x W + scale (x left) right^T                for dot_general, gather (embedding) and convolution
+    x W  ->  x W + scale ((x o left) shared) o right     where the members share noise; not for convolution
 
 On a probe the same rules record which axes the function contracts (`perturbed.Use`).
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.perturbed import PerturbedArray, Use, register, view
+from kernels.flipout_dot.reference import flipout_product
 from kernels.lowrank_dot.reference import lowrank_product
 
 
@@ -59,10 +62,9 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
     w_free = [label for label in w_axes if label >= x.ndim]
     first, second = _sides(value, contract[1], "a product over both its rows and its columns")
     labels = {name: [w_axes[a] for a in value.positions(name)] for name in (first, second, "scale")}
-    term = lowrank_product(
-        x,
-        getattr(value, first),
-        getattr(value, second),
+    options: dict[str, Any] = dict(
+        first=getattr(value, first),
+        second=getattr(value, second),
         scale=value.scale,
         x_axes=x_axes,
         first_axes=labels[first],
@@ -72,6 +74,10 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
         precision=params["precision"],
         dtype=params["preferred_element_type"],
     )
+    if value.shared is None:
+        term = lowrank_product(x, **options)
+    else:
+        term = flipout_product(x, shared=value.shared, shared_axes=w_axes, **options)
     return out + term.astype(out.dtype)
 
 
@@ -103,7 +109,10 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params):
     kept_axes, index_axes = iter(kept), iter(range(ndim, ndim + indices.ndim - 1))
     out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
     if len(kept) == 1:
-        return out + _gathered_rows(value.unpacked(), indices[..., 0], axis, out_axes).astype(out.dtype)
+        term = _gathered_rows(value.unpacked(), indices[..., 0], axis, out_axes).astype(out.dtype)
+        if value.shared is not None:
+            term *= jax.lax.gather_p.bind(value.shared, indices, **params)
+        return out + term
     return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
 
 
@@ -156,6 +165,8 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params):
     if value.observed:
         _observe(value, patch)
         return out
+    if value.shared is not None:  # its signs change within a patch: every member would need filters of its own
+        raise value.unsupported("a convolution with shared noise")
     value = value.unpacked()
     first, second = _sides(value, patch, "a convolution whose patch is not one side of its matrix")
     filters = jnp.moveaxis(getattr(value, first), -1, channel)  # the rank takes the place of the output channels

@@ -7,7 +7,7 @@ wins, a rule that matches nothing is an error.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,28 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flipout:
+    """Noise U o (r s^T) for matrices: all members of a generation share U, a pair has its own signs r and s.
+
+    One product with U serves all members (Flipout, arXiv 1803.04386). Members are uncorrelated, but share |U|. Other leaves,
+    and convolutions, get dense noise of the same distribution.
+
+    Args:
+        distribution: of the entries of U.
+        sigma_multiplier: this leaf's sigma relative to the strategy's.
+    """
+
+    distribution: noise.Distribution = "normal"
+    sigma_multiplier: float = 1.0
+    rank: ClassVar[int] = 1  # of r s^T
+
+
+@dataclasses.dataclass(frozen=True)
 class Frozen:
     """No noise and no update."""
 
 
-Spec = LowRank | Dense | Frozen
+Spec = LowRank | Dense | Flipout | Frozen
 Perturbation = Spec | Sequence[tuple[str, Spec]]
 
 
@@ -82,10 +99,10 @@ def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
     Raises:
         TypeError, ValueError: not a spec or rules, an invalid pattern, rank < 1, an unknown distribution, a multiplier <= 0.
     """
-    rules = [(".*", perturbation)] if isinstance(perturbation, LowRank | Dense | Frozen) else perturbation
+    rules = [(".*", perturbation)] if isinstance(perturbation, Spec) else perturbation
     if not isinstance(rules, list | tuple) or not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules):
         raise TypeError(
-            "perturbation must be LowRank(...), Dense(...), Frozen() or a list of (path pattern, one of those), "
+            "perturbation must be LowRank(...), Dense(...), Flipout(...), Frozen() or a list of (path pattern, one of those), "
             f"got {perturbation!r}."
         )
     for pattern, spec in rules:
@@ -94,8 +111,8 @@ def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
 
 
 def _check_rule(pattern: Any, spec: Any) -> None:
-    if not isinstance(spec, LowRank | Dense | Frozen):
-        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense or Frozen, got {spec!r}.")
+    if not isinstance(spec, Spec):
+        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense, Flipout or Frozen, got {spec!r}.")
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -104,7 +121,7 @@ def _check_rule(pattern: Any, spec: Any) -> None:
         raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
     if isinstance(spec, LowRank) and not (isinstance(spec.refresh, int) and spec.refresh >= 1):
         raise ValueError(f"refresh must be an integer >= 1, got {spec.refresh!r}.")
-    if isinstance(spec, LowRank | Dense):
+    if not isinstance(spec, Frozen):
         if spec.distribution not in noise.DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
         if not spec.sigma_multiplier > 0:

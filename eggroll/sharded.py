@@ -98,8 +98,8 @@ def evaluate(
     local = dataclasses.replace(placement.local_layout, chunk_pairs=layout.chunk_pairs)
     devices = placement.size("population")
     padded = local.num_pairs * devices
-    if layout.members_per_batch == 1:
-        batch = _repeat_last(batch, 2 * padded)
+    if layout.members_per_batch in (1, 2):
+        batch = _repeat_last(batch, 2 * padded // layout.members_per_batch)
     member_state = _repeat_last(member_state, padded)
 
     def on_device(first_pair, params, batch, member_state, scalars):

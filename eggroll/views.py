@@ -65,7 +65,7 @@ def _scaled(primitive, value: PerturbedArray, factor: ArrayLike, operands, param
         return PerturbedArray.default(primitive, operands, params)
 
     def operation(array, component):
-        if component in ("left", "right"):
+        if component in ("left", "right", "shared"):
             return array
         factors = jnp.broadcast_to(jnp.asarray(factor).astype(array.dtype), array.shape)
         return primitive.bind(array, factors, **params)

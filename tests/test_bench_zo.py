@@ -11,10 +11,10 @@ from experiments.bench import populations, zo
 
 @pytest.mark.slow
 def test_numbers_of_a_small_run(capsys):
-    zo.run(zo.ZO(blocks=2, width=8, tokens=4, directions=(1, 2), matrix=64, repeats=2))
+    zo.run(zo.ZO(blocks=2, width=8, tokens=8, directions=(1, 2), matrix=64, repeats=2))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(summary["offload_ratios"]) == {"1", "2"} and summary["offload_ratio"] == summary["offload_ratios"]["2"]
-    assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15"}
+    assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15", "grzo"}
     assert summary["lowrank_batched_speedup"] > 0
 
 
@@ -32,6 +32,7 @@ def test_forwards_are_counted():
         "lozo_m": 2,
         "fzoo": 9,
         "spsa15": 17,
+        "grzo": 2,
     }
 
 

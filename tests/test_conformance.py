@@ -12,6 +12,7 @@ PERTURBATIONS = {
     "normal-1": eggroll.LowRank(1, "normal"),
     "normal-4": eggroll.LowRank(4, "normal"),
     "dense": eggroll.Dense(),
+    "flipout": eggroll.Flipout(),
 }
 SHAPINGS = ["centered_ranks", "z_score", "pair_sign"]
 TARGET = jax.random.normal(jax.random.key(5), (6, 4))

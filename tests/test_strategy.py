@@ -230,7 +230,10 @@ BAD_ARGUMENTS = [
     (dict(perturbation=eggroll.Dense(sigma_multiplier=0.0)), "sigma_multiplier must be > 0, got 0.0"),
     (dict(perturbation="low-rank"), "perturbation must be LowRank"),
     (dict(perturbation=[("(", eggroll.Frozen())]), r"perturbation pattern '\(' is not a regular expression"),
-    (dict(perturbation=[(".*", "frozen")]), "perturbation rule '.*' must map to LowRank, Dense or Frozen, got 'frozen'"),
+    (
+        dict(perturbation=[(".*", "frozen")]),
+        "perturbation rule '.*' must map to LowRank, Dense, Flipout or Frozen, got 'frozen'",
+    ),
 ]
 
 

@@ -136,6 +136,7 @@ def test_coefficients_by_hand():
     np.testing.assert_allclose(give["two_point"], [-1.0, 0.5], rtol=1e-6)
     np.testing.assert_allclose(give["one_sided"], [-2.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(give["fzoo"], [2 * 0.1 * -1.0, 2 * 0.1 * 0.5], rtol=1e-6)  # the standard deviation is 1
+    np.testing.assert_allclose(give["grzo"], [-0.5 / 0.375, 0.25 / 0.375], rtol=1e-6)  # the mean is -0.125
     curvature = np.array([1.0 - 3.0 + 2.0, 3.0 - 3.0 + 2.5]) / 0.01
     np.testing.assert_allclose(give["curvature"], np.array([-1.0, 0.5]) / np.maximum(1, np.abs(curvature) ** 0.1), rtol=1e-5)
 
@@ -158,7 +159,8 @@ def test_a_step_without_a_finite_loss_changes_nothing():
 
 @pytest.mark.parametrize("recipe", sorted(zo.RECIPES))
 def test_losses_that_are_all_equal_move_nothing_and_key_zero_is_a_key(recipe):
-    tuner = zo.RECIPES[recipe](lambda params, batch, key: 0.0 * loss(params, batch, key) + 1.0, learning_rate=0.1)
+    options = dict(learning_rate=0.1) | ({"directions": 8} if recipe == "grzo" else {})
+    tuner = zo.RECIPES[recipe](lambda params, batch, key: 0.0 * loss(params, batch, key) + 1.0, **options)
     state, metrics = tuner.step(tuner.init(PARAMS, key=jax.random.key(0), batch=X), X)
     assert not metrics.skipped
     np.testing.assert_array_equal(flat(state.params), flat(PARAMS))
@@ -173,6 +175,7 @@ SETTINGS = {
     "lozo_m": dict(learning_rate=0.02, sigma=1e-2, refresh=5),
     "fzoo": dict(learning_rate=0.02, sigma=1e-2),
     "spsa15": dict(learning_rate=0.1, sigma=1e-2, directions=8),
+    "grzo": dict(learning_rate=4e-4, sigma=1e-2, directions=8),  # an example each
 }
 
 

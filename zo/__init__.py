@@ -5,7 +5,7 @@ from zo.estimators import ESTIMATORS, Estimator
 from zo.offload import Offload
 from zo.optimizers import Descent, scale_by_projected_gradient
 from zo.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
-from zo.recipes import RECIPES, adamezo, fzoo, lozo, lozo_m, mezo, spsa15
+from zo.recipes import RECIPES, adamezo, fzoo, grzo, lozo, lozo_m, mezo, spsa15
 from zo.strategy import ZerothOrder
 from zo.subspace_momentum import subspace_momentum
 
@@ -20,6 +20,7 @@ __all__ = [
     "ZerothOrder",
     "adamezo",
     "fzoo",
+    "grzo",
     "lozo",
     "lozo_m",
     "mezo",

@@ -64,7 +64,7 @@ def stacked_plan(plan: Plan) -> Plan:
     def stacked(leaf: LeafPlan) -> LeafPlan:
         if not leaf.path.startswith(PREFIX) or leaf.role == "frozen":
             return leaf
-        if leaf.role == "low-rank" and leaf.stack[:1] != (0,):
+        if leaf.factored and leaf.stack[:1] != (0,):
             raise ValueError(f"'{leaf.path}' is not used block by block.")
         return dataclasses.replace(leaf, stack=(0,)) if leaf.role == "dense" else leaf
 

@@ -9,6 +9,7 @@ n directions E_k at addresses (key, step, k), losses l_k+ and l_k- at theta +- s
     fzoo        d = 2 sigma (l+ - l_0) / std(l+)   FZOO (arXiv 2506.09034): normalised by the spread of the losses
     curvature   d = w (l+ - l-)                    1.5-SPSA (arXiv 2609.38095): w = 1 / max(1, |c|^0.1),
                                                    c = (l+ - 2 l_0 + l-) / sigma^2
+    grzo        d = delta / (std(delta) + e)       GRZO (arXiv 2606.02857): delta_k = (l_k+ - l_k-) / 2, of example k alone
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 CURVATURE_POWER = 0.1  # of 1.5-SPSA
+SPREAD_FLOOR = 1e-8  # e of GRZO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +31,19 @@ class Estimator:
         unperturbed: whether the loss at the unperturbed parameters is needed too.
         differences: `differences(plus, other, base, sigma, valid) -> d`, float32; plus [n], other [n] (l_-, or l_0 where there
             is one sign), base [] (0 where `unperturbed` is False), valid bool [n]: the entries that count.
+        per_example: every direction sees its own example of the batch, which has as many as there are directions.
+        normalised: d is divided by a spread over the directions, of which there must be two.
     """
 
     signs: tuple[float, ...]
     unperturbed: bool
     differences: Callable[[Array, Array, Array, Array, Array], Array]
+    per_example: bool = False
+    normalised: bool = False
 
     def forwards(self, directions: int) -> int:
-        """Forwards of a step with so many directions."""
-        return len(self.signs) * directions + self.unperturbed
+        """Forwards of the batch in a step with so many directions."""
+        return len(self.signs) * (1 if self.per_example else directions) + self.unperturbed
 
 
 def _two_point(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
@@ -49,11 +55,22 @@ def _one_sided(plus: Array, other: Array, base: Array, sigma: Array, valid: Arra
 
 
 def _fzoo(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
-    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(valid, plus, 0.0).sum() / count
-    spread = jnp.sqrt(jnp.where(valid, (plus - mean) ** 2, 0.0).sum() / count)
+    spread = _spread(plus, valid)
     # Losses that are all equal say nothing; neither does one direction, whose spread is 0.
     return jnp.where(spread > 0, 2 * sigma * (plus - other) / jnp.where(spread > 0, spread, 1.0), 0.0)
+
+
+def _grzo(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
+    delta = (plus - other) / 2
+    spread = _spread(delta, valid)
+    return jnp.where(spread > 0, delta / (spread + SPREAD_FLOOR), 0.0)
+
+
+def _spread(values: Array, valid: Array) -> Array:
+    """Standard deviation of the valid values, whose number divides."""
+    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    mean = jnp.where(valid, values, 0.0).sum() / count
+    return jnp.sqrt(jnp.where(valid, (values - mean) ** 2, 0.0).sum() / count)
 
 
 def _curvature(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) -> Array:
@@ -64,8 +81,9 @@ def _curvature(plus: Array, other: Array, base: Array, sigma: Array, valid: Arra
 ESTIMATORS = {
     "two_point": Estimator((1.0, -1.0), False, _two_point),
     "one_sided": Estimator((1.0,), True, _one_sided),
-    "fzoo": Estimator((1.0,), True, _fzoo),
+    "fzoo": Estimator((1.0,), True, _fzoo, normalised=True),
     "curvature": Estimator((1.0, -1.0), True, _curvature),
+    "grzo": Estimator((1.0, -1.0), False, _grzo, per_example=True, normalised=True),
 }
 
 

@@ -59,6 +59,8 @@ class Offload:
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
         if self.tuner.optimizer.momentum is not None:
             raise ValueError("momentum cannot be deferred block by block: its state would have to travel with the blocks.")
+        if ESTIMATORS[self.tuner.estimator].per_example:
+            raise ValueError(f"estimator {self.tuner.estimator} cannot be offloaded: all streams share one batch there.")
         _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):

@@ -10,7 +10,7 @@ All are `mezo` with other defaults, and take all that `mezo` takes.
 from collections.abc import Callable
 from typing import Any
 
-from eggroll.rules import Dense, LowRank, Perturbation
+from eggroll.rules import Dense, Flipout, LowRank, Perturbation
 from zo.blocks import Blocks
 from zo.optimizers import Descent
 from zo.rebuilt_adam import RebuiltAdam
@@ -142,6 +142,24 @@ def spsa15(
     return mezo(loss, learning_rate=rate, estimator="curvature", **noise, **options)
 
 
+def grzo(
+    loss: Loss, *, sigma: float = 1e-3, directions: int = 16, perturbation: Perturbation = Flipout("normal"), **options: Any
+) -> ZerothOrder:
+    """GRZO (arXiv 2606.02857): every example of the batch sees a direction of its own, in two forwards of the batch.
+
+    Matrices get `Flipout` noise, which all directions share but for the signs of its rows and columns; vectors get dense noise
+    of their own. The differences are divided by their standard deviation over the batch.
+
+    Args:
+        loss: see `ZerothOrder`; it sees one example at a time, with a leading axis of 1.
+        sigma: standard deviation of the perturbation.
+        directions: >= 2, the examples of a batch.
+        perturbation: noise of the directions.
+        **options: of `mezo`.
+    """
+    return mezo(loss, sigma=sigma, directions=directions, perturbation=perturbation, estimator="grzo", **options)
+
+
 RECIPES: dict[str, Callable[..., ZerothOrder]] = {
     "mezo": mezo,
     "adamezo": adamezo,
@@ -149,4 +167,5 @@ RECIPES: dict[str, Callable[..., ZerothOrder]] = {
     "lozo_m": lozo_m,
     "fzoo": fzoo,
     "spsa15": spsa15,
+    "grzo": grzo,
 }

@@ -43,8 +43,9 @@ class ZerothOrder:
         directions: n >= 1, perturbations of a step.
         sigma: standard deviation of the perturbation (MeZO's epsilon), > 0.
         optimizer: `Descent`, or any optax transformation.
-        estimator: a name out of `ESTIMATORS`.
-        perturbation: noise of the directions: `Dense`, `LowRank`, or rules on the paths.
+        estimator: a name out of `ESTIMATORS`. "grzo" gives direction k example k of the batch: the leaves of a batch have a
+            leading axis of n, of which the loss sees one entry at a time, [1, ...].
+        perturbation: noise of the directions: `Dense`, `LowRank`, `Flipout`, or rules on the paths.
         chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
         precision: how parameters shorter than float32 are updated (`eggroll.precision`).
         mesh: axes "population" (directions over devices; their two forwards, where there are fewer directions than devices)
@@ -77,14 +78,16 @@ class ZerothOrder:
             raise ValueError(f"sigma must be a finite number > 0, got {self.sigma!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
-        if self.estimator == "fzoo" and self.directions < 2:
-            raise ValueError("estimator fzoo divides by the spread of the losses: directions must be >= 2, got 1.")
-        if self._sharing > self.layout.num_pairs:
+        if ESTIMATORS[self.estimator].normalised and self.directions < 2:
+            raise ValueError(f"estimator {self.estimator} divides by the spread of the losses: directions must be >= 2, got 1.")
+        if self._sharing > (most := self.layout.num_pairs):
             raise ValueError(
-                f"directions {self.directions} make {self.layout.num_pairs} perturbed forwards, fewer than the devices of mesh "
-                f"axis 'population', {self._sharing}."
+                f"directions {self.directions} can be shared by at most {most} devices, mesh axis 'population' has {self._sharing}."
             )
-        _ = self.placement  # checks the mesh
+        if self.placement is not None and self.placement.axis("data") and self._per_example:
+            raise ValueError(
+                f"estimator {self.estimator} spreads the examples with the directions: use mesh axis 'population', not 'data'."
+            )
 
     # What the journal and the training loop ask of a strategy.
     noise_reuse = 1
@@ -102,11 +105,15 @@ class ZerothOrder:
     @property
     def layout(self) -> PopulationLayout:
         """Directions as the engine's pairs."""
-        signs = ESTIMATORS[self.estimator].signs
-        apart = self.directions < self._sharing
+        signs, per_pair = ESTIMATORS[self.estimator].signs, 2 if self._per_example else None
+        apart = self.directions < self._sharing and not self._per_example
         count = self.directions * len(signs) if apart else self.directions
         # One key for all forwards of a step: the losses that are subtracted see the same dropout.
-        return PopulationLayout(count, chunk_pairs=self.chunk_directions, signs=signs, same_key=True, apart=apart)
+        return PopulationLayout(count, per_pair, chunk_pairs=self.chunk_directions, signs=signs, same_key=True, apart=apart)
+
+    @property
+    def _per_example(self) -> bool:
+        return ESTIMATORS[self.estimator].per_example
 
     @property
     def _sharing(self) -> int:
@@ -150,6 +157,9 @@ class ZerothOrder:
         """`plan` from parameters, or their shapes and dtypes."""
         if "plan" not in self._cache:
             shapes = jax.eval_shape(lambda x: x, batch)
+            if self._per_example:
+                self._check_examples(shapes)
+                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
             key = jax.eval_shape(lambda: jax.random.key(0))
             plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
             self._cache["plan"] = stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
@@ -161,7 +171,7 @@ class ZerothOrder:
 
         Args:
             state: from `init` or the last `step`.
-            batch: any pytree the loss takes.
+            batch: any pytree the loss takes; with a per-example estimator, with a leading axis of n.
 
         Returns:
             `(state, metrics)`; `metrics.mean_fitness` is minus the loss: of the unperturbed parameters where the estimator
@@ -169,6 +179,8 @@ class ZerothOrder:
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
         self.plan(state, batch)
+        if self._per_example:
+            self._check_examples(batch)
         if self.placement is not None:
             self.placement.check(lambda params, batch, key, _: self._weighted(params, batch, key), state, batch)
         state, batch = place(self.placement, state, batch, "split_batch")
@@ -193,6 +205,19 @@ class ZerothOrder:
             raise ValueError("replay needs the plan: call plan(state, batch).")
         return self._move(*place(self.placement, state, given))[0]
 
+    def _check_examples(self, batch: Any) -> None:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+        wrong = [shape for shape in shapes if shape[:1] != (self.directions,)] if shapes else ["no arrays"]
+        if wrong:
+            raise ValueError(
+                f"estimator {self.estimator} gives every direction an example: batch leaves need a leading axis of directions, "
+                f"{self.directions}, got {wrong[0]}."
+            )
+
+    def _of_direction(self, params: Any, batch: Any, key: Array, _: Any = None) -> tuple[Array, Array]:
+        """`_weighted` of a direction's share of the batch."""
+        return self._weighted(params, jax.tree.map(lambda x: x[None], batch) if self._per_example else batch, key)
+
     def _weighted(self, params: Any, batch: Any, key: Array, _: Any = None) -> tuple[Array, Array]:
         """The loss as (total, weight), float32."""
         result = (whole_loss(self.loss) if isinstance(self.loss, Blocks) else self.loss)(params, batch, key)
@@ -212,7 +237,7 @@ class ZerothOrder:
 
         options: dict[str, Any] = dict(noise_key=state.key, noise_generation=state.generation, sigma=state.sigma)
         options |= {"evaluation_key": evaluation_key, "batch": batch, "layout": self.layout, "placement": placement}
-        losses = sharded.evaluate(self._weighted, self._cache["plan"], state.params, join=join, split=True, **options)
+        losses = sharded.evaluate(self._of_direction, self._cache["plan"], state.params, join=join, split=True, **options)
         if placement is not None:
             losses = jax.lax.with_sharding_constraint(losses, placement.replicated)
         base = jnp.float32(jnp.nan)

@@ -17,7 +17,7 @@ from eggroll import noise
 from eggroll.estimator import leaf_gradient
 from eggroll.interpret import apply_perturbed
 from eggroll.plan import LeafPlan, Plan
-from eggroll.population import draw_pair, member_params
+from eggroll.population import draw_pair, draw_shared, member_params
 from eggroll.precision import is_low, stochastic_round
 from eggroll.rules import Frozen
 from zo.blocks import Blocks
@@ -126,10 +126,11 @@ class Streams:
         self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array | int = 0
     ) -> Any:
         """`function(member's params, what it carries)` for every direction and sign of this device: [a, b, ...]."""
+        shared = draw_shared(plan, state.key, state.generation, first_index=index)
 
         def of_pair(inputs: Any) -> Any:
             pair, signs, carried = inputs
-            drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index)
+            drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index, shared=shared)
 
             def of_sign(sign: Array, carried: Any) -> Any:
                 member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma, in_loop=True)

@@ -22,6 +22,7 @@ from experiments.bench.timing import interleaved_ms, machine
 from experiments.common.run import print_summary
 
 SETTINGS: dict[str, dict[str, Any]] = {"fzoo": {"directions": 8}, "spsa15": {"directions": 8}}
+SETTINGS["grzo"] = {"directions": 8, "chunk_directions": None}  # 8 examples, each with a share of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _stepper(tuner: Any, config: ZO) -> Callable[[], Any]:
     """A function that goes one step on; the state stays with it."""
     batch = jax.random.normal(jax.random.key(1), (config.tokens, config.width))
     if isinstance(tuner, zo.ZerothOrder):
+        if zo.ESTIMATORS[tuner.estimator].per_example:
+            batch = batch.reshape(tuner.directions, -1, config.width)
         tuner.plan_of(_params(config), batch)  # that momentum follows
     state = tuner.init(_params(config), key=jax.random.key(0))
 
@@ -106,7 +109,7 @@ def _both(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
 
 def _recipes() -> dict[str, zo.ZerothOrder]:
     more: dict[str, Any] = {"learning_rate": 1e-6, "chunk_directions": 1}
-    return {name: make(PIECES, **more, **SETTINGS.get(name, {})) for name, make in zo.RECIPES.items()}
+    return {name: make(PIECES, **more | SETTINGS.get(name, {})) for name, make in zo.RECIPES.items()}
 
 
 def _forwards(tuner: zo.ZerothOrder) -> int:
