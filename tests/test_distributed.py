@@ -53,7 +53,7 @@ def test_a_block_lies_in_the_host_once_and_crosses_once(over_meshes):
 def test_what_cannot_be_spread_is_refused(over_meshes):
     words = {
         "axis": "blocks are offloaded over mesh axes population and data, got 'model'.",
-        "forwards": "directions 1 can be shared by at most 2 devices, mesh axis 'population' has 4.",
+        "forwards": "directions 1 can be shared by at most 2 devices; mesh axis 'population' has 4.",
         "examples": "in a multiple of the devices of mesh axis 'data', 3, got shape (4, 6).",
     }
     assert all(over_meshes["messages"][name].endswith(text) for name, text in words.items()), over_meshes["messages"]

@@ -82,7 +82,8 @@ class ZerothOrder:
             raise ValueError(f"estimator {self.estimator} divides by the spread of the losses: directions must be >= 2, got 1.")
         if self._sharing > (most := self.layout.num_pairs):
             raise ValueError(
-                f"directions {self.directions} can be shared by at most {most} devices, mesh axis 'population' has {self._sharing}."
+                f"directions {self.directions} can be shared by at most {most} devices; mesh axis "
+                f"'population' has {self._sharing}."
             )
         if self.placement is not None and self.placement.axis("data") and self._per_example:
             raise ValueError(
