@@ -8,8 +8,10 @@ import pytest
 from models import MODELS
 from replicates import Z_LIMIT, gradients, through_dot, z_scores
 from test_perturbed import arrays_of
+from tiny_blocks import BATCH, PIECES, init
 
 import eggroll
+import zo
 from eggroll import estimator, noise
 from eggroll.plan import make_plan
 from eggroll.population import PopulationLayout, built_noise, draw_pair, evaluate
@@ -197,6 +199,20 @@ def test_a_linear_objective_is_exactly_unbiased_and_the_variance_follows_its_law
     assert np.abs(drawn.var(axis=0) / law - 1).max() < tolerance
     other = np.asarray((2 - floor) * C**2 + (jnp.sum(C**2) - C**2) / pairs)
     assert np.abs(drawn.var(axis=0) / other - 1).max() > tolerance
+
+
+@pytest.mark.slow
+def test_offloaded_blocks_have_the_same_noise():
+    tuner = zo.mezo(PIECES, learning_rate=1e-2, sigma=1e-2, directions=3, chunk_directions=2, perturbation=eggroll.Flipout())
+    away = zo.Offload(tuner)
+    resident, offloaded = tuner.init(init(), key=KEY), away.init(init(), key=KEY)
+    for _ in range(4):
+        resident, metrics = tuner.step(resident, BATCH)
+        offloaded, report = away.step(offloaded, BATCH)
+        np.testing.assert_allclose(report.coefficients, metrics.coefficients, rtol=1e-3, atol=2e-6)
+    found = away.parameters(away.flush(offloaded))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(resident.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
