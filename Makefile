@@ -1,18 +1,22 @@
 # Commands of the repository. Every one sets up .venv first where it is missing; needs python3 >= 3.11 with pip and venv.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test slow heavy lint types bench suites parity
+.PHONY: run test jax011 slow heavy lint types bench suites parity
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
 
 test: $(READY)  ## the default test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+jax011:  ## the default test suite on jax 0.11, in an environment of its own; needs python >= 3.12, `PYTHON=python3.12` chooses it
+	$(MAKE) test VENV=.venv-jax011 CONSTRAINTS=constraints-jax011.txt
 
 slow: $(READY)  ## the tests the default suite leaves out
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not heavy and not gpu" $(ARGS)
@@ -30,18 +34,18 @@ types: $(READY)
 suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
 
 parity: $(READY)  ## torch and transformers, which language models are compared with; their tests no longer skip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "python >= 3.11 is needed, PYTHON=... chooses one"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all]'
 	touch $@
 
 $(SUITES): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suites,remote]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[suites,remote]'
 	$(BIN)/python -m pip install --quiet --no-deps kinetix-env==3.0.2  # its metadata asks for an older jax
 	touch $@

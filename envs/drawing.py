@@ -118,7 +118,7 @@ def particles(env: Any) -> Draw | None:
             canvas.text((x + radii[agent] + 0.02, y + radii[agent]), str(agent))
         for row, agent in enumerate(speakers):
             words = np.asarray(state.c[agent])
-            said = str(int(words.argmax())) if words.any() else "nothing"
+            said = str(int(np.argmax(words))) if words.any() else "nothing"
             canvas.text((-1.95, 1.95 - 0.2 * row), f"{agent} says {said}")
         return canvas.pixels()
 

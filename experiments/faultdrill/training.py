@@ -41,7 +41,7 @@ class Statistics:
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Callback of the training loop."""
-        self.count = self.count + 1
+        self.count = np.int64(self.count + 1)
         self.mean = np.float32(self.mean + (np.float32(record.mean_fitness) - self.mean) / np.float32(self.count))
 
 
