@@ -81,7 +81,10 @@ class Offload:
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
         pending = Pending(jnp.zeros(self.tuner.directions, jnp.float32), jnp.int32(0), zero, jnp.float32(1))
         moment = ProjectedMoment(jnp.int32(0), zero)
-        return OffloadState(resident, blocks, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+        # Committed to the device, as what a step returns is: else the second step would compile again.
+        small = (resident, pending, moment, key, jnp.int32(0), jnp.float32(self.tuner.sigma))
+        resident, *small = jax.device_put(small, jax.devices()[0])
+        return OffloadState(resident, blocks, *small)
 
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:
         """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do it by themselves, `flush` of a restored state needs it."""
@@ -112,7 +115,8 @@ class Offload:
         blocks, _ = self._each_block("flush", only_update, state, None, None)
         update = lambda small: streams.updated(streams.resident_plan, small.resident, small)  # noqa: E731
         resident = self._jitted("flush resident", update)(state._replace(blocks=()))
-        return state._replace(resident=resident, blocks=blocks, pending=state.pending._replace(rate=jnp.float32(0)))
+        nothing = jnp.zeros_like(state.pending.rate, device=state.pending.rate.sharding)
+        return state._replace(resident=resident, blocks=blocks, pending=state.pending._replace(rate=nothing))
 
     def loss(self, state: OffloadState, batch: Any, *, key: Array) -> Array:
         """The unperturbed loss of what `flush` returned, block by block; float32 [].
