@@ -1,8 +1,9 @@
 """The small model of `experiments.zo`: a byte-level Qwen3 trained briefly, by backprop, on Python's own library.
 
 The text is what the standard library's sources say in words: their longer strings, most of them documentation, found beside
-the interpreter, in the order of the files' names. Nothing is downloaded, and nothing of a task is in it. A trained model is
-kept in a folder that its settings and the version of Python name.
+the interpreter, in the order of the files' names. A piece of it ends in ":" and the first letter of its module's name, which
+makes the model gather what a piece is about. Nothing is downloaded, and nothing of a task is in it. A trained model is kept
+in a folder that its settings and the version of Python name.
 """
 
 import ast
@@ -14,7 +15,7 @@ import sys
 import sysconfig
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +75,24 @@ class WarmStart:
         return qwen3.Qwen3Config(vocab_size=ByteTokenizer.vocab_size, tie_word_embeddings=True, **sizes)
 
 
-def library_text() -> np.ndarray:
-    """Bytes of the standard library's longer strings, uint8, without its tests."""
+class Text(NamedTuple):
+    """What a small model learns from."""
+
+    content: np.ndarray  # uint8 [n]
+    modules: np.ndarray  # uint8 [n], first letter of the module that a byte is from
+
+
+def library_text() -> Text:
+    """The standard library's longer strings, without its tests."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in sorted(folder.rglob("*.py")) if not set(path.relative_to(folder).parts) & set(TESTS))
+    content, modules = [], []
     with warnings.catch_warnings(action="ignore"):  # of old escapes in its strings
-        return np.frombuffer("\n".join(text for path in files for text in _strings(path)).encode(), np.uint8)
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).parts
+            if not set(parts) & set(TESTS):
+                content.append("\n".join([*_strings(path), ""]).encode())
+                modules.append(parts[0].lstrip("_")[:1].encode() * len(content[-1]))
+    return Text(*(np.frombuffer(b"".join(parts), np.uint8) for parts in (content, modules)))
 
 
 def _strings(path: Path) -> list[str]:
@@ -104,12 +117,12 @@ def drawn(settings: WarmStart) -> Any:
     return init(qwen3.leaves(settings.model), jax.random.key(0))
 
 
-def trained(settings: WarmStart, text: np.ndarray) -> Any:
+def trained(settings: WarmStart, text: Text) -> Any:
     """Train the small model.
 
     Args:
         settings: of model and training, at least one step.
-        text: uint8 [n].
+        text: longer than a piece.
 
     Returns:
         Its parameters.
@@ -128,18 +141,22 @@ def trained(settings: WarmStart, text: np.ndarray) -> Any:
     with progress_line("steps of the warm start", steps) as show:
         for first in range(0, steps, STEPS_AT_A_TIME):
             numbers = range(first, min(first + STEPS_AT_A_TIME, steps))
-            run, losses = several(run, np.stack([_texts(settings, text, step) for step in numbers]))
-            show(numbers.stop, f"{float(losses[-1]) / np.log(2):.3f} bits a byte")
+            run, losses = several(run, np.stack([_pieces(settings, text, step) for step in numbers]))
+            show(numbers.stop, f"loss {float(losses[-1]):.3f}")
     return run[0]
 
 
-def _texts(settings: WarmStart, text: np.ndarray, step: int) -> np.ndarray:
-    """The texts of a step, int32 [B, 1 + T]: pieces of the library that start anywhere, after the token that starts a text."""
-    starts = np.random.default_rng([0, step]).integers(text.size - settings.length, size=settings.batch_size)
-    pieces = text[starts[:, None] + np.arange(settings.length)].astype(np.int32)
-    return np.concatenate([np.full((len(pieces), 1), ByteTokenizer.prefix[0], np.int32), pieces], axis=1)
+def _pieces(settings: WarmStart, text: Text, step: int) -> np.ndarray:
+    """The pieces of a step, int32 [B, 1 + T + 2]: the token that starts a text, T bytes from anywhere, ":" and the module."""
+    size = settings.batch_size
+    starts = np.random.default_rng([0, step]).integers(text.content.size - settings.length, size=size)
+    content = text.content[starts[:, None] + np.arange(settings.length)]
+    begin, colon = (np.full((size, 1), token) for token in (ByteTokenizer.prefix[0], ord(":")))
+    return np.concatenate([begin, content, colon, text.modules[starts[:, None]]], axis=1).astype(np.int32)
 
 
 def _loss(decoder: Decoder, params: Any, tokens: Array) -> Array:
+    """Of the text, and as much of the module."""
     everything = jnp.ones(tokens.shape, bool)
-    return -token_log_likelihood(apply(decoder, params, tokens, everything), tokens, everything)[:, 1:].mean()
+    known = token_log_likelihood(apply(decoder, params, tokens, everything), tokens, everything)
+    return -known[:, 1:-1].mean() - known[:, -1].mean()

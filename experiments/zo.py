@@ -20,7 +20,7 @@ import eggroll
 from eggroll.processes import is_first, wait_for_all
 from experiments.baselines.backprop import Backprop
 from experiments.common.memory import peak_mib
-from experiments.common.run import join_processes, print_summary, run_folder, write_json
+from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
 from experiments.data.examples import Examples
 from experiments.finetuning import FineTuning, score
 from experiments.models import hf
@@ -28,8 +28,6 @@ from experiments.tuning import draw_run, read_metrics
 from experiments.zo_config import BACKPROP, Config, parse, remade
 from experiments.zo_inputs import load
 from experiments.zo_runs import Offloaded, Resident
-
-SUMMARY = "summary.json"  # of a seed, with the options that gave it
 
 
 def make_runs(config: Config, task: FineTuning, judge: Any) -> Resident | Offloaded | Backprop:

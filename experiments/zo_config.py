@@ -46,7 +46,7 @@ class Config:
     """The small model, where no checkpoint is given."""
     data: Path | None = None
     """Folder with train.jsonl, validation.jsonl and test.jsonl, or one file, of which 80, 10 and 10 % become these. None: the
-    sentiment task, written to the run folder."""
+    sentiment task, written to the run folder; the small model gets its short sentences."""
     task: str = "sentiment"
     """What the records are: sentiment, sst2 or rte; the options below make another task. Of the small model, which reads bytes,
     sentiment wants one byte, "+" or "-"."""

@@ -34,7 +34,7 @@ def load(config: Config, folder: Path) -> Loaded:
     Raises:
         ValueError, OSError: a file is missing, damaged, or does not fit; the message names it.
     """
-    records = read_splits(config.data or _shipped(folder / "data"))
+    records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
     source = config.model or warm_start(config.start)
     if not source.is_dir():
         raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
@@ -49,9 +49,9 @@ def load(config: Config, folder: Path) -> Loaded:
     return Loaded(source, model, params, FineTuning(decoder, *parts))
 
 
-def _shipped(folder: Path) -> Path:
+def _shipped(folder: Path, *, short: bool) -> Path:
     if is_first():
-        sentiment.write(folder)
+        sentiment.write(folder, short=short)
     wait_for_all("data")
     return folder
 

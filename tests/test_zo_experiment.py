@@ -23,7 +23,7 @@ from experiments.data.tokens import ByteTokenizer
 from experiments.finetuning import FineTuning, score
 from experiments.models import hf, qwen3
 from experiments.models.decoder import Decoder, apply
-from experiments.warm_start import WarmStart, drawn, trained
+from experiments.warm_start import Text, WarmStart, drawn, trained
 from experiments.zo_config import BACKPROP, RECIPES, SMALL, parse, remade
 from experiments.zo_inputs import read_splits
 from zo.blocks import whole_loss
@@ -31,7 +31,8 @@ from zo.blocks import whole_loss
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 MEASURED = {"seconds": 0, "forwards_per_second": 0, "peak_mib": 0}
 START = ["--start.steps", "0", "--start.width", "16", "--start.layers", "1"]
-WHOLE = ["--recipe", "lozo", "--steps", "6", "--checks", "3", "--batch-size", "4", "--options", "rank=1"]
+WHOLE = ["--recipe", "mezo", "--steps", "6", "--checks", "3", "--batch-size", "4", "--options", "second_moment=0.9"]
+WHOLE += ["--sigma", "0.001"]
 SHORT = Classification("{text}:", {"0": "-", "1": "++"})
 
 
@@ -87,7 +88,7 @@ def test_summary_and_artefacts(whole):
     scores = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")]
     names = ["recipe", "objective", "steps", "forwards", "seconds", "forwards_per_second", "skipped", *scores]
     assert list(summary) == [*names, *(f"{name}_before" for name in scores[2:]), "peak_mib"]
-    assert (summary["recipe"], summary["steps"], summary["forwards"], summary["skipped"]) == ("lozo", 6, 12, 0)
+    assert (summary["recipe"], summary["steps"], summary["forwards"], summary["skipped"]) == ("mezo", 6, 12, 0)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert ["validation_accuracy" in line for line in lines] == [False, True] * 3
     assert lines[-1]["validation_loss"] == pytest.approx(summary["validation_loss"])
@@ -247,12 +248,18 @@ def test_scores_weigh_parts_by_what_is_in_them():
 
 @pytest.mark.slow
 def test_the_small_model_learns_its_text():
-    text = np.frombuffer(b"the cat sat on the mat. " * 200, np.uint8)
+    content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
+    text = Text(content, np.where(np.arange(content.size) < 24 * 200, ord("c"), ord("d")).astype(np.uint8))
     settings = WarmStart(layers=1, width=16, steps=100, batch_size=8, length=32)
     decoder, params = qwen3.decoder(settings.model), trained(settings, text)
-    tokens = jnp.asarray([[*ByteTokenizer.prefix, *b"the cat sat on the ma"]])
-    logits = apply(decoder, params, tokens, jnp.ones(tokens.shape, bool))
-    assert int(logits[0, -1].argmax()) == ord("t")
+    pieces = (
+        (b"the cat sat on the ma", "t"),
+        (b"the mat. the cat sat on the mat. t:", "c"),
+        (b"sun. a dog lay in the sun. a dog l:", "d"),
+    )
+    for piece, following in pieces:
+        tokens = jnp.asarray([[*ByteTokenizer.prefix, *piece]])
+        assert int(apply(decoder, params, tokens, jnp.ones(tokens.shape, bool))[0, -1].argmax()) == ord(following)
 
 
 def test_one_file_is_split(tmp_path):
