@@ -110,7 +110,7 @@ def train(
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None and is_first():
-            metrics_file = stack.enter_context(_open_metrics(Path(run_folder), first))
+            metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
             stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
@@ -195,7 +195,7 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
         )
 
 
-def _open_metrics(folder: Path, first: int) -> IO[str]:
+def open_metrics(folder: Path, first: int) -> IO[str]:
     """Open `metrics.jsonl` after the line of the last generation before `first`; lines of a lost continuation go."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"

@@ -23,14 +23,12 @@ from experiments.baselines.ppo import PPO
 from experiments.baselines.runs import PPORuns, RandomRuns
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
-from experiments.common.run import join_processes, print_summary, run_folder, write_json
+from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
 from experiments.evolution import Evolution
 from experiments.models.mlp import MLP
 from experiments.render import render_episode
 from experiments.rl_config import Config, parse
 from experiments.task import Evaluation, Task, Trained
-
-SUMMARY = "summary.json"  # of a seed, with the options that gave it
 
 
 def make_task(config: Config) -> Task:

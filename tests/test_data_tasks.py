@@ -258,3 +258,14 @@ def test_wrong_tasks_are_one_sentence():
         Generation("prompt")
     with pytest.raises(ValueError, match=r"template '\{text' is not well formed"):
         Classification("{text", {"0": " a", "1": " b"})
+
+
+def test_short_sentences_are_some_of_all(tmp_path):
+    """They end in the adjective, half of them have each label, and so many that the usual splits are full."""
+    everything, short = dict(sentiment.sentences()), dict(sentiment.sentences(short=True))
+    assert len(short) == 2304 and short.items() <= everything.items() and 2 * sum(short.values()) == len(short)
+    files = sentiment.write(tmp_path, short=True)
+    texts = [record.text("text") for file in files.values() for record in read_records(file)]
+    assert len(set(texts)) == 2200 and set(texts) <= set(short)
+    with pytest.raises(ValueError, match="at most 2304, got"):
+        sentiment.write(tmp_path, test=2000, short=True)

@@ -23,21 +23,33 @@ _TAILS = ("", " this time", " in every way", " as we expected", " from start to 
 _PARTS = (_OPENINGS, _NOUNS, _PLAIN + _NEGATED, _GOOD + _BAD, _TAILS)
 
 
-def sentences() -> list[tuple[str, int]]:
-    """All sentences with their labels, 0 or 1; half of them each."""
+def sentences(*, short: bool = False) -> list[tuple[str, int]]:
+    """All sentences with their labels, 0 or 1; half of them each. Short ones have no opening and end in the adjective."""
+    openings, *middle, tails = _PARTS
     return [
         (f"{opening}the {noun} was {modifier}{adjective}{tail}", int((adjective in _GOOD) != (modifier in _NEGATED)))
-        for opening, noun, modifier, adjective, tail in itertools.product(*_PARTS)
+        for opening, noun, modifier, adjective, tail in itertools.product(
+            openings[:1] if short else openings, *middle, tails[:1] if short else tails
+        )
     ]
 
 
-def write(folder: str | Path, *, seed: int = 0, train: int = 1000, validation: int = 200, test: int = 1000) -> dict[str, Path]:
+def write(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    train: int = 1000,
+    validation: int = 200,
+    test: int = 1000,
+    short: bool = False,
+) -> dict[str, Path]:
     """Write train.jsonl, validation.jsonl and test.jsonl; no sentence is in two of them.
 
     Args:
         folder: made where it is missing.
         seed: of the choice of sentences.
         train, validation, test: number of sentences.
+        short: only sentences without opening that end in the adjective, of which there are 2304.
 
     Returns:
         Path by name of the split.
@@ -45,7 +57,7 @@ def write(folder: str | Path, *, seed: int = 0, train: int = 1000, validation: i
     Raises:
         ValueError: more sentences than there are, or fewer than 1 in a split.
     """
-    everything, sizes = sentences(), {"train": train, "validation": validation, "test": test}
+    everything, sizes = sentences(short=short), {"train": train, "validation": validation, "test": test}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(everything):
         raise ValueError(f"every split needs 1 sentence or more, and all together at most {len(everything)}, got {sizes}.")
     folder = Path(folder)

@@ -22,7 +22,7 @@ class ByteTokenizer:
     """The bytes of UTF-8 as tokens 0 to 255; 256 starts a text."""
 
     vocab_size = 257
-    prefix = (256,)
+    prefix: tuple[int, ...] = (256,)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without `prefix`."""
