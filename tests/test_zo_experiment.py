@@ -293,7 +293,10 @@ def test_every_recipe_has_a_setting_that_checks():
         (["--learning-rate", "inf"], "learning_rate must be a finite number > 0, got inf."),
         (["--options", "rank"], "options must be such as rank=4, got 'rank'."),
         (["--options", "rank=4"], "options: recipe mezo has no 'rank', it has second_moment"),
-        (["--recipe", "lozo", "--options", "sigma=4"], "options: recipe lozo has no 'sigma', it has second_moment, momentum, rank, refresh"),
+        (
+            ["--recipe", "lozo", "--options", "sigma=4"],
+            "options: recipe lozo has no 'sigma', it has second_moment, momentum, rank, refresh",
+        ),
         (["--recipe", "lozo", "--options", "rank=many"], "rank must be an integer >= 1, got 'many'."),
         (["--recipe", "lozo", "--options", "rank=0"], "rank must be an integer >= 1, got 0."),
         (["--model", "nowhere"], "learning_rate must be given: none is known for mezo on this model."),
