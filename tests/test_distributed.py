@@ -35,7 +35,7 @@ def test_directions_signs_and_batches_over_devices_are_the_same_run(over_meshes)
     """20 steps, resident and offloaded: perturbation parallelism, of the two signs of one direction too, data parallelism with
     shares of different weight, both; replicas equal to the bit.
     """
-    assert len(over_meshes["runs"]) == 5 * 1 + 2 * (5 + 1 + 2 + 2 + 1) + 1
+    assert len(over_meshes["runs"]) == 6 * 1 + 2 * (5 + 1 + 2 + 2 + 1 + 1) + 1
     for name, row in over_meshes["runs"].items():
         assert row["params"] <= 5e-5 and row["losses"] <= 2e-5 and row["first_coefficients"] <= 2e-6, (name, row)
         assert row["replicas_equal"], (name, row)

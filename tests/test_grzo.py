@@ -166,8 +166,6 @@ def test_wrong_use_is_refused():
             run(grzo(), 1, batch)
     with pytest.raises(ValueError, match="estimator grzo divides by the spread of the losses: directions must be >= 2, got 1"):
         grzo(directions=1)
-    with pytest.raises(ValueError, match="estimator grzo cannot be offloaded yet"):
-        zo.Offload(grzo(zo.Blocks(loss, loss, loss)))
 
 
 # --- two devices -----------------------------------------------------------------------------------------------------------

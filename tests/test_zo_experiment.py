@@ -316,7 +316,7 @@ def test_every_recipe_has_a_setting_that_checks():
         (["--mesh", "population=64"], "mesh 'population=64' has 64 devices, this run has"),
         (["--mesh", "model=1", "--offload"], "blocks are offloaded over mesh axes population and data, got 'model'."),
         (["--recipe", "lozo_m", "--offload"], "momentum cannot be deferred block by block"),
-        (["--recipe", "grzo", "--directions", "3"], "batch leaves need a leading axis of 3"),
+        (["--recipe", "grzo", "--directions", "3"], "estimator grzo gives every direction an example: batch leaves need"),
         (["--recipe", "fzoo", "--forwards", "8"], "forwards 8 are fewer than the 9 of one step of fzoo."),
         (["--recipe", "fzoo", "--directions", "1"], "estimator fzoo divides by the spread of the losses"),
         (["--start.width", "20"], "start.width must be a multiple of 16, got 20."),

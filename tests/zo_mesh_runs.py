@@ -65,6 +65,7 @@ CASES = [
     ({"estimator": "fzoo"}, {"both": BOTH}),
     ({"directions": 1}, {"population 2": mesh(population=2), "both, in the other order": mesh(data=2, population=2)}),
     ({"directions": 3}, {"population 2": mesh(population=2), "population 4": mesh(population=4)}),
+    ({"estimator": "grzo", "perturbation": eggroll.Flipout(), "learning_rate": 1e-4}, {"population 2": mesh(population=2)}),
     ({"perturbation": eggroll.LowRank(2, "normal", refresh=3), "directions": 2}, {"both": BOTH}),
 ]
 results = {}

@@ -59,8 +59,6 @@ class Offload:
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
         if self.tuner.optimizer.momentum is not None:
             raise ValueError("momentum cannot be deferred block by block: its state would have to travel with the blocks.")
-        if ESTIMATORS[self.tuner.estimator].per_example:
-            raise ValueError(f"estimator {self.tuner.estimator} cannot be offloaded: all streams share one batch there.")
         _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
@@ -110,6 +108,7 @@ class Offload:
         Raises:
             ValueError: the devices along "data" do not divide the examples.
         """
+        self.tuner.check_batch(batch)
         streams, batch, small = self._streams(state, batch), self.devices.batch(batch), state._replace(blocks=())
         resident, carry, aux = self._program("begin", streams.begin, (SAME, BATCH), (SAME, OWN, OWN))(small, batch)
         blocks, carry = self._each_block("visit", streams.visit, state, carry, aux)

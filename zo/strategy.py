@@ -159,7 +159,7 @@ class ZerothOrder:
         if "plan" not in self._cache:
             shapes = jax.eval_shape(lambda x: x, batch)
             if self._per_example:
-                self._check_examples(shapes)
+                self.check_batch(shapes)
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
             key = jax.eval_shape(lambda: jax.random.key(0))
             plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
@@ -180,8 +180,7 @@ class ZerothOrder:
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
         self.plan(state, batch)
-        if self._per_example:
-            self._check_examples(batch)
+        self.check_batch(batch)
         if self.placement is not None:
             self.placement.check(lambda params, batch, key, _: self._weighted(params, batch, key), state, batch)
         state, batch = place(self.placement, state, batch, "split_batch")
@@ -206,7 +205,10 @@ class ZerothOrder:
             raise ValueError("replay needs the plan: call plan(state, batch).")
         return self._move(*place(self.placement, state, given))[0]
 
-    def _check_examples(self, batch: Any) -> None:
+    def check_batch(self, batch: Any) -> None:
+        """Raise ValueError unless a batch has an example for every direction, where the estimator gives them one each."""
+        if not self._per_example:
+            return
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
         wrong = [shape for shape in shapes if shape[:1] != (self.directions,)] if shapes else ["no arrays"]
         if wrong:

@@ -89,25 +89,49 @@ class Streams:
         resident = self.moved_resident(state)
         key = jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
 
-        def begin(params: Any, _: Any) -> Any:
+        def begin(params: Any, entry: Any) -> Any:
+            if self.estimator.per_example:
+                return *self.pieces.begin(params, entry, key), entry
             return self.pieces.begin(params, batch, key)[0]
 
-        base_x, aux = self.pieces.begin(resident, batch, key)
-        nothing = jnp.zeros(self.devices.streams(self.directions, self.estimator.signs)[1].shape)
-        return resident, own((self._streams(begin, self.resident_plan, resident, nothing, state), base_x)), own(aux)
+        base_x, aux = ((), ()) if self.estimator.per_example else self.pieces.begin(resident, batch, key)
+        entries = self._entries(batch) if self.estimator.per_example else jnp.zeros(self._own_streams()[1].shape)
+        return resident, own((self._streams(begin, self.resident_plan, resident, entries, state), base_x)), own(aux)
+
+    def _entries(self, batch: Any) -> Any:
+        """The example of every stream of this device, [a, b, 1, ...]."""
+        pairs, signs = self._own_streams()
+        chosen = jnp.minimum(pairs, self.directions - 1)
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[chosen][:, None, None], (*signs.shape, 1, *leaf.shape[1:])), batch
+        )
+
+    def _own_streams(self) -> tuple[Array, Array]:
+        return self.devices.streams(self.directions, self.estimator.signs)
 
     def visit(self, state: OffloadState, block: Any, index: Array, carry: Any, aux: Any) -> Any:
         """A block with what is pending, and all streams behind it."""
         (x, base_x), aux = mine(carry), mine(aux)
         moved = self.moved_block(state, block, index)
         params = self.devices.whole(moved)
-        x = self._streams(lambda params, x: self.pieces.block(params, x, aux), self.block_plan, params, x, state, index)
+        x = self._streams(functools.partial(self._through, aux=aux), self.block_plan, params, x, state, index)
         return moved, own((x, self.pieces.block(params, base_x, aux) if self.estimator.unperturbed else base_x))
+
+    def _through(self, params: Any, carried: Any, *, aux: Any) -> Any:
+        """One stream behind a block; where every direction has an example of its own, it carries that and its aux along."""
+        if not self.estimator.per_example:
+            return self.pieces.block(params, carried, aux)
+        x, aux, entry = carried
+        return self.pieces.block(params, x, aux), aux, entry
 
     def end(self, state: OffloadState, resident: Any, carry: Any, batch: Any) -> tuple[OffloadState, OffloadMetrics]:
         """Losses, coefficients, and the next state but for its blocks."""
         estimator, (x, base_x) = self.estimator, mine(carry)
-        end = lambda params, x: _total(self.pieces.end(params, x, batch))  # noqa: E731
+
+        def end(params: Any, carried: Any) -> tuple[Array, Array]:
+            x, entry = (carried[0], carried[2]) if estimator.per_example else (carried, batch)
+            return _total(self.pieces.end(params, x, entry))
+
         parts = self._streams(end, self.resident_plan, resident, x, state)
         losses = self.devices.losses(parts, self.directions, len(estimator.signs))
         base = self.devices.ratio(end(resident, base_x)) if estimator.unperturbed else jnp.float32(jnp.nan)
@@ -138,7 +162,7 @@ class Streams:
 
             return jax.vmap(of_sign)(signs, carried)
 
-        pairs, signs = self.devices.streams(self.directions, self.estimator.signs)
+        pairs, signs = self._own_streams()
         chunk = self.chunk_directions
         if chunk is None or chunk >= pairs.shape[0]:
             return jax.vmap(of_pair)((pairs, signs, carried))
