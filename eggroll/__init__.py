@@ -5,10 +5,11 @@ from eggroll.estimator import paper_learning_rate
 from eggroll.members import Population
 from eggroll.metrics import Metrics
 from eggroll.plan import Plan
-from eggroll.rules import Dense, Flipout, Frozen, LowRank
+from eggroll.rules import Dense, Flipout, Frozen, Integer, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
+from eggroll.threshold import threshold
 from eggroll.training import train
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "EvolutionStrategy",
     "Flipout",
     "Frozen",
+    "Integer",
     "LowRank",
     "Metrics",
     "Plan",
@@ -28,6 +30,7 @@ __all__ = [
     "group_relative",
     "pair_sign",
     "paper_learning_rate",
+    "threshold",
     "train",
     "z_score",
 ]

@@ -22,6 +22,7 @@ import quax
 from jax import Array
 
 from eggroll import noise
+from eggroll.integer import IntegerNoise
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 register = quax.register
@@ -63,6 +64,7 @@ class Layout:
     rank: int = 0
     indexed: frozenset[int] = frozenset()  # source axes that a probe was indexed along: they must be stacked
     observer: Observer | None = None
+    integer: IntegerNoise | None = None
 
     def owns(self, component: str, tag: Tag) -> bool:
         """Whether `component` ("base", "left", "right", "scale", "shared") has the axis tagged `tag`."""
@@ -198,6 +200,7 @@ def perturb(
     path: str,
     rows: Sequence[int],
     columns: Sequence[int],
+    integer: IntegerNoise | None = None,
     shared: Array | None = None,
 ) -> PerturbedArray:
     """Wrap a parameter with the factors of its perturbation.
@@ -205,17 +208,19 @@ def perturb(
     Args:
         base: the parameter; its axes are stacked axes, rows and columns in any order.
         factors: `noise.Factors` of shapes [stack, r, m] and [stack, r, n], packed or not.
-        scale: [stack], sign * sigma / sqrt(r).
+        scale: [stack], sign * sigma / sqrt(r); of integer noise the int32 sign.
         path: the parameter's path, for messages.
         rows: the axes of `base` that the left factor spans.
         columns: the axes of `base` that the right factor spans.
+        integer: of an int8 parameter.
         shared: noise of the shape of `base` that multiplies the product of the factors, None: none.
 
     Returns:
         The lazy sum.
     """
     tags = tuple((axis,) for axis in range(base.ndim))
-    layout = Layout(path, base.ndim, tags, frozenset(rows), frozenset(columns), factors.rank)
+    sides = frozenset(rows), frozenset(columns)
+    layout = Layout(path, base.ndim, tags, *sides, factors.rank, integer=integer)
     value = PerturbedArray(base, None, None, factors.words, scale, layout, shared)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))

@@ -232,7 +232,7 @@ BAD_ARGUMENTS = [
     (dict(perturbation=[("(", eggroll.Frozen())]), r"perturbation pattern '\(' is not a regular expression"),
     (
         dict(perturbation=[(".*", "frozen")]),
-        "perturbation rule '.*' must map to LowRank, Dense, Flipout or Frozen, got 'frozen'",
+        "perturbation rule '.*' must map to LowRank, Dense, Flipout, Integer or Frozen, got 'frozen'",
     ),
 ]
 
