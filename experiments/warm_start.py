@@ -47,7 +47,7 @@ class WarmStart:
     """Blocks."""
     width: int = 32
     """Width, a multiple of 16."""
-    steps: int = 600
+    steps: int = 800
     """Steps of Adam; 0: the model is drawn and not trained."""
     batch_size: int = 32
     """Texts in a step."""

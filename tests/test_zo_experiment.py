@@ -275,10 +275,10 @@ def test_batches_differ_by_seed(whole):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_every_recipe_has_a_setting_that_checks():
-    for recipe in SMALL:
-        parse(["--recipe", recipe]).check()
-    assert set(SMALL) == set(RECIPES) == {*library.RECIPES, BACKPROP}
+def test_every_recipe_has_settings_that_check():
+    for recipe in RECIPES:
+        parse(["--recipe", recipe, *([] if recipe in SMALL else ["--learning-rate", "1"])]).check()
+    assert set(SMALL) <= set(RECIPES) == {*library.RECIPES, BACKPROP}
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,8 @@ def test_every_recipe_has_a_setting_that_checks():
         (["--sigma", "0"], "sigma must be a finite number > 0, got 0.0."),
         (["--learning-rate", "inf"], "learning_rate must be a finite number > 0, got inf."),
         (["--options", "rank"], "options must be such as rank=4, got 'rank'."),
-        (["--options", "rank=4"], "options: recipe mezo has no 'rank', it has second_moment"),
-        (
-            ["--recipe", "lozo", "--options", "sigma=4"],
-            "options: recipe lozo has no 'sigma', it has second_moment, momentum, rank, refresh",
-        ),
+        (["--options", "rank=4"], "options: recipe mezo has no 'rank', it has"),
+        (["--recipe", "lozo", "--options", "sigma=4"], "options: recipe lozo has no 'sigma', it has"),
         (["--recipe", "lozo", "--options", "rank=many"], "rank must be an integer >= 1, got 'many'."),
         (["--recipe", "lozo", "--options", "rank=0"], "rank must be an integer >= 1, got 0."),
         (["--model", "nowhere"], "learning_rate must be given: none is known for mezo on this model."),
