@@ -5,10 +5,11 @@ from eggroll.estimator import paper_learning_rate
 from eggroll.members import Population
 from eggroll.metrics import Metrics
 from eggroll.plan import Plan
-from eggroll.rules import Dense, Frozen, LowRank
+from eggroll.rules import Dense, Frozen, Integer, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
+from eggroll.threshold import threshold
 from eggroll.training import train
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "ESState",
     "EvolutionStrategy",
     "Frozen",
+    "Integer",
     "LowRank",
     "Metrics",
     "Plan",
@@ -27,6 +29,7 @@ __all__ = [
     "group_relative",
     "pair_sign",
     "paper_learning_rate",
+    "threshold",
     "train",
     "z_score",
 ]

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll import noise
+from eggroll import integer, noise
 from eggroll.plan import LeafKeys, LeafPlan, Plan, draw, leaf_keys
 from eggroll.population import from_matrix
-from kernels.lowrank_update.reference import lowrank_update
+from eggroll.shaping import Shaping, integer_coefficients, shaped_fitness
+from kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
 
 NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
 
@@ -27,13 +28,34 @@ def pair_coefficients(shaped: Array) -> Array:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def of_all_pairs(coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
+def coefficients_of(plan: Plan, shaping: str | Shaping, fitness: Array) -> Array:
+    """Shape raw fitness [N] or [N, K] and fold pairs: [P], whole numbers for int8 parameters."""
+    if plan.is_integer:
+        assert isinstance(shaping, str)
+        return integer_coefficients(shaping, fitness, largest_noise=_largest_noise(plan))
+    return pair_coefficients(shaped_fitness(shaping, fitness))
+
+
+def _largest_noise(plan: Plan) -> int:
+    return max(leaf.integer.largest for leaf in plan.leaves if leaf.integer)
+
+
+def check_sums(plan: Plan, *, num_pairs: int) -> None:
+    """Raise ValueError unless sums over the pairs of int8 parameters' noise fit int32."""
+    if plan.is_integer and num_pairs * _largest_noise(plan) > integer.INT32:
+        raise ValueError(
+            f"population_size {2 * num_pairs} could overflow the int32 sums over pairs, each up to {_largest_noise(plan)}: "
+            f"it must be at most {2 * (integer.INT32 // _largest_noise(plan))}."
+        )
+
+
+def of_all_pairs(plan: Plan, coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
     """Spread the coefficients [S] of some pairs to [P].
 
     The others get 0 and these grow by P / S, which leaves the mean of the estimate as it was: every pair's share of it has the
-    same mean.
+    same mean. Those of int8 parameters do not grow, their update goes by the ratio of sums to their spread.
     """
-    share = num_pairs / pairs.shape[0]
+    share = 1.0 if plan.is_integer else num_pairs / pairs.shape[0]
     return jnp.zeros(num_pairs, jnp.float32).at[pairs].set(coefficients * share, unique_indices=True)
 
 
@@ -43,7 +65,7 @@ def gradient(
     *,
     noise_key: Array,
     noise_generation: Array | int,
-    sigma: Array | float,
+    sigma: Array | float | None,
     first_pair: Array | int = 0,
     num_pairs: int | None = None,
     first_index: Array | int = 0,
@@ -51,19 +73,22 @@ def gradient(
 ) -> Any:
     """Estimate the gradient of the expected fitness (ascent direction), or some pairs' part of it.
 
+    Of int8 parameters it is the exact sum over the pairs, int32, of products of factors (or of their signs) without a scale.
+
     Args:
         plan: the plan the population was perturbed by.
-        coefficients: float32 [P], differences of shaped fitness from `pair_coefficients`.
+        coefficients: float32 [P], differences of shaped fitness from `pair_coefficients`; for int8 parameters int8 or int32
+            (`shaping.integer_coefficients`).
         noise_key: the run's key.
         noise_generation: generation // noise_reuse.
-        sigma: standard deviation the population was perturbed with.
+        sigma: standard deviation the population was perturbed with; not used for int8 parameters.
         first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
         first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
         first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`plan.draw`).
 
     Returns:
-        float32 pytree like the parameters; zeros for frozen leaves.
+        float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.
     """
     keys = leaf_keys(plan.leaves, noise_key, noise_generation)
     first = first_pair, {"first_index": first_index, "first_word": first_word}
@@ -75,11 +100,12 @@ def gradient(
 
 def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r)."""
+    dtype = jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
     if leaf.role == "frozen":
-        return jnp.zeros(leaf.shape, jnp.float32)
+        return jnp.zeros(leaf.shape, dtype)
     num_pairs = coefficients.shape[0]
     chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
-    total = jnp.zeros(_sum_shape(leaf), jnp.float32)
+    total = jnp.zeros(_sum_shape(leaf), dtype)
     for_all = num_pairs // chunk * chunk
 
     def add_chunk(total, start):
@@ -97,10 +123,12 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
     return total
 
 
-def _scaled(leaf: LeafPlan, total: Array, members: int, sigma: Array | float) -> Array:
+def _scaled(leaf: LeafPlan, total: Array, members: int, sigma: Array | float | None) -> Array:
     """Turn the sum over pairs into the gradient of the leaf."""
     if leaf.role == "frozen":
         return total
+    if leaf.integer:
+        return from_matrix(leaf, total) if leaf.role == "low-rank" else total
     leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
     if leaf.role == "low-rank":
         total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
@@ -117,9 +145,32 @@ def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
 def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first: dict[str, Any]) -> Array:
     """sum_p d_p E_p over some pairs, without the 1 / sqrt(r)."""
     drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, **first)[0])(pairs)
+    if leaf.integer:
+        return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
     if isinstance(drawn, noise.Factors):
         return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
+
+
+def _integer_sum(coefficients: Array, drawn: noise.Factors | Array) -> Array:
+    if isinstance(drawn, noise.Factors):
+        return integer_lowrank_update(coefficients, *drawn.unpacked(jnp.int8))
+    return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
+
+
+def deviations(plan: Plan, coefficients: Array) -> Any:
+    """Standard deviations of the sums of int8 parameters if the coefficients had nothing to do with the noise.
+
+    Args:
+        plan: the plan the population was perturbed by.
+        coefficients: int8 or int32 [P].
+
+    Returns:
+        A pytree like the parameters of int32 scalars, in sixteenths: 16 sqrt(sum_p d_p^2) times that of one pair's noise.
+    """
+    root = integer.square_root(jnp.square(coefficients.astype(jnp.int32)).sum())
+    of_one_pair = [round(256 * leaf.integer.deviation) if leaf.integer else 0 for leaf in plan.leaves]
+    return jax.tree.unflatten(plan.tree, [integer.times(root, deviation, 8) for deviation in of_one_pair])
 
 
 def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: int) -> float:

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def normalised(fitness: Callable | None, *, has_aux: bool) -> Callable:
+def normalised(fitness: Callable | None, *, has_aux: bool, integers: bool = False) -> Callable:
     """Give every kind of fitness function one signature.
 
     Args:
         fitness: the user's function.
         has_aux: whether it returns an aux.
+        integers: whether its value may be an integer.
 
     Returns:
-        `function(params, batch, key, member_state) -> (float32 fitness, aux or None, member state or None)`.
+        `function(params, batch, key, member_state) -> (float32 or int32 fitness, aux or None, member state or None)`.
 
     Raises:
         ValueError: there is no fitness function.
@@ -30,10 +31,11 @@ def normalised(fitness: Callable | None, *, has_aux: bool) -> Callable:
     def function(params: Any, batch: Any, key: Array, member_state: Any) -> tuple[Array, Any, Any]:
         has_state = member_state is not None
         result = fitness(params, batch, key, *((member_state,) if has_state else ()))
-        parts = _checked_parts(result, has_aux=has_aux, has_state=has_state)
+        parts = _checked_parts(result, has_aux=has_aux, has_state=has_state, integers=integers)
         if has_state:
             _check_state(member_state, parts[-1])
-        return parts[0].astype(jnp.float32), parts[1] if has_aux else None, parts[-1] if has_state else None
+        dtype = jnp.float32 if jnp.issubdtype(parts[0].dtype, jnp.floating) else jnp.int32
+        return parts[0].astype(dtype), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
 
@@ -44,7 +46,7 @@ def _check_state(old: Any, new: Any) -> None:
         raise ValueError(f"fitness must return member_state as it came, {before[1:]}, got {after[1:]} ({after[0]}).")
 
 
-def _checked_parts(result: Any, *, has_aux: bool, has_state: bool) -> tuple:
+def _checked_parts(result: Any, *, has_aux: bool, has_state: bool, integers: bool) -> tuple:
     expected = ["fitness"] + ["aux"] * has_aux + ["member_state"] * has_state
     parts = result if isinstance(result, tuple) else (result,)
     if len(parts) != len(expected):
@@ -54,7 +56,9 @@ def _checked_parts(result: Any, *, has_aux: bool, has_state: bool) -> tuple:
             "aux, `init(member_state=...)` gives a carried state."
         )
     value = parts[0]
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or len(value.shape) > 1 or value.size == 0:
+    kinds = (jnp.floating, jnp.signedinteger) if integers else (jnp.floating,)
+    is_number = hasattr(value, "dtype") and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    if not is_number or len(value.shape) > 1 or value.size == 0:
         described = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
         raise ValueError(f"fitness must return a float scalar, or a float vector over prompts or tasks, got {described}.")
     return parts

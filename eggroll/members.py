@@ -53,7 +53,7 @@ class Population:
         return self._member(index)
 
 
-def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, generation: Array, sigma: Array) -> Any:
+def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, generation: Array, sigma: Array | None) -> Any:
     """Build the parameters of one member.
 
     Args:
@@ -62,23 +62,24 @@ def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, gen
         index: int32, in [0, N).
         key: the run's key.
         generation: int32, generation // noise_reuse.
-        sigma: float32, standard deviation of the perturbation.
+        sigma: float32, standard deviation of the perturbation; None for int8 parameters.
 
     Returns:
         A pytree like `params`.
     """
     pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
-    sign = 1.0 - 2.0 * is_minus.astype(jnp.float32)
+    sign = 1 - 2 * is_minus if plan.is_integer else 1.0 - 2.0 * is_minus.astype(jnp.float32)
     return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)
 
 
-def checked_fitness(fitness: Any, pairs: Any, *, population_size: int) -> tuple[Array, Array]:
-    """Return told fitness as float32 and its pairs as int32 arrays.
+def checked_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
+    """Return told fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
 
     Args:
         fitness: [2 S] or [2 S, K] floats.
         pairs: [S] ints, or None for all.
         population_size: N.
+        integers: keep integers as they are.
 
     Raises:
         ValueError: pairs outside the population or repeated, or a fitness of another length.
@@ -89,7 +90,9 @@ def checked_fitness(fitness: Any, pairs: Any, *, population_size: int) -> tuple[
         raise ValueError(f"pairs must be integers in [0, {num_pairs}), at least one, got {pairs!r}.")
     if np.unique(chosen).size != chosen.size:
         raise ValueError(f"pairs must name every pair once, got {pairs!r}.")
-    fitness, size = jnp.asarray(fitness, jnp.float32), 2 * chosen.size
+    fitness, size = jnp.asarray(fitness), 2 * chosen.size
+    whole = integers and jnp.issubdtype(fitness.dtype, jnp.signedinteger)
+    fitness = fitness.astype(jnp.int32 if whole else jnp.float32)
     if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
         raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
     return fitness, jnp.asarray(chosen, jnp.int32)

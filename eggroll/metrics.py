@@ -20,7 +20,7 @@ class FitnessReport(NamedTuple):
     pair_correlation: Array  # float32 [], of the fitness of + and - members; near 1: the fitness is noise that pairs share
     effective_rank: Array  # float32 [], equal rank-one terms that the update of a matrix amounts to, at most P r
     coefficients: Array  # float32 [P], what the update is made of; NaN when every member is invalid
-    fitness: Array  # float32 [N] or [N, K], raw
+    fitness: Array  # float32 or int32 [N] or [N, K], raw
     aux: Any  # reduced over the valid members, or None
 
 
@@ -56,7 +56,7 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) 
 
     Args:
         fitness: raw, [N] or [N, K].
-        coefficients: float32 [P], differences of the shaped fitness.
+        coefficients: [P], differences of the shaped fitness; of int8 parameters whole numbers.
         rank: the largest rank of the perturbations.
         aux: reduced over the population.
 
@@ -64,7 +64,7 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) 
         The report; where no member is valid its statistics are NaN.
     """
     valid = valid_members(fitness)
-    columns = fitness.reshape(fitness.shape[0], -1)
+    columns, coefficients = fitness.reshape(fitness.shape[0], -1).astype(jnp.float32), coefficients.astype(jnp.float32)
     finite = jnp.isfinite(columns)
     scores = jnp.where(finite, columns, 0.0).sum(axis=1) / jnp.maximum(finite.sum(axis=1), 1).astype(jnp.float32)
     count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)

@@ -179,7 +179,11 @@ def decode_factors(words: Array, *, rank: int, m: int, n: int, distribution: str
     """Turn random words [*stack, words] into the factors of one parameter, left first; Rademacher signs stay packed."""
     if distribution == "rademacher":
         return Factors(rank, m, n, None, None, words)
-    values = decode(words, rank * (m + n), distribution=distribution, dtype=dtype)
+    return split_factors(decode(words, rank * (m + n), distribution=distribution, dtype=dtype), rank=rank, m=m, n=n)
+
+
+def split_factors(values: Array, *, rank: int, m: int, n: int) -> Factors:
+    """Factors from their values [*stack, r (m + n)], left first."""
     return Factors(rank, m, n, *_split(values, rank, m, n), None)
 
 

@@ -21,6 +21,7 @@ import quax
 from jax import Array
 
 from eggroll import noise
+from eggroll.integer import IntegerNoise
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 register = quax.register
@@ -62,6 +63,7 @@ class Layout:
     rank: int = 0
     indexed: frozenset[int] = frozenset()  # source axes that a probe was indexed along: they must be stacked
     observer: Observer | None = None
+    integer: IntegerNoise | None = None
 
     def owns(self, component: str, tag: Tag) -> bool:
         """Whether `component` ("base", "left", "right", "scale") has the axis tagged `tag`."""
@@ -189,23 +191,32 @@ def probe(array: Array, *, path: str, observer: Observer) -> PerturbedArray:
 
 
 def perturb(
-    base: Array, factors: noise.Factors, *, scale: Array, path: str, rows: Sequence[int], columns: Sequence[int]
+    base: Array,
+    factors: noise.Factors,
+    *,
+    scale: Array,
+    path: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    integer: IntegerNoise | None = None,
 ) -> PerturbedArray:
     """Wrap a parameter with the factors of its perturbation.
 
     Args:
         base: the parameter; its axes are stacked axes, rows and columns in any order.
         factors: `noise.Factors` of shapes [stack, r, m] and [stack, r, n], packed or not.
-        scale: [stack], sign * sigma / sqrt(r).
+        scale: [stack], sign * sigma / sqrt(r); of integer noise the int32 sign.
         path: the parameter's path, for messages.
         rows: the axes of `base` that the left factor spans.
         columns: the axes of `base` that the right factor spans.
+        integer: of an int8 parameter.
 
     Returns:
         The lazy sum.
     """
     tags = tuple((axis,) for axis in range(base.ndim))
-    layout = Layout(path, base.ndim, tags, frozenset(rows), frozenset(columns), factors.rank)
+    sides = frozenset(rows), frozenset(columns)
+    layout = Layout(path, base.ndim, tags, *sides, factors.rank, integer=integer)
     value = PerturbedArray(base, None, None, factors.words, scale, layout)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll import noise
+from eggroll import integer, noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import Observer, UnsupportedUse, Use, perturb, probe
-from eggroll.rules import Dense, Frozen, LowRank, Perturbation, Spec, check_params, match_rules, paths
+from eggroll.rules import Dense, Frozen, Integer, LowRank, Perturbation, Spec, check_params, match_rules, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +51,26 @@ class LeafPlan:
     @property
     def refresh(self) -> int:
         """Generations that share the right factor; 1 where there is none."""
-        return self.spec.refresh if self.role == "low-rank" else 1
+        return self.spec.refresh if self.role == "low-rank" and isinstance(self.spec, LowRank) else 1
+
+    @property
+    def integer(self) -> integer.IntegerNoise | None:
+        """What is known of the noise of an int8 parameter that is not frozen; None of the others."""
+        if self.role == "frozen" or not isinstance(self.spec, Integer):
+            return None
+        rank, factors = (self.spec.rank, 2) if self.role == "low-rank" else (1, 1)
+        return integer.IntegerNoise(self.spec.distribution, self.spec.shift, rank, factors, self.spec.update == "sign")
 
     @property
     def words(self) -> int:
         """Random words per address."""
-        return 0 if self.role == "frozen" else noise.words_needed(self.values, self.spec.distribution)
+        needed = integer.words_needed if self.integer else noise.words_needed
+        return 0 if self.role == "frozen" else needed(self.values, self.spec.distribution)
 
     @property
     def noise_bytes(self) -> int:
         """Bytes of noise one member holds for this leaf: packed signs, or values."""
-        packed = self.role == "low-rank" and self.spec.distribution == "rademacher"
+        packed = self.role == "low-rank" and self.spec.distribution == "rademacher" and not self.integer
         per_layer = 4 * self.words if packed else self.values * self.dtype.itemsize
         return math.prod(self.sizes(self.stack)) * per_layer
 
@@ -75,9 +84,14 @@ class LeafPlan:
             `noise.Factors` [*stack, r, m], [*stack, r, n] for role "low-rank"; an array of the leaf's shape for "dense".
         """
         distribution = self.spec.distribution
+        values = integer.decode(words, self.values, distribution=distribution) if self.integer else None
         if self.role == "dense":
-            return noise.decode(words, self.values, distribution=distribution, dtype=self.dtype).reshape(self.shape)
+            if values is None:
+                values = noise.decode(words, self.values, distribution=distribution, dtype=self.dtype)
+            return values.reshape(self.shape)
         m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
+        if values is not None:
+            return noise.split_factors(values, rank=self.spec.rank, m=m, n=n)
         return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.dtype)
 
 
@@ -154,6 +168,11 @@ class Plan:
         """The largest rank of the low-rank leaves, 1 when there is none."""
         return max((leaf.spec.rank for leaf in self.leaves if leaf.role == "low-rank"), default=1)
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether the parameters that move are int8."""
+        return any(leaf.integer for leaf in self.leaves)
+
     def table(self) -> str:
         """A readable table: path, shape, role, rank, noise bytes per member, reason."""
         header = ("path", "shape", "role", "rank", "bytes", "reason")
@@ -173,7 +192,7 @@ class Plan:
 
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
-    rank = str(leaf.spec.rank) if leaf.role == "low-rank" and isinstance(leaf.spec, LowRank) else "-"
+    rank = str(leaf.spec.rank) if leaf.role == "low-rank" and isinstance(leaf.spec, LowRank | Integer) else "-"
     return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", leaf.reason
 
 
@@ -231,8 +250,9 @@ def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
     stack = planned.sizes(planned.stack)
     factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
     assert isinstance(factors, noise.Factors)
+    scale = jnp.zeros(stack, jnp.int32 if planned.integer else jnp.float32)
     options: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
-    return perturb(leaf, factors, scale=jnp.zeros(stack), **options)
+    return perturb(leaf, factors, scale=scale, integer=planned.integer, **options)
 
 
 def read_uses(function: Callable, params: Any, *args: Any) -> dict[str, list[Use]]:
@@ -262,7 +282,10 @@ def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
         return dataclasses.replace(planned, reason=reason)
     note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
     note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
-    return dataclasses.replace(planned, role="low-rank", reason=note, stack=stack, rows=rows, columns=columns)
+    planned = dataclasses.replace(planned, role="low-rank", reason=note, stack=stack, rows=rows, columns=columns)
+    if planned.integer:
+        planned.integer.check_width(path, max(math.prod(planned.sizes(tuple(use.contracted))) for use in uses))
+    return planned
 
 
 def _axes(axes: Sequence[int]) -> str:

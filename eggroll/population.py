@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll import noise
+from eggroll import integer, noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
 from eggroll.plan import LeafPlan, Plan, draw, leaf_keys
@@ -102,7 +102,14 @@ def _is_even(count: Any) -> bool:
 
 
 def member_params(
-    plan: Plan, params: Any, pair_noise: list[Any], *, sign: Array, sigma: Array, lazy: bool = True, in_loop: bool = False
+    plan: Plan,
+    params: Any,
+    pair_noise: list[Any],
+    *,
+    sign: Array,
+    sigma: Array | None,
+    lazy: bool = True,
+    in_loop: bool = False,
 ) -> Any:
     """Parameters of one member: theta + sign sigma E.
 
@@ -110,8 +117,8 @@ def member_params(
         plan: the plan.
         params: the parameters.
         pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
-        sign: +1 or -1.
-        sigma: standard deviation.
+        sign: +1 or -1, int32 for integer noise.
+        sigma: standard deviation; None for integer noise, whose spec says it.
         lazy: keep low-rank leaves as `PerturbedArray`; False builds them (the dense oracle).
         in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
@@ -122,6 +129,8 @@ def member_params(
     def member_leaf(planned, leaf, drawn):
         if planned.role == "frozen":
             return leaf
+        if planned.integer:
+            return _integer_leaf(planned, leaf, drawn, sign, lazy=lazy)
         amplitude = sign * sigma * planned.spec.sigma_multiplier
         if planned.role == "dense":
             once = leaf.ndim == 1 and (in_loop or planned.spec.distribution == "normal")
@@ -134,6 +143,20 @@ def member_params(
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
+
+
+def _integer_leaf(planned: LeafPlan, leaf: Array, drawn: Any, sign: Array, *, lazy: bool) -> Any:
+    assert planned.integer is not None
+    if planned.role == "dense":
+        return integer.saturated(leaf.astype(jnp.int32) + planned.integer.rounded(drawn.astype(jnp.int32) * sign))
+    if not lazy:
+        raise ValueError(
+            f"int8 parameter '{planned.path}' of one member cannot be built: its perturbation is finer than an integer; "
+            "use Population.apply."
+        )
+    scale = jnp.broadcast_to(sign, planned.sizes(planned.stack))
+    sides: dict[str, Any] = dict(rows=planned.rows, columns=planned.columns, integer=planned.integer)
+    return perturb(leaf, drawn, scale=scale, path=planned.path, **sides)
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Array:
@@ -181,7 +204,7 @@ def evaluate(
     layout: PopulationLayout,
     noise_key: Array,
     noise_generation: Array,
-    sigma: Array,
+    sigma: Array | None,
     evaluation_key: Array,
     batch: Any = None,
     member_state: Any = None,
@@ -196,7 +219,7 @@ def evaluate(
         layout: how many pairs to evaluate, chunking and the sharing of the batch.
         noise_key: the run's key.
         noise_generation: int32, generation // noise_reuse.
-        sigma: float32 scalar.
+        sigma: float32 scalar; None for integer noise.
         evaluation_key: split per pair, unless the layout has `same_key`; both members of a pair get the same key (common
             random numbers).
         batch: pytree, with a leading axis as `layout.members_per_batch` says.
@@ -206,7 +229,7 @@ def evaluate(
     Returns:
         The function's result with leading axes [P, 2], or [P, S] for S signs.
     """
-    signs = jnp.asarray(layout.signs, jnp.float32)
+    signs = jnp.asarray(layout.signs, jnp.int32 if plan.is_integer else jnp.float32)
     per_member = layout.members_per_batch == 1
     shared = layout.members_per_batch is None
 

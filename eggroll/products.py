@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from eggroll import integer
 from eggroll.perturbed import PerturbedArray, Use, register, view
 from kernels.lowrank_dot.reference import lowrank_product
 
@@ -48,6 +49,7 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
     operands = (x, value.base) if x_first else (value.base, x)
     out = jax.lax.dot_general_p.bind(*operands, **params)
     if value.observed:
+        _check_accumulator(value, out)
         _observe(value, contract[1], batch[1])
         return out
     value = value.unpacked()
@@ -72,7 +74,20 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
         precision=params["precision"],
         dtype=params["preferred_element_type"],
     )
-    return out + term.astype(out.dtype)
+    return out + _perturbation(value, term).astype(out.dtype)
+
+
+def _perturbation(value: PerturbedArray, term: Array) -> Array:
+    """A product with the factors, in the units of a product with the parameter."""
+    return value.layout.integer.rounded(term) if value.layout.integer else term
+
+
+def _check_accumulator(value: PerturbedArray, out: Array) -> None:
+    if value.base.dtype == jnp.int8 and out.dtype != jnp.int32:
+        raise ValueError(
+            f"int8 parameter '{value.layout.path}' is used in a product of dtype {out.dtype}; "
+            "give the product preferred_element_type=jnp.int32 and rescale its result."
+        )
 
 
 @register(jax.lax.dot_general_p)
@@ -103,18 +118,27 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params):
     kept_axes, index_axes = iter(kept), iter(range(ndim, ndim + indices.ndim - 1))
     out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
     if len(kept) == 1:
-        return out + _gathered_rows(value.unpacked(), indices[..., 0], axis, out_axes).astype(out.dtype)
+        return _gathered_sum(value.unpacked(), out, _gathered_rows(value.unpacked(), indices[..., 0], axis, out_axes))
     return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
+
+
+def _gathered_sum(value: PerturbedArray, rows: Array, term: Array) -> Array:
+    if value.layout.integer is None:
+        return rows + term.astype(rows.dtype)
+    total = rows.astype(jnp.int32) + _perturbation(value, term)
+    return integer.saturated(total).astype(rows.dtype)
 
 
 def _gathered_rows(value: PerturbedArray, chosen: Array, axis: int, out_axes: list[int]) -> Array:
     """The perturbation of the chosen rows; `out_axes` labels kept axes by position, index axes from 2 on."""
     first, second = _sides(value, [axis], "a lookup along a stacked axis of a vector")
-    rows = jnp.take(getattr(value, first), chosen, axis=0, mode="clip") * value.scale.astype(value.base.dtype)
+    factors = getattr(value, first), getattr(value, second)
+    wide = value.base.dtype if value.layout.integer is None else jnp.int32
+    rows = jnp.take(factors[0], chosen, axis=0, mode="clip").astype(wide) * value.scale.astype(wide)
     rows *= _in_range(chosen, value.base.shape[axis])[..., None].astype(rows.dtype)  # a fill value is not perturbed
     rank_label = 2 + chosen.ndim
     row_axes = [*range(2, rank_label), rank_label]
-    return jnp.einsum(rows, row_axes, getattr(value, second), [1 - axis, rank_label], out_axes)
+    return jnp.einsum(rows, row_axes, factors[1].astype(wide), [1 - axis, rank_label], out_axes)
 
 
 def _in_range(chosen: Array, size: int) -> Array:
@@ -148,7 +172,8 @@ def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array,
 @register(jax.lax.conv_general_dilated_p)
 def _conv(x: ArrayLike, value: PerturbedArray, **params):
     """Convolve with the factor of the patch as r filters, then mix their outputs into channels."""
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    if grouped or jnp.issubdtype(value.base.dtype, jnp.integer):
         return PerturbedArray.default(jax.lax.conv_general_dilated_p, [x, value], params)
     channel = params["dimension_numbers"].rhs_spec[0]
     patch = [axis for axis in range(value.base.ndim) if axis != channel]

@@ -7,7 +7,7 @@ wins, a rule that matches nothing is an error.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,28 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class Integer:
+    """Noise of int8 parameters, in integers throughout: E = A B^T / sqrt(rank) for matrices, dense for other leaves.
+
+    Args:
+        rank: number of terms, >= 1.
+        distribution: of the factors' entries, "normal" (multiples of 1/16, |.| < 3.7) or "rademacher".
+        shift: sigma is 2^-shift where the integer 16 stands for 1, 0 to 16; the strategy's `sigma` is None.
+        update: what is summed over the pairs, the factors' "value" or only their "sign".
+    """
+
+    rank: int = 1
+    distribution: noise.Distribution = "normal"
+    shift: int = 4
+    update: Literal["value", "sign"] = "value"
+
+
+@dataclasses.dataclass(frozen=True)
 class Frozen:
     """No noise and no update."""
 
 
-Spec = LowRank | Dense | Frozen
+Spec = LowRank | Dense | Integer | Frozen
 Perturbation = Spec | Sequence[tuple[str, Spec]]
 
 
@@ -69,7 +86,11 @@ def check_params(params: Any, perturbation: Perturbation) -> None:
                 "(nnx.split, equinox.partition)."
             )
     for path, leaf, spec in zip(leaf_paths, leaves, match_rules(perturbation, leaf_paths), strict=True):
-        if not isinstance(spec, Frozen) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if isinstance(spec, Integer) and leaf.dtype != jnp.int8:
+            raise ValueError(f"parameter '{path}' has dtype {leaf.dtype}; Integer() is for int8 parameters.")
+        if leaf.dtype == jnp.int8 and not isinstance(spec, Integer | Frozen):
+            raise ValueError(f"int8 parameter '{path}' needs the rule Integer() or Frozen(), got {spec}.")
+        if not isinstance(spec, Integer | Frozen) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"parameter '{path}' has dtype {leaf.dtype}, which no floating perturbation fits; put the rule "
                 f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
@@ -82,10 +103,10 @@ def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
     Raises:
         TypeError, ValueError: not a spec or rules, an invalid pattern, rank < 1, an unknown distribution, a multiplier <= 0.
     """
-    rules = [(".*", perturbation)] if isinstance(perturbation, LowRank | Dense | Frozen) else perturbation
+    rules = [(".*", perturbation)] if isinstance(perturbation, Spec) else perturbation
     if not isinstance(rules, list | tuple) or not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules):
         raise TypeError(
-            "perturbation must be LowRank(...), Dense(...), Frozen() or a list of (path pattern, one of those), "
+            "perturbation must be LowRank(...), Dense(...), Integer(...), Frozen() or a list of (path pattern, one of those), "
             f"got {perturbation!r}."
         )
     for pattern, spec in rules:
@@ -94,21 +115,38 @@ def check_perturbation(perturbation: Perturbation) -> list[tuple[str, Spec]]:
 
 
 def _check_rule(pattern: Any, spec: Any) -> None:
-    if not isinstance(spec, LowRank | Dense | Frozen):
-        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense or Frozen, got {spec!r}.")
+    if not isinstance(spec, Spec):
+        raise TypeError(f"perturbation rule {pattern!r} must map to LowRank, Dense, Integer or Frozen, got {spec!r}.")
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
-    if isinstance(spec, LowRank) and not (isinstance(spec.rank, int) and spec.rank >= 1):
+    if isinstance(spec, LowRank | Integer) and not (isinstance(spec.rank, int) and spec.rank >= 1):
         raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
     if isinstance(spec, LowRank) and not (isinstance(spec.refresh, int) and spec.refresh >= 1):
         raise ValueError(f"refresh must be an integer >= 1, got {spec.refresh!r}.")
-    if isinstance(spec, LowRank | Dense):
-        if spec.distribution not in noise.DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
-        if not spec.sigma_multiplier > 0:
-            raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
+    if not isinstance(spec, Frozen) and spec.distribution not in noise.DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
+    if isinstance(spec, Integer):
+        if not (isinstance(spec.shift, int) and 0 <= spec.shift <= 16):
+            raise ValueError(f"shift must be an integer from 0 to 16, got {spec.shift!r}.")
+        if spec.update not in ("value", "sign"):
+            raise ValueError(f"update must be 'value' or 'sign', got {spec.update!r}.")
+    if isinstance(spec, LowRank | Dense) and not spec.sigma_multiplier > 0:
+        raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
+
+
+def is_integer(perturbation: Perturbation) -> bool:
+    """Whether a valid perturbation is of int8 parameters.
+
+    Raises:
+        ValueError: it is of int8 and of floating parameters.
+    """
+    specs = [spec for _, spec in check_perturbation(perturbation) if not isinstance(spec, Frozen)]
+    integers = [isinstance(spec, Integer) for spec in specs]
+    if any(integers) and not all(integers):
+        raise ValueError("perturbation mixes Integer() with LowRank() or Dense(): int8 and floats cannot evolve together.")
+    return any(integers)
 
 
 def match_rules(perturbation: Perturbation, leaf_paths: Sequence[str]) -> list[Spec]:

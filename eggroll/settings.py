@@ -8,8 +8,8 @@ import numpy as np
 
 from eggroll.metrics import REDUCTIONS
 from eggroll.precision import PRECISIONS
-from eggroll.rules import check_perturbation
-from eggroll.shaping import SHAPINGS
+from eggroll.rules import is_integer
+from eggroll.shaping import INTEGER_SHAPINGS, SHAPINGS
 
 
 def check_settings(es: Any) -> None:
@@ -17,8 +17,11 @@ def check_settings(es: Any) -> None:
     if es.fitness is not None and not callable(es.fitness):
         raise TypeError(f"fitness must be a function or None, got {type(es.fitness).__name__}.")
     _ = es.layout  # checks population_size, members_per_batch and chunk_size
+    integers = is_integer(es.perturbation)
+    if integers:
+        _check_integers(es)
     is_number = isinstance(es.sigma, int | float | np.floating)
-    if not callable(es.sigma) and not (is_number and 0 < es.sigma < float("inf")):
+    if not integers and not callable(es.sigma) and not (is_number and 0 < es.sigma < float("inf")):
         raise ValueError(f"sigma must be a finite number > 0 or a schedule, got {es.sigma!r}.")
     if not hasattr(es.optimizer, "update"):
         raise TypeError(f"optimizer must be an optax transformation, got {type(es.optimizer).__name__}.")
@@ -34,7 +37,15 @@ def check_settings(es: Any) -> None:
     budget = es.memory_budget
     if budget not in (None, "device") and not (isinstance(budget, int | np.integer) and budget > 0):
         raise ValueError(f"memory_budget must be bytes > 0, 'device' or None, got {budget!r}.")
-    check_perturbation(es.perturbation)
     if es.mesh is None and es.shard_optimizer:
         raise ValueError("shard_optimizer needs a mesh with the axis 'population', got no mesh.")
     _ = es.placement  # checks the mesh
+
+
+def _check_integers(es: Any) -> None:
+    if es.sigma is not None:
+        raise ValueError(f"sigma must be None for int8 parameters, whose Integer(shift=...) says it, got {es.sigma!r}.")
+    if es.shaping not in INTEGER_SHAPINGS:
+        raise ValueError(f"shaping must be one of {', '.join(INTEGER_SHAPINGS)} for int8 parameters, got {es.shaping!r}.")
+    if es.mesh is not None and getattr(es.mesh, "shape", {}).get("data", 1) > 1:
+        raise ValueError("mesh axis 'data' averages the fitness, which int8 parameters do not; use 'population' alone.")

@@ -7,6 +7,8 @@
 
 Members are ordered (P, 2): 2 p and 2 p + 1 are a pair. A fitness that is not finite counts as the worst. Columns of an [N, K]
 fitness (prompts, tasks) are shaped each by itself and averaged. When all are equal every pair difference is exactly zero.
+
+Int8 parameters have shapings of their own, from fitness to small whole coefficients of the pairs: `integer_coefficients`.
 """
 
 import functools
@@ -15,6 +17,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from eggroll.integer import INT32
 
 Shaping = Callable[[Array], Array]
 
@@ -115,3 +119,48 @@ def shaped_fitness(shaping: str | Shaping, fitness: Array) -> Array:
     if shaped.shape != fitness.shape[:1]:
         raise ValueError(f"shaping must return shape ({fitness.shape[0]},), got {shaped.shape} for fitness {fitness.shape}.")
     return shaped.astype(jnp.float32)
+
+
+INTEGER_SHAPINGS = ("pair_sign", "z_score")
+
+
+def integer_coefficients(shaping: str, fitness: Array, *, largest_noise: int) -> Array:
+    """Shape raw fitness [N] or [N, K] to whole coefficients of the pairs, for int8 parameters.
+
+    "pair_sign": 1 where the first member of the pair is better in more columns, -1 where the second is.
+    "z_score": the pair's difference of the sum over columns, in units of the mean size of these differences, clipped at 4 of
+    them. It is as fine as sums of P coefficients times noise allow without leaving int32, at most 1/16 of a unit.
+
+    Args:
+        shaping: one of `INTEGER_SHAPINGS`.
+        fitness: int32 below 2^30 in size; floats only for "pair_sign".
+        largest_noise: largest entry of the noise of one pair as the update sums it.
+
+    Returns:
+        int8 [P] of -1, 0 and 1, or int32 [P].
+
+    Raises:
+        TypeError: "z_score" of floats.
+    """
+    columns = fitness.reshape(fitness.shape[0], -1)
+    if shaping == "pair_sign":
+        if jnp.issubdtype(columns.dtype, jnp.floating):
+            columns = jnp.where(jnp.isfinite(columns), columns, -jnp.inf)
+        better, worse = columns[0::2] > columns[1::2], columns[0::2] < columns[1::2]
+        return jnp.sign((better.astype(jnp.int32) - worse.astype(jnp.int32)).sum(axis=1)).astype(jnp.int8)
+    if not jnp.issubdtype(fitness.dtype, jnp.integer):
+        raise TypeError(f"shaping 'z_score' of int8 parameters needs an int32 fitness, got {fitness.dtype}.")
+    scores = columns.sum(axis=1)
+    return _unit_differences(scores[0::2] - scores[1::2], INT32 // (largest_noise * scores.shape[0] // 2))
+
+
+def _unit_differences(differences: Array, allowed: int) -> Array:
+    """Differences [P] in units of their mean size, as whole numbers of at most `allowed`."""
+    limit = min(64, allowed)
+    unit = max(1, limit // 4)
+    sizes = jnp.abs(differences)
+    room = 30 - max(4, (sizes.shape[0] - 1).bit_length())  # bits that leave the sum, and 16 times a size, in int32
+    excess = 32 - jax.lax.clz(sizes.max()) - room
+    sizes = (sizes >> jnp.maximum(excess, 0)) << jnp.maximum(-excess, 0)
+    mean = jnp.maximum(1, (sizes.sum() + sizes.shape[0] // 2) // sizes.shape[0])
+    return jnp.sign(differences) * jnp.minimum(limit, (unit * sizes + mean // 2) // mean)

@@ -95,6 +95,8 @@ def evaluate(
     if placement is None or not placement.manual:
         options = {"layout": layout, "batch": batch, "member_state": member_state, **scalars}
         return join(population.evaluate(function, plan, params, **options))
+    if plan.is_integer:
+        scalars["sigma"] = None
     local = dataclasses.replace(placement.local_layout, chunk_pairs=layout.chunk_pairs)
     devices = placement.size("population")
     padded = local.num_pairs * devices
@@ -118,12 +120,12 @@ def gradient(plan: Plan, coefficients: Array, *, placement: Placement | None, **
 
     Args:
         plan: the plan the population was perturbed by.
-        coefficients: float32 [P].
+        coefficients: float32 [P], or integers of int8 parameters.
         placement: where to run; None: on one device.
         **scalars: key, generation and sigma.
 
     Returns:
-        float32 pytree like the parameters; with `shard_optimizer` its leaves lie over "population".
+        float32 or int32 pytree like the parameters; with `shard_optimizer` its leaves lie over "population".
     """
     if placement is None or not placement.manual:
         return estimator.gradient(plan, coefficients, **scalars)
@@ -143,7 +145,7 @@ def gradient(plan: Plan, coefficients: Array, *, placement: Placement | None, **
 
 
 def pad_coefficients(coefficients: Array, size: int) -> Array:
-    """Float32 [P] to [size]: pairs past P weigh nothing."""
+    """[P] to [size]: pairs past P weigh nothing."""
     return jnp.pad(coefficients, (0, size - coefficients.shape[0]))
 
 

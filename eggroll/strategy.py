@@ -27,9 +27,9 @@ from eggroll.population import PopulationLayout, evaluate
 from eggroll.precision import float32_params, init_masters
 from eggroll.rules import LowRank, Perturbation, check_params
 from eggroll.settings import check_settings
-from eggroll.shaping import Shaping, shaped_fitness
+from eggroll.shaping import Shaping
 from eggroll.state import ESState
-from eggroll.update import UpdateReport, of_trained, update
+from eggroll.update import UpdateReport, exact, of_trained, reported, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,10 @@ class EvolutionStrategy:
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
         sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
-            `state._replace(sigma=...)`), or a schedule from generation to it.
-        optimizer: any optax transformation; it gets the negative of the ascent gradient, and the parameters.
-        perturbation: `LowRank`, `Dense` or `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
+            `state._replace(sigma=...)`), or a schedule from generation to it; None for int8 parameters.
+        optimizer: any optax transformation; it gets the negative of the ascent gradient, and the parameters. `threshold` for
+            int8 parameters.
+        perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
         members_per_batch: None: all members share `batch`; 1: `batch` has a leading axis of N; g: of N / g, consecutive
@@ -64,7 +65,7 @@ class EvolutionStrategy:
     fitness: Callable | None
     _: dataclasses.KW_ONLY
     population_size: int
-    sigma: float | optax.Schedule
+    sigma: float | optax.Schedule | None
     optimizer: optax.GradientTransformation
     perturbation: Perturbation = LowRank()
     shaping: str | Shaping = "centered_ranks"
@@ -111,8 +112,8 @@ class EvolutionStrategy:
         masters = init_masters(params, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
         opt_state = of_trained(self.optimizer, params, self.perturbation).init(float32_params(params, masters))
-        sigma = jnp.asarray(self.sigma(jnp.int32(0)) if callable(self.sigma) else self.sigma, jnp.float32)
-        state = ESState(params, opt_state, key, jnp.int32(0), sigma, masters, per_member)
+        sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
+        state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, per_member)
         return place(self.placement, state, None)[0]
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
@@ -132,7 +133,9 @@ class EvolutionStrategy:
             self.layout.check_batch(batch)
             one_batch = self.layout.one_member(batch)
             args = (one_batch,) if function else member_arguments(one_batch, state.member_state)
-            self._cache["plan"] = make_plan(function or self._fitness(), state.params, *args, perturbation=self.perturbation)
+            plan = make_plan(function or self._fitness(), state.params, *args, perturbation=self.perturbation)
+            estimator.check_sums(plan, num_pairs=self.population_size // 2)
+            self._cache["plan"] = plan
         self._cache["plan"].check(state.params)
         return self._cache["plan"]
 
@@ -180,7 +183,7 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        told = checked_fitness(fitness, pairs, population_size=self.population_size)
+        told = checked_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
         self._known_plan("tell")
         state, told = place(self.placement, state, told)
         return self._finish(state, *self._jitted("told", self._score_told, of_report(self.placement))(state, *told))
@@ -221,14 +224,15 @@ class EvolutionStrategy:
     def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
         """Report the fitness, with the pair coefficients; and the member state, the old one for invalid members."""
         valid = valid_members(fitness)
-        coefficients = estimator.pair_coefficients(shaped_fitness(self.shaping, fitness))
-        rank = self._cache["plan"].max_rank
-        report = report_fitness(fitness, coefficients, rank=rank, aux=reduce_aux(self.aux, aux, valid))
+        plan = self._cache["plan"]
+        coefficients = estimator.coefficients_of(plan, self.shaping, fitness)
+        report = report_fitness(fitness, coefficients, rank=plan.max_rank, aux=reduce_aux(self.aux, aux, valid))
         return report, of_valid(valid, member_state, state.member_state)
 
     def _score_told(self, state: ESState, fitness: Array, pairs: Array) -> tuple[FitnessReport, Any]:
         report, _ = self._score(state._replace(member_state=None), fitness, None, None)
-        coefficients = estimator.of_all_pairs(report.coefficients, pairs, num_pairs=self.population_size // 2)
+        plan, num_pairs = self._cache["plan"], self.population_size // 2
+        coefficients = estimator.of_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs)
         return report._replace(coefficients=coefficients), state.member_state
 
     def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
@@ -266,13 +270,11 @@ class EvolutionStrategy:
         draws = {"key": state.key, "generation": state.generation // self.noise_reuse, "sigma": self._sigma(state)}
         return build_member(self._known_plan("member"), state.params, index, **draws)
 
-    def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
+    def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, Any]:
         optimizer = of_trained(self.optimizer, state.params, self.perturbation)
-        gradient = functools.partial(sharded.gradient, placement=self.placement)
-        more: dict[str, Any] = dict(
-            sigma=self._sigma(state), noise_generation=state.generation // self.noise_reuse, gradient=gradient
-        )
-        new_state, report = update(self._cache["plan"], optimizer, state, coefficients, **more, precision=self.precision)
+        more: dict[str, Any] = {"sigma": self._sigma(state), "noise_generation": state.generation // self.noise_reuse}
+        more |= {"gradient": functools.partial(sharded.gradient, placement=self.placement), "precision": self.precision}
+        new_state, report = update(self._cache["plan"], optimizer, state, coefficients, **more)
         new_state = new_state._replace(generation=state.generation + 1)
         return new_state._replace(sigma=self._sigma(new_state)), report
 
@@ -281,9 +283,10 @@ class EvolutionStrategy:
 
     def _move(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
         """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
-        where = of_update(self.placement, state)
+        plan, where = self._cache["plan"], of_update(self.placement, state)
         name = "update" if where is None else ("update", *jax.tree.leaves(where))
-        return self._jitted(name, self._update, where)(state, coefficients)
+        state, done = self._jitted(name, self._update, where)(state, exact(plan, coefficients, self.shaping))
+        return state, reported(plan, done)
 
     def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
         if name not in self._cache:
@@ -291,7 +294,7 @@ class EvolutionStrategy:
         return self._cache[name]
 
     def _fitness(self) -> Callable:
-        return normalised(self.fitness, has_aux=self.aux is not None)
+        return normalised(self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: with the plan, without compiled programs, and for one device."""

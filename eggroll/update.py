@@ -4,6 +4,7 @@ The coefficients and sigma are all that a generation adds to a run, so a record 
 NaN where nothing is to change; a gradient that is not finite changes nothing either.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax import Array
 from eggroll import estimator, noise
 from eggroll.plan import Plan
 from eggroll.precision import apply_updates, float32_params
-from eggroll.rules import Perturbation, trainable
+from eggroll.rules import Perturbation, is_integer, trainable
 from eggroll.state import ESState
 
 
@@ -38,26 +39,30 @@ def update(
     noise_generation: Array,
     precision: str,
     gradient: Callable = estimator.gradient,
-) -> tuple[ESState, UpdateReport]:
+) -> tuple[ESState, Any]:
     """Move the parameters.
 
     Args:
         plan: the plan that the population was perturbed by.
-        optimizer: any optax transformation; one with extra arguments gets `coefficients` and `sigma` too.
+        optimizer: any optax transformation; one with extra arguments gets `coefficients` and `sigma` too. For int8 parameters
+            one to int8 steps, `threshold`: it gets sums over the pairs, with `deviation` and `generation`.
         state: before the update.
-        coefficients: float32 [P], from `estimator.pair_coefficients`.
+        coefficients: float32 [P], from `estimator.pair_coefficients`; for int8 parameters from `exact`.
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
         precision: how short floats are updated.
         gradient: `estimator.gradient`, or the one that runs over a mesh.
 
     Returns:
-        The state with new params, opt_state and masters, and the report.
+        The state with new params, opt_state and masters, and what `reported` makes a report of.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
+    if plan.is_integer:
+        options: dict[str, Any] = {"noise_generation": noise_generation, "gradient": gradient}
+        return _update_integers(plan, optimizer, state, coefficients, **options)
     ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
     wide = float32_params(state.params, state.masters)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-    optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(descent, state.opt_state, wide, coefficients=coefficients, sigma=sigma)
     rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
     params, masters = apply_updates(state.params, state.masters, updates, precision=precision, key=rounding_key)
@@ -69,10 +74,43 @@ def update(
     return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
 
 
+def _update_integers(
+    plan: Plan, optimizer: Any, state: ESState, coefficients: Array, *, noise_generation: Array, gradient: Callable
+) -> tuple[ESState, Array]:
+    """`update` of int8 parameters; nothing in it is a floating number. The weights of every leaf that moved: int32 [leaves]."""
+    ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=None)
+    descent = jax.tree.map(jnp.negative, ascent)
+    more = {"deviation": estimator.deviations(plan, coefficients), "generation": state.generation}
+    steps, opt_state = optimizer.update(descent, state.opt_state, state.params, **more)
+    params, counts = [], []
+    for leaf, param, step in zip(plan.leaves, jax.tree.leaves(state.params), jax.tree.leaves(steps), strict=True):
+        if leaf.integer and step.dtype != jnp.int8:
+            raise TypeError(f"optimizer must be eggroll.threshold(...) for int8 parameters, got steps of dtype {step.dtype}.")
+        params.append(param + step if leaf.integer else param)
+        counts.append(jnp.sum(step != 0, dtype=jnp.int32) if leaf.integer else jnp.int32(0))
+    return state._replace(params=jax.tree.unflatten(plan.tree, params), opt_state=opt_state), jnp.stack(counts)
+
+
+def exact(plan: Plan, coefficients: Array, shaping: Any) -> Array:
+    """Coefficients as `update` takes them: whole numbers, 0 for NaN, where the parameters are int8."""
+    if not plan.is_integer:
+        return coefficients
+    return jnp.nan_to_num(coefficients).astype(jnp.int8 if shaping == "pair_sign" else jnp.int32)
+
+
+def reported(plan: Plan, done: Any) -> UpdateReport:
+    """The report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
+    if not plan.is_integer:
+        return done
+    counts = done.astype(jnp.float32)
+    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.integer)
+    return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size)
+
+
 def of_trained(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
-    """The user's optimizer, restricted to the parameters that are not frozen by rule."""
+    """The user's optimizer, restricted to the parameters that are not frozen by rule (sums of int8 ones are zero there)."""
     mask = trainable(params, perturbation)
-    if all(jax.tree.leaves(mask)):
+    if is_integer(perturbation) or all(jax.tree.leaves(mask)):
         return optimizer
     labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", mask)
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

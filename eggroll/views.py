@@ -25,7 +25,8 @@ def _transpose(value: PerturbedArray, *, permutation):
 
 @register(jax.lax.convert_element_type_p)
 def _convert_element_type(value: PerturbedArray, *, new_dtype, weak_type, sharding):
-    if not jnp.issubdtype(new_dtype, jnp.floating):
+    kinds = jnp.floating, jnp.integer
+    if not any(jnp.issubdtype(new_dtype, kind) and jnp.issubdtype(value.base.dtype, kind) for kind in kinds):
         params = dict(new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)
         return PerturbedArray.default(jax.lax.convert_element_type_p, [value], params)
     return view(value, value.tags, lambda array, component: array.astype(new_dtype))
@@ -61,7 +62,7 @@ def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params):
 
 
 def _scaled(primitive, value: PerturbedArray, factor: ArrayLike, operands, params):
-    if jnp.ndim(factor) != 0:
+    if jnp.ndim(factor) != 0 or jnp.issubdtype(value.base.dtype, jnp.integer):
         return PerturbedArray.default(primitive, operands, params)
 
     def operation(array, component):

@@ -54,7 +54,10 @@ def lowrank_product(
         precision=precision,
         preferred_element_type=dtype,
     )
-    hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes).astype(second.dtype)
+    hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)
+    if jnp.issubdtype(hidden.dtype, jnp.integer):
+        return _mixed(hidden, hidden_axes, second.astype(hidden.dtype), [*second_axes, rank_label], [*out_axes])
+    hidden = hidden.astype(second.dtype)
     if _pays_to_pad(hidden):
         hidden, second = (jnp.concatenate([f, jnp.zeros_like(f)], axis=-1) for f in (hidden, second))
     return jnp.einsum(
@@ -66,6 +69,26 @@ def lowrank_product(
         precision=precision,
         preferred_element_type=dtype,
     )
+
+
+def _mixed(hidden: Array, hidden_axes: list[int], second: Array, second_axes: list[int], out_axes: list[int]) -> Array:
+    """Contract the rank, the last axis of both, in int32.
+
+    Term by term for small ranks, a multiply and an add that XLA fuses with what follows: on CPU its batched int32 product takes
+    5 times as long at rank 4 (experiments/LOG.md).
+    """
+    rank = hidden.shape[-1]
+    if rank > 8:
+        return jnp.einsum(hidden, hidden_axes, second, second_axes, out_axes)
+    hidden, second = _aligned(hidden, hidden_axes, out_axes), _aligned(second, second_axes, out_axes)
+    return sum((hidden[..., k] * second[..., k] for k in range(1, rank)), start=hidden[..., 0] * second[..., 0])
+
+
+def _aligned(array: Array, axes: list[int], out_axes: list[int]) -> Array:
+    """Arrange all but the last axis as `out_axes`, of size 1 where the array has none."""
+    kept = [axes.index(axis) for axis in out_axes if axis in axes]
+    array = array.transpose([*kept, array.ndim - 1])
+    return jnp.expand_dims(array, [at for at, axis in enumerate(out_axes) if axis not in axes])
 
 
 def _pays_to_pad(hidden: Array) -> bool:

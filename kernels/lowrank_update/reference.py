@@ -21,6 +21,22 @@ def lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:
     return jnp.einsum("...km,...kn->...mn", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
+def integer_lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:
+    """Sum low-rank matrices weighted by one coefficient per pair, exactly while the sum fits int32.
+
+    Args:
+        coefficients: [P], int8 where they are -1, 0 or 1 (both operands of the product are int8 then), else int32.
+        left: [P, *S, r, m], int8.
+        right: [P, *S, r, n], int8.
+
+    Returns:
+        int32 [*S, m, n].
+    """
+    weights = coefficients.reshape((-1,) + (1,) * (left.ndim - 1))
+    left, right = _terms(left.astype(weights.dtype) * weights), _terms(right.astype(weights.dtype))
+    return jnp.einsum("...km,...kn->...mn", left, right, preferred_element_type=jnp.int32)
+
+
 def _terms(factor: Array) -> Array:
     """[P, *S, r, m] -> [*S, P r, m]; without stacked axes this is a reshape, no copy."""
     factor = jnp.moveaxis(factor, 0, -3)
