@@ -5,8 +5,8 @@
 
 Every generation is in the journal once `train` goes on to the next; checkpoints shorten the way back. Starting again reads the
 last sound checkpoint and replays the journal from there: no generation is evaluated twice, and the run goes on bit for bit.
-A carried `member_state` is in the checkpoints alone: with it the generations since the last one are evaluated again, and have to
-give what the journal has.
+A carried `member_state` is in the checkpoints alone: with it the generations since the last one are evaluated again, and have
+to give what the journal has.
 
 Of several processes all make the same calls on the same folder; the first one writes the journal.
 """

@@ -48,8 +48,8 @@ class Config:
     alpha: float = 1.0
     """Share of the weights that move in the first generation if fitness says nothing, in (0, 1]."""
     alpha_end: float = 1 / 16
-    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which goes on falling. The
-    defaults are the paper's 1 / (0.015 t + 1)."""
+    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which goes on falling.
+    The defaults are the paper's 1 / (0.015 t + 1)."""
     alpha_steps: int = 1000
     """Generations until the share is alpha_end."""
     shift: int = 4
@@ -73,7 +73,7 @@ class Config:
     validation_every: int = 50
     """Generations between checks of the unperturbed parameters on held-out text; there is one at the end."""
     validation_bytes: int = 2_000_000
-    """Held-out bytes of a check at most, in 1,024 streams of contiguous text (fewer of short texts), each from a fresh state."""
+    """Held-out bytes of a check at most: 1,024 streams of contiguous text, fewer of a short one, each from a fresh state."""
     sample_length: int = 200
     """Bytes of text drawn from the model at every check; 0: none."""
     temperature: float = 0.7
