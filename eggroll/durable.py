@@ -5,6 +5,8 @@
 
 Every generation is in the journal once `train` goes on to the next; checkpoints shorten the way back. Starting again reads the
 last sound checkpoint and replays the journal from there: no generation is evaluated twice, and the run goes on bit for bit.
+A carried `member_state` is in the checkpoints alone: with it the generations since the last one are evaluated again, and have
+to give what the journal has.
 
 Of several processes all make the same calls on the same folder; the first one writes the journal.
 """
@@ -68,10 +70,8 @@ class DurableRun:
     ):
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
-        if jax.tree.leaves(initial.member_state) and checkpoint_every > 1:
-            logger.warning("member_state is carried, which the journal cannot rebuild: every generation is checkpointed.")
-            checkpoint_every = 1
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
+        self._again: dict[int, Entry] = {}  # generations in the journal that are evaluated once more
         self._folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
         header = make_header(es, initial, recipe=recipe)
@@ -94,11 +94,15 @@ class DurableRun:
                 seen[:] = [entry]
                 yield entry
 
-        state = replay(es, self._last_sound(initial), remembering())
+        state = self._last_sound(initial)
+        if jax.tree.leaves(initial.member_state):
+            self._again = {entry.generation: entry for entry in remembering() if entry.generation >= int(state.generation)}
+        else:
+            state = replay(es, state, remembering())
         reached = seen[0].generation + 1 if seen else 0
         if int(state.generation) > reached:
             raise JournalError(f"{path} ends at generation {reached}, before the checkpoint of {int(state.generation)}.")
-        if seen and self._carried is not None:
+        if seen and self._carried is not None and int(state.generation) == reached:
             self._carried.load(_unpacked(seen[0].extra, self._carried.save()))
         return state
 
@@ -127,7 +131,10 @@ class DurableRun:
         """
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
-        if self._journal is not None:
+        known = self._again.pop(generation, None)
+        if known is not None and not np.array_equal(known.coefficients, coefficients):
+            raise JournalError(f"generation {generation}, evaluated again, gave other coefficients than {self._folder} has.")
+        if known is None and self._journal is not None:
             self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _packed(carried)))
         if (generation + 1) % self._every == 0:
             if self._journal is not None:

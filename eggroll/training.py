@@ -77,6 +77,8 @@ def train(
     run_folder: str | Path | None = None,
     durable: DurableRun | None = None,
     progress: bool | None = None,
+    words: Callable[[Record], str] | None = None,
+    plot: Callable[[Sequence[Record], Path], None] | None = None,
 ) -> tuple[ESState, list[Record]]:
     """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
 
@@ -95,6 +97,8 @@ def train(
         durable: keeps every generation in a journal and makes checkpoints; the caller closes it. A callback that puts a
             `held_out_return` or `held_out_fitness` into `record.extra` decides which checkpoint is the best.
         progress: show the progress line; None: when standard error is a terminal and rich is installed.
+        words: what the progress line says of a generation; None: best and mean fitness, members per second.
+        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`.
 
     Returns:
         `(state, history)`, one `Record` per generation run.
@@ -111,7 +115,7 @@ def train(
         metrics_file = None
         if run_folder is not None and is_first():
             metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
-            stack.callback(plot_history, history, Path(run_folder) / "fitness.png")
+            stack.callback(plot or _plot_fitness, history, Path(run_folder))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
@@ -128,7 +132,7 @@ def train(
             _write(metrics_file, record)
             if durable is not None:
                 durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
-            show(record.extra[name] if budget else len(history), _words(record))
+            show(record.extra[name] if budget else len(history), (words or _words)(record))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
     return state, history
@@ -172,6 +176,10 @@ def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[
     numbers = {name: value.item() for name, value in scalars.items()}
     arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}
     return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
+
+
+def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
+    plot_history(history, folder / "fitness.png")
 
 
 def _words(record: Record) -> str:
