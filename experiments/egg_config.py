@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 _POSITIVE = ("seeds", "generations", "alpha_steps", "checkpoint_every", "validation_every", "validation_bytes")
 # What a run may be continued with other values of, because no bit of its parameters depends on it.
-_APART = ("seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume")
+_APART: tuple[str, ...] = ("seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume")
 _APART += ("checkpoint_every", "validation_every", "validation_bytes", "sample_length", "temperature")
 
 

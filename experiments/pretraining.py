@@ -149,7 +149,7 @@ def pretrain(
     checks = _Checks(config, validation, folder)
     run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
     with contextlib.closing(run):
-        state, history = run.state, []
+        state, history = run.state, list[Record]()
         if int(state.generation) < config.generations:
             state, history = train(
                 es,
