@@ -15,6 +15,8 @@ import numpy as np
 
 from eggroll.processes import is_first, join
 
+SUMMARY = "summary.json"  # of a seed, with the options that gave it; it is written last
+
 
 def join_processes() -> None:
     """Meet the other processes of this run, if there are any (`eggroll.processes`); only the first one prints.
