@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import integer, noise
+from eggroll.hoisting import hoisted
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
 from eggroll.plan import LeafPlan, Plan, draw, leaf_keys
@@ -253,6 +254,11 @@ def evaluate(
 
     by_pair = jax.tree.map(lambda x: x.reshape(-1, len(layout.signs), *x.shape[1:]), batch) if per_member else None
     inputs = (jnp.arange(layout.num_pairs, dtype=jnp.int32), by_pair, member_state)
-    if layout.is_chunked:
-        return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
-    return jax.vmap(evaluate_pair)(inputs)
+
+    def evaluate_all(inputs):
+        if layout.is_chunked:
+            return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
+        return jax.vmap(evaluate_pair)(inputs)
+
+    # Of floats it could change the order of sums, so there it is left alone.
+    return (hoisted(evaluate_all) if plan.is_integer else evaluate_all)(inputs)

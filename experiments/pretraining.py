@@ -1,5 +1,7 @@
 """Pretraining EGG by evolution strategies: integers from the bytes to the updated weights."""
 
+import contextlib
+import functools
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,18 +78,22 @@ class Validation:
 
     def __init__(self, corpus: Corpus, config: Config):
         self._text = held_out(corpus, config.validation_bytes)
-        self._unit = UNITS_PER_BIT[config.rounding]
-        model = config.model
-
-        def score(params: egg.Params, text: Array) -> Array:
-            return jnp.sum(egg.sequence(params, egg.init_state(model), text, model)[1])
-
-        self._score = jax.jit(jax.vmap(score, (None, 0)))
+        self._config = config
 
     def __call__(self, params: egg.Params) -> float:
         """Return the bits per byte."""
-        scores = np.asarray(self._score(params, self._text), np.int64)
-        return float(-scores.sum() / self._unit / (self._text.size - len(self._text)))
+        scores = np.asarray(_scores(params, self._text, self._config.model), np.int64)
+        return float(-scores.sum() / UNITS_PER_BIT[self._config.rounding] / (self._text.size - len(self._text)))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(params: egg.Params, text: Array, model: egg.Config) -> Array:
+    """Sum of the log-likelihoods of every stream."""
+
+    def score(text: Array) -> Array:
+        return jnp.sum(egg.sequence(params, egg.init_state(model), text, model)[1])
+
+    return jax.vmap(score)(text)
 
 
 class _Checks:
@@ -144,24 +150,23 @@ def pretrain(
     """
     es, initial = start(config, init_key=init_key, run_key=run_key)
     options = config.options() | {"corpus": corpus.fingerprint}
-    run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
-    state, history = run.state, []
-    left = config.generations - int(state.generation)
     validation = Validation(corpus, config)
     checks = _Checks(config, validation, folder)
-    if left > 0:
-        state, history = train(
-            es,
-            state,
-            lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
-            generations=left,
-            callbacks=[checks],
-            run_folder=folder,
-            durable=run,
-            words=checks.words,
-            plot=lambda _, path: plot_bits(path, references),
-        )
-    run.close()
+    run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
+    with contextlib.closing(run):
+        state, history = run.state, []
+        if int(state.generation) < config.generations:
+            state, history = train(
+                es,
+                state,
+                lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
+                generations=config.generations - int(state.generation),
+                callbacks=[checks],
+                run_folder=folder,
+                durable=run,
+                words=checks.words,
+                plot=lambda _, path: plot_bits(path, references),
+            )
     params = local(state.params)
     bits = validation(params) if checks.bits is None else checks.bits
     seconds = statistics.median(record.seconds for record in history) if history else 0.0

@@ -1,10 +1,10 @@
-"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale`, `populations` and `zo`."""
+"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale`, `populations`, `zo` and `egg`."""
 
 from typing import Any
 
 import tyro
 
-from experiments.bench import engine, populations, rl, scale, zo
+from experiments.bench import egg, engine, populations, rl, scale, zo
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
         "scale": (scale.Scale, scale.run),
         "populations": (populations.Populations, populations.run),
         "zo": (zo.ZO, zo.run),
+        "egg": (egg.EGG, egg.run),
     }
     config = tyro.extras.subcommand_cli_from_dict({name: options for name, (options, _) in benchmarks.items()})
     next(run for options, run in benchmarks.values() if isinstance(config, options))(config)

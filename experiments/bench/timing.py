@@ -19,16 +19,21 @@ def interleaved_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -
     Returns:
         Name -> median milliseconds.
     """
+    return {name: statistics.median(times) for name, times in rounds_ms(forms, repeats=repeats).items()}
+
+
+def rounds_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+    """As `interleaved_ms`, with the milliseconds of every round."""
     for form in forms.values():
         jax.block_until_ready(form())
         jax.block_until_ready(form())
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    found: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats):
         for name, form in forms.items():
             start = time.perf_counter()
             jax.block_until_ready(form())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+            found[name].append(1e3 * (time.perf_counter() - start))
+    return found
 
 
 def machine() -> dict[str, str]:

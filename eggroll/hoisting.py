@@ -1,0 +1,66 @@
+"""Transposes of what does not change in a loop, taken out of it.
+
+`vmap` of a loop over time around a scan over layers puts the population's axis first in every stacked array, and the scan needs
+the layers first: the inner loop's inputs are transposed again in every turn of the outer one, and XLA leaves that there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+
+
+def hoisted(function: Callable) -> Callable:
+    """Make the function that gives the same values, with transposes of a scan's constants before the scan.
+
+    Args:
+        function: any JAX function of pytrees of arrays; scans inside other calls than scans stay as they are.
+    """
+
+    def call(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, jax.tree.leaves(args), {}))
+
+    return call
+
+
+def _evaluate(closed: Any, leaves: Sequence[Any], known: Mapping[Any, Any]) -> list:
+    """Outputs of a program; equations whose results are `known` are not evaluated."""
+    environment = dict(known)
+    environment.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    environment.update(zip(closed.jaxpr.invars, leaves, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jexc.Literal) else environment[atom]
+
+    for equation in closed.jaxpr.eqns:
+        if equation.outvars and all(variable in known for variable in equation.outvars):
+            continue
+        inputs = [read(atom) for atom in equation.invars]
+        if equation.primitive.name == "scan":
+            outputs = _scan(inputs, **equation.params)
+        else:
+            outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+        outputs = outputs if equation.primitive.multiple_results else [outputs]
+        environment.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _scan(
+    inputs: list, *, jaxpr: Any, num_consts: int, num_carry: int, length: int, reverse: bool, unroll: int, **_: Any
+) -> list:
+    consts, end = inputs[:num_consts], num_consts + num_carry
+    outside = dict(zip(jaxpr.jaxpr.invars[:num_consts], consts, strict=True))
+    inside = set(outside)
+    for equation in jaxpr.jaxpr.eqns:
+        if equation.primitive.name == "transpose" and equation.invars[0] in outside:
+            outside[equation.outvars[0]] = equation.primitive.bind(outside[equation.invars[0]], **equation.params)
+    known = {variable: value for variable, value in outside.items() if variable not in inside}
+
+    def step(carry: list, xs: list) -> tuple[list, list]:
+        outputs = _evaluate(jaxpr, [*consts, *carry, *xs], known)
+        return outputs[:num_carry], outputs[num_carry:]
+
+    carry, ys = jax.lax.scan(step, inputs[num_consts:end], inputs[end:], length=length, reverse=reverse, unroll=unroll)
+    return [*carry, *ys]

@@ -1,0 +1,91 @@
+"""A generation of integer pretraining against unperturbed inference of the same inputs.
+
+Interleaved in one process: unperturbed inference of every member's text and state, batched as the engine batches them; the
+perturbed forward; the update; the whole generation.
+"""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import pretraining
+from experiments.bench.timing import machine, rounds_ms
+from experiments.common.memory import peak_mib
+from experiments.common.run import print_summary
+from experiments.data import corpus
+from experiments.egg_config import Config
+from experiments.models import egg
+
+
+@dataclasses.dataclass(frozen=True)
+class EGG:
+    """Time a generation of `experiments.egg`; the defaults are its tiny preset."""
+
+    train: Config = dataclasses.field(default_factory=Config)
+    """Options of `experiments.egg`."""
+    repeats: int = 15
+    """Rounds; medians are reported, and the least of the rounds beside."""
+
+
+def run(config: EGG) -> None:
+    """Run the benchmark; the last line of standard output is JSON."""
+    try:
+        config.train.check()
+        times = rounds_ms(_forms(config.train), repeats=config.repeats)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    row = {"median": _row(config.train, times, statistics.median), "least": _row(config.train, times, min)}
+    about = machine() | {"load": round(os.getloadavg()[0], 1), "rounds": config.repeats}
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'':<8}" + "".join(f"{column:>18}" for column in row["median"]))
+    for name, numbers in row.items():
+        print(f"{name:<8}" + "".join(f"{value:>18,.3f}" for value in numbers.values()), flush=True)
+    print_summary(row["median"] | {"peak_bytes": round(peak_mib() * 2**20), "least": row["least"], "about": about})
+
+
+def _row(config: Config, times: dict[str, list[float]], reduce: Callable[[list[float]], float]) -> dict[str, float]:
+    ms = {f"{name}_ms": reduce(rounds) for name, rounds in times.items()}
+    read = config.population_size * config.bytes_per_update
+    return {
+        "bytes_per_second": 1e3 * read / ms["generation_ms"],
+        **ms,
+        "generation_ratio": ms["inference_ms"] / ms["generation_ms"],
+    }
+
+
+def _forms(config: Config) -> dict[str, Callable[[], Any]]:
+    """What is timed, from a state whose members have read some text."""
+    texts = corpus.load(config.data, cache=config.cache)
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    es, state = pretraining.start(config, init_key=init_key, run_key=run_key)
+    read = [corpus.streams(texts, at, groups=config.streams, length=config.bytes_per_update) for at in (0, 1)]
+    state, metrics = es.step(state, read[0])
+    text, fitness = jnp.asarray(read[1]), metrics.fitness
+
+    @jax.jit
+    def inference(params: Any, states: Any, text: Any) -> Any:
+        def pair(inputs: Any) -> Any:
+            index, pair_states = inputs
+            own = text[index // (config.group // 2)]
+            return jax.vmap(lambda state: egg.sequence(params, state, own, config.model))(pair_states)
+
+        inputs = (jnp.arange(config.population_size // 2), states)
+        if es.layout.is_chunked:
+            return jax.lax.map(pair, inputs, batch_size=es.layout.chunk_pairs)
+        return jax.vmap(pair)(inputs)
+
+    @jax.jit
+    def forward(state: Any, text: Any) -> Any:
+        return es.evaluate(es._fitness(), state, text, layout=es.layout)
+
+    return {
+        "inference": lambda: inference(state.params, state.member_state, text),
+        "forward": lambda: forward(state, text),
+        "update": lambda: es.tell(state, fitness)[0].params,
+        "generation": lambda: es.step(state, text),
+    }
