@@ -104,8 +104,9 @@ class IntegerNoise:
     def check_width(self, path: str, width: int) -> None:
         """Raise ValueError unless (x A) B^T fits int32 for int8 activations that are contracted over `width` values."""
         multiplier, bits = self.scale
-        growth = 2 ** max(0, (0 if multiplier == 1 else ROOT_BITS) - bits)
-        largest = (INT32 - 2 ** max(bits, 0)) // (LARGEST * largest_factor(self.distribution) ** 2 * growth)
+        bits -= 0 if multiplier == 1 else ROOT_BITS
+        growth = 2 ** max(0, -bits)
+        largest = (INT32 - 2 ** max(0, bits)) // (LARGEST * largest_factor(self.distribution) ** 2 * growth)
         if width * self.rank > largest:
             raise ValueError(
                 f"parameter '{path}' contracts {width} values with noise of rank {self.rank}, which could overflow int32: "

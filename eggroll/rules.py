@@ -48,7 +48,8 @@ class Integer:
     Args:
         rank: number of terms, >= 1.
         distribution: of the factors' entries, "normal" (multiples of 1/16, |.| < 3.7) or "rademacher".
-        shift: sigma is 2^-shift where the integer 16 stands for 1, 0 to 16; the strategy's `sigma` is None.
+        shift: sigma is 2^-shift where the integer 16 stands for 1, 0 to 16, or to 4 for "rademacher": signs of less than one
+            integer would vanish where they are added to a weight. The strategy's `sigma` is None.
         update: what is summed over the pairs, the factors' "value" or only their "sign".
     """
 
@@ -128,8 +129,9 @@ def _check_rule(pattern: Any, spec: Any) -> None:
     if not isinstance(spec, Frozen) and spec.distribution not in noise.DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(noise.DISTRIBUTIONS)}, got {spec.distribution!r}.")
     if isinstance(spec, Integer):
-        if not (isinstance(spec.shift, int) and 0 <= spec.shift <= 16):
-            raise ValueError(f"shift must be an integer from 0 to 16, got {spec.shift!r}.")
+        most = 16 if spec.distribution == "normal" else 4
+        if not (isinstance(spec.shift, int) and 0 <= spec.shift <= most):
+            raise ValueError(f"shift must be an integer from 0 to {most} for {spec.distribution} factors, got {spec.shift!r}.")
         if spec.update not in ("value", "sign"):
             raise ValueError(f"update must be 'value' or 'sign', got {spec.update!r}.")
     if isinstance(spec, LowRank | Dense) and not spec.sigma_multiplier > 0:

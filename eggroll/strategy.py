@@ -43,8 +43,7 @@ class EvolutionStrategy:
         population_size: N, even, >= 2.
         sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
             `state._replace(sigma=...)`), or a schedule from generation to it; None for int8 parameters.
-        optimizer: any optax transformation; it gets the negative of the ascent gradient, and the parameters. `threshold` for
-            int8 parameters.
+        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for int8 parameters.
         perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
@@ -223,16 +222,14 @@ class EvolutionStrategy:
 
     def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
         """Report the fitness, with the pair coefficients; and the member state, the old one for invalid members."""
-        valid = valid_members(fitness)
-        plan = self._cache["plan"]
+        plan, valid = self._cache["plan"], valid_members(fitness)
         coefficients = estimator.coefficients_of(plan, self.shaping, fitness)
         report = report_fitness(fitness, coefficients, rank=plan.max_rank, aux=reduce_aux(self.aux, aux, valid))
         return report, of_valid(valid, member_state, state.member_state)
 
     def _score_told(self, state: ESState, fitness: Array, pairs: Array) -> tuple[FitnessReport, Any]:
         report, _ = self._score(state._replace(member_state=None), fitness, None, None)
-        plan, num_pairs = self._cache["plan"], self.population_size // 2
-        coefficients = estimator.of_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs)
+        coefficients = estimator.of_all_pairs(self._cache["plan"], report.coefficients, pairs, num_pairs=self.layout.num_pairs)
         return report._replace(coefficients=coefficients), state.member_state
 
     def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:

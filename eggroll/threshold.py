@@ -28,8 +28,9 @@ Alpha = float | Callable[[int], float]
 def threshold(alpha: Alpha, *, steps: int = 10_000) -> optax.GradientTransformationExtraArgs:
     """Make the transformation that turns sums of integer noise into steps of -1, 0 and 1.
 
-    Its `update` needs the parameters and, as `EvolutionStrategy` gives them, `deviation` (int32 scalars like the parameters,
-    sd(Z) in sixteenths) and `generation` (int32). The steps are of the parameters' dtype and never leave [-127, 127].
+    Its `update` gets -Z, as optax minimises, and needs the parameters and, as `EvolutionStrategy` gives them, `deviation`
+    (int32 scalars like the parameters, sd(Z) in sixteenths) and `generation` (int32). The steps are of the parameters' dtype;
+    added to them they never leave [-127, 127].
 
     Args:
         alpha: share of the weights that move when the fitness says nothing, in (0, 1], or a function from generation to it,
@@ -62,7 +63,7 @@ def _level(alpha: Any, step: int | None = None) -> int:
 
 
 def _step(descent: Array, param: Array, least: Array) -> Array:
-    """The step of one parameter; optax adds it. A frozen parameter of another dtype has a sum of zeros, which stays."""
+    """The step of one parameter, against `descent`. Frozen ones of other dtypes have sums of zero, which stay."""
     if param.dtype != jnp.int8:
         return descent
     direction = jnp.where(jnp.abs(descent) > least, -jnp.sign(descent), 0)

@@ -154,6 +154,36 @@ def equal():
     return {name: run() for name, run in EQUAL.items()}
 
 
+INTEGERS = {
+    name: jnp.asarray(np.random.default_rng(0).integers(-30, 30, shape), jnp.int8)
+    for name, shape in {"w": (8, 8), "table": (5, 8), "b": (8,)}.items()
+}
+
+
+def integer_recurrent(params, batch, key, memory):
+    x = jnp.take(params["table"], batch, axis=0) // 2 + memory // 2
+    product = jax.lax.dot_general(x, params["w"], (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    memory = jnp.clip((product >> 6) + params["b"].astype(jnp.int32), -127, 127).astype(jnp.int8)
+    return jnp.sum(memory, dtype=jnp.int32), memory
+
+
+@check
+def integers():
+    """Int8 parameters after two generations: the same bits on any number of devices."""
+
+    def run(on=None, **options):
+        options = dict(perturbation=eggroll.Integer(2), sigma=None, shaping="z_score", population_size=22) | options
+        es = strategy(on, integer_recurrent, optimizer=eggroll.threshold(0.3), **options)
+        state, metrics = steps(es, start(es, INTEGERS, member_state=jnp.zeros(8, jnp.int8)), jnp.uint8(3), count=2)
+        return state.params, state.member_state, metrics.fitness, metrics.coefficients
+
+    expected = run()
+    meshes = {f"population {n}": (mesh(population=n), {}) for n in (1, 2, 4)}
+    meshes |= {"chunks": (mesh(population=2), {"chunk_size": 4}), "shares": (mesh(population=4), {"shard_optimizer": True})}
+    found = {name: same(run(on, **options), expected) for name, (on, options) in meshes.items()}
+    return found | {"moved": not same(expected[0], INTEGERS), "control": same(run(shaping="pair_sign"), expected)}
+
+
 @check
 def wrong_weights_of_padded_pairs():
     """The negative control: pairs past P that weigh 1 change the update."""
@@ -286,6 +316,9 @@ ERRORS = {
         es := strategy(mesh(data=2), lambda p, b, k: -((model(p, b) - 1.0) ** 2).mean(axis=1)), start(es)
     ),
     "member state over data": lambda: steps(es := strategy(mesh(data=2), recurrent), start(es, **MEMORY)),
+    "integers over data": lambda: strategy(
+        mesh(data=2), perturbation=eggroll.Integer(), sigma=None, shaping="pair_sign", optimizer=eggroll.threshold(0.5)
+    ),
     "shard_optimizer with model": lambda: strategy(mesh(population=2, model=2), shard_optimizer=True),
 }
 

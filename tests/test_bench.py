@@ -1,14 +1,16 @@
 """The benchmark measures what it says, on a workload of no size."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import engine
+from experiments.bench import egg, engine
 from experiments.bench.cases import Case
 from experiments.bench.timing import interleaved_ms, machine
+from experiments.egg_config import Config
 
 
 def tiny():
@@ -60,3 +62,34 @@ def test_forms_are_interleaved():
 def test_machine_names_device_and_versions():
     about = machine()
     assert about["jax"] == jax.__version__ and about["device"]
+
+
+def test_the_integer_benchmark_measures_a_generation(capsys, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"the quick brown fox" * 20)
+    (tmp_path / "b.txt").write_bytes(b"jumps over" * 20)
+    train = Config(
+        layers=1, width=8, population_size=8, group=4, bytes_per_update=3, data=(tmp_path,), cache=tmp_path / "cache"
+    )
+    egg.run(egg.EGG(train, repeats=2))
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    times = ["inference_ms", "forward_ms", "update_ms", "generation_ms"]
+    assert list(row) == ["bytes_per_second", *times, "generation_ratio", "peak_bytes", "least", "about"]
+    assert row["generation_ratio"] == pytest.approx(row["inference_ms"] / row["generation_ms"])
+    assert row["bytes_per_second"] == pytest.approx(8 * 3 * 1000 / row["generation_ms"]) and row["peak_bytes"] > 2**26
+    assert all(row["least"][name] <= row[name] for name in times)
+    with pytest.raises(SystemExit, match="error: alpha must be in"):
+        egg.run(egg.EGG(dataclasses.replace(train, alpha=2.0)))
+
+
+def test_inference_of_the_integer_benchmark_reads_what_the_members_read(tmp_path):
+    """Without noise a generation gives what it gives."""
+    (tmp_path / "a.txt").write_bytes(b"the quick brown fox" * 20)
+    (tmp_path / "b.txt").write_bytes(b"jumps over" * 20)
+    train = Config(
+        layers=1, width=8, population_size=8, group=4, bytes_per_update=3, data=(tmp_path,), cache=tmp_path / "cache"
+    )
+    forms = egg._forms(dataclasses.replace(train, shift=16))
+    states, scores = forms["inference"]()
+    fitness, _, perturbed = forms["forward"]()
+    assert abs(int(scores.sum()) - int(fitness.sum())) < 8 * 3 * 256 and scores.shape == (4, 2, 3)
+    assert int(jnp.abs(states.astype(jnp.int32) - perturbed.astype(jnp.int32)).max()) <= 8

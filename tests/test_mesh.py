@@ -77,6 +77,11 @@ def test_padded_pairs_that_weigh_something_are_noticed(results):
     assert results["wrong_weights_of_padded_pairs"]["update"] > 1e-2
 
 
+def test_int8_parameters_are_the_same_bits_on_any_number_of_devices(results):
+    found = results["integers"]
+    assert not found.pop("control") and len(found) == 6 and all(found.values()), found
+
+
 def test_replay_tell_apply_and_an_outer_jit_are_the_same_generation(results):
     found = results["cut_and_repeated"]
     assert found["replay"] and found["generation"] == 2
@@ -132,6 +137,7 @@ def test_checkpoints_and_durable_runs_go_on_on_another_mesh(results):
         ("scalar leaf", "batch leaves need examples along axis 0"),
         ("vector of examples", "fitness and aux must be means over the examples"),
         ("member state over data", "member_state cannot be carried on a mesh with the axis 'data'"),
+        ("integers over data", "mesh axis 'data' averages the fitness, which int8 parameters do not; use 'population' alone."),
         ("shard_optimizer with model", "shard_optimizer needs a mesh with the axis 'population' and without 'model'"),
     ],
 )

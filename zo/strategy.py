@@ -24,7 +24,7 @@ from eggroll.metrics import Metrics, report_fitness
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout
 from eggroll.precision import float32_params, init_masters
-from eggroll.rules import Dense, Perturbation, check_params
+from eggroll.rules import Dense, Perturbation, check_params, is_integer
 from eggroll.state import ESState
 from eggroll.update import of_trained, update
 from zo.blocks import Blocks, stacked_plan, whole_loss
@@ -77,6 +77,8 @@ class ZerothOrder:
             raise ValueError(f"sigma must be a finite number > 0, got {self.sigma!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
+        if is_integer(self.perturbation):
+            raise ValueError("perturbation Integer() is of eggroll.EvolutionStrategy; zeroth-order steps are floating numbers.")
         if self.estimator == "fzoo" and self.directions < 2:
             raise ValueError("estimator fzoo divides by the spread of the losses: directions must be >= 2, got 1.")
         if self._sharing > self.layout.num_pairs:
