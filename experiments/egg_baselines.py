@@ -38,7 +38,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "egg-adam": (0.01, 0.03, 0.1),
     "egg-eggroll": (0.01, 0.03, 0.1),
     "transformer-sgd": (0.1, 0.3, 1.0),
-    "transformer-adam": (0.003, 0.01, 0.03),
+    "transformer-adam": (0.001, 0.003, 0.01),
 }
 RESULTS = "results.json"
 _POSITIVE = ("layers", "width", "streams", "updates", "seeds", "validation_every", "validation_bytes")
