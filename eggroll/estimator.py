@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import integer, noise
-from eggroll.plan import LeafKeys, LeafPlan, Plan, draw, leaf_keys
+from eggroll.draws import LeafKeys, draw, leaf_keys
+from eggroll.plan import LeafPlan, Plan
 from eggroll.population import draw_shared, from_matrix
 from eggroll.shaping import Shaping, integer_coefficients, shaped_fitness
 from kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
@@ -85,7 +86,7 @@ def gradient(
         first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
         first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
-        first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`plan.draw`).
+        first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`draws.draw`).
 
     Returns:
         float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.

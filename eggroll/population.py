@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import integer, noise
+from eggroll.draws import draw, leaf_keys
 from eggroll.hoisting import hoisted
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
-from eggroll.plan import LeafPlan, Plan, draw, leaf_keys
+from eggroll.plan import LeafPlan, Plan
 
 SIGNS = (1.0, -1.0)
 
@@ -199,10 +200,7 @@ def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
 
 
 def draw_shared(plan: Plan, key: Array, generation: Array | int, *, first_index: Array | int = 0) -> list[Any]:
-    """Noise that all pairs share: U of every leaf of role "flipout", None for the others; arguments as for `draw_pair`.
-
-    Its address is that of pair 0 under a key of its own.
-    """
+    """Noise that all pairs share, at the address of pair 0 under a key of its own: U of every leaf of role "flipout", else None."""
     leaves = [dataclasses.replace(leaf, role="dense") for leaf in plan.leaves if leaf.role == "flipout"]
     if not leaves:
         return [None] * len(plan.leaves)

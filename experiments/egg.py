@@ -21,12 +21,10 @@ from eggroll.processes import is_first, wait_for_all
 from experiments import pretraining
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
-from experiments.common.run import join_processes, print_summary, run_folder, write_json
+from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
 from experiments.data import corpus
 from experiments.data.references import Reference, references
 from experiments.egg_config import Config, parse
-
-SUMMARY = "summary.json"  # of a seed, with the options that gave it
 
 
 def run_seed(config: Config, texts: corpus.Corpus, known: list[Reference], *, seed: int) -> dict[str, Any]:

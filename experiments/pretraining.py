@@ -66,13 +66,18 @@ def start(config: Config, *, init_key: Array, run_key: Array) -> tuple[eggroll.E
     return es, state
 
 
+def held_out(corpus: Corpus, limit: int) -> np.ndarray:
+    """Return at most `limit` bytes of held-out text as contiguous streams side by side, uint8 [streams, T + 1]."""
+    size = min(len(corpus.validation), limit)
+    groups = min(VALIDATION_STREAMS, max(1, size // SHORTEST_STREAM))
+    return streams(corpus, 0, groups=groups, length=min(size // groups, MAX_TOKENS), part="validation")
+
+
 class Validation:
     """Bits per byte of unperturbed parameters on held-out text, many contiguous streams side by side."""
 
     def __init__(self, corpus: Corpus, config: Config):
-        size = min(len(corpus.validation), config.validation_bytes)
-        groups = min(VALIDATION_STREAMS, max(1, size // SHORTEST_STREAM))
-        self._text = streams(corpus, 0, groups=groups, length=min(size // groups, MAX_TOKENS), part="validation")
+        self._text = held_out(corpus, config.validation_bytes)
         self._config = config
 
     def __call__(self, params: egg.Params) -> float:

@@ -212,7 +212,7 @@ class Offloaded:
 
     def _kept(self, state: OffloadState, skipped: int) -> dict[str, Any]:
         small = {"moment": state.moment._asdict(), "pending": state.pending._asdict(), "generation": state.generation}
-        return {"params": self._away.parameters(state), "skipped": np.int64(skipped)} | small
+        return {"params": self._away.parameters(state), "skipped": np.array(skipped)} | small
 
 
 def _dates(folder: Path) -> list[int]:

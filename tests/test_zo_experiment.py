@@ -250,7 +250,7 @@ def test_scores_weigh_parts_by_what_is_in_them():
 def test_the_small_model_learns_its_text():
     content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
     text = Text(content, np.where(np.arange(content.size) < 24 * 200, ord("c"), ord("d")).astype(np.uint8))
-    settings = WarmStart(layers=1, width=16, steps=100, batch_size=8, length=32)
+    settings = WarmStart(layers=1, width=16, steps=300, batch_size=16, length=32, learning_rate=0.02)
     decoder, params = qwen3.decoder(settings.model), trained(settings, text)
     pieces = (
         (b"the cat sat on the ma", "t"),

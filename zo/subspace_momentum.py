@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from eggroll.plan import LeafPlan, Plan, draw, leaf_keys
+from eggroll.draws import draw, leaf_keys
+from eggroll.plan import LeafPlan, Plan
 from eggroll.population import from_matrix
 from eggroll.update import NoiseSource
 from kernels.lowrank_update.reference import lowrank_update
