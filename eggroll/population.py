@@ -200,7 +200,7 @@ def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
 
 
 def draw_shared(plan: Plan, key: Array, generation: Array | int, *, first_index: Array | int = 0) -> list[Any]:
-    """Noise that all pairs share, at the address of pair 0 under a key of its own: U of every leaf of role "flipout", else None."""
+    """Noise that all pairs share, at the address of pair 0 under its own key: U of leaves of role "flipout", else None."""
     leaves = [dataclasses.replace(leaf, role="dense") for leaf in plan.leaves if leaf.role == "flipout"]
     if not leaves:
         return [None] * len(plan.leaves)
