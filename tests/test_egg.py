@@ -257,5 +257,8 @@ def test_a_killed_run_goes_on_bit_for_bit(texts, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
     assert run(*options, str(tmp_path / "killed"), "--resume")[0] | MEASURED == whole | MEASURED
     assert same(params_of(tmp_path / "whole"), params_of(tmp_path / "killed"))
