@@ -155,7 +155,8 @@ def test_dropout_is_the_same_for_all_forwards_of_a_step():
             optimizer=optax.sgd(1e-3),
             estimator=estimator,
         )
-        found = [own.step(own.init({"w": jnp.ones(8)}, key=KEY))[1].coefficients for own in (plain, noisy)]
+        batch = jnp.zeros((4, 1))  # an example for every direction, where the estimator wants that
+        found = [own.step(own.init({"w": jnp.ones(8)}, key=KEY), batch)[1].coefficients for own in (plain, noisy)]
         np.testing.assert_allclose(found[0], found[1], rtol=0.02, atol=1e-5, err_msg=estimator)
 
 
