@@ -184,6 +184,7 @@ def values(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_history_is_all_that_is_kept_and_memory_does_not_grow_with_it():
     """Temporary memory of an update of 8 equal matrices: the moves, and the moments of one matrix; all moments would be 16."""
@@ -246,6 +247,7 @@ def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
     np.testing.assert_array_equal(flat(whole.params), flat(parts.params))
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_frozen_parameters_stay_and_short_floats_have_masters(name):
@@ -258,6 +260,7 @@ def test_frozen_parameters_stay_and_short_floats_have_masters(name):
     assert not np.array_equal(state.masters[1], half["kernel"].astype(jnp.float32))
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_an_evolution_strategy_takes_the_rebuilt_moments():
     optimizer = optax.chain(zo.scale_by_rebuilt_adam(ADAM, directions=4), optax.scale(-0.05))

@@ -191,6 +191,7 @@ def test_checkpoints_bring_a_run_back_bit_for_bit(whole, place, capsys, monkeypa
     assert "3 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_accuracy_is_an_objective(place, capsys):
     options = [*place[1], "--recipe", "mezo", "--objective", "accuracy", "--steps", "2", "--batch-size", "12"]
@@ -246,6 +247,7 @@ def test_scores_weigh_parts_by_what_is_in_them():
     assert score(judged, examples) == ((100 * 200 + 200 * 150) / 550, 100 / 250)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_small_model_learns_its_text():
     content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
