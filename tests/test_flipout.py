@@ -44,7 +44,8 @@ CASES |= {"weight first": weight_first, "bfloat16": half_precision}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "plain_views" else name for name in CASES]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy]) if name == "plain_views" else name for name in CASES],
 )
 def test_equals_the_built_members(name):
     function, params, batch = CASES[name]()

@@ -163,6 +163,7 @@ def test_dense_noise_has_the_moments_of_optax():
         assert np.abs(flat(ours.params) - flat(PARAMS)).max() > 0.01
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_without_decay_it_is_lozo_also_where_the_right_factor_is_new():
     """The factors of the update are those of the perturbation, on every step: 7 steps, new at 3 and 6; blocks are stacked."""
@@ -224,6 +225,7 @@ def test_a_skipped_step_leaves_the_state_as_it_was(name):
     np.testing.assert_array_equal(flat(after.params), flat(state.params))
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
@@ -276,6 +278,7 @@ def test_an_evolution_strategy_takes_the_rebuilt_moments():
 # --- elsewhere ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_offloaded_moments_pass_over_skipped_steps():
     sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))
@@ -289,6 +292,7 @@ def test_offloaded_moments_pass_over_skipped_steps():
     assert 1e-3 < moved.max() < 2.1e-3  # two steps of Adam
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_two_devices_do_the_same():
     command, environment = [sys.executable, str(ROOT / "tests" / "moment_mesh_runs.py")], os.environ | {"PYTHONPATH": str(ROOT)}

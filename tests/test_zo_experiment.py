@@ -145,6 +145,7 @@ def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
     assert summary["train_accuracy"] == 1 and first["validation_loss_before"] == pytest.approx(whole[1]["validation_loss"])
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", list(library.RECIPES))
 def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, monkeypatch):
@@ -177,6 +178,7 @@ def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, 
         zo.main([*options, *stopped, "--resume", "--sigma", "0.5"])
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_checkpoints_bring_a_run_back_bit_for_bit(whole, place, capsys, monkeypatch):
     """As above with another process's memory: nothing but the folder is left."""
