@@ -132,7 +132,7 @@ class DurableRun:
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
         known = self._again.pop(generation, None)
-        if known is not None and not np.array_equal(known.coefficients, coefficients):
+        if known is not None and not np.array_equal(known.coefficients, coefficients, equal_nan=True):
             raise JournalError(f"generation {generation}, evaluated again, gave other coefficients than {self._folder} has.")
         if known is None and self._journal is not None:
             self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _packed(carried)))
