@@ -1,5 +1,6 @@
 """Zeroth-order runs of a fine-tuning task: with all of the model on the device, or with its blocks in the host's memory."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -102,6 +103,7 @@ class Resident:
     def start(self, params: Any, *, key: Array) -> tuple[Any, eggroll.ESState]:
         """Return the tuner, with its plan, and the initial state."""
         batch = batch_of(self._task.train, 0, size=self._config.batch_size)
+        self._tuner.check_batch(batch)
         state = self._tuner.init(params, key=key, batch=batch)
         self._tuner.plan(state, batch)
         return self._tuner, state
@@ -116,14 +118,13 @@ class Resident:
         tuner, initial = self.start(params, key=key)
         progress = _Progress(task, self._judge, Checks(steps=self.steps, checks=config.checks))
         known: dict[str, Any] = dict(config=config.settings(), recipe=recipe, checkpoint_every=config.checkpoint_every)
-        run = DurableRun(folder, tuner, initial, carried=progress, **known)
-        state, history = run.state, list[Record]()
-        left = self.steps - int(state.generation)
-        if left:
-            batches = lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed)  # noqa: E731
-            how: dict[str, Any] = dict(generations=left, callbacks=[progress], run_folder=folder, durable=run)
-            state, history = train(tuner, state, batches, **how)
-        run.close()
+        with contextlib.closing(DurableRun(folder, tuner, initial, carried=progress, **known)) as run:
+            state, history = run.state, list[Record]()
+            left = self.steps - int(state.generation)
+            if left:
+                batches = lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed)  # noqa: E731
+                how: dict[str, Any] = dict(generations=left, callbacks=[progress], run_folder=folder, durable=run)
+                state, history = train(tuner, state, batches, **how)
         steps = int(state.generation)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
         return Tuned(local(state.params), steps, steps * self.forwards, progress.skipped, speed)

@@ -248,7 +248,6 @@ def test_two_devices_give_the_same_bits(small_run, texts, tmp_path):
     assert same(params_of(tmp_path), params_of(small_run[2]))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(texts, tmp_path):
     options = [*SMALL, *texts, "--generations", "60", "--checkpoint-every", "7", "--folder"]

@@ -140,7 +140,7 @@ def built(planned, drawn):
     return matrix.transpose([0, *(1 + order.index(axis) for axis in range(len(order)))])
 
 
-SLOW_SPECS = [pytest.param(spec, marks=[pytest.mark.slow, pytest.mark.heavy]) for spec in SPECS if spec != "normal-3"]
+SLOW_SPECS = [pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS if spec != "normal-3"]
 
 
 @pytest.mark.parametrize("spec", ["normal-3", *SLOW_SPECS])
@@ -222,7 +222,7 @@ def perturbation_std(spec, role):
 
 @pytest.mark.parametrize(
     "spec",
-    ["normal-1", *(pytest.param(spec, marks=[pytest.mark.slow, pytest.mark.heavy]) for spec in ("normal-3", "rademacher-2"))],
+    ["normal-1", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("normal-3", "rademacher-2"))],
 )
 def test_sigma_means_the_same_for_every_rank_and_distribution(spec):
     """Entries of one pair depend on r (64 + 512) factors: the error of the variance is that of so many products, at most."""
@@ -269,8 +269,8 @@ def numpy_sums(plan, state, coefficients):
     ("spec", "shaping"),
     [
         (eggroll.Integer(), "pair_sign"),
-        pytest.param(eggroll.Integer(3, update="sign"), "z_score", marks=[pytest.mark.slow, pytest.mark.heavy]),
-        pytest.param(eggroll.Integer(2, "rademacher"), "z_score", marks=[pytest.mark.slow, pytest.mark.heavy]),
+        pytest.param(eggroll.Integer(3, update="sign"), "z_score", marks=pytest.mark.slow),
+        pytest.param(eggroll.Integer(2, "rademacher"), "z_score", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -300,10 +300,10 @@ def test_update_equals_numpy(spec, shaping):
     ("spec", "shaping", "alpha"),
     [
         (eggroll.Integer(), "pair_sign", 0.5),
-        pytest.param(eggroll.Integer(), "z_score", 0.1, marks=[pytest.mark.slow, pytest.mark.heavy]),
-        pytest.param(eggroll.Integer(2), "z_score", 0.5, marks=[pytest.mark.slow, pytest.mark.heavy]),
-        pytest.param(eggroll.Integer(4, "rademacher"), "pair_sign", 0.1, marks=[pytest.mark.slow, pytest.mark.heavy]),
-        pytest.param(eggroll.Integer(update="sign"), "pair_sign", 0.1, marks=[pytest.mark.slow, pytest.mark.heavy]),
+        pytest.param(eggroll.Integer(), "z_score", 0.1, marks=pytest.mark.slow),
+        pytest.param(eggroll.Integer(2), "z_score", 0.5, marks=pytest.mark.slow),
+        pytest.param(eggroll.Integer(4, "rademacher"), "pair_sign", 0.1, marks=pytest.mark.slow),
+        pytest.param(eggroll.Integer(update="sign"), "pair_sign", 0.1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -473,7 +473,7 @@ def same(one, other):
     "options",
     [
         dict(chunk_size=10, members_per_batch=4),
-        pytest.param(dict(members_per_batch=1), marks=[pytest.mark.slow, pytest.mark.heavy]),
+        pytest.param(dict(members_per_batch=1), marks=pytest.mark.slow),
     ],
     ids=str,
 )

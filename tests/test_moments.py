@@ -278,7 +278,6 @@ def test_an_evolution_strategy_takes_the_rebuilt_moments():
 # --- elsewhere ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_offloaded_moments_pass_over_skipped_steps():
     sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))

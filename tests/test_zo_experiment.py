@@ -147,7 +147,7 @@ def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
 
 @pytest.mark.heavy
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", list(library.RECIPES))
+@pytest.mark.parametrize("recipe", [name for name in library.RECIPES if name != "lozo_m"])  # whose momentum cannot be deferred
 def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, monkeypatch):
     """Offloaded and resident runs agree; an offloaded one that stopped goes on bit for bit."""
     options = [
@@ -155,7 +155,7 @@ def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, 
         "--recipe",
         recipe,
         "--directions",
-        "2",
+        "4" if recipe == "grzo" else "2",  # of an example each
         "--steps",
         "4",
         "--batch-size",

@@ -161,7 +161,6 @@ class ZerothOrder:
         if "plan" not in self._cache:
             shapes = jax.eval_shape(lambda x: x, batch)
             if self._per_example:
-                self.check_batch(shapes)
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
             key = jax.eval_shape(lambda: jax.random.key(0))
             plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
@@ -181,8 +180,8 @@ class ZerothOrder:
             evaluates them (`ESTIMATORS[...].unperturbed`), else the mean over the perturbed ones. `metrics.coefficients` are
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
-        self.plan(state, batch)
         self.check_batch(batch)
+        self.plan(state, batch)
         if self.placement is not None:
             self.placement.check(lambda params, batch, key, _: self._weighted(params, batch, key), state, batch)
         state, batch = place(self.placement, state, batch, "split_batch")
