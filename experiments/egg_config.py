@@ -60,8 +60,8 @@ class Config:
     """Distribution of the factors."""
     update: Literal["value", "sign"] = "value"
     """What the update sums: the factors, or their signs."""
-    shaping: Literal["pair_sign", "z_score"] = "pair_sign"
-    """Fitness of a pair: which member is better, or by how much."""
+    shaping: Literal["pair_sign", "z_score"] = "z_score"
+    """Fitness of a pair: which member is better, as in the paper, or by how much, which learns faster."""
     chunk_size: int | None = 1024
     """Members evaluated at a time on a device, even. None: all."""
     mesh: str | None = None

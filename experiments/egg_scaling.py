@@ -29,7 +29,7 @@ from experiments.egg_figure import plot_scaling
 class Config:
     """Compare populations at equal data and steps. Options not listed here are handed to experiments.egg."""
 
-    populations: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    populations: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     """Members; each a multiple of twice the streams. Small machines: these; a GPU: up to 262144, with --chunk-size."""
     streams: int = 16
     """Streams of text, each read by population / streams members."""
