@@ -1,7 +1,9 @@
 """Train any JAX model without backpropagation: evolution strategies with low-rank perturbations."""
 
+from eggroll.anchor import anchored_decay
 from eggroll.durable import DurableRun
 from eggroll.estimator import paper_learning_rate
+from eggroll.external import External
 from eggroll.members import Population
 from eggroll.metrics import Metrics
 from eggroll.plan import Plan
@@ -19,6 +21,7 @@ __all__ = [
     "DurableRun",
     "ESState",
     "EvolutionStrategy",
+    "External",
     "Flipout",
     "Frozen",
     "Integer",
@@ -26,6 +29,7 @@ __all__ = [
     "Metrics",
     "Plan",
     "Population",
+    "anchored_decay",
     "centered_ranks",
     "group_relative",
     "pair_sign",

@@ -38,7 +38,7 @@ def layout_in_budget(
     batch: Any,
     *,
     layout: PopulationLayout,
-    budget: int | str,
+    budget: int | str | None,
     placement: Placement | None = None,
 ) -> PopulationLayout:
     """Choose how many pairs to evaluate at a time.
@@ -49,8 +49,9 @@ def layout_in_budget(
         evaluate: `evaluate(state, batch, layout=layout)`, the evaluation of a population.
         state: `ESState`; only shapes are used.
         batch: as for `step`.
-        layout: the whole population, unchunked.
-        budget: bytes of temporary memory, of one device; "device": half of what is free beside the parameters, now.
+        layout: the whole population; one that has chunks keeps them.
+        budget: bytes of temporary memory, of one device; "device": half of what is free beside the parameters, now; None: no
+            limit.
         placement: the mesh that the population is spread over; then one device's part is what has to fit.
 
     Returns:
@@ -59,6 +60,8 @@ def layout_in_budget(
     Raises:
         ValueError: not even one pair fits.
     """
+    if budget is None or layout.chunk_pairs is not None:
+        return layout
     whole, budget = layout, smallest(free_bytes() // 2) if isinstance(budget, str) else budget
     if placement is not None:
         layout, batch = placement.local_layout, placement.local_batch(batch)

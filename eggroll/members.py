@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -70,6 +71,28 @@ def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, gen
     pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
     sign = 1 - 2 * is_minus if plan.is_integer else 1.0 - 2.0 * is_minus.astype(jnp.float32)
     return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)
+
+
+def of_params_and_batch(function: Callable) -> Callable:
+    """Turn `function(params, batch)` into what a population is evaluated with."""
+
+    def one(params: Any, batch: Any, key: Array, member_state: Any) -> Any:
+        return function(params, batch)
+
+    return one
+
+
+def by_member(run: Callable) -> Callable:
+    """Let results with leading axes [P, 2] have one of N."""
+    return lambda *given: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), run(*given))
+
+
+def checked_coefficients(coefficients: Any, *, population_size: int) -> Array:
+    """Return coefficients of pairs as float32 [P]; ValueError for another shape."""
+    coefficients = jnp.asarray(coefficients, jnp.float32)
+    if coefficients.shape != (population_size // 2,):
+        raise ValueError(f"coefficients must have shape ({population_size // 2},), got {coefficients.shape}.")
+    return coefficients
 
 
 def checked_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:

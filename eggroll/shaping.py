@@ -12,6 +12,7 @@ Int8 parameters have shapings of their own, from fitness to small whole coeffici
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -76,27 +77,22 @@ def group_relative(fitness: Array, *, group_size: int | None = None) -> Array:
     """Shape fitness relative to its group, in units of the global standard deviation (EGGROLL, section 6.3).
 
     Args:
-        fitness: [N] with consecutive members in groups of `group_size`, or [N, K] where each column is a group.
-        group_size: members per group, even and dividing N; only for [N].
+        fitness: [N], or [N, K] over K prompts; members that saw the same prompt are a group.
+        group_size: consecutive members of a group, even and dividing N; None: all, which needs [N, K].
 
     Returns:
         [N]: (f - group mean) / sqrt(global variance + 1e-5), averaged over columns.
 
     Raises:
-        ValueError: `group_size` missing for [N], given for [N, K], odd, or not dividing N.
+        ValueError: `group_size` missing for [N], odd, or not dividing N.
     """
-    if fitness.ndim == 2:
-        if group_size is not None:
-            raise ValueError(f"group_size must be None for [N, K] fitness, got {group_size}.")
-        groups = fitness.T
-    else:
-        if not group_size or group_size % 2 or fitness.shape[0] % group_size:
-            raise ValueError(f"group_size must be even and divide population_size {fitness.shape[0]}, got {group_size}.")
-        groups = fitness.reshape(-1, group_size)
-    groups = worst_for_nonfinite(groups.astype(jnp.float32).T).T
+    size = fitness.shape[0] if group_size is None and fitness.ndim == 2 else group_size
+    if not size or size % 2 or fitness.shape[0] % size:
+        raise ValueError(f"group_size must be even and divide population_size {fitness.shape[0]}, got {group_size}.")
+    columns = fitness.astype(jnp.float32).reshape(-1, size, math.prod(fitness.shape[1:]))
+    groups = jax.vmap(worst_for_nonfinite)(columns)
     centred = groups - groups.mean(axis=1, keepdims=True)
-    shaped = centred / jnp.sqrt(groups.var() + 1e-5)
-    return shaped.mean(axis=0) if fitness.ndim == 2 else shaped.reshape(-1)
+    return (centred / jnp.sqrt(groups.var() + 1e-5)).mean(axis=2).reshape(-1)
 
 
 SHAPINGS: dict[str, Shaping] = {

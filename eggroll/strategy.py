@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from eggroll import estimator, noise, sharded
 from eggroll.chunking import layout_in_budget
 from eggroll.fitness import member_arguments, normalised
-from eggroll.members import Population, build_member, checked_fitness
+from eggroll.members import Population, build_member, by_member, checked_coefficients, checked_fitness, of_params_and_batch
 from eggroll.mesh import Placement, of_outputs, of_report, of_update, place
 from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
@@ -152,9 +152,7 @@ class EvolutionStrategy:
         self.plan(state, batch)
         if self.placement is not None:
             self.placement.check(self._fitness(), state, batch)
-        if self.memory_budget is not None and self.chunk_size is None and "layout" not in self._cache:
-            run, where = functools.partial(self.evaluate, self._fitness()), {"placement": self.placement}
-            self._cache["layout"] = layout_in_budget(run, state, batch, layout=self.layout, budget=self.memory_budget, **where)
+        self._layout_of("layout", self._fitness(), state, batch)
         state, batch = place(self.placement, state, batch, "split_batch")
         score = self._jitted("score", self._evaluate_and_score, of_report(self.placement))
         return self._finish(state, *score(state, batch))
@@ -200,24 +198,19 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        coefficients = jnp.asarray(coefficients, jnp.float32)
-        if coefficients.shape != (self.population_size // 2,):
-            raise ValueError(f"coefficients must have shape ({self.population_size // 2},), got {coefficients.shape}.")
+        coefficients = checked_coefficients(coefficients, population_size=self.population_size)
         self._known_plan("replay")
         return self._move(*place(self.placement, state, coefficients))[0]
 
     def _known_plan(self, needed_by: str) -> Plan:
         """Return the plan made before; ValueError when there is none yet."""
         if "plan" not in self._cache:
-            raise ValueError(
-                f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)."
-            )
+            raise ValueError(f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)")
         return self._cache["plan"]
 
     def _evaluate_and_score(self, state: ESState, batch: Any) -> tuple[FitnessReport, Any]:
-        layout = self._cache.get("layout", self.layout)
         run = functools.partial(sharded.evaluate_fitness, placement=self.placement, aux=self.aux)
-        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=layout, run=run)
+        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache["layout"], run=run)
         return self._score(state, fitness.reshape(self.population_size, *fitness.shape[2:]), aux, member_state)
 
     def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
@@ -252,14 +245,18 @@ class EvolutionStrategy:
             member_state=state.member_state,
         )
 
-    def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
-        def run(state, batch):
-            options = {"layout": self.layout, "run": functools.partial(sharded.evaluate, placement=self.placement)}
-            stateless = state._replace(member_state=None)
-            outputs = self.evaluate(lambda params, batch, key, _: function(params, batch), stateless, batch, **options)
-            return jax.tree.map(lambda x: x.reshape(self.population_size, *x.shape[2:]), outputs)
+    def _layout_of(self, name: Any, function: Callable, state: ESState, batch: Any) -> PopulationLayout:
+        """The layout that a function is evaluated in, in chunks that fit `memory_budget`; found once."""
+        how: dict[str, Any] = {"layout": self.layout, "budget": self.memory_budget, "placement": self.placement}
+        run = functools.partial(self.evaluate, function)
+        return self._once(name, lambda: layout_in_budget(run, state, batch, **how))
 
+    def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
         self.plan(state, batch, function=function)
+        state, one = state._replace(member_state=None), of_params_and_batch(function)
+        layout = self._layout_of(("layout", function), one, state, batch)
+        over = functools.partial(sharded.evaluate, placement=self.placement)
+        run = by_member(functools.partial(self.evaluate, one, layout=layout, run=over))
         compiled = self._jitted(("apply", function), run, of_outputs(self.placement))
         return compiled(*place(self.placement, state, batch, "whole_batch"))
 
@@ -286,8 +283,11 @@ class EvolutionStrategy:
         return state, reported(plan, done)
 
     def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
+        return self._once(name, lambda: jax.jit(function, out_shardings=out_shardings))
+
+    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         if name not in self._cache:
-            self._cache[name] = jax.jit(function, out_shardings=out_shardings)
+            self._cache[name] = make()
         return self._cache[name]
 
     def _fitness(self) -> Callable:

@@ -144,6 +144,9 @@ def test_memory_budget_picks_chunks_says_so_and_changes_nothing(caplog):
     tight = strategy(**options, memory_budget=20_000)
     np.testing.assert_allclose(tight.step(state, batch)[1].fitness, expected, rtol=1e-6)
     assert 1 <= tight._cache["layout"].chunk_pairs < 256 and "512 members would need about" in caplog.text
+    outputs = tight.ask(state).apply(model, batch)
+    np.testing.assert_allclose(outputs, whole.ask(state).apply(model, batch), rtol=1e-6)
+    assert 1 <= tight._cache["layout", model].chunk_pairs < 256
     roomy = strategy(**options, memory_budget=1 << 30)
     roomy.step(state, batch)
     assert roomy._cache["layout"].chunk_pairs is None
