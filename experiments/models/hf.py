@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,13 +11,12 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from experiments.models import opt, qwen3
 from experiments.models.decoder import Decoder
+from experiments.models.families import FAMILIES, Config, decoder, family_of, generator
 from experiments.models.leaves import Leaf, check_params
 from experiments.models.shards import CONFIG, SINGLE, Shards, read_object
 
-FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}  # by model_type
-Config = opt.OPTConfig | qwen3.Qwen3Config
+__all__ = ["FAMILIES", "Config", "decoder", "generator", "load", "read_config", "save"]
 _BESIDE = (  # files of a checkpoint that training leaves as they are
     "generation_config.json",
     "merges.txt",
@@ -47,7 +45,7 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, De
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
     config = read_config(folder)
-    leaves = FAMILIES[config.model_type].leaves(config)
+    leaves = family_of(config).leaves(config)
     shards = Shards(folder)
     resident = {name: jnp.asarray(_read(shards, leaf, 0).astype(dtype)) for name, leaf in leaves.resident.items()}
     blocks = {name: _stacked(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
@@ -67,11 +65,6 @@ def read_config(folder: str | Path) -> Config:
         got = repr(fields["model_type"]) if "model_type" in fields else "none"
         raise ValueError(f"model_type in {path} must be one of {', '.join(FAMILIES)}, got {got}.")
     return FAMILIES[fields["model_type"]].from_fields(fields)
-
-
-def decoder(config: Config) -> Decoder:
-    """Return the functions of the model that `config` describes."""
-    return FAMILIES[config.model_type].decoder(config)
 
 
 def _read(shards: Shards, leaf: Leaf, layer: int) -> np.ndarray:
@@ -104,7 +97,7 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     """
     from safetensors.numpy import save_file
 
-    folder, family = Path(folder), FAMILIES[config.model_type]
+    folder, family = Path(folder), family_of(config)
     leaves = family.leaves(config)
     check_params(leaves, params)
     tensors = {leaf.tensor: _stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
