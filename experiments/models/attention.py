@@ -28,12 +28,17 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
     Returns:
         [B, T, H * d], in q's dtype.
     """
+    return attend_by_head(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+
+
+def attend_by_head(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    """Do what `attend` does, with k and v [B, K, S, d]: no transpose of a long cache for a short q."""
     batch, length, _, size = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, size)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
+    grouped = q.reshape(batch, length, k.shape[1], -1, size)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, -1)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, v).reshape(batch, length, -1)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:

@@ -1,14 +1,14 @@
 """The families of models that checkpoints are read as, by the model_type of their config.json."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from experiments.models import opt, transformer, transformer_cache, transformer_fields
+from experiments.models import opt, rwkv7, rwkv7_fields, transformer, transformer_cache, transformer_fields
 from experiments.models.decoder import Decoder
 from experiments.models.generator import Generator
 from experiments.models.leaves import Leaves
 
-Config = opt.OPTConfig | transformer.TransformerConfig
+Config = opt.OPTConfig | transformer.TransformerConfig | rwkv7.RWKV7Config
 
 
 class Family(NamedTuple):
@@ -19,6 +19,8 @@ class Family(NamedTuple):
         leaves: the table of parameters.
         decoder: the functions of whole texts.
         generator: the functions that continue texts; None: there are none.
+        observed: a configuration and the names of a file's tensors to the configuration of that file.
+        harmless: pattern of tensors that a file may have beside those of the table, since they change nothing.
     """
 
     from_fields: Callable[[Mapping[str, Any]], Any]
@@ -26,6 +28,8 @@ class Family(NamedTuple):
     leaves: Callable[[Any], Leaves]
     decoder: Callable[[Any], Decoder]
     generator: Callable[[Any], Generator] | None
+    observed: Callable[[Any, Iterable[str]], Any] = lambda config, tensors: config
+    harmless: str = r".*\.rotary_emb\.inv_freq"
 
 
 _TRANSFORMER = Family(
@@ -35,9 +39,19 @@ _TRANSFORMER = Family(
     transformer.decoder,
     transformer_cache.generator,
 )
+_RWKV7 = Family(
+    rwkv7_fields.from_fields,
+    rwkv7_fields.to_fields,
+    rwkv7_fields.leaves,
+    rwkv7.decoder,
+    rwkv7.generator,
+    rwkv7_fields.observed,
+    r"blocks\.0\.att\.v[012]",
+)
 FAMILIES: dict[str, Family] = {
-    "opt": Family(opt.from_fields, opt.to_fields, opt.leaves, opt.decoder, None),
+    "opt": Family(opt.from_fields, opt.to_fields, opt.leaves, opt.decoder, None, harmless=r"(model\.)?decoder\.version"),
     **dict.fromkeys(transformer.MODEL_TYPES, _TRANSFORMER),
+    "rwkv7": _RWKV7,
 }
 
 

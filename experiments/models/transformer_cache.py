@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.models import rotary
-from experiments.models.attention import attend, positions, visible
+from experiments.models.attention import attend, attend_by_head, positions, visible
 from experiments.models.generator import Generator
 from experiments.models.transformer import TransformerConfig, embed, heads, logits, rest
 
@@ -20,8 +20,8 @@ from experiments.models.transformer import TransformerConfig, embed, heads, logi
 class Cache(NamedTuple):
     """Keys and values of S = T + room tokens; those from `filled` on are zeros that no token sees."""
 
-    k: Array  # [L, B, S, K, d], rotated
-    v: Array  # [L, B, S, K, d]
+    k: Array  # [L, B, K, S, d], rotated
+    v: Array  # [L, B, K, S, d]
     seen: Array  # bool [B, S]
     position: Array  # int32 [B], of each text's next token
     filled: Array  # int32 [], where the next token goes
@@ -36,10 +36,10 @@ def generator(config: TransformerConfig) -> Generator:
 
         def layer(x: Array, own: Any) -> tuple[Array, tuple[Array, Array]]:
             q, k, v = heads(config, own, x, cos, sin)
-            return rest(config, own, x, attend(q, k, v, seen)), (_with_room(k, room), _with_room(v, room))
+            return rest(config, own, x, attend(q, k, v, seen)), (_by_head(k, room), _by_head(v, room))
 
         x, (k, v) = jax.lax.scan(layer, embed(params["resident"], tokens), params["blocks"])
-        cache = Cache(k, v, _with_room(mask, room), position[:, -1] + 1, jnp.int32(tokens.shape[1]))
+        cache = Cache(k, v, jnp.pad(mask, [(0, 0), (0, room)]), position[:, -1] + 1, jnp.int32(tokens.shape[1]))
         return logits(config, params["resident"], x[:, -1:])[:, 0], cache
 
     def step(params: Any, cache: Cache, token: Array) -> tuple[Array, Cache]:
@@ -50,9 +50,10 @@ def generator(config: TransformerConfig) -> Generator:
         def layer(carry: tuple[Array, Array, Array], xs: tuple[Any, Array]) -> tuple[tuple[Array, Array, Array], None]:
             (x, k, v), (own, number) = carry, xs
             q, new_k, new_v = heads(config, own, x, cos, sin)
-            k, v = (jax.lax.dynamic_update_slice(a, n[None], (number, 0, at, 0, 0)) for a, n in ((k, new_k), (v, new_v)))
+            place = (number, 0, 0, at, 0)
+            k, v = (jax.lax.dynamic_update_slice(a, n.swapaxes(1, 2)[None], place) for a, n in ((k, new_k), (v, new_v)))
             own_k, own_v = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (k, v))
-            return (rest(config, own, x, attend(q, own_k, own_v, seen[:, None])), k, v), None
+            return (rest(config, own, x, attend_by_head(q, own_k, own_v, seen[:, None])), k, v), None
 
         first = embed(params["resident"], token[:, None]), cache.k, cache.v
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
@@ -62,6 +63,6 @@ def generator(config: TransformerConfig) -> Generator:
     return Generator(prefill, step)
 
 
-def _with_room(array: Array, room: int) -> Array:
-    """Append `room` zeros to the second axis."""
-    return jnp.pad(array, [(0, 0), (0, room)] + [(0, 0)] * (array.ndim - 2))
+def _by_head(array: Array, room: int) -> Array:
+    """[B, T, K, d] to [B, K, T + room, d]."""
+    return jnp.pad(array.swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
