@@ -28,7 +28,7 @@ from eggroll.progress import progress_line
 from experiments.common.run import run_folder
 from experiments.data.scores import token_log_likelihood
 from experiments.data.tokens import ByteTokenizer
-from experiments.models import hf, qwen3
+from experiments.models import hf, transformer
 from experiments.models.decoder import Decoder, apply
 from experiments.models.leaves import init
 from experiments.models.shards import CONFIG
@@ -67,12 +67,12 @@ class WarmStart:
             raise ValueError(f"start needs steps >= 0 and a learning_rate > 0, got {self.steps} and {self.learning_rate}.")
 
     @property
-    def model(self) -> qwen3.Qwen3Config:
+    def model(self) -> transformer.TransformerConfig:
         """The model's sizes."""
         heads = self.width // HEAD_DIM
         sizes: dict[str, Any] = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_hidden_layers=self.layers)
         sizes |= dict(num_attention_heads=heads, num_key_value_heads=heads, head_dim=HEAD_DIM)
-        return qwen3.Qwen3Config(vocab_size=ByteTokenizer.vocab_size, tie_word_embeddings=True, **sizes)
+        return transformer.TransformerConfig(vocab_size=ByteTokenizer.vocab_size, tie_word_embeddings=True, **sizes)
 
 
 class Text(NamedTuple):
@@ -114,7 +114,7 @@ def warm_start(settings: WarmStart, *, cache: Path = Path("runs/zo-start")) -> P
 
 def drawn(settings: WarmStart) -> Any:
     """The first parameters of the small model."""
-    return init(qwen3.leaves(settings.model), jax.random.key(0))
+    return init(transformer.leaves(settings.model), jax.random.key(0))
 
 
 def trained(settings: WarmStart, text: Text) -> Any:
@@ -127,7 +127,7 @@ def trained(settings: WarmStart, text: Text) -> Any:
     Returns:
         Its parameters.
     """
-    decoder, params = qwen3.decoder(settings.model), drawn(settings)
+    decoder, params = transformer.decoder(settings.model), drawn(settings)
     peak, steps = settings.learning_rate, settings.steps
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, peak, -(-steps // 10), steps))
 

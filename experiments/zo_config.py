@@ -41,8 +41,8 @@ class Config:
     recipe: str = "mezo"
     """A recipe of zo: mezo, adamezo, lozo, lozo_m, fzoo, spsa15 or grzo; or adam: backprop on the same loss."""
     model: Path | None = None
-    """Folder of a Hugging Face checkpoint (OPT, Qwen3) with its tokenizer.json. None: a small byte-level model, trained briefly
-    on the text of Python's standard library."""
+    """Folder of a Hugging Face checkpoint (OPT, Llama, Qwen2, Qwen3) with its tokenizer.json. None: a small byte-level model,
+    trained briefly on the text of Python's standard library."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters of such a checkpoint."""
     start: WarmStart = dataclasses.field(default_factory=WarmStart)

@@ -11,7 +11,7 @@ from experiments.data import examples, scores, sentiment
 from experiments.data.records import read_records
 from experiments.data.tasks import RTE, SST2, Classification, Generation
 from experiments.data.tokens import ByteTokenizer, FileTokenizer
-from experiments.models import leaves, qwen3
+from experiments.models import leaves, transformer
 from experiments.models.decoder import apply
 
 BYTES = ByteTokenizer()
@@ -134,11 +134,11 @@ def test_first_position_and_nan_outside_targets_count_nothing():
 
 
 def test_bfloat16_model_scores_in_float32(tmp_path):
-    config = qwen3.Qwen3Config(257, 16, 24, 2, 2, 1, head_dim=8, tie_word_embeddings=True)
-    params = leaves.init(qwen3.leaves(config), jax.random.key(0), jnp.bfloat16)
+    config = transformer.TransformerConfig(257, 16, 24, 2, 2, 1, head_dim=8, tie_word_embeddings=True)
+    params = leaves.init(transformer.leaves(config), jax.random.key(0), jnp.bfloat16)
     files = sentiment.write(tmp_path, train=4, validation=1, test=1)
     batch = examples.load(files["train"], sentiment.TASK, BYTES, max_length=48)
-    decoder = qwen3.decoder(config)
+    decoder = transformer.decoder(config)
     got = jax.jit(lambda params, batch: scores.candidate_scores(lambda *own: apply(decoder, params, *own), batch))(
         params, batch
     )

@@ -11,13 +11,16 @@ import optax
 import pytest
 
 import eggroll
-from experiments.models import hf, leaves, opt, qwen3
+from experiments.models import hf, leaves, opt
 from experiments.models.decoder import apply
+from experiments.models.families import family_of
+from experiments.models.rotary import Rotary
+from experiments.models.transformer import TransformerConfig
 
 pytest.importorskip("safetensors")
 
 OPT = opt.OPTConfig(50, 16, 3, 32, 4, 20, word_embed_proj_dim=16)
-QWEN3 = qwen3.Qwen3Config(50, 16, 24, 3, 4, 2, head_dim=6, rope_theta=500.0)
+QWEN3 = TransformerConfig(50, 16, 24, 3, 4, 2, 6, rotary=Rotary(500.0))
 CONFIGS = {
     "opt": OPT,
     "opt-untied": dataclasses.replace(OPT, tie_word_embeddings=False),
@@ -31,7 +34,7 @@ all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 def random_params(config, dtype=jnp.float32):
     """First values, all of them moved, so that no norm or bias is trivial."""
-    params = leaves.init(hf.FAMILIES[config.model_type].leaves(config), jax.random.key(0), dtype)
+    params = leaves.init(family_of(config).leaves(config), jax.random.key(0), dtype)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     return jax.tree.map(lambda leaf: leaf + (0.2 * jax.random.normal(next(keys), leaf.shape)).astype(dtype), params)
 
@@ -85,7 +88,8 @@ def test_checkpoint_of_transformers_round_trips(family, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    fields = {"opt": opt, "qwen3": qwen3}[family].to_fields(CONFIGS["opt" if family == "opt" else "qwen3-tied"])
+    config = CONFIGS["opt" if family == "opt" else "qwen3-tied"]
+    fields = family_of(config).to_fields(config)
     config = transformers.AutoConfig.for_model(**{**fields, "eos_token_id": 7})
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "theirs")
@@ -224,17 +228,17 @@ def test_absent_fields_have_the_defaults_of_transformers(folder):
 
 def test_older_rotary_fields_are_read(folder):
     edit(folder, rope_parameters=None, rope_theta=7.0, rope_scaling=None)
-    assert hf.read_config(folder).rope_theta == 7.0
+    assert hf.read_config(folder).rotary == Rotary(7.0)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"model_type": "bloom"}, "must be one of opt, qwen3, got 'bloom'"),
-        ({"model_type": None}, "must be one of opt, qwen3, got None"),
+        ({"model_type": "bloom"}, "must be one of opt, llama, qwen2, qwen3, got 'bloom'"),
+        ({"model_type": None}, "must be one of opt, llama, qwen2, qwen3, got None"),
         ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, and of 'qwen3' only False"),
         ({"layer_types": ["sliding_attention"]}, "only full attention is supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "must be of type default, linear, llama3, yarn, got 'dynamic'"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, and of 'qwen3' only 'silu'"),
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
         ({"hidden_size": "16"}, "'hidden_size' in config.json must be an integer >= 1, got '16'"),

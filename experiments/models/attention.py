@@ -1,4 +1,4 @@
-"""Causal attention with padding, grouped heads and rotary positions; statistics in float32."""
+"""Causal attention with padding and grouped heads, and norms; statistics in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +21,24 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
     Args:
         q: [B, T, H, d].
-        k: [B, T, K, d].
-        v: [B, T, K, d].
-        seen: bool [B, T, T], from `visible`.
+        k: [B, S, K, d].
+        v: [B, S, K, d].
+        seen: bool [B, T, S]: which keys each query sees.
 
     Returns:
         [B, T, H * d], in q's dtype.
     """
-    batch, length, kv_heads, size = k.shape
-    grouped = q.reshape(batch, length, kv_heads, -1, size)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
+    return attend_by_head(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+
+
+def attend_by_head(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    """Do what `attend` does, with k and v [B, K, S, d]: no transpose of a long cache for a short q."""
+    batch, length, _, size = q.shape
+    grouped = q.reshape(batch, length, k.shape[1], -1, size)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, -1)
-
-
-def rotary_tables(position: Array, size: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of every position and frequency: two float32 [B, T, size / 2]."""
-    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = position.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the first half of each head against its second half: [B, T, heads, d]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, v).reshape(batch, length, -1)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.data.scores import token_log_likelihood
-from experiments.models import egg, float_egg, qwen3
+from experiments.models import egg, float_egg
 from experiments.models.decoder import apply
 from experiments.models.leaves import init
+from experiments.models.transformer import TransformerConfig, decoder, leaves
 
 HEAD_DIM = 16
 
@@ -40,14 +41,14 @@ def recurrent(config: egg.Config) -> ByteModel:
     return ByteModel(lambda key: float_egg.init(config, key=key), float_egg.init_state(config), float_egg.sequence)
 
 
-def transformer(config: qwen3.Qwen3Config, *, window: int) -> ByteModel:
+def transformer(config: TransformerConfig, *, window: int) -> ByteModel:
     """Return a decoder of bytes.
 
     Args:
         config: its sizes, with a vocabulary of 256.
         window: bytes that are read and scored at a time; a shorter piece of text is filled up.
     """
-    model = qwen3.decoder(config)
+    model = decoder(config)
 
     def sequence(params: Any, state: Any, text: Array) -> tuple[Any, Array]:
         length = text.shape[0] - 1
@@ -58,10 +59,10 @@ def transformer(config: qwen3.Qwen3Config, *, window: int) -> ByteModel:
         known = token_log_likelihood(apply(model, params, tokens, everything), tokens, everything)[:, 1:]
         return state, known.reshape(-1)[:length] / math.log(2)
 
-    return ByteModel(lambda key: init(qwen3.leaves(config), key), (), sequence)
+    return ByteModel(lambda key: init(leaves(config), key), (), sequence)
 
 
-def transformer_config(*, layers: int, width: int) -> qwen3.Qwen3Config:
+def transformer_config(*, layers: int, width: int) -> TransformerConfig:
     """Sizes of a decoder with about as many parameters as EGG of the same layers and width.
 
     Raises:
@@ -72,4 +73,4 @@ def transformer_config(*, layers: int, width: int) -> qwen3.Qwen3Config:
     heads = width // HEAD_DIM
     more: dict[str, Any] = {"head_dim": HEAD_DIM, "num_attention_heads": heads, "num_key_value_heads": heads}
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
-    return qwen3.Qwen3Config(vocab_size=egg.VOCABULARY, **sizes, **more)
+    return TransformerConfig(vocab_size=egg.VOCABULARY, **sizes, **more)

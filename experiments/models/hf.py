@@ -1,9 +1,9 @@
 """Checkpoints in the Hugging Face layout: a folder with config.json and safetensors. Needs `pip install '.[llm]'`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,13 +12,13 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from experiments.models import opt, qwen3
 from experiments.models.decoder import Decoder
+from experiments.models.families import FAMILIES, Config, decoder, family_of, generator
 from experiments.models.leaves import Leaf, check_params
 from experiments.models.shards import CONFIG, SINGLE, Shards, read_object
 
-FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}  # by model_type
-Config = opt.OPTConfig | qwen3.Qwen3Config
+__all__ = ["FAMILIES", "Config", "decoder", "generator", "load", "read_config", "save"]
+HEAD = "lm_head.weight"
 _BESIDE = (  # files of a checkpoint that training leaves as they are
     "generation_config.json",
     "merges.txt",
@@ -41,16 +41,19 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, De
 
     Raises:
         FileNotFoundError: no config.json, no weights, or a missing shard.
-        ValueError: an unknown model_type or variant, a missing tensor, a wrong shape, a damaged file, a dtype not floating.
+        ValueError: an unknown model_type or variant, a missing tensor, one too many that would change the model, a wrong
+            shape, a damaged file, a dtype not floating.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
     config = read_config(folder)
-    leaves = FAMILIES[config.model_type].leaves(config)
-    shards = Shards(folder)
+    family, shards = family_of(config), Shards(folder)
+    config = family.observed(config, shards.names)
+    leaves = family.leaves(config)
     resident = {name: jnp.asarray(_read(shards, leaf, 0).astype(dtype)) for name, leaf in leaves.resident.items()}
     blocks = {name: _stacked(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
+    _check_rest(shards, family.harmless, config)
     return config, decoder(config), {"resident": resident, "blocks": blocks}
 
 
@@ -69,20 +72,30 @@ def read_config(folder: str | Path) -> Config:
     return FAMILIES[fields["model_type"]].from_fields(fields)
 
 
-def decoder(config: Config) -> Decoder:
-    """Return the functions of the model that `config` describes."""
-    return FAMILIES[config.model_type].decoder(config)
-
-
 def _read(shards: Shards, leaf: Leaf, layer: int) -> np.ndarray:
     name = leaf.tensor.format(layer=layer)
     array = shards.read((name, name.removeprefix("model.")), leaf.stored_shape)  # a headless model has no "model."
-    return array.T if leaf.transposed else array
+    return array.T if leaf.transposed else array.reshape(leaf.shape)
+
+
+def _check_rest(shards: Shards, harmless: str, config: Config) -> None:
+    """Raise ValueError where a tensor that was not read says something else than the model."""
+    for name in sorted(shards.names - shards.read_names):
+        if config.tie_word_embeddings and name == HEAD:
+            embedding = next(known for known in shards.read_names if known.endswith("embed_tokens.weight"))
+            shape = shards.shape(embedding)
+            if not np.array_equal(shards.read((name,), shape), shards.read((embedding,), shape)):
+                raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', and config.json says that they are one.")
+        elif not re.fullmatch(harmless, name):
+            raise ValueError(
+                f"tensor '{name}' has no place in a model of type '{config.model_type}' as config.json describes it."
+            )
 
 
 def _stacked(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
     stack = np.empty((layers, *leaf.shape), dtype)
-    for layer in range(layers):
+    stack[: leaf.first_layer] = 0
+    for layer in range(leaf.first_layer, layers):
         stack[layer] = _read(shards, leaf, layer)
     return jax.block_until_ready(jax.device_put(stack))  # else the host keeps the stacks of several copies under way
 
@@ -104,13 +117,14 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     """
     from safetensors.numpy import save_file
 
-    folder, family = Path(folder), FAMILIES[config.model_type]
+    folder, family = Path(folder), family_of(config)
     leaves = family.leaves(config)
     check_params(leaves, params)
     tensors = {leaf.tensor: _stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
     for name, leaf in leaves.blocks.items():
-        for layer, value in enumerate(np.asarray(params["blocks"][name])):
-            tensors[leaf.tensor.format(layer=layer)] = _stored(leaf, value)
+        stack = np.asarray(params["blocks"][name])
+        for layer in range(leaf.first_layer, leaves.layers):
+            tensors[leaf.tensor.format(layer=layer)] = _stored(leaf, stack[layer])
     dtype = str(params["resident"]["embed"].dtype)
     fields = family.to_fields(config) | {"dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,4 +149,4 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 def _stored(leaf: Leaf, value: Any) -> np.ndarray:
     array = np.asarray(value)
-    return np.ascontiguousarray(array.T if leaf.transposed else array)
+    return np.ascontiguousarray(array.T if leaf.transposed else array.reshape(leaf.stored_shape))

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 EMBEDDING_SCALE = 0.02
+CONSTANTS = {"zeros": 0.0, "half": 0.5, "ones": 1.0}
 
 
 class Leaf(NamedTuple):
@@ -18,18 +19,22 @@ class Leaf(NamedTuple):
         tensor: name in a checkpoint; "{layer}" stands for the number of the layer.
         shape: ours.
         transposed: whether the checkpoint holds [out, in] where we hold [in, out].
-        start: "matrix" (normal, variance 1 / in), "embedding" (normal, 0.02), "zeros" or "ones".
+        start: "matrix" (normal, variance 1 / in), "embedding" (normal, 0.02), "zeros", "half" or "ones".
+        stored: shape in the checkpoint where it holds the same numbers in another one.
+        first_layer: layers before this have no such tensor; ours are zeros there, and do nothing.
     """
 
     tensor: str
     shape: tuple[int, ...]
     transposed: bool = False
     start: str = "matrix"
+    stored: tuple[int, ...] | None = None
+    first_layer: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the checkpoint."""
-        return self.shape[::-1] if self.transposed else self.shape
+        return self.stored or (self.shape[::-1] if self.transposed else self.shape)
 
 
 class Leaves(NamedTuple):
@@ -66,8 +71,8 @@ def init(leaves: Leaves, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
 
 
 def _first_value(leaf: Leaf, shape: tuple[int, ...], key: Array, dtype: DTypeLike) -> Array:
-    if leaf.start in ("zeros", "ones"):
-        return jnp.full(shape, float(leaf.start == "ones"), dtype)
+    if leaf.start in CONSTANTS:
+        return jnp.full(shape, CONSTANTS[leaf.start], dtype)
     scale = EMBEDDING_SCALE if leaf.start == "embedding" else 1 / math.sqrt(leaf.shape[0])
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 

@@ -1,6 +1,8 @@
 """The tensors of a checkpoint folder: one model.safetensors, or shards listed in model.safetensors.index.json."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,24 @@ class Shards:
         else:
             raise FileNotFoundError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} with its shards.")
         self.folder = folder
+        self.read_names: set[str] = set()
         self._files = {key: file for file in (_opened(folder / name) for name in names) for key in file.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that is there."""
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         """Read one tensor.
 
         Args:
             names: what it may be called; the first that exists is taken.
-            shape: what it must have.
+            shape: what it must have; leading axes of size 1 do not count.
 
         Returns:
             The tensor in the dtype of the file.
@@ -68,10 +80,16 @@ class Shards:
         name = next((name for name in names if name in self._files), None)
         if name is None:
             raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
-        got = self._files[name].get_slice(name).get_shape()
-        if list(got) != list(shape):
+        got = self.shape(name)
+        if _core(got) != _core(shape):
             raise ValueError(f"tensor '{name}' has shape {list(got)}, and config.json expects {list(shape)}.")
-        return self._files[name].get_tensor(name)
+        self.read_names.add(name)
+        return self._files[name].get_tensor(name).reshape(shape)
+
+
+def _core(shape: Sequence[int]) -> list[int]:
+    """The shape without leading axes of size 1."""
+    return list(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 def _opened(path: Path) -> Any:
