@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eggroll.processes import is_first, wait_for_all
+from envs.tasks.records import Record, read_records
 from experiments.data import sentiment
 from experiments.data.examples import Examples, encode
-from experiments.data.records import Record, read_records
 from experiments.data.tokens import ByteTokenizer, FileTokenizer, Tokenizer
 from experiments.finetuning import FineTuning
 from experiments.models import hf

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from envs.tasks.records import read_records
 from experiments.data import examples, scores, sentiment
-from experiments.data.records import read_records
 from experiments.data.tasks import RTE, SST2, Classification, Generation
 from experiments.data.tokens import ByteTokenizer, FileTokenizer
 from experiments.models import leaves, transformer

@@ -14,9 +14,9 @@ import pytest
 import zo as library
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
+from envs.tasks.records import read_records
 from experiments import zo, zo_runs
 from experiments.data.examples import Examples, batch_of, encode
-from experiments.data.records import read_records
 from experiments.data.scores import accuracy, candidate_scores, mean_loss, task_loss
 from experiments.data.tasks import Classification, Generation
 from experiments.data.tokens import ByteTokenizer

@@ -1,1 +1,1 @@
-"""Language tasks from local JSONL files: records, tokens, padded examples, losses. Corpora of bytes."""
+"""Language tasks from local JSONL files: tokens, padded examples, losses. Corpora of bytes."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data.records import Record, read_records
+from envs.tasks.records import Record, read_records
 from experiments.data.tasks import Task
 from experiments.data.tokens import Tokenizer
 

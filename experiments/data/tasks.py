@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from experiments.data.records import Record
+from envs.tasks.records import Record
 
 
 class Question(NamedTuple):

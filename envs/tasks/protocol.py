@@ -1,0 +1,101 @@
+"""What a task for a language model is: prompts with columns, a reward that can be verified, and splits that share no prompt.
+
+The reward is the function that TRL and tunix call:
+
+    reward(prompts, completions, **columns) -> list[float]
+
+Texts in, one number per completion, higher is better. A column is a list with one entry per completion, such as `answer`; a
+reward names those that it reads and takes the others in `**columns`. A prompt is the question as it stands: a chat template
+around it is the caller's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Reward = Callable[..., list[float]]
+
+SPLITS = ("train", "validation", "test")
+
+
+class Row(NamedTuple):
+    """One problem: its prompt, and what the reward needs to judge a completion."""
+
+    prompt: str
+    columns: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A task with a verifiable reward.
+
+    Args:
+        name: as the registry knows it.
+        reward: `reward(prompts, completions, **columns) -> list[float]`.
+        splits: rows of "train", "validation" and "test". Tuples are checked to share no prompt; a sequence that makes its rows
+            when they are read looks after that itself.
+
+    Raises:
+        ValueError: two splits share a prompt, or a split is empty.
+    """
+
+    name: str
+    _: dataclasses.KW_ONLY
+    reward: Reward
+    splits: Mapping[str, Sequence[Row]]
+
+    def __post_init__(self):
+        for split, rows in self.splits.items():
+            if not len(rows):
+                raise ValueError(f"split '{split}' of task '{self.name}' has no rows.")
+        check_disjoint({split: rows for split, rows in self.splits.items() if isinstance(rows, tuple)})
+
+    def split(self, name: str) -> Sequence[Row]:
+        """Return the rows of a split.
+
+        Raises:
+            ValueError: the task has no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(self.splits)} of task '{self.name}', got {name!r}.")
+        return self.splits[name]
+
+
+def name_of(reward: Reward) -> str:
+    """Return what errors call a reward: a function's name, or the class of an object."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Row]]) -> None:
+    """Check that no prompt is in two splits; within one it may come twice.
+
+    Raises:
+        ValueError: one is; the message has it.
+    """
+    owner: dict[str, str] = {}
+    for split, rows in splits.items():
+        for row in rows:
+            if owner.setdefault(row.prompt, split) != split:
+                raise ValueError(
+                    f"splits {owner[row.prompt]} and {split} must not overlap, both have the prompt {row.prompt!r}."
+                )
+
+
+def without(rows: Sequence[Row], *others: Sequence[Row]) -> tuple[Row, ...]:
+    """Return the rows whose prompt is in none of the others."""
+    taken = {row.prompt for other in others for row in other}
+    return tuple(row for row in rows if row.prompt not in taken)
+
+
+def collate(rows: Sequence[Row]) -> tuple[list[str], dict[str, list]]:
+    """Return the prompts of rows, and their columns as lists: what a reward is called with, beside the completions.
+
+    Raises:
+        ValueError: a row lacks a column that another has.
+    """
+    names = {name: None for row in rows for name in row.columns}
+    for row in rows:
+        for name in names:
+            if name not in row.columns:
+                raise ValueError(f"column '{name}' is missing in the row with the prompt {row.prompt!r}, other rows have it.")
+    return [row.prompt for row in rows], {name: [row.columns[name] for row in rows] for name in names}

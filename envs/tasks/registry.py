@@ -1,0 +1,51 @@
+"""Tasks by name."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from envs.tasks.arithmetic import arithmetic
+from envs.tasks.files import gsm8k, mathematics
+from envs.tasks.protocol import Task
+from envs.tasks.reasoning import PREFIX, datasets, reasoning
+
+
+def _countdown(**options: Any) -> Task:
+    return reasoning("countdown", **{"min_numbers": 3, "max_numbers": 4, **options})
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "arithmetic": arithmetic,
+    "countdown": _countdown,  # with the numbers of the EGGROLL paper
+    "gsm8k": gsm8k,
+    "math": mathematics,
+}
+
+
+def names() -> list[str]:
+    """Return the names that `load` takes; those of reasoning-gym, "reasoning_gym/...", where it is installed."""
+    installed = importlib.util.find_spec("reasoning_gym") is not None
+    return [*TASKS, *(PREFIX + name for name in (datasets() if installed else []))]
+
+
+def load(name: str, *, seed: int = 0, **options: Any) -> Task:
+    """Make a task.
+
+    Args:
+        name: "arithmetic", "gsm8k", "math", "countdown", or "reasoning_gym/" and the name of one of its data sets.
+        seed: chooses the problems, or which are held out; the same seed gives the same task.
+        options: of the task: those of `arithmetic`, `gsm8k`, `mathematics` or `reasoning`.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: no such task; the message lists the known ones. An option is out of its bounds.
+        ModuleNotFoundError: the task needs a package that is not installed; the message has the command that installs it.
+        TypeError: the task has no such option.
+    """
+    if name.startswith(PREFIX):
+        return reasoning(name.removeprefix(PREFIX), seed=seed, **options)
+    if name not in TASKS:
+        raise ValueError(f"name must be a task, {', '.join(TASKS)} or {PREFIX}<data set>, got {name!r}.")
+    return TASKS[name](seed=seed, **options)
