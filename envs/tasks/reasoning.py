@@ -123,10 +123,16 @@ class Problems(Sequence[Row]):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreAnswer:
-    """The data set's own score of an answer, from 0 to 1; some give a little for a well-formed wrong answer."""
+    """The data set's own score of an answer, from 0 to 1; some give a little for a well-formed wrong answer.
+
+    Some evaluate the answer as an expression, which can take for ever: score with workers.
+    """
 
     dataset: str
     config: dict[str, Any]
+
+    def __reduce__(self) -> tuple:
+        return _score_answer, (self.dataset, self.config)
 
     def __call__(
         self,
@@ -142,6 +148,12 @@ class ScoreAnswer:
         dataset = _library().create_dataset(self.dataset, size=1, seed=0, **self.config)
         entries = [{"question": q, "answer": a, "metadata": m} for q, a, m in zip(question, answer, metadata, strict=True)]
         return [float(dataset.score_answer(final_answer(c), e)) for c, e in zip(completions, entries, strict=True)]
+
+
+def _score_answer(dataset: str, config: dict[str, Any]) -> ScoreAnswer:
+    """Import the library when a worker starts, not in its first call, which has a time limit."""
+    _library()
+    return ScoreAnswer(dataset, config)
 
 
 def _prompts(rows: tuple[Row, ...]) -> frozenset[str]:

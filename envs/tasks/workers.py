@@ -1,6 +1,7 @@
 """Processes that score: started by spawn, so that they are safe beside JAX, killed when they exceed a time limit, and replaced.
 
-Only this file knows processes. A worker owns a session of its own, so that what a reward started dies with it.
+Only this file knows processes. A worker owns a session of its own, so that what a reward started dies with it. This is no
+sandbox: a reward that runs what a model wrote does so with the rights of the user.
 """
 
 import contextlib
