@@ -28,7 +28,7 @@ _IDENTITY = ("stop_gradient", "name")  # they matter to derivatives only
 _CONTROL_FLOW = ("scan", "while", "cond")
 
 
-def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any]:
+def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any, list[bool]]:
     """Trace `function` at the shapes of `args` and inline its derivative rules.
 
     Args:
@@ -36,15 +36,36 @@ def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any]:
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        `(flat, out_tree)`: `flat` takes the flattened leaves of `args` and returns the flat list of outputs; `out_tree` is
-        the tree of the outputs.
+        `(flat, out_tree, in_loops)`: `flat` takes the flattened leaves of `args` and returns the flat list of outputs;
+        `out_tree` is the tree of the outputs; `in_loops` tells of every leaf whether some loop reads all of it in every turn.
     """
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
 
     def flat(*leaves):
         return _evaluate(closed.jaxpr, closed.consts, leaves)
 
-    return flat, jax.tree.structure(out_shape)
+    reread = _read_in_every_turn(closed.jaxpr)
+    return flat, jax.tree.structure(out_shape), [variable in reread for variable in closed.jaxpr.invars]
+
+
+def _read_in_every_turn(jaxpr: Any) -> set:
+    """Variables that a loop of the program reads whole in every turn: constants of `while`, and of `scan` where not sliced."""
+    found: set = set()
+    for equation in jaxpr.eqns:
+        name, params, atoms = equation.primitive.name, equation.params, equation.invars
+        if name in _INLINED:
+            body = _close(params[_INLINED[name]]).jaxpr
+            inner = _read_in_every_turn(body)
+            atoms = [atom for atom, variable in zip(atoms, body.invars, strict=True) if variable in inner]
+        elif name == "while":
+            atoms = atoms[params["cond_nconsts"] :][: params["body_nconsts"]]
+        elif name == "scan":
+            turns = zip(atoms, _close(params["jaxpr"]).in_avals, strict=True)
+            atoms = [atom for atom, inside in turns if atom.aval.shape == inside.shape]
+        else:
+            continue
+        found.update(atom for atom in atoms if not isinstance(atom, jexc.Literal))
+    return found
 
 
 def _close(jaxpr: Any) -> Any:

@@ -12,10 +12,10 @@ import jax.extend.core as jexc
 
 
 def hoisted(function: Callable) -> Callable:
-    """Make the function that gives the same values, with transposes of a scan's constants before the scan.
+    """Make the function that gives the same values, with transposes of a loop's constants before the loop.
 
     Args:
-        function: any JAX function of pytrees of arrays; scans inside other calls than scans stay as they are.
+        function: any JAX function of pytrees of arrays; loops inside other calls than loops stay as they are.
     """
 
     def call(*args: Any) -> Any:
@@ -38,8 +38,8 @@ def _evaluate(closed: Any, leaves: Sequence[Any], known: Mapping[Any, Any]) -> l
         if equation.outvars and all(variable in known for variable in equation.outvars):
             continue
         inputs = [read(atom) for atom in equation.invars]
-        if equation.primitive.name == "scan":
-            outputs = _scan(inputs, **equation.params)
+        if equation.primitive.name in _LOOPS:
+            outputs = _LOOPS[equation.primitive.name](inputs, **equation.params)
         else:
             outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
         outputs = outputs if equation.primitive.multiple_results else [outputs]
@@ -51,12 +51,7 @@ def _scan(
     inputs: list, *, jaxpr: Any, num_consts: int, num_carry: int, length: int, reverse: bool, unroll: int, **_: Any
 ) -> list:
     consts, end = inputs[:num_consts], num_consts + num_carry
-    outside = dict(zip(jaxpr.jaxpr.invars[:num_consts], consts, strict=True))
-    inside = set(outside)
-    for equation in jaxpr.jaxpr.eqns:
-        if equation.primitive.name == "transpose" and equation.invars[0] in outside:
-            outside[equation.outvars[0]] = equation.primitive.bind(outside[equation.invars[0]], **equation.params)
-    known = {variable: value for variable, value in outside.items() if variable not in inside}
+    known = _transposed(jaxpr.jaxpr, consts)
 
     def step(carry: list, xs: list) -> tuple[list, list]:
         outputs = _evaluate(jaxpr, [*consts, *carry, *xs], known)
@@ -64,3 +59,28 @@ def _scan(
 
     carry, ys = jax.lax.scan(step, inputs[num_consts:end], inputs[end:], length=length, reverse=reverse, unroll=unroll)
     return [*carry, *ys]
+
+
+def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any, body_nconsts: int) -> list:
+    end = cond_nconsts + body_nconsts
+    for_cond, consts, carry = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
+    known = _transposed(body_jaxpr.jaxpr, consts)
+
+    def going_on(carry: list) -> Any:
+        return _evaluate(cond_jaxpr, [*for_cond, *carry], {})[0]
+
+    return jax.lax.while_loop(going_on, lambda carry: _evaluate(body_jaxpr, [*consts, *carry], known), carry)
+
+
+_LOOPS = {"scan": _scan, "while": _while}
+
+
+def _transposed(jaxpr: Any, consts: Sequence[Any]) -> dict[Any, Any]:
+    """The results of the transposes in a loop's body of what is constant there, its first inputs."""
+    outside = dict(zip(jaxpr.invars, consts, strict=False))
+    found: dict[Any, Any] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "transpose" and equation.invars[0] in outside:
+            moved = equation.primitive.bind(outside[equation.invars[0]], **equation.params)
+            found[equation.outvars[0]] = outside[equation.outvars[0]] = moved
+    return found

@@ -28,8 +28,12 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
         ValueError: a perturbed leaf is used in a way that has no rule.
     """
     shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
-    flat, out_tree = forward_only(function, shapes, *args)
-    outputs = interpret_with_rules(flat)(*jax.tree.leaves((params, *args), is_leaf=is_perturbed))
+    flat, out_tree, in_loops = forward_only(function, shapes, *args)
+    leaves = jax.tree.leaves((params, *args), is_leaf=is_perturbed)
+    # Packed signs are unpacked once where a loop would do it in every turn, as in one over the tokens of a text.
+    pairs = zip(leaves, in_loops, strict=True)
+    leaves = [leaf.unpacked() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
+    outputs = interpret_with_rules(flat)(*leaves)
     return jax.tree.unflatten(out_tree, [plain(output, "its result") for output in outputs])
 
 

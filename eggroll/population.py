@@ -294,5 +294,4 @@ def evaluate(
             return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
         return jax.vmap(evaluate_pair)(inputs)
 
-    # Of floats it could change the order of sums, so there it is left alone.
-    return (hoisted(evaluate_all) if plan.is_integer else evaluate_all)(inputs)
+    return hoisted(evaluate_all)(inputs)
