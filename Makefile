@@ -33,7 +33,7 @@ types: $(READY)
 
 suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
 
-parity: $(READY)  ## torch and transformers, which language models are compared with; their tests no longer skip
+parity: $(READY)  ## torch, transformers and rwkv, which language models are compared with; their tests no longer skip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 
 bench: $(READY)  ## time the engine against pure inference

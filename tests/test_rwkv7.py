@@ -159,15 +159,9 @@ def test_files_that_do_not_fit_are_one_sentence(folder, fields, sentence):
 def test_inner_sizes_that_are_left_out_grow_with_the_width(folder):
     """As in the 0.1B model: 768 wide, inner sizes 64, 64, 32 and 128."""
     path = folder / "config.json"
-    left_out = dict.fromkeys(
-        ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "intermediate_size")
-    )
-    path.write_text(json.dumps(json.loads(path.read_text()) | left_out | {"hidden_size": 768, "head_dim": None}))
+    ranks = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
+    left_out = dict.fromkeys((*ranks, "intermediate_size", "head_dim"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | left_out | {"hidden_size": 768}))
     config = hf.read_config(folder)
-    assert (config.decay_low_rank_dim, config.a_low_rank_dim, config.v_low_rank_dim, config.gate_low_rank_dim) == (
-        64,
-        64,
-        32,
-        128,
-    )
+    assert [getattr(config, name) for name in ranks] == [64, 64, 32, 128]
     assert (config.intermediate_size, config.head_dim) == (3072, 64)
