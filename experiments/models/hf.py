@@ -87,9 +87,7 @@ def _check_rest(shards: Shards, harmless: str, config: Config) -> None:
             if not np.array_equal(shards.read((name,), shape), shards.read((embedding,), shape)):
                 raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', and config.json says that they are one.")
         elif not re.fullmatch(harmless, name):
-            raise ValueError(
-                f"tensor '{name}' has no place in a model of type '{config.model_type}' as config.json describes it."
-            )
+            raise ValueError(f"tensor '{name}' has no place in the '{config.model_type}' that config.json describes.")
 
 
 def _stacked(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
