@@ -1,0 +1,128 @@
+"""What a reasoning run improves: a model that continues texts, and a task whose answers can be checked.
+
+    rows -> prompts in tokens -> completions (`experiments.decoding`) -> texts -> scores of the task's reward
+
+Owns the way from problems to tokens and from tokens back to scores; evolution, GRPO and validation share it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from envs import tasks
+from experiments.data.tokens import Tokenizer
+from experiments.decoding import Completions, Prompts, complete, pad_prompts
+from experiments.models import hf
+from experiments.models.decoder import Decoder
+from experiments.models.generator import Generator
+
+SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template
+
+
+class Sampling(NamedTuple):
+    """How completions are drawn."""
+
+    room: int  # tokens of a completion at most
+    temperature: float  # 0: greedy
+    top_p: float
+    ending: tuple[int, ...]  # tokens that end a completion
+
+
+class Judged(NamedTuple):
+    """Texts and what they scored."""
+
+    texts: list[str]
+    scores: tasks.Scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and a task.
+
+    Args:
+        source: folder of the model's checkpoint.
+        config: of the model.
+        params: of the model, where a run begins.
+        tokenizer: of the model.
+        task: with its splits and reward.
+        template: what the model reads, with "{prompt}" where the task's prompt goes.
+        prompt_length: tokens that prompts are padded to.
+        scorer: of the task's reward.
+
+    Raises:
+        ValueError: the template names a special token that the tokenizer lacks, or has no "{prompt}".
+    """
+
+    source: Path
+    config: hf.Config
+    params: Any
+    tokenizer: Tokenizer
+    task: tasks.Task
+    template: str
+    prompt_length: int
+    scorer: tasks.Scorer
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {self.template!r}.")
+        for token in SPECIAL.findall(self.template):
+            if len(self.tokenizer.encode(token)) != 1:
+                raise ValueError(f"the tokenizer in {self.source} has no special token {token!r}, which the template needs.")
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """The functions that continue texts."""
+        return hf.generator(self.config)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The functions of whole texts."""
+        return hf.decoder(self.config)
+
+    def tokens(self, prompt: str) -> list[int]:
+        """What the model reads of a task's prompt."""
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(self.template.replace("{prompt}", prompt))]
+
+    def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1) -> Prompts:
+        """Lay prompts side by side, each so many times in a row.
+
+        Raises:
+            ValueError: one is longer than `prompt_length`.
+        """
+        texts = [self.tokens(row.prompt) for row in rows]
+        for row, text in zip(rows, texts, strict=True):
+            if len(text) > self.prompt_length:
+                raise ValueError(
+                    f"prompt_length must be at least {len(text)}, the tokens of the prompt {row.prompt[:60]!r}, "
+                    f"got {self.prompt_length}."
+                )
+        return pad_prompts([text for text in texts for _ in range(samples)], length=self.prompt_length)
+
+    def complete(self, params: Any, prompts: Prompts, key: Any, *, sampling: Sampling) -> Completions:
+        """Continue prompts under some parameters; `key` is key data (uint32), so that it travels with a batch."""
+        options = sampling._asdict()
+        drawn = jax.random.wrap_key_data(key, impl="threefry2x32") if sampling.temperature else None
+        return complete(self.generator, params, prompts, key=drawn, **options)
+
+    def texts(self, completions: Completions) -> list[str]:
+        """Return completions [..., room] as texts, without the token that ends them, in the order of the flattened axes."""
+        tokens = np.asarray(completions.tokens).reshape(-1, completions.tokens.shape[-1])
+        ends = np.asarray(completions.length).reshape(-1) - np.asarray(completions.ended).reshape(-1)
+        return [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
+
+    def judge(self, rows: Sequence[tasks.Row], completions: Completions) -> Judged:
+        """Score completions; `rows` has the problem of every one, in the order of the flattened axes."""
+        texts = self.texts(completions)
+        prompts, columns = tasks.collate(rows)
+        return Judged(texts, self.scorer(prompts, texts, **columns))
+
+
+def key_data(seed: int, *numbers: int) -> np.ndarray:
+    """Return the data of a key for a seed and numbers such as a generation and a group: uint32 [2]."""
+    return np.random.SeedSequence([seed, *numbers]).generate_state(2)
