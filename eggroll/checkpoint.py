@@ -55,6 +55,11 @@ class Checkpoints:
         """Generations that have a whole checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
+    @property
+    def best(self) -> int | None:
+        """The generation with the best score; None where there is no checkpoint."""
+        return self._manager.best_step()
+
     def save(self, state: ESState, carried: Any = None, *, score: float | None = None) -> None:
         """Begin to write a checkpoint; it is whole after `wait`, `close`, or the next `save`.
 

@@ -64,12 +64,19 @@ def _scan(
 def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any, body_nconsts: int) -> list:
     end = cond_nconsts + body_nconsts
     for_cond, consts, carry = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
-    known = _transposed(body_jaxpr.jaxpr, consts)
+    moved = _transposed(body_jaxpr.jaxpr, consts)
+    more = body_nconsts + len(moved)
 
-    def going_on(carry: list) -> Any:
-        return _evaluate(cond_jaxpr, [*for_cond, *carry], {})[0]
+    def body(*leaves: Any) -> list:
+        known = dict(zip(moved, leaves[body_nconsts:more], strict=True))
+        return _evaluate(body_jaxpr, [*leaves[:body_nconsts], *leaves[more:]], known)
 
-    return jax.lax.while_loop(going_on, lambda carry: _evaluate(body_jaxpr, [*consts, *carry], known), carry)
+    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in body_jaxpr.in_avals]
+    new = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in moved.values()]
+    rewritten = jax.make_jaxpr(body)(*avals[:body_nconsts], *new, *avals[body_nconsts:])
+    # Bound as it is: under vmap the condition may have an axis of members, which `jax.lax.while_loop` does not take.
+    known = {"cond_nconsts": cond_nconsts, "cond_jaxpr": cond_jaxpr, "body_nconsts": more, "body_jaxpr": rewritten}
+    return jax.lax.while_p.bind(*for_cond, *consts, *moved.values(), *carry, **known)
 
 
 _LOOPS: dict[str, Callable] = {"scan": _scan, "while": _while}

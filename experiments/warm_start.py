@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from eggroll.processes import is_first, wait_for_all
-from eggroll.progress import progress_line
+from experiments.common.fitting import fit
 from experiments.common.run import run_folder
 from experiments.data.scores import token_log_likelihood
 from experiments.data.tokens import ByteTokenizer
@@ -36,7 +35,6 @@ from experiments.models.shards import CONFIG
 HEAD_DIM = 16
 TESTS = ("test", "tests", "idlelib", "site-packages", "dist-packages")  # folders that are left out
 SHORTEST = 60  # characters of a string that is taken
-STEPS_AT_A_TIME = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,23 +125,14 @@ def trained(settings: WarmStart, text: Text) -> Any:
     Returns:
         Its parameters.
     """
-    decoder, params = transformer.decoder(settings.model), drawn(settings)
-    peak, steps = settings.learning_rate, settings.steps
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, peak, -(-steps // 10), steps))
-
-    def advance(run: Any, tokens: Array) -> Any:
-        params, state = run
-        loss, gradient = jax.value_and_grad(lambda params: _loss(decoder, params, tokens))(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), loss
-
-    run, several = (params, optimizer.init(params)), jax.jit(lambda run, tokens: jax.lax.scan(advance, run, tokens))
-    with progress_line("steps of the warm start", steps) as show:
-        for first in range(0, steps, STEPS_AT_A_TIME):
-            numbers = range(first, min(first + STEPS_AT_A_TIME, steps))
-            run, losses = several(run, np.stack([_pieces(settings, text, step) for step in numbers]))
-            show(numbers.stop, f"loss {float(losses[-1]):.3f}")
-    return run[0]
+    decoder = transformer.decoder(settings.model)
+    return fit(
+        drawn(settings),
+        lambda params, tokens: _loss(decoder, params, tokens),
+        lambda step: _pieces(settings, text, step),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+    )
 
 
 def _pieces(settings: WarmStart, text: Text, step: int) -> np.ndarray:

@@ -21,7 +21,7 @@ TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
 OWN = ("learning_rate", "sigma", "directions", "weight_decay")  # arguments of a recipe that are options of their own
 
-# Chosen on validation examples with seed 100, which no table has (experiments/RESULTS.md says how); adamezo and lozo_m are not.
+# Chosen on validation examples with seed 100, which no table has (experiments/RESULTS.md says how).
 SMALL: dict[str, dict[str, Any]] = {
     "mezo": {"learning_rate": 1e-3, "sigma": 1e-3},
     "adamezo": {"learning_rate": 1e-3, "sigma": 1e-3},

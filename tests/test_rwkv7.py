@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.models import hf
+from experiments.models.decoder import apply
 from experiments.models.rwkv7 import RWKV7Config
 from tests.language_models import RWKV7, greedy, inputs, logits_of, random_params
 
@@ -52,6 +53,20 @@ def test_logits_and_greedy_tokens_are_those_of_the_package(package, tmp_path):
             picked.append(int(out.argmax()))
             out, state = model.forward(picked[-1:], state)
         np.testing.assert_array_equal(chosen[text], picked)
+
+
+def test_gradient_is_the_same_with_padding():
+    decoder, params, (tokens, _) = hf.decoder(RWKV7), random_params(RWKV7), inputs()
+    padded = np.pad(tokens, ((0, 0), (3, 0)))
+
+    @jax.jit
+    def gradient(params, tokens, mask):
+        return jax.grad(lambda params: jnp.sum(jnp.sin(apply(decoder, params, tokens, mask)[:, -11:])))(params)
+
+    expected = gradient(params, tokens, np.ones(tokens.shape, bool))
+    got = gradient(params, padded, np.arange(14) >= np.full((2, 1), 3))
+    for name in ("k", "k_k", "w1", "v"):
+        np.testing.assert_allclose(got["blocks"][name], expected["blocks"][name], atol=1e-4, rtol=1e-3)
 
 
 def without_first_adapter(params):

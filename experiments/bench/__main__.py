@@ -1,16 +1,17 @@
-"""Benchmarks: `python -m experiments.bench engine --help`; the others are `rl`, `scale`, `populations`, `zo` and `egg`."""
+"""Benchmarks: `python -m experiments.bench engine --help`; others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`."""
 
 from typing import Any
 
 import tyro
 
-from experiments.bench import egg, engine, populations, rl, scale, zo
+from experiments.bench import decode, egg, engine, populations, rl, scale, zo
 
 
 def main() -> None:
     """Run one benchmark by name."""
     benchmarks: Any = {
         "engine": (engine.Engine, engine.run),
+        "decode": (decode.Decode, decode.run),
         "rl": (rl.RL, rl.run),
         "scale": (scale.Scale, scale.run),
         "populations": (populations.Populations, populations.run),

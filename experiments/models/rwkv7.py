@@ -201,9 +201,9 @@ def _group_norm(config: RWKV7Config, own: Any, y: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    """Every head at length 1, in float32."""
+    """Every head at length 1, in float32; the bound lies under the root, whose slope at the zeros of padding is no number."""
     wide = _wide(x)
-    return wide / jnp.maximum(jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True)), 1e-12)
+    return wide / jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24))
 
 
 def _previous(x: Array, last: Array) -> Array:

@@ -1,0 +1,165 @@
+"""EGGROLL on verifiable rewards: every member answers problems under its own perturbation, and its rewards are its fitness.
+
+    fitness [N, prompts] = reward of the completions of member i to the problems of its group        `eggroll.External`
+
+Completions are decoded for all members together (`experiments.decoding`); texts are scored on the host.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import eggroll
+from eggroll.durable import DurableRun
+from eggroll.processes import is_first, local
+from eggroll.training import Record, train
+from envs import tasks
+from experiments.common.mesh import parse_mesh
+from experiments.decoding import Completions
+from experiments.reason.config import Config
+from experiments.reason.figure import draw
+from experiments.reason.problem import Problem, Sampling, key_data
+from experiments.reason.progress import Progress
+
+BATCHES = 1  # the number of the data's order among the streams of a seed
+
+
+class Questions(NamedTuple):
+    """What the members of a generation are asked."""
+
+    inputs: Any  # (Prompts, key data), with a leading axis of groups where there are several
+    rows: list[list[tasks.Row]]  # of every group, the problem of every row of its prompts
+
+
+class Told(NamedTuple):
+    """What a generation's completions told beside the fitness: aux of the metrics."""
+
+    tokens: int
+    ended: float
+    scores: tasks.Scores
+    examples: list[tuple[str, str, float]]
+
+
+class Evolution:
+    """Evolution of a problem's model; compiled once, run with any number of seeds."""
+
+    def __init__(self, config: Config, problem: Problem, sampling: Sampling):
+        self._config, self._problem, self._sampling = config, problem, sampling
+        rows = problem.task.split("train")
+        self._groups = config.population_size // (config.group or config.population_size)
+        self._count = config.prompts * self._groups
+        self._batches = {seed: tasks.Batches(rows, batch_size=self._count, seed=seed) for seed in self._seeds}
+        self.strategy = eggroll.External(make_strategy(config), self._answer, self._score)
+
+    @property
+    def _seeds(self) -> range:
+        return range(self._config.seed, self._config.seed + self._config.seeds)
+
+    def _answer(self, params: Any, inputs: Any) -> Completions:
+        prompts, key = inputs
+        return self._problem.complete(params, prompts, key, sampling=self._sampling)
+
+    def questions(self, generation: int, *, seed: int) -> tuple[Any, list[list[tasks.Row]]]:
+        """The problems of a generation: a pure function of it and the seed."""
+        config, rows = self._config, self._batches[seed](generation)
+        size, samples = config.prompts, config.samples
+        groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+        prompts = [self._problem.prompts(group, samples=samples) for group in groups]
+        keys = [key_data(seed, generation, index) for index in range(len(groups))]
+        asked = [[row for row in group for _ in range(samples)] for group in groups]
+        if self._groups == 1:
+            return Questions((prompts[0], keys[0]), asked)
+        return Questions(jax.tree.map(lambda *parts: np.stack(parts), *zip(prompts, keys, strict=True)), asked)
+
+    def _score(self, outputs: Completions, rows: list[list[tasks.Row]]) -> tuple[np.ndarray, Told]:
+        config, members = self._config, len(outputs.length)
+        each = members // len(rows)
+        asked = [row for member in range(members) for row in rows[member // each]]
+        judged = self._problem.judge(asked, outputs)
+        values = judged.scores.values.reshape(members, config.prompts, config.samples)
+        fitness = values.mean(axis=2) if config.pass_k is None else tasks.pass_at_k(values >= 1, k=config.pass_k)
+        some: Any = np.linspace(0, len(asked) - 1, config.examples).astype(int) if config.examples else []
+        shown = [(asked[i].prompt, judged.texts[i], float(judged.scores.values[i])) for i in some]
+        return fitness, Told(int(outputs.length.sum()), float(outputs.ended.mean()), judged.scores, shown)
+
+    def start(self, *, seed: int) -> eggroll.ESState:
+        """Return the initial state; the strategy has its plan then."""
+        state = self.strategy.init(self._problem.params, key=jax.random.key(seed))
+        self.strategy.plan(state, self.questions(0, seed=seed))
+        return state
+
+    def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Any:
+        """Run the generations, from where the folder is if so configured; metrics, figure, journal, checkpoints go there.
+
+        Returns:
+            The parameters of the check with the best validation accuracy.
+
+        Raises:
+            ValueError: the folder has a run with other settings, or files that are damaged.
+        """
+        config = self._config
+        es: Any = self.strategy  # it has what the loop and the journal ask of a strategy
+        initial = self.start(seed=seed)
+        known: dict[str, Any] = dict(config=config.options() | {"seed": seed}, checkpoint_every=config.check_every)
+        with contextlib.closing(DurableRun(folder, es, initial, carried=progress, recipe=recipe, **known)) as run:
+            state, history = run.state, list[Record]()
+            left = None if config.generations is None else config.generations - int(state.generation)
+            if progress.left(config.seconds) and left != 0:
+                state, history = train(
+                    es,
+                    state,
+                    lambda generation: self.questions(generation, seed=seed),
+                    generations=left,
+                    budget=("seconds_spent", config.seconds),
+                    callbacks=[progress],
+                    run_folder=folder,
+                    durable=run,
+                    words=progress.words,
+                    plot=lambda history, path: draw(path),
+                )
+            run.checkpoints.wait()
+            best = run.checkpoints.best
+            restored = None if best is None else run.checkpoints.restore(initial, progress.save(), generation=best)
+        progress.finish(int(state.generation))
+        if is_first() and best is not None:
+            print(f"the parameters of generation {best} were the best on the validation problems", flush=True)
+        return local((state if restored is None else restored[0]).params)
+
+
+def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
+    """Make the strategy that `config` describes."""
+    options: dict[str, Any] = {"shaping": config.shaping, "precision": config.precision, "noise_reuse": config.noise_reuse}
+    if config.shaping == "group_relative" and config.group is not None:
+        options["shaping"] = _within(config.group)
+    return eggroll.EvolutionStrategy(
+        None,
+        population_size=config.population_size,
+        sigma=config.sigma,
+        optimizer=make_optimizer(config),
+        perturbation=config.perturbation,
+        members_per_batch=config.group,
+        chunk_size=config.chunk_size,
+        memory_budget=config.memory_budget,
+        mesh=parse_mesh(config.mesh),
+        **options,
+    )
+
+
+def _within(group: int) -> eggroll.shaping.Shaping:
+    def group_relative(fitness: jax.Array) -> jax.Array:
+        return eggroll.group_relative(fitness, group_size=group)
+
+    return group_relative
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma."""
+    rate, first = config.learning_rate, [optax.scale_by_adam()] if config.optimizer == "adam" else []
+    if config.optimizer == "sgd":
+        rate = eggroll.paper_learning_rate(rate, sigma=config.sigma, population_size=config.population_size)
+    anchored = [eggroll.anchored_decay(config.anchor)] if config.anchor else []
+    return optax.chain(*first, *anchored, optax.scale_by_learning_rate(rate))

@@ -1,0 +1,31 @@
+"""The picture of a reasoning run: reward of training and accuracy on validation problems against seconds of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw(folder: Path) -> None:
+    """Draw `curves.png` from the folder's `metrics.jsonl`."""
+    rows = read(folder)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    trained = [row for row in rows if row.get("mean_fitness") is not None]
+    seconds, rewards = ([row[name] for row in trained] for name in ("seconds_spent", "mean_fitness"))
+    axes.plot(seconds, rewards, color="tab:blue", alpha=0.5, linewidth=0.9, label="reward in training")
+    checked = [row for row in rows if row.get("validation_accuracy") is not None]
+    at, accuracies = ([row[name] for row in checked] for name in ("seconds_spent", "validation_accuracy"))
+    axes.plot(at, accuracies, "o-", color="tab:orange", label="validation, unperturbed parameters")
+    axes.set(xlabel="seconds of training", ylabel="score")
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none where it has no such file."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
