@@ -50,6 +50,7 @@ class PolicyGradient:
                 return seconds >= config.seconds
 
             how: dict[str, Any] = dict(sampling=self._sampling, batches=batches, seed=seed, steps=config.generations)
+            how["seconds"] = config.seconds
             grpo.train(self._problem, config.grpo, on_step=on_step, **how)
         draw(folder)
         return best
