@@ -26,7 +26,6 @@ _APART: tuple[str, ...] = (
     "generations",
     "seconds",
     "resume",
-    "plan",
 )
 _APART += ("workers", "timeout", "validation_size", "test_size", "examples", "check_every")
 
@@ -120,8 +119,6 @@ class Config:
     """Go on from what is in the run folder; not for grpo. Otherwise its files are replaced."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
-    plan: bool = False
-    """Only print what the population needs of memory, from shapes alone: no weights are read."""
 
     @property
     def known_temperature(self) -> float:
