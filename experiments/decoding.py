@@ -127,7 +127,7 @@ def complete(
         token = jnp.where(so_far.ended, 0, next_token(logits, own, temperature=temperature, top_p=top_p))
         tokens = jax.lax.dynamic_update_slice(so_far.tokens, token[:, None], (jnp.int32(0), step))
         ended = so_far.ended | jnp.isin(token, stops)
-        return Completions(tokens, so_far.length + ~so_far.ended, ended), token
+        return Completions(tokens, so_far.length + (~so_far.ended).astype(jnp.int32), ended), token
 
     def going_on(run: Any) -> Array:
         step, so_far, *_ = run
