@@ -11,8 +11,6 @@ import eggroll
 from experiments.bench import decode
 from experiments.models import hf
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.usefixtures("standard_promotion")]
-
 TINY = decode.Decode(members=8, growth=(), prompts=2, room=3, chunk_size=4, layers=1, width=16, repeats=1, dense_repeats=0)
 
 
@@ -68,6 +66,7 @@ def test_models_are_of_bytes():
         ({"width": 20}, "width must be a multiple of 16 for a transformer, got 20"),
         ({"room": 0}, "room must be an integer >= 1, got 0"),
         ({"rank": 0}, "rank must be an integer >= 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
         ({"repeats": 0}, "repeats must be an integer >= 1, got 0"),
     ],
 )

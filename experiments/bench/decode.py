@@ -29,8 +29,8 @@ from experiments.models.rwkv7 import RWKV7Config
 
 VOCABULARY = 257  # bytes, and a token that ends a text
 SHORTEST, LONGEST = 4, 8  # tokens of a prompt
-COLUMNS: tuple[str, ...] = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
-COLUMNS += ("memory_per_member", "dense_ratio")  # of `members` only
+OF_EVERY_SIZE = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
+COLUMNS = (*OF_EVERY_SIZE, "memory_per_member", "dense_ratio")  # the last two of `members` only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +83,17 @@ def run(config: Decode) -> None:
 
 
 def _check(config: Decode) -> None:
+    for name in ("chunk_size", "prompts", "repeats", "layers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
     for members in (config.members, *config.growth):
         if members < 1 or members % (2 * config.chunk_size):
             raise ValueError(f"members must be a multiple of twice chunk_size {config.chunk_size}, got {members}.")
-    for name in ("prompts", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
 
 
 def measure(name: str, model: Any, params: Any, config: Decode) -> dict[str, Any]:
     """Time one model at all sizes of the population; numbers of `config.members`, and of every size under "growth"."""
-    rows: list[Any] = []
+    rows: list[dict[str, Any]] = []
     main: dict[str, Any] = {}
     for members in sorted({config.members, *config.growth}):
         work, is_main = _work(model, params, config, members=members), members == config.members
