@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,12 +13,7 @@ from experiments.models import hf
 TINY = decode.Decode(members=8, growth=(), prompts=2, room=3, chunk_size=4, layers=1, width=16, repeats=1, dense_repeats=0)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Programs of no size need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
 
 
 def transformer():

@@ -71,7 +71,8 @@ class Work(NamedTuple):
 
 def run(config: Decode) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
-    about = machine() | {"load": round(os.getloadavg()[0], 1), "rounds": config.repeats, "rank": config.rank}
+    about = machine() | {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+    about |= {"rounds": config.repeats, "rank": config.rank}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'model':<12}" + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS), flush=True)
     try:
