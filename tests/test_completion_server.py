@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import http.server
-import itertools
 import json
 import re
 import threading
+import zlib
 from pathlib import Path
 
 import jax
@@ -43,11 +43,14 @@ def of_folder(folder, prompts):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """POST /completions; `server.failure(number of the request)` names what goes wrong with it, or nothing."""
+    """POST /completions; `server.failure(body)` names what goes wrong with a request, or nothing."""
+
+    wbufsize = -1  # an answer is sent as a whole
 
     def do_POST(self):
-        failure = self.server.failure(next(self.server.numbers))
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        request, failure = json.loads(body), self.server.failure(body)
+        self.server.asked.append(failure)
         if failure == "closed":
             return
         if failure == "status" or self.path != "/completions":
@@ -68,12 +71,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Lets more connections wait than the page opens at a time; one too many is tried again after a second."""
+
+    request_queue_size = 64
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.numbers, server.failure = itertools.count(), lambda number: None
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.failure = [], lambda body: None
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -93,43 +102,48 @@ def page(server):
     return run({"url": f"http://127.0.0.1:{server.server_port}"}, BY_HAND)
 
 
-def trained(names, score, generations=15):
+def trained(names, score, generations=12):
     es = eggroll.External(names["es"], names["sent"], score)
-    state, batch = es.init({"w": jnp.zeros((6, 6))}, key=jax.random.key(0)), (None, ["a", "c", "f"])
+    state, batch = es.init({"w": jnp.zeros((6, 6))}, key=jax.random.key(0)), (None, list(LETTERS))
     return eggroll.train(es, state, batch, generations=generations, progress=False)[1]
 
 
 def test_the_page_learns_and_resumes_without_the_server(page, server):
-    assert page["metrics"].fitness.shape == (64,) and int(page["metrics"].invalid) == 0
+    assert page["metrics"].fitness.shape == (32,) and int(page["metrics"].invalid) == 0
     run(page, IN_THE_LOOP)
     fitness = [record.mean_fitness for record in page["history"]]
-    assert fitness[0] < 0.3 and fitness[-1] > 0.8
-    assert next(server.numbers) == 64 * 16
+    assert fitness[0] < 0.2 and fitness[-1] > 0.6
+    assert len(server.asked) == 32 * 13
     again = eggroll.DurableRun("runs/served", page["served"], page["initial"], config={"task": "alphabet"})
     with contextlib.closing(again):
         np.testing.assert_array_equal(again.state.params["w"], page["state"].params["w"])
-    assert next(server.numbers) == 64 * 16 + 1  # it was not asked
+    assert len(server.asked) == 32 * 13  # it was not asked
 
 
 def test_scores_of_other_members_teach_nothing(page):
     random = np.random.default_rng(0)
     history = trained(page, lambda weights, prompts: random.permutation(page["score"](weights, prompts)))
-    assert all(record.mean_fitness < 0.4 for record in history)
+    assert all(record.mean_fitness < 0.35 for record in history)
 
 
 def test_what_a_server_does_wrong_costs_a_member_its_fitness(page, server):
-    """Each of five failures in one of 16 requests; the run goes on and learns."""
+    """Each of five failures for one of 32 requests, drawn from what is asked; the run goes on and learns."""
     failures = dict(enumerate(("status", "closed", "broken", "short", "none")))
-    server.failure, server.numbers = lambda number: failures.get(number % 16), itertools.count()
-    history = trained(page, page["score"])
-    assert {record.invalid for record in history} == {20} and history[-1].mean_fitness > 0.8
+    server.asked, server.failure = [], lambda body: failures.get(zlib.crc32(body) % 32)
+    with pytest.warns(UserWarning, match="of 32 members was not finite in generation 0"):
+        history = trained(page, page["score"], generations=20)
+    assert set(server.asked) == {None, *failures.values()}
+    for generation, record in enumerate(history):
+        asked = server.asked[32 * generation : 32 * (generation + 1)]
+        assert record.invalid == sum(failure is not None for failure in asked)
+    assert history[-1].mean_fitness > 0.6
 
 
 def test_no_server_at_all_changes_nothing(page, server):
     page["url"] = "http://127.0.0.1:0"  # nobody listens there
-    with pytest.warns(UserWarning, match="fitness"):
+    with pytest.warns(UserWarning, match="the fitness of all 32 members"):
         (record,) = trained(page, page["score"], generations=1)
-    assert record.invalid == 64 and record.skipped
+    assert record.invalid == 32 and record.skipped
 
 
 def test_a_mistake_in_the_reward_stops_the_run(page):
