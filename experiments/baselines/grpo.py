@@ -27,7 +27,7 @@ from experiments.reason.problem import Problem, Sampling
 class GRPO:
     """Settings of GRPO."""
 
-    prompts: int = 8
+    prompts: int = 32
     """Problems of a step."""
     samples: int = 8
     """Completions of every problem, at least 2."""
@@ -133,6 +133,7 @@ def make(problem: Problem, sampling: Sampling, settings: GRPO) -> Trainer:
         optax.clip_by_global_norm(settings.max_gradient_norm), getattr(optax, settings.optimizer)(settings.learning_rate)
     )
 
+    @jax.jit
     def rounded(params: Any) -> Any:
         return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
 
@@ -168,8 +169,9 @@ def make(problem: Problem, sampling: Sampling, settings: GRPO) -> Trainer:
         run, reported = jax.lax.scan(epoch, run, jax.random.split(key, settings.epochs))
         return run, jax.tree.map(jnp.mean, reported)
 
-    def init() -> Run:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), problem.params)
+    @jax.jit
+    def begin(params: Any) -> Run:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return Run(params, optimizer.init(params), params if settings.kl_coefficient else None)
 
     def step(run: Run, rows: Sequence[Row], *, key: Array) -> tuple[Run, Report]:
@@ -183,7 +185,7 @@ def make(problem: Problem, sampling: Sampling, settings: GRPO) -> Trainer:
         counts = int(np.sum(completions.length)), scores.errors + scores.timeouts
         return run, Report(float(rewards.mean()), *counts, float(silent(rewards).mean()), float(clipped), float(norm))
 
-    return Trainer(init, step, lambda run: rounded(run.params))
+    return Trainer(lambda: begin(problem.params), step, lambda run: rounded(run.params))
 
 
 def train(
