@@ -6,8 +6,6 @@ output is a JSON object with bits per byte of the trained parameters on held-out
 go to one run folder per seed.
 """
 
-import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -17,11 +15,12 @@ from typing import Any
 import jax
 
 import eggroll
-from eggroll.processes import is_first, wait_for_all
+from eggroll.processes import is_first
 from experiments import pretraining
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
-from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
+from experiments.common.run import SUMMARY, join_processes, print_summary, write_json
+from experiments.common.seeds import begin, seed_folder, summary_of
 from experiments.data import corpus
 from experiments.data.references import Reference, references
 from experiments.egg_config import Config, parse
@@ -31,13 +30,7 @@ def run_seed(config: Config, texts: corpus.Corpus, known: list[Reference], *, se
     """Train with one seed, write the artefacts; `summary.json` comes last and says that the run is whole."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     folder = _folder(config, seed)
-    if is_first():
-        (folder / SUMMARY).unlink(missing_ok=True)
-        if not config.resume:
-            (folder / "journal.bin").unlink(missing_ok=True)
-            for name in ("checkpoints", "samples"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-    wait_for_all("run folder")
+    begin(folder, resume=config.resume)
     start = time.perf_counter()
     recipe = {"function": "experiments.egg:remake", "options": config.options() | {"seed": seed}}
     trained = pretraining.pretrain(config, texts, known, init_key=init_key, run_key=run_key, folder=folder, recipe=recipe)
@@ -68,9 +61,7 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
 
 
 def _folder(config: Config, seed: int) -> Path:
-    if config.folder is None:
-        return run_folder(f"egg-{config.layers}x{config.width}-{config.population_size}-{seed}")
-    return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
+    return seed_folder(config, seed, default=f"egg-{config.layers}x{config.width}-{config.population_size}")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -81,10 +72,7 @@ def run(config: Config) -> dict[str, Any]:
     print(f"{sizes}, bits per byte: " + ", ".join(f"{row.name} {row.bits_per_byte:.3f}" for row in known), flush=True)
     rows = [run_seed(config, texts, known, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
     about = {f"{row.name}_bits": row.bits_per_byte for row in known}
-    if config.seeds == 1:
-        return rows[0] | about
-    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    return means | about | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
+    return summary_of(rows, first_seed=config.seed) | about
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

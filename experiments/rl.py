@@ -5,8 +5,6 @@ trained by PPO; `random` acts without looking. The last line of standard output 
 trained parameters over fresh episodes, beside that of random actions. Artefacts go to one run folder per seed.
 """
 
-import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -17,13 +15,14 @@ import jax
 
 import eggroll
 import envs
-from eggroll.processes import is_first, wait_for_all
+from eggroll.processes import is_first
 from experiments.baselines.distributions import num_log_stds
 from experiments.baselines.ppo import PPO
 from experiments.baselines.runs import PPORuns, RandomRuns
 from experiments.common.checkpoint import save_checkpoint
 from experiments.common.memory import peak_mib
-from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
+from experiments.common.run import SUMMARY, join_processes, print_summary, write_json
+from experiments.common.seeds import begin, seed_folder, summary_of
 from experiments.evolution import Evolution
 from experiments.models.mlp import MLP
 from experiments.render import render_episode
@@ -53,12 +52,7 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
     """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
     init_key, run_key, check_key, evaluation_key, random_key = jax.random.split(jax.random.key(seed), 5)
     folder = _folder(config, seed)
-    if is_first():
-        (folder / SUMMARY).unlink(missing_ok=True)
-        if not config.resume:
-            (folder / "journal.bin").unlink(missing_ok=True)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    wait_for_all("run folder")
+    begin(folder, resume=config.resume)
     start = time.perf_counter()
     recipe = {"function": "experiments.rl:remake", "options": config.options() | {"seed": seed}}
     trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder, recipe=recipe)
@@ -104,19 +98,13 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
 
 
 def _folder(config: Config, seed: int) -> Path:
-    if config.folder is None:
-        return run_folder(f"rl-{config.env.replace('/', '-')}-{config.algorithm}-{seed}")
-    return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
+    return seed_folder(config, seed, default=f"rl-{config.env.replace('/', '-')}-{config.algorithm}")
 
 
 def run(config: Config, runs: Any, evaluation: Evaluation) -> dict[str, Any]:
     """Run every seed; return the summary that `main` prints."""
     rows = [run_seed(config, runs, evaluation, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
-    about = {"env": config.env, "algorithm": config.algorithm}
-    if config.seeds == 1:
-        return about | rows[0]
-    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    return about | means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
+    return {"env": config.env, "algorithm": config.algorithm} | summary_of(rows, first_seed=config.seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,8 +5,6 @@ ships; `adam` is backprop on the same loss. The last line of standard output is 
 after. Artefacts go to one run folder per seed, the tuned model in the Hugging Face layout among them.
 """
 
-import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -17,10 +15,11 @@ from typing import Any
 import jax
 
 import eggroll
-from eggroll.processes import is_first, wait_for_all
+from eggroll.processes import is_first
 from experiments.baselines.backprop import Backprop
 from experiments.common.memory import peak_mib
 from experiments.common.run import SUMMARY, join_processes, print_summary, run_folder, write_json
+from experiments.common.seeds import begin, seed_folder, summary_of
 from experiments.data.examples import Examples
 from experiments.finetuning import FineTuning, score
 from experiments.models import hf
@@ -59,12 +58,7 @@ class Experiment:
         """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
         config, task, runs = self.config, self.task, self.runs
         folder = _folder(config, seed)
-        if is_first():
-            (folder / SUMMARY).unlink(missing_ok=True)
-            if not config.resume:
-                (folder / "journal.bin").unlink(missing_ok=True)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        wait_for_all("run folder")
+        begin(folder, resume=config.resume)
         before = {name: self._score(self.loaded.params, getattr(task, name)) for name in ("validation", "test")}
         start = time.perf_counter()
         recipe = {"function": "experiments.zo:remake", "options": config.settings() | {"seed": seed}}
@@ -92,17 +86,11 @@ class Experiment:
         """Run every seed; return the summary that `main` prints."""
         config = self.config
         rows = [self.run_seed(seed) for seed in range(config.seed, config.seed + config.seeds)]
-        about = {"recipe": config.recipe, "objective": config.objective}
-        if config.seeds == 1:
-            return about | rows[0]
-        means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-        return about | means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
+        return {"recipe": config.recipe, "objective": config.objective} | summary_of(rows, first_seed=config.seed)
 
 
 def _folder(config: Config, seed: int) -> Path:
-    if config.folder is None:
-        return run_folder(f"zo-{config.recipe}-{seed}")
-    return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
+    return seed_folder(config, seed, default=f"zo-{config.recipe}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

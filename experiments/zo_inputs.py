@@ -10,7 +10,7 @@ from eggroll.processes import is_first, wait_for_all
 from envs.tasks.records import Record, read_records
 from experiments.data import sentiment
 from experiments.data.examples import Examples, encode
-from experiments.data.tokens import ByteTokenizer, FileTokenizer, Tokenizer
+from experiments.data.tokens import tokenizer_of
 from experiments.finetuning import FineTuning
 from experiments.models import hf
 from experiments.warm_start import warm_start
@@ -39,7 +39,7 @@ def load(config: Config, folder: Path) -> Loaded:
     if not source.is_dir():
         raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
     model, decoder, params = hf.load(source, config.dtype if config.model else "float32")
-    tokenizer = _tokenizer(source, model.vocab_size)
+    tokenizer = tokenizer_of(source, words=model.vocab_size)
     everything = [record for split in records for record in split]
     examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
     ends = np.cumsum([0, *map(len, records)])
@@ -75,12 +75,3 @@ def read_splits(data: Path) -> list[list[Record]]:
     mixed = [records[index] for index in np.random.default_rng(0).permutation(len(records))]
     held = len(records) // 10
     return [mixed[2 * held :], mixed[:held], mixed[held : 2 * held]]
-
-
-def _tokenizer(folder: Path, words: int) -> Tokenizer:
-    if words == ByteTokenizer.vocab_size and not (folder / "tokenizer.json").exists():
-        return ByteTokenizer()
-    tokenizer = FileTokenizer(folder)
-    if tokenizer.vocab_size > words:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}.")
-    return tokenizer

@@ -107,7 +107,7 @@ class Trained(NamedTuple):
 
     params: Any  # in the dtypes of the model
     steps: int
-    seconds: float  # of training; compilation and `on_step` are not in it
+    seconds: float  # of training, compilation included, `on_step` not
 
 
 def make(problem: Problem, sampling: Sampling, settings: GRPO) -> Trainer:
@@ -206,7 +206,8 @@ def train(
         settings: of GRPO.
         sampling: how completions are drawn.
         batches: number of a step, from 0, -> its `settings.prompts` problems.
-        steps, seconds: limits, one at least; seconds of training, of which the step that exceeds them is the last.
+        steps, seconds: limits, one at least; seconds of training, compilation included, of which the step that exceeds them is
+            the last.
         seed: of everything that is drawn.
         on_step: called after every step with the parameters in the dtypes of the model, the steps done, the seconds of
             training and what the step reported; True stops the run.
@@ -221,7 +222,6 @@ def train(
         raise ValueError("steps or seconds must be given, got neither.")
     trainer, key = make(problem, sampling, settings), jax.random.key(seed)
     run, done, spent = trainer.init(), 0, 0.0
-    trainer.step(run, batches(0), key=jax.random.fold_in(key, 0))  # compiles; what it gives is dropped
     while (steps is None or done < steps) and (seconds is None or spent < seconds):
         begun = time.perf_counter()
         run, report = trainer.step(run, batches(done), key=jax.random.fold_in(key, done))

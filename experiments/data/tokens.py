@@ -68,3 +68,22 @@ class FileTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
         return self._tokenizer.decode(list(tokens))
+
+
+def tokenizer_of(folder: Path, *, words: int) -> Tokenizer:
+    """Return the tokenizer of a checkpoint: its tokenizer.json; bytes where it has none and its vocabulary is theirs.
+
+    Args:
+        folder: of the checkpoint.
+        words: size of the model's vocabulary.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: it is damaged, or has more tokens than the model.
+    """
+    if words == ByteTokenizer.vocab_size and not (folder / "tokenizer.json").exists():
+        return ByteTokenizer()
+    tokenizer = FileTokenizer(folder)
+    if tokenizer.vocab_size > words:
+        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}.")
+    return tokenizer

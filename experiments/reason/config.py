@@ -26,6 +26,7 @@ _APART: tuple[str, ...] = (
     "generations",
     "seconds",
     "resume",
+    "plan",
 )
 _APART += ("workers", "timeout", "validation_size", "test_size", "examples", "check_every")
 
@@ -64,9 +65,9 @@ class Config:
     group: int | None = None
     """Members that get the same prompts, even, dividing the population. None: all."""
     prompts: int = 16
-    """Problems that every member (of grpo: a step) answers."""
+    """Problems that every member answers."""
     samples: int = 1
-    """Completions of a problem; more than one needs a temperature."""
+    """Completions of a problem by a member; more than one needs a temperature."""
     pass_k: int | None = None
     """Fitness is pass@k of a problem's samples. None: their mean."""
     sigma: float = 0.02
@@ -119,11 +120,19 @@ class Config:
     """Go on from what is in the run folder; not for grpo. Otherwise its files are replaced."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
+    plan: bool = False
+    """Only print what a population needs of memory, and how many members fit memory_budget, or else what is free here; read
+    from shapes alone, without weights."""
 
     @property
     def known_temperature(self) -> float:
         """The temperature of training's completions."""
         return self.temperature if self.temperature is not None else float(self.algorithm == "grpo")
+
+    @property
+    def groups(self) -> int:
+        """Groups of members that get the same prompts."""
+        return self.population_size // (self.group or self.population_size)
 
     @property
     def perturbation(self) -> Any:
@@ -176,6 +185,8 @@ class Config:
             raise ValueError("resume, mesh and pass_k are for eggroll, not for grpo.")
         self.start.check()
         self.given()
+        if self.algorithm == "grpo":
+            self.grpo.check()
 
 
 def remade(options: dict[str, Any]) -> Config:

@@ -23,9 +23,7 @@ from experiments.decoding import Completions
 from experiments.reason.config import Config
 from experiments.reason.figure import draw
 from experiments.reason.problem import Problem, Sampling, key_data
-from experiments.reason.progress import Progress
-
-BATCHES = 1  # the number of the data's order among the streams of a seed
+from experiments.reason.progress import Improved, Progress
 
 
 class Questions(NamedTuple):
@@ -50,20 +48,15 @@ class Evolution:
     def __init__(self, config: Config, problem: Problem, sampling: Sampling):
         self._config, self._problem, self._sampling = config, problem, sampling
         rows = problem.task.split("train")
-        self._groups = config.population_size // (config.group or config.population_size)
-        self._count = config.prompts * self._groups
-        self._batches = {seed: tasks.Batches(rows, batch_size=self._count, seed=seed) for seed in self._seeds}
+        seeds, count = range(config.seed, config.seed + config.seeds), config.prompts * config.groups
+        self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
         self.strategy = eggroll.External(make_strategy(config), self._answer, self._score)
-
-    @property
-    def _seeds(self) -> range:
-        return range(self._config.seed, self._config.seed + self._config.seeds)
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
         return self._problem.complete(params, prompts, key, sampling=self._sampling)
 
-    def questions(self, generation: int, *, seed: int) -> tuple[Any, list[list[tasks.Row]]]:
+    def questions(self, generation: int, *, seed: int) -> Questions:
         """The problems of a generation: a pure function of it and the seed."""
         config, rows = self._config, self._batches[seed](generation)
         size, samples = config.prompts, config.samples
@@ -71,7 +64,7 @@ class Evolution:
         prompts = [self._problem.prompts(group, samples=samples) for group in groups]
         keys = [key_data(seed, generation, index) for index in range(len(groups))]
         asked = [[row for row in group for _ in range(samples)] for group in groups]
-        if self._groups == 1:
+        if config.groups == 1:
             return Questions((prompts[0], keys[0]), asked)
         return Questions(jax.tree.map(lambda *parts: np.stack(parts), *zip(prompts, keys, strict=True)), asked)
 
@@ -92,11 +85,11 @@ class Evolution:
         self.strategy.plan(state, self.questions(0, seed=seed))
         return state
 
-    def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Any:
+    def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
         """Run the generations, from where the folder is if so configured; metrics, figure, journal, checkpoints go there.
 
         Returns:
-            The parameters of the check with the best validation accuracy.
+            The parameters of the check with the best validation accuracy; without a check, the last ones.
 
         Raises:
             ValueError: the folder has a run with other settings, or files that are damaged.
@@ -108,7 +101,7 @@ class Evolution:
         with contextlib.closing(DurableRun(folder, es, initial, carried=progress, recipe=recipe, **known)) as run:
             state, history = run.state, list[Record]()
             left = None if config.generations is None else config.generations - int(state.generation)
-            if progress.left(config.seconds) and left != 0:
+            if progress.seconds < config.seconds and left != 0:
                 state, history = train(
                     es,
                     state,
@@ -124,10 +117,9 @@ class Evolution:
             run.checkpoints.wait()
             best = run.checkpoints.best
             restored = None if best is None else run.checkpoints.restore(initial, progress.save(), generation=best)
-        progress.finish(int(state.generation))
         if is_first() and best is not None:
             print(f"the parameters of generation {best} were the best on the validation problems", flush=True)
-        return local((state if restored is None else restored[0]).params)
+        return Improved(local((state if restored is None else restored[0]).params), int(state.generation))
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
@@ -141,7 +133,7 @@ def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
         sigma=config.sigma,
         optimizer=make_optimizer(config),
         perturbation=config.perturbation,
-        members_per_batch=config.group,
+        members_per_batch=config.group if config.groups > 1 else None,
         chunk_size=config.chunk_size,
         memory_budget=config.memory_budget,
         mesh=parse_mesh(config.mesh),

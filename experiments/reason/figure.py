@@ -1,16 +1,16 @@
 """The picture of a reasoning run: reward of training and accuracy on validation problems against seconds of training."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.tuning import read_metrics
+
 
 def draw(folder: Path) -> None:
     """Draw `curves.png` from the folder's `metrics.jsonl`."""
-    rows = read(folder)
+    rows = read_metrics(folder)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -23,9 +23,3 @@ def draw(folder: Path) -> None:
     axes.set(xlabel="seconds of training", ylabel="score")
     axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; none where it has no such file."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

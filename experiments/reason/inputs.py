@@ -2,20 +2,32 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
+from eggroll.chunking import free_bytes
 from envs import tasks
-from experiments.data.tokens import ByteTokenizer, FileTokenizer, Tokenizer
+from experiments.data.tokens import ByteTokenizer, Tokenizer, tokenizer_of
 from experiments.models import hf
 from experiments.models.shards import CONFIG, read_object
 from experiments.reason.config import Config
-from experiments.reason.problem import Problem, Sampling
+from experiments.reason.plan import MemoryPlan, memory_plan
+from experiments.reason.problem import Problem, Sampling, check_template, read_by_model
 from experiments.reason.start import warm_start
 
 MARGIN = 1.25  # of training's prompts beside the longest held-out one
 
 
-def load(config: Config) -> Problem:
-    """Read the model and make the task.
+class Inputs(NamedTuple):
+    """All but the weights."""
+
+    model: hf.Config
+    tokenizer: Tokenizer
+    task: tasks.Task
+    prompt_length: int  # tokens that prompts are padded to
+
+
+def prepare(config: Config) -> Inputs:
+    """Make the task and read what the options name, but for the weights.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: a file is missing, damaged or does not fit, a package is missing.
@@ -24,39 +36,46 @@ def load(config: Config) -> Problem:
         task = tasks.load(config.task, seed=0, **config.given())
     except TypeError as error:
         raise ValueError(f"task_options: {error}.") from error
-    source = config.model or warm_start(config.start, task, template=config.template)
-    if not source.is_dir():
-        raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
-    known = hf.read_config(source)
-    hf.generator(known)  # refuses a model that does not continue texts before its weights are read
-    tokenizer = tokenizer_of(source, known.vocab_size)
-    known, _, params = hf.load(source, config.dtype if config.model else "float32")
-    scorer = tasks.Scorer(task.reward, workers=config.workers, timeout=config.timeout)
-    problem = Problem(source, known, params, tokenizer, task, config.template, 1, scorer)
-    length = config.prompt_length or _prompt_length(problem)
-    context = getattr(known, "max_position_embeddings", None)  # RWKV-7 has no limit
+    if config.model is None:
+        model: hf.Config = config.start.model
+        tokenizer: Tokenizer = ByteTokenizer()
+    else:
+        if not config.model.is_dir():
+            raise ValueError(f"model must be a folder with a checkpoint, got {config.model}.")
+        model = hf.read_config(config.model)
+        hf.generator(model)  # refuses a model that does not continue texts
+        tokenizer = tokenizer_of(config.model, words=model.vocab_size)
+    check_template(config.template, tokenizer)
+    length = config.prompt_length or _prompt_length(config, tokenizer, task)
+    context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
     if context is not None and length + config.room > context:
         raise ValueError(f"prompt_length {length} and room {config.room} do not fit the model's context of {context} tokens.")
-    return Problem(source, known, params, tokenizer, task, config.template, length, scorer)
+    return Inputs(model, tokenizer, task, length)
 
 
-def _prompt_length(problem: Problem) -> int:
-    held_out = [row for split in ("validation", "test") for row in problem.task.split(split)]
-    return math.ceil(MARGIN * max(len(problem.tokens(row.prompt)) for row in held_out))
+def _prompt_length(config: Config, tokenizer: Tokenizer, task: tasks.Task) -> int:
+    held_out = [row.prompt for split in ("validation", "test") for row in task.split(split)]
+    return math.ceil(MARGIN * max(len(read_by_model(tokenizer, config.template, prompt)) for prompt in held_out))
 
 
-def tokenizer_of(folder: Path, words: int) -> Tokenizer:
-    """Return the tokenizer of a checkpoint; bytes where it has none and its vocabulary is theirs.
+def load(config: Config, inputs: Inputs) -> Problem:
+    """Read the weights; the small model is warm-started where it is not there yet.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or it has more tokens than the model.
+        ValueError, OSError, ModuleNotFoundError: as `prepare`.
     """
-    if words == ByteTokenizer.vocab_size and not (folder / "tokenizer.json").exists():
-        return ByteTokenizer()
-    tokenizer = FileTokenizer(folder)
-    if tokenizer.vocab_size > words:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}.")
-    return tokenizer
+    source = config.model or warm_start(config.start, inputs.task, template=config.template)
+    model, _, params = hf.load(source, config.dtype if config.model else "float32")
+    scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=config.timeout)
+    return Problem(source, model, params, inputs.tokenizer, inputs.task, config.template, inputs.prompt_length, scorer)
+
+
+def plan(config: Config, inputs: Inputs) -> MemoryPlan:
+    """Return what a population of the options needs of memory."""
+    budget = config.memory_budget or free_bytes()
+    texts = {"prompts": config.prompts * config.samples, "prompt_length": inputs.prompt_length, "room": config.room}
+    dtype = config.dtype if config.model else "float32"
+    return memory_plan(inputs.model, dtype=dtype, rank=config.rank, budget=budget, **texts)
 
 
 def sampling_of(config: Config, problem: Problem) -> Sampling:
@@ -69,7 +88,7 @@ def _ending(problem: Problem) -> tuple[int, ...]:
     if isinstance(problem.tokenizer, ByteTokenizer):
         return (ord("\n"),)
     for name in ("generation_config.json", CONFIG):
-        path = problem.source / name
+        path: Path = problem.source / name
         found = read_object(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)

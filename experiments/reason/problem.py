@@ -54,9 +54,6 @@ class Problem:
         template: what the model reads, with "{prompt}" where the task's prompt goes.
         prompt_length: tokens that prompts are padded to.
         scorer: of the task's reward.
-
-    Raises:
-        ValueError: the template names a special token that the tokenizer lacks, or has no "{prompt}".
     """
 
     source: Path
@@ -68,13 +65,6 @@ class Problem:
     prompt_length: int
     scorer: tasks.Scorer
 
-    def __post_init__(self) -> None:
-        if "{prompt}" not in self.template:
-            raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {self.template!r}.")
-        for token in SPECIAL.findall(self.template):
-            if len(self.tokenizer.encode(token)) != 1:
-                raise ValueError(f"the tokenizer in {self.source} has no special token {token!r}, which the template needs.")
-
     @functools.cached_property
     def generator(self) -> Generator:
         """The functions that continue texts."""
@@ -85,17 +75,13 @@ class Problem:
         """The functions of whole texts."""
         return hf.decoder(self.config)
 
-    def tokens(self, prompt: str) -> list[int]:
-        """What the model reads of a task's prompt."""
-        return [*self.tokenizer.prefix, *self.tokenizer.encode(self.template.replace("{prompt}", prompt))]
-
     def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1) -> Prompts:
         """Lay prompts side by side, each so many times in a row.
 
         Raises:
             ValueError: one is longer than `prompt_length`.
         """
-        texts = [self.tokens(row.prompt) for row in rows]
+        texts = [read_by_model(self.tokenizer, self.template, row.prompt) for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if len(text) > self.prompt_length:
                 raise ValueError(
@@ -121,6 +107,20 @@ class Problem:
         texts = self.texts(completions)
         prompts, columns = tasks.collate(rows)
         return Judged(texts, self.scorer(prompts, texts, **columns))
+
+
+def read_by_model(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:
+    """Return the tokens that a model reads of a task's prompt."""
+    return [*tokenizer.prefix, *tokenizer.encode(template.replace("{prompt}", prompt))]
+
+
+def check_template(template: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where a template has no "{prompt}", or a special token such as <|im_end|> that the tokenizer lacks."""
+    if "{prompt}" not in template:
+        raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {template!r}.")
+    for token in SPECIAL.findall(template):
+        if len(tokenizer.encode(token)) != 1:
+            raise ValueError(f"the model's tokenizer has no special token {token!r}, which the template needs.")
 
 
 def key_data(seed: int, *numbers: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """What a reasoning run tells and keeps: rewards, tokens, seconds, checks on validation problems, shown completions."""
 
+import math
 import time
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,13 @@ import eggroll
 from eggroll.processes import is_first, local
 from eggroll.training import Record
 from experiments.reason.validation import Check, Validation
+
+
+class Improved(NamedTuple):
+    """What a run of either algorithm ends with."""
+
+    params: Any
+    generations: int  # steps of grpo
 
 
 class Progress:
@@ -23,47 +31,39 @@ class Progress:
 
     def __init__(self, validation: Validation, *, check_every: int, examples: int):
         self._validation, self._every, self._examples = validation, check_every, examples
-        self.seconds, self.tokens, self.best = 0.0, 0, float("-inf")
-        self.failed, self.scored = 0, False
-        self.generations = 0
-
-    def left(self, seconds: float) -> bool:
-        """Whether there is time left."""
-        return self.seconds < seconds
-
-    def finish(self, generations: int) -> None:
-        """Keep how many generations there were."""
-        self.generations = generations
+        self.seconds, self.best = 0.0, -math.inf  # of training; validation accuracy
+        self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether any was above the minimum
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
-        """Add to the record's numbers; check every now and then."""
-        told, done = record.aux, record.generation + 1
-        self.seconds += record.seconds
-        record.extra["seconds_spent"] = self.seconds
-        if told is not None:  # of several processes the first one has it
-            self._tell(record, told)
-        if done % self._every == 0:
-            self.check(record, local(state.params))
-            record.extra["held_out_fitness"] = record.extra["validation_accuracy"]  # it picks the best checkpoint
+        """Count a generation of the evolution; check every now and then."""
+        told, due = record.aux, (record.generation + 1) % self._every == 0
+        if told is None:  # of several processes only the first one scores
+            self.count(record, tokens=0, failures=0)
+        else:
+            self.count(record, tokens=told.tokens, failures=told.scores.errors + told.scores.timeouts)
+            record.extra["ended"] = told.ended
+            self._warn(record, told.scores, due=due)
+            show(told.examples if due else [])
+        if due:
+            record.extra["held_out_fitness"] = self.check(record, local(state.params)).accuracy  # it picks the best checkpoint
 
-    def _tell(self, record: Record, told: Any) -> None:
-        scores = told.scores
-        self.tokens += told.tokens
-        self.failed += scores.errors + scores.timeouts
-        record.extra.update(tokens=told.tokens, tokens_per_second=told.tokens / record.seconds, ended=told.ended)
-        record.extra.update(errors=scores.errors, timeouts=scores.timeouts)
-        if scores.first_error and self.failed == scores.errors + scores.timeouts:
-            warnings.warn(f"a reward failed and scored {scores.minimum:g}: {scores.first_error}", stacklevel=2)
-        if scores.above_minimum:
-            self.scored = True
-        elif not self.scored and record.generation % self._every == 0:
+    def count(self, record: Record, *, tokens: int, failures: int) -> None:
+        """Add seconds, tokens and failed rewards of a generation to the totals and to the record."""
+        self.seconds, self.tokens, self.failed = self.seconds + record.seconds, self.tokens + tokens, self.failed + failures
+        record.extra.update(seconds_spent=self.seconds, tokens=tokens, failed_rewards=failures)
+        record.extra["tokens_per_second"] = tokens / record.seconds
+
+    def _warn(self, record: Record, scores: Any, *, due: bool) -> None:
+        failures = scores.errors + scores.timeouts
+        if failures and self.failed == failures:
+            warnings.warn(f"a reward failed and scored {scores.minimum:g}: {scores.first_error}", stacklevel=4)
+        self.scored |= scores.above_minimum > 0
+        if due and not self.scored:
             warnings.warn(
-                f"no completion of generation {record.generation} or before scored more than {scores.minimum:g}: as long as "
-                "none does there is nothing to learn from; an easier task, a better start or more room may help.",
-                stacklevel=2,
+                f"no completion until generation {record.generation + 1} scored more than {scores.minimum:g}: while none does "
+                "there is nothing to learn from; an easier task, a better start or more room may help.",
+                stacklevel=4,
             )
-        if (record.generation + 1) % self._every == 0:
-            show(told.examples)
 
     def check(self, record: Record, params: Any) -> Check:
         """Check the unperturbed parameters and tell."""
@@ -73,31 +73,31 @@ class Progress:
         record.extra.update(validation_accuracy=found.accuracy, validation_tokens=found.tokens)
         record.extra["check_seconds"] = time.perf_counter() - start
         if is_first():
-            speed = record.extra.get("tokens_per_second", float("nan"))
-            print(
-                f"generation {record.generation + 1}: reward {record.mean_fitness:.3f}, validation {found.accuracy:.3f}, "
-                f"{self.seconds:.0f} s, {speed:,.0f} tokens/s",
-                flush=True,
-            )
+            speed = f"{self.seconds:.0f} s, {record.extra['tokens_per_second']:,.0f} tokens/s"
+            rewards = f"reward {record.mean_fitness:.3f}, validation {found.accuracy:.3f}"
+            print(f"generation {record.generation + 1}: {rewards}, {speed}", flush=True)
+        show(found.examples)
         return found
 
     def words(self, record: Record) -> str:
         """The changing part of the progress line."""
-        checked = "" if self.best == float("-inf") else f"  validation {self.best:.3f} at best"
-        speed = record.extra.get("tokens_per_second", float("nan"))
-        reward = f"reward {record.mean_fitness:.3f}  best {record.best_fitness:.3f}"
-        return f"{reward}{checked}  {record.members_per_second:,.0f} members/s  {speed:,.0f} tokens/s"
+        numbers = {
+            f"reward {record.mean_fitness:.3f}": record.mean_fitness,
+            f"best {record.best_fitness:.3f}": record.best_fitness,
+            f"validation {self.best:.3f} at best": self.best,
+            f"{record.members_per_second:,.0f} members/s": record.members_per_second,
+            f"{record.extra['tokens_per_second']:,.0f} tokens/s": record.extra["tokens_per_second"],
+        }
+        return "  ".join(text for text, value in numbers.items() if math.isfinite(value))
 
     def save(self) -> Any:
         """As arrays."""
-        return {
-            "seconds": np.array([self.seconds, self.best], np.float64),
-            "counts": np.array([self.tokens, self.failed, self.scored], np.int64),
-        }
+        numbers = np.array([self.seconds, self.best], np.float64)
+        return {"numbers": numbers, "counts": np.array([self.tokens, self.failed, self.scored], np.int64)}
 
     def load(self, saved: Any) -> None:
         """From arrays."""
-        self.seconds, self.best = (float(value) for value in saved["seconds"])
+        self.seconds, self.best = (float(value) for value in saved["numbers"])
         self.tokens, self.failed, scored = (int(value) for value in saved["counts"])
         self.scored = bool(scored)
 
