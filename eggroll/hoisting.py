@@ -47,18 +47,25 @@ def _evaluate(closed: Any, leaves: Sequence[Any], known: Mapping[Any, Any]) -> l
     return [read(atom) for atom in closed.jaxpr.outvars]
 
 
-def _scan(
-    inputs: list, *, jaxpr: Any, num_consts: int, num_carry: int, length: int, reverse: bool, unroll: int, **_: Any
-) -> list:
-    consts, end = inputs[:num_consts], num_consts + num_carry
+def _scan(inputs: list, *, jaxpr: Any, length: int, reverse: bool, unroll: int, **grouping: Any) -> list:
+    consts, first, sliced = _grouped(inputs, **grouping)
     known = _transposed(jaxpr.jaxpr, consts)
 
     def step(carry: list, xs: list) -> tuple[list, list]:
         outputs = _evaluate(jaxpr, [*consts, *carry, *xs], known)
-        return outputs[:num_carry], outputs[num_carry:]
+        return outputs[: len(first)], outputs[len(first) :]
 
-    carry, ys = jax.lax.scan(step, inputs[num_consts:end], inputs[end:], length=length, reverse=reverse, unroll=unroll)
+    carry, ys = jax.lax.scan(step, first, sliced, length=length, reverse=reverse, unroll=unroll)
     return [*carry, *ys]
+
+
+def _grouped(inputs: list, **grouping: Any) -> list[list]:
+    """A scan's constants, first carry and sliced inputs; since jax 0.11 a tree tells them apart, before it counts do."""
+    if "ft_in" in grouping:
+        return [list(group.vals) for group in grouping["ft_in"].update(inputs).unpack()]
+    consts = grouping["num_consts"]
+    end = consts + grouping["num_carry"]
+    return [inputs[:consts], inputs[consts:end], inputs[end:]]
 
 
 def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any, body_nconsts: int) -> list:
