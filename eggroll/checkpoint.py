@@ -42,12 +42,13 @@ class Checkpoints:
         if config is not None:
             _check_config(self._folder / "config.json", dict(config))
         policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
+        score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
+        kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
         if is_first():
             for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
                 shutil.rmtree(unfinished)
         wait_for_all("eggroll checkpoints")
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score)
         self._ocp, self._manager = ocp, ocp.CheckpointManager(self._folder / "states", options=options)
 
     @property

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import eggroll
+from eggroll.checkpoint import Checkpoints
 
 PARAMS = {"w": jnp.eye(4), "b": jnp.ones(4)}
 X = np.linspace(-1, 1, 20, dtype=np.float32).reshape(5, 4)
@@ -116,3 +117,20 @@ def test_anchored_decay_keeps_a_run_near_its_beginning():
             sum(float(jnp.abs(a - b).sum()) for a, b in zip(*map(jax.tree.leaves, (state.params, PARAMS)), strict=True))
         )
     assert 0 < ends[1] < 0.8 * ends[0]
+
+
+def test_the_best_checkpoint_is_known_and_kept(tmp_path):
+    """Also to whoever opens the folder again."""
+    es = strategy(fitness)
+    state = es.init(PARAMS, key=jax.random.key(0))
+    written = Checkpoints(tmp_path, config={}, keep=1)
+    assert written.best is None
+    for score in (0.1, 0.9, None, 0.5):
+        state, _ = es.step(state, X)
+        written.save(state, score=score)
+    written.wait()
+    assert written.best == 2 and written.generations == [2, 4]
+    written.close()
+    again = Checkpoints(tmp_path, config={}, keep=1)
+    assert again.best == 2
+    again.close()

@@ -74,6 +74,7 @@ def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
     lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [0, 1, 2, 3]
     assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
+    assert parts["validation_accuracy"] == max(line.get("validation_accuracy", -1) for line in lines)  # the best is exported
     assert all(line["tokens"] > 0 and line["moved"] > 0 for line in lines)
     journal.main(["verify", str(out / "whole")])  # rebuilt from scalars by the recipe in its header
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out

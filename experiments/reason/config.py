@@ -70,13 +70,13 @@ class Config:
     """Completions of a problem by a member; more than one needs a temperature."""
     pass_k: int | None = None
     """Fitness is pass@k of a problem's samples. None: their mean."""
-    sigma: float = 0.02
+    sigma: float = 0.01
     """Standard deviation of the perturbation of a weight."""
     rank: int = 1
     """Rank of the perturbation of a matrix."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Of the evolution; sgd has the step size of the paper's scale."""
-    learning_rate: float = 0.003
+    learning_rate: float = 0.001
     """Step size of the evolution."""
     anchor: float = 0.0
     """Decay of the weights towards where they began, times the step size."""
