@@ -7,10 +7,13 @@ Axes are named by integer labels, so one function serves dense layers, einsums, 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from kernels.factors import Noise, values_of
 
 
 def lowrank_product(
@@ -105,3 +108,15 @@ def _pays_to_pad(hidden: Array) -> bool:
     terms (experiments/LOG.md).
     """
     return hidden.shape[-1] == 1 and jax.default_backend() == "cpu"
+
+
+def population_dot(x: Array, w: Array, noise: Noise, *, scale: Array, rank: int) -> Array:
+    """Specification of `api.lowrank_dot`: the base product once for all rows, the low-rank product for every pair's rows."""
+    values = values_of(noise, rank=rank, rows=w.shape[0], columns=w.shape[1], dtype=x.dtype)
+    base = jnp.einsum("pjm,mn->pjn", x, w, preferred_element_type=jnp.float32)
+    pair, row, m, n = range(4)
+    axes: dict[str, Any] = dict(
+        x_axes=(pair, row, m), first_axes=(pair, m), second_axes=(pair, n), scale_axes=(pair, row), out_axes=(pair, row, n)
+    )
+    left, right = (jnp.moveaxis(factor, 1, -1) for factor in values)
+    return (base + lowrank_product(x, left, right, scale=scale, dtype=jnp.float32, **axes)).astype(x.dtype)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.factors import Noise, values_of
+
 
 def lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:
     """Sum low-rank matrices weighted by one coefficient per pair.
@@ -41,3 +43,8 @@ def _terms(factor: Array) -> Array:
     """[P, *S, r, m] -> [*S, P r, m]; without stacked axes this is a reshape, no copy."""
     factor = jnp.moveaxis(factor, 0, -3)
     return factor.reshape(*factor.shape[:-3], -1, factor.shape[-1])
+
+
+def population_update(coefficients: Array, noise: Noise, *, rank: int, rows: int, columns: int) -> Array:
+    """Specification of `api.lowrank_update`: `lowrank_update` of the noise as values."""
+    return lowrank_update(coefficients, *values_of(noise, rank=rank, rows=rows, columns=columns, dtype=jnp.float32))

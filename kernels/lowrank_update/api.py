@@ -1,0 +1,51 @@
+"""The weighted sum of a population's perturbations of one matrix, by the implementation that is asked for."""
+
+import functools
+
+from jax import Array
+
+from kernels import hopper
+from kernels.factors import Noise
+from kernels.lowrank_update import config as limits
+from kernels.lowrank_update.config import Config
+from kernels.lowrank_update.reference import population_update
+
+
+def lowrank_update(
+    coefficients: Array,
+    noise: Noise,
+    *,
+    rank: int,
+    rows: int,
+    columns: int,
+    implementation: str | None = None,
+    config: Config | None = None,
+) -> Array:
+    """Sum the perturbations of all pairs, weighted.
+
+        G = sum_p coefficients[p] left[p]^T right[p]
+
+    Args:
+        coefficients: float32 [P].
+        noise: of every pair, in any form of `kernels.factors`.
+        rank: r.
+        rows: m.
+        columns: n.
+        implementation: "reference" (plain JAX, float32), "mosaic_gpu" (on Hopper; coefficients times left are rounded to
+            bfloat16, sums are float32), or None: the kernel where it runs and covers the operands, else the reference.
+        config: tiles of the kernel; None: chosen by arithmetic.
+
+    Returns:
+        float32 [m, n].
+
+    Raises:
+        NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
+        ValueError: an unknown implementation.
+    """
+    check = functools.partial(limits.check, noise, rows=rows, columns=columns)
+    options: dict = dict(rank=rank, rows=rows, columns=columns)
+    if hopper.chosen("lowrank_update", implementation, check) == "reference":
+        return population_update(coefficients, noise, **options)
+    from kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
+
+    return mosaic_gpu.lowrank_update(coefficients, noise, config=config, **options)

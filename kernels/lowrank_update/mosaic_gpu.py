@@ -1,0 +1,162 @@
+"""The weighted sum of a population's perturbations in one Mosaic GPU kernel (Hopper).
+
+    G[i, j] = sum_t c[t] left[t, i] right[t, j]        t runs over the r terms of every pair, c is the pair's coefficient
+
+A product over the terms, 64 at a time: packed signs are unpacked in registers and weighted there, 64 rows at a time, so that
+neither the factors of the population nor the weighted ones are ever in memory. Values are weighted before the kernel.
+Accumulation is float32; c left is rounded to bfloat16, by 2^-8 of itself at most.
+
+Keys are turned into packed signs first: a tile would draw the signs of its rows again for every tile beside it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels import hopper, mosaic
+from kernels.factors import WORD, Noise, Values, signs_of
+from kernels.hopper import ROWS, STEP
+from kernels.lowrank_update.config import Config, choose
+
+BF16 = jnp.bfloat16
+
+
+def lowrank_update(
+    coefficients: Array, noise: Noise, *, rank: int, rows: int, columns: int, config: Config | None = None
+) -> Array:
+    """Arrange the terms of all pairs as one axis, padded to steps of 64, and call the kernel; see `api.lowrank_update`."""
+    weights = jnp.repeat(coefficients.astype(jnp.float32), rank)
+    terms = -(-weights.size // STEP) * STEP
+    config = choose(rows, columns, terms) if config is None else config
+    weights = _padded(weights, terms)
+    if isinstance(noise, Values):
+        left, right = (_padded(factor.reshape(-1, factor.shape[-1]), terms) for factor in noise)
+        operands = (left.astype(jnp.float32) * weights[:, None]).astype(BF16), right
+    else:
+        words, cut = signs_of(noise, rank * (rows + columns)).words, rank * rows // WORD
+        parts = words[:, :cut].reshape(-1, rows // WORD), words[:, cut:].reshape(-1, columns // WORD)
+        operands = (*(_padded(part, terms).T for part in parts), weights.reshape(-1, STEP))
+    return _call(operands, rows=rows, columns=columns, steps=terms // STEP, config=config)
+
+
+def _padded(array: Array, size: int) -> Array:
+    return jnp.pad(array, [(0, size - array.shape[0]), *[(0, 0)] * (array.ndim - 1)])
+
+
+def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, config: Config) -> Array:
+    wide, packed = config.tile_columns, len(operands) == 3
+    tiles, across = rows // (2 * ROWS) * (columns // wide), columns // wide
+
+    def kernel(*refs):
+        *given, out = refs
+        buffers: dict[str, Any] = dict(
+            ring=_pipeline(_ignore, _ignore, steps, config, packed).get_allocations(*_streams(given, 0, 0, config, packed)),
+            result=mosaic.tile((2, ROWS, 32), jnp.float32),
+        )
+        if packed:
+            # Two of each: a warp may be one step ahead of another one whose product still reads.
+            buffers["left"] = mosaic.tile((2, 2, ROWS, STEP), BF16)
+            buffers["right"] = mosaic.tile((2, 2, wide, STEP), BF16)
+
+        @functools.partial(pl.run_scoped, **buffers, collective_axes="warpgroup")
+        def _(ring, result, left=None, right=None):
+            warpgroup = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((tiles,), collective_axes="program")
+            def _(loop):
+                down, beside = lax.div(loop.index[0], across), lax.rem(loop.index[0], across)
+
+                def step(at, *streamed_and_total):
+                    *streamed, total = streamed_and_total
+                    if packed:
+                        expanded = [buffer.at[warpgroup, lax.rem(at[0], 2)] for buffer in (left, right)]
+                        _unpack(streamed, *expanded, warpgroup, wide)
+                        operands = expanded[0], plgpu.transpose_ref(expanded[1], (1, 0))
+                    else:
+                        own = streamed[0].at[:, pl.ds(warpgroup * ROWS, ROWS)]
+                        operands = plgpu.transpose_ref(own, (1, 0)), streamed[1]
+                    plgpu.wgmma(total, *operands)
+                    plgpu.wgmma_wait(0)
+                    return total
+
+                def context(stream):
+                    @functools.partial(pl.run_scoped, total=plgpu.ACC((ROWS, wide)))
+                    def _(total):
+                        stream(total)
+                        _store(total[...], result.at[warpgroup], out, 2 * down + warpgroup, beside * wide)
+
+                pipeline = _pipeline(step, context, steps, config, packed)
+                pipeline(*_streams(given, down, beside, config, packed), allocations=ring)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+        grid=(min(hopper.programs(), tiles),),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=mosaic.PARAMETERS(),
+    )(*operands)
+
+
+def _pipeline(step: Any, context: Any, steps: int, config: Config, packed: bool) -> Any:
+    """The ring that streams the factors, 64 terms at a time: words [rows / 32, 64] and weights, or values [64, rows]."""
+    wide = config.tile_columns
+    if packed:
+        blocks = [(2 * ROWS // WORD, STEP), (wide // WORD, STEP)]
+        specs = [plgpu.BlockSpec(block, lambda k: (0, k), memory_space=plgpu.SMEM) for block in blocks]
+        specs.append(plgpu.BlockSpec((1, STEP), lambda k: (k, 0), memory_space=plgpu.SMEM))
+    else:
+        specs = [
+            plgpu.BlockSpec((STEP, size), lambda k: (k, 0), transforms=mosaic.tiling(size, BF16), memory_space=plgpu.SMEM)
+            for size in (2 * ROWS, wide)
+        ]
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(steps,),
+        memory_registers=40,
+        in_specs=specs,
+        wg_axis="warpgroup",
+        num_compute_wgs=2,
+        max_concurrent_steps=config.stages,
+        compute_context=context,
+    )
+
+
+def _streams(given: list[Any], down: Any, beside: Any, config: Config, packed: bool) -> list[Any]:
+    wide = config.tile_columns
+    if packed:
+        left, right, weights = given
+        rows = pl.ds(down * (2 * ROWS // WORD), 2 * ROWS // WORD)
+        return [left.at[rows], right.at[pl.ds(beside * (wide // WORD), wide // WORD)], weights]
+    left, right = given
+    return [left.at[:, pl.ds(down * 2 * ROWS, 2 * ROWS)], right.at[:, pl.ds(beside * wide, wide)]]
+
+
+def _unpack(streamed: list[Any], left: Any, right: Any, warpgroup: Any, wide: int) -> None:
+    """64 terms: the weighted signs of this warpgroup's 64 rows, and the signs of the columns."""
+    left_words, right_words, weights = streamed
+    signs = mosaic.unpacked(left_words[2 * warpgroup], left_words[2 * warpgroup + 1])
+    left[...] = (signs * lax.broadcast_in_dim(weights[0], signs.shape, (1,))).astype(BF16)
+    for at in range(wide // STEP):
+        right[pl.ds(at * STEP, STEP)] = mosaic.unpacked(right_words[2 * at], right_words[2 * at + 1]).astype(BF16)
+    plgpu.commit_smem()
+
+
+def _store(total: Array, result: Any, out: Any, group: Any, first: Any) -> None:
+    for at in range(0, total.shape[1], 32):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        result[...] = total[:, at : at + 32]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(result, out.at[pl.ds(group * ROWS, ROWS), pl.ds(first + at, 32)])
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Stand in for functions that do not matter to the allocations of a ring."""

@@ -1,0 +1,74 @@
+"""What the Mosaic GPU kernels share: tiles in shared memory, and signs unpacked or drawn in registers."""
+
+import functools
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from kernels.hopper import ROWS, STEP
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry2x32, Salmon et al. 2011
+
+PARAMETERS = functools.partial(plgpu.CompilerParams, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def swizzle_of(columns: int, dtype: DTypeLike) -> int:
+    """The widest swizzle of a tile, in bytes."""
+    return plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
+
+
+def tile(shape: tuple[int, ...], dtype: DTypeLike, *, swizzle: int = 128) -> Any:
+    """A buffer in shared memory whose last two axes wgmma reads: tiled by 8 rows and the swizzle."""
+    return plgpu.SMEM(shape, dtype, transforms=tiling(shape[-1], dtype, swizzle=swizzle))
+
+
+def tiling(columns: int, dtype: DTypeLike, *, swizzle: int = 128) -> tuple:
+    """The transforms of such a buffer."""
+    swizzle = min(swizzle, swizzle_of(columns, dtype))
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def unpacked(first: Array, second: Array) -> Array:
+    """Signs of 64 rows of one factor, float32 [64, terms].
+
+    Args:
+        first: uint32 [terms], bit i is the sign of row i.
+        second: uint32 [terms], of rows 32 to 63.
+    """
+    shape = (STEP, first.shape[0])
+    row = lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.uint32)
+    in_first = row < jnp.uint32(32)
+    wide = [lax.broadcast_in_dim(word, shape, (1,)) for word in (first, second)]
+    word = jnp.where(in_first, wide[0], wide[1])
+    shift = jnp.where(in_first, row, row - jnp.uint32(32))
+    return 1.0 - 2.0 * ((word >> shift) & jnp.uint32(1)).astype(jnp.float32)
+
+
+def threefry(key: tuple[Array, Array], counter: Array) -> tuple[Array, Array]:
+    """threefry2x32(key, (0, counter)), 20 rounds, elementwise: two words of every address."""
+    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    left, right = key[0], counter + key[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            left = left + right
+            right = left ^ ((right << jnp.uint32(rotation)) | (right >> jnp.uint32(32 - rotation)))
+        left = left + keys[(group + 1) % 3]
+        right = right + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return left, right
+
+
+def is_own(shape: tuple[int, ...], *, rows: int, rank: int) -> Array:
+    """Whether a term of a group [64, terms] is of the row's own pair, bool.
+
+    Args:
+        shape: of the group.
+        rows: of a pair, padded.
+        rank: terms of a pair.
+    """
+    row, term = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    if rows < ROWS:
+        term = term - rank * lax.div(row, jnp.int32(rows))
+    return (term >= 0) & (term < rank)
