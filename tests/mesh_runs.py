@@ -117,6 +117,11 @@ def with_aux(params, batch, key):
     return fitness(params, batch, key), {"sum": total, "mean": mean, "max": outputs.max(), "min": outputs.min(), "all": mean}
 
 
+def quantised(params, batch, key):
+    return -jnp.mean((jnp.tanh((batch @ params["w"].astype(batch.dtype)) * params["s"]) - 1.0) ** 2)
+
+
+QUANTISED = {"w": jnp.asarray(np.random.default_rng(0).integers(-99, 100, (4, 8)), jnp.int8), "s": jnp.full(8, 0.02)}
 RULES = [("b", eggroll.Frozen()), (".*", eggroll.LowRank(2, "normal"))]
 PROBLEMS = {
     "plain": (fitness, {}, X, {}),
@@ -127,6 +132,7 @@ PROBLEMS = {
     "member state, 11 pairs": (recurrent, dict(population_size=22, members_per_batch=1), per_member_batch(22), MEMORY),
     "aux": (with_aux, dict(aux={name: name for name in ("sum", "mean", "max", "min", "all")}), X, {}),
     "rules": (fitness, dict(perturbation=RULES), X, {}),
+    "quantised": (quantised, dict(sigma=0.01, optimizer=optax.sgd(100.0, momentum=0.9)), X, {"params": QUANTISED}),
 }
 EQUAL = {
     "population 1": lambda: against_one_device(mesh(population=1)),
@@ -146,6 +152,7 @@ EQUAL = {
     "population 8, member state, 11 pairs": lambda: against_one_device(mesh(population=8), "member state, 11 pairs"),
     "population 4, data 2, aux": lambda: against_one_device(mesh(population=4, data=2), "aux"),
     "population 8, rules": lambda: against_one_device(mesh(population=8), "rules"),
+    "population 4, data 2, quantised": lambda: against_one_device(mesh(population=4, data=2), "quantised", count=2),
 }
 
 
