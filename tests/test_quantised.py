@@ -68,6 +68,11 @@ def model(p, batch):
     }
 
 
+def rules(spec):
+    """Noise of small floats in their own size, and `spec` of all else, whose sigma is in integers."""
+    return [("norm|scales", eggroll.Dense(sigma_multiplier=0.01)), (".*", spec)]
+
+
 def strategy(fitness=None, **options):
     options = dict(population_size=2 * PAIRS, sigma=0.4, optimizer=optax.sgd(1.0)) | options
     return eggroll.EvolutionStrategy(fitness, **options)
@@ -89,7 +94,7 @@ def as_floats(params, dtype=jnp.float32):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_member_is_float_of_q_plus_its_noise(name):
     """Against the built members, of both signs, and against the float model of the same values and addresses."""
-    es = strategy(perturbation=SPECS[name])
+    es = strategy(perturbation=rules(SPECS[name]))
     state = start(es)
     population = es.ask(state)
     outputs = population.apply(model, BATCH)
@@ -99,7 +104,7 @@ def test_a_member_is_float_of_q_plus_its_noise(name):
     noise = built["layers"] - PARAMS["layers"].astype(jnp.float32)
     np.testing.assert_allclose(noise[::2], -noise[1::2], atol=1e-4)
     assert 0.2 < float(jnp.std(noise)) < 0.6  # sigma, in integers
-    other = strategy(perturbation=SPECS[name])
+    other = strategy(perturbation=rules(SPECS[name]))
     floating = other.ask(start(other, as_floats(PARAMS))).apply(model, BATCH)
     nearly(outputs, floating)
     nearly(built, jax.vmap(other.ask(start(other, as_floats(PARAMS))).member)(jnp.arange(2 * PAIRS)))

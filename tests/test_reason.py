@@ -91,8 +91,6 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
     assert [line["generation"] for line in lines] == [0, 1, 2] and all(line["moved"] > 0 for line in lines)
     matrices = [leaf for leaf in jax.tree.leaves(weights(out / "whole")["blocks"]) if leaf.ndim == 3]
     assert matrices and all(leaf.dtype == jnp.float32 for leaf in matrices)
-    levels = [np.unique(leaf[:, :, 0]).size for leaf in matrices]
-    assert max(levels) > 4
     journal.main(["verify", f"{out}/whole"])
     assert "rebuilt bit for bit" in capsys.readouterr().out
     summary = run(capsys, *options, "--plan", "--memory-budget", "1000000")
