@@ -92,22 +92,29 @@ def as_floats(params, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_member_is_float_of_q_plus_its_noise(name):
+def test_a_member_is_float_of_q_plus_its_noise(name, quick_compilation):
     """Against the built members, of both signs, and against the float model of the same values and addresses."""
-    es = strategy(perturbation=rules(SPECS[name]))
-    state = start(es)
-    population = es.ask(state)
-    outputs = population.apply(model, BATCH)
-    built = jax.jit(jax.vmap(population.member))(jnp.arange(2 * PAIRS))
+    es, other = (strategy(perturbation=rules(SPECS[name])) for _ in range(2))
+    state, floating = start(es), start(other, as_floats(PARAMS))
+    es.plan(state, BATCH, function=model)
+    other.plan(floating, BATCH, function=model)
+
+    @jax.jit
+    def members(state, floating):
+        every = jnp.arange(2 * PAIRS)
+        populations = es.ask(state), other.ask(floating)
+        outputs = [population.apply(model, BATCH) for population in populations]
+        built = [jax.vmap(population.member)(every) for population in populations]
+        return outputs, built, jax.vmap(lambda p: model(p, BATCH))(built[0])
+
+    (outputs, of_floats), (built, built_floats), oracle = members(state, floating)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(built))
-    nearly(outputs, jax.jit(jax.vmap(lambda p: model(p, BATCH)))(built))
+    nearly(outputs, oracle)
+    nearly(outputs, of_floats)
+    nearly(built, built_floats)
     noise = built["layers"] - PARAMS["layers"].astype(jnp.float32)
     np.testing.assert_allclose(noise[::2], -noise[1::2], atol=1e-4)
     assert 0.2 < float(jnp.std(noise)) < 0.6  # sigma, in integers
-    other = strategy(perturbation=rules(SPECS[name]))
-    floating = other.ask(start(other, as_floats(PARAMS))).apply(model, BATCH)
-    nearly(outputs, floating)
-    nearly(built, jax.vmap(other.ask(start(other, as_floats(PARAMS))).member)(jnp.arange(2 * PAIRS)))
 
 
 @pytest.mark.parametrize("name", ["rademacher-1", "normal-4"])
@@ -128,7 +135,7 @@ def test_no_weight_is_built_for_a_member(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_noise_has_the_dtype_of_the_conversion(dtype):
+def test_noise_has_the_dtype_of_the_conversion(dtype, quick_compilation):
     batch = BATCH[0].astype(dtype), BATCH[1]
     es, other = (strategy(perturbation=SPECS["normal-4"]) for _ in range(2))
     state, floating = start(es), start(other, as_floats(PARAMS, dtype))
@@ -150,7 +157,7 @@ def test_the_table_says_which_parameters_are_quantised():
     assert "dense" in rows["bias"]
 
 
-def test_a_conditional_and_a_loop_use_quantised_parameters():
+def test_a_conditional_and_a_loop_use_quantised_parameters(quick_compilation):
     def function(p, x):
         def turn(x):
             odd = jnp.sum(x) > 0
@@ -209,14 +216,19 @@ def fitness(p, batch, key):
     return -jnp.mean((model(p, batch)["product"] / 100 - 1) ** 2) - jnp.mean(model(p, batch)["head"]) / 1e4
 
 
-def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit():
-    coefficients = floats(PAIRS, seed=1)
+def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit(quick_compilation):
+    coefficients, used = floats(PAIRS, seed=1), ("bias", "product", "view")
+
+    def function(p, x):
+        return x @ p["product"].astype(x.dtype) + p["bias"].astype(x.dtype), x @ p["view"].reshape(8, 6).T.astype(x.dtype)
+
     known = dict(noise_key=jax.random.key(1), noise_generation=2, sigma=0.4)
     for spec in SPECS.values():
         gradients = []
         for params in (PARAMS, as_floats(PARAMS)):
             es = strategy(perturbation=spec)
-            gradients.append(estimator.gradient(es.plan(start(es, params), BATCH, function=model), coefficients, **known))
+            plan = es.plan(start(es, {name: params[name] for name in used}), BATCH[0], function=function)
+            gradients.append(jax.jit(lambda d, plan=plan: estimator.gradient(plan, d, **known))(coefficients))
         for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
             np.testing.assert_array_equal(one, other)
 
@@ -252,7 +264,7 @@ def test_masters_add_up_and_stay_in_range():
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic", "nearest"])
-def test_floats_and_integers_evolve_together_and_are_replayed(precision):
+def test_floats_and_integers_evolve_together_and_are_replayed(precision, quick_compilation):
     rules = [("layers", eggroll.Frozen()), (".*", eggroll.LowRank())]
     params = PARAMS | {"layers": PARAMS["layers"].at[0, 0, 0].set(-128)}
     options = dict(perturbation=rules, precision=precision, shaping="z_score", optimizer=optax.sgd(2.0, momentum=0.9))
