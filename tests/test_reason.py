@@ -80,7 +80,13 @@ def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--start.architecture", "rwkv7"], ["--int8.threshold", "1", "--precision", "stochastic"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--int8.threshold", "1", "--precision", "stochastic"],
+        pytest.param(["--start.architecture", "rwkv7"], marks=[pytest.mark.heavy, pytest.mark.slow]),
+    ],
+)
 def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
     options, out = ["--weights", "int8", *more], folder / f"out/int8-{len(more)}"
     run(capsys, *options, "--generations", "3", "--folder", f"{out}/whole")
