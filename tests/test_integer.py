@@ -539,11 +539,6 @@ def planned(spec=SPECS["normal-1"], params=None, function=None, batch=None, **op
         (lambda: planned(eggroll.Integer(1, "uniform")), ValueError, "distribution must be one of normal, rademacher"),
         (lambda: planned(params={"w": jnp.ones((6, 8))}), ValueError, "'w' has dtype float32; Integer.. is for int8"),
         (
-            lambda: planned(eggroll.LowRank(), sigma=0.1, optimizer=optax.sgd(1.0)),
-            ValueError,
-            "int8 parameter 'w' has floating noise but is used in 'dot_general' before it is a float",
-        ),
-        (
             lambda: strategy(spec=[("w", eggroll.Integer()), (".*", eggroll.LowRank())]),
             ValueError,
             "perturbation mixes Integer.. with LowRank.. or Dense",
