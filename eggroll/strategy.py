@@ -41,8 +41,8 @@ class EvolutionStrategy:
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
         sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
-            `state._replace(sigma=...)`), or a schedule from generation to it; None for int8 parameters.
-        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for int8 parameters.
+            `state._replace(sigma=...)`), or a schedule from generation to it; None for `Integer` noise.
+        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for `Integer` noise.
         perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
