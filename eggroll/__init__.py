@@ -9,6 +9,7 @@ from eggroll.metrics import Metrics
 from eggroll.plan import Plan
 from eggroll.rules import Dense, Flipout, Frozen, Integer, LowRank
 from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
+from eggroll.sign_steps import standardised_sign
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
 from eggroll.threshold import threshold
@@ -34,6 +35,7 @@ __all__ = [
     "group_relative",
     "pair_sign",
     "paper_learning_rate",
+    "standardised_sign",
     "threshold",
     "train",
     "z_score",

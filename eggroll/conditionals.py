@@ -13,11 +13,11 @@ import jax.extend.core as jexc
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from eggroll.perturbed import PerturbedArray, interpret_with_rules, is_perturbed, plain, register
+from eggroll.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, plain, register
 
 
 @register(jax.lax.cond_p, precedence=1)
-def _cond(index: ArrayLike, *operands: PerturbedArray | ArrayLike, branches, **params):
+def _cond(index: ArrayLike, *operands: LazyArray | ArrayLike, branches, **params):
     if not any(map(is_perturbed, operands)) or params.get("branches_platforms"):
         return PerturbedArray.default(jax.lax.cond_p, [index, *operands], {"branches": branches, **params})
     leaves, tree = jax.tree.flatten(operands)

@@ -56,7 +56,7 @@ def draw(
     lazy = [index for index, key in enumerate(keys) if key.shared is not None]
     others = _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair, first_index, first_word)
     for index, other in zip(lazy, others, strict=True):
-        drawn[index] = noise.joined(drawn[index], other, leaves[index].dtype)
+        drawn[index] = noise.joined(drawn[index], other, leaves[index].noise_dtype)
     return drawn
 
 

@@ -157,7 +157,7 @@ def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: A
     if leaf.integer:
         return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
     if isinstance(drawn, noise.Factors):
-        return lowrank_update(coefficients, *drawn.unpacked(leaf.dtype))
+        return lowrank_update(coefficients, *drawn.unpacked(leaf.noise_dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
 
 

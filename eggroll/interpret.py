@@ -18,7 +18,7 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
 
     Args:
         function: any JAX function of a parameter pytree.
-        params: the pytree, each leaf an array or a `PerturbedArray`.
+        params: the pytree, each leaf an array or a lazy one (`PerturbedArray`, `OffGrid`).
         *args: further pytrees of arrays.
 
     Returns:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.extend.core as jexc
+import jax.numpy as jnp
 import quax
 from jax import Array
 
@@ -25,6 +26,9 @@ from eggroll import noise
 from eggroll.integer import IntegerNoise
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
+MOVES = frozenset(  # primitives that move entries about and compute nothing
+    ["transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "rev", "copy", "split"]
+)
 register = quax.register
 interpret_with_rules = quax.quaxify
 
@@ -39,14 +43,23 @@ class Use(NamedTuple):
 
 
 class Observer:
-    """Collects the uses of every probed parameter during one abstract trace."""
+    """Collects the uses of every probed parameter during one abstract trace, and the dtypes that quantised ones turn to."""
 
     def __init__(self) -> None:
         self.uses: dict[str, list[Use]] = {}
+        self.dtypes: dict[str, list[Any]] = {}
 
     def record(self, path: str, use: Use) -> None:
         """Add one use of the parameter at `path`."""
         self.uses.setdefault(path, []).append(use)
+
+    def convert(self, path: str, dtype: Any) -> None:
+        """Add one conversion of the quantised parameter at `path`."""
+        self.dtypes.setdefault(path, []).append(jnp.dtype(dtype))
+
+    def widest(self, path: str) -> Any:
+        """The widest dtype that the quantised parameter at `path` is converted to, float32 where none was seen."""
+        return max(self.dtypes.get(path, []), key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Layout:
     indexed: frozenset[int] = frozenset()  # source axes that a probe was indexed along: they must be stacked
     observer: Observer | None = None
     integer: IntegerNoise | None = None
+    quantised: Any = None  # floating dtype of the noise of an int8 base that the function has not converted yet
 
     def owns(self, component: str, tag: Tag) -> bool:
         """Whether `component` ("base", "left", "right", "scale", "shared") has the axis tagged `tag`."""
@@ -79,7 +93,11 @@ class Layout:
         return True  # a stacked axis
 
 
-class PerturbedArray(quax.ArrayValue):
+class LazyArray(quax.ArrayValue):
+    """What the function takes for an array; the file's head says why."""
+
+
+class PerturbedArray(LazyArray):
     """Lazy `base + scale * left right^T`; see the file's head. Build it with `perturb` or `probe`."""
 
     base: Array  # [...]
@@ -107,6 +125,10 @@ class PerturbedArray(quax.ArrayValue):
     def positions(self, component: str, tags: Sequence[Tag] | None = None) -> list[int]:
         """The axes, by position in the base or in `tags`, that `component` has."""
         return [axis for axis, tag in enumerate(self.tags if tags is None else tags) if self.layout.owns(component, tag)]
+
+    def with_layout(self, **changes: Any) -> "PerturbedArray":
+        """The same components under another description."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **changes))
 
     def record(self, use: Use) -> None:
         """Record one use of a probe."""
@@ -152,6 +174,8 @@ class PerturbedArray(quax.ArrayValue):
         plain = []
         for value in values:
             if isinstance(value, PerturbedArray):
+                if value.layout.quantised is not None and primitive.name not in MOVES:
+                    raise UnconvertedUse(value.layout.path, f"'{primitive.name}'")
                 if not value.observed:
                     raise value.unsupported(f"'{primitive.name}'")
                 value.record(Use(unsupported=f"used by '{primitive.name}', which has no low-rank rule"))
@@ -163,7 +187,9 @@ class PerturbedArray(quax.ArrayValue):
 def plain(output: Any, where: str) -> Any:
     """An output as a plain array: a probe records that it was returned, a perturbed parameter is refused."""
     if not isinstance(output, PerturbedArray):
-        return output
+        return output.materialise() if is_perturbed(output) else output
+    if output.layout.quantised is not None:
+        raise UnconvertedUse(output.layout.path, where)
     if not output.observed:
         raise output.unsupported(where)
     output.record(Use(unsupported=f"returned as {where}"))
@@ -181,15 +207,26 @@ class UnsupportedUse(ValueError):
         )
 
 
+class UnconvertedUse(ValueError):
+    """An int8 parameter with floating noise is computed with as it is."""
+
+    def __init__(self, path: str, where: str):
+        super().__init__(
+            f"int8 parameter '{path}' has floating noise but is used in {where} before it is a float: write "
+            "param.astype(x.dtype) first, or give it the rule Integer() or Frozen()."
+        )
+
+
 def is_perturbed(leaf: Any) -> bool:
-    """Whether `leaf` is a `PerturbedArray` (for `jax.tree` functions)."""
-    return isinstance(leaf, PerturbedArray)
+    """Whether `leaf` is a lazy parameter (for `jax.tree` functions)."""
+    return isinstance(leaf, LazyArray)
 
 
-def probe(array: Array, *, path: str, observer: Observer) -> PerturbedArray:
+def probe(array: Array, *, path: str, observer: Observer, quantised: bool = False) -> PerturbedArray:
     """Wrap a parameter so that its uses are recorded in `observer`."""
     tags = tuple((axis,) for axis in range(array.ndim))
-    return PerturbedArray(array, None, None, None, None, Layout(path, array.ndim, tags, observer=observer))
+    layout = Layout(path, array.ndim, tags, observer=observer, quantised=jnp.dtype(jnp.float32) if quantised else None)
+    return PerturbedArray(array, None, None, None, None, layout)
 
 
 def perturb(
@@ -201,6 +238,7 @@ def perturb(
     rows: Sequence[int],
     columns: Sequence[int],
     integer: IntegerNoise | None = None,
+    quantised: Any = None,
     shared: Array | None = None,
 ) -> PerturbedArray:
     """Wrap a parameter with the factors of its perturbation.
@@ -212,7 +250,8 @@ def perturb(
         path: the parameter's path, for messages.
         rows: the axes of `base` that the left factor spans.
         columns: the axes of `base` that the right factor spans.
-        integer: of an int8 parameter.
+        integer: of an int8 parameter with integer noise.
+        quantised: floating dtype of the noise of an int8 parameter that has floating noise.
         shared: noise of the shape of `base` that multiplies the product of the factors, None: none.
 
     Returns:
@@ -220,7 +259,7 @@ def perturb(
     """
     tags = tuple((axis,) for axis in range(base.ndim))
     sides = frozenset(rows), frozenset(columns)
-    layout = Layout(path, base.ndim, tags, *sides, factors.rank, integer=integer)
+    layout = Layout(path, base.ndim, tags, *sides, factors.rank, integer=integer, quantised=quantised)
     value = PerturbedArray(base, None, None, factors.words, scale, layout, shared)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))

@@ -18,7 +18,20 @@ from jax import Array
 from eggroll import integer, noise
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import Observer, UnsupportedUse, Use, perturb, probe
-from eggroll.rules import Dense, Flipout, Frozen, Integer, LowRank, Perturbation, Spec, check_params, match_rules, paths
+from eggroll.quantised import OffGrid
+from eggroll.rules import (
+    Dense,
+    Flipout,
+    Frozen,
+    Integer,
+    LowRank,
+    Perturbation,
+    Spec,
+    check_params,
+    match_rules,
+    paths,
+    quantised_leaves,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +47,21 @@ class LeafPlan:
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
     rows: tuple[int, ...] = ()  # axes spanned by the left factor
     columns: tuple[int, ...] = ()  # axes spanned by the right factor
+    converted: Any = None  # floating dtype that the function converts a quantised parameter to; None of the others
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the given axes."""
         return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the parameter is int8 under floating noise."""
+        return self.converted is not None
+
+    @property
+    def noise_dtype(self) -> Any:
+        """Dtype of floating noise: the parameter's own, of a quantised one that which it is converted to."""
+        return self.converted or self.dtype
 
     @property
     def factored(self) -> bool:
@@ -81,7 +105,7 @@ class LeafPlan:
     def noise_bytes(self) -> int:
         """Bytes of noise one member holds for this leaf: packed signs, or values."""
         packed = self.factored and self.distribution == "rademacher" and not self.integer
-        per_layer = 4 * self.words if packed else self.values * self.dtype.itemsize
+        per_layer = 4 * self.words if packed else self.values * self.noise_dtype.itemsize
         return math.prod(self.sizes(self.stack)) * per_layer
 
     def decode(self, words: Array) -> noise.Factors | Array:
@@ -97,12 +121,12 @@ class LeafPlan:
         values = integer.decode(words, self.values, distribution=distribution) if self.integer else None
         if self.role == "dense":
             if values is None:
-                values = noise.decode(words, self.values, distribution=distribution, dtype=self.dtype)
+                values = noise.decode(words, self.values, distribution=distribution, dtype=self.noise_dtype)
             return values.reshape(self.shape)
         m, n = math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
         if values is not None:
             return noise.split_factors(values, rank=self.spec.rank, m=m, n=n)
-        return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.dtype)
+        return noise.decode_factors(words, rank=self.spec.rank, m=m, n=n, distribution=distribution, dtype=self.noise_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +146,11 @@ class Plan:
         """Whether the parameters that move are int8."""
         return any(leaf.integer for leaf in self.leaves)
 
+    @property
+    def quantised(self) -> tuple[bool, ...]:
+        """Whether every leaf is an int8 parameter under floating noise."""
+        return tuple(leaf.quantised for leaf in self.leaves)
+
     def table(self) -> str:
         """A readable table: path, shape, role, rank, noise bytes per member, reason."""
         header = ("path", "shape", "role", "rank", "bytes", "reason")
@@ -129,7 +158,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(leaf.noise_bytes for leaf in self.leaves)
-        shared = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves if leaf.role == "flipout")
+        shared = sum(math.prod(leaf.shape) * leaf.noise_dtype.itemsize for leaf in self.leaves if leaf.role == "flipout")
         lines += [f"noise of all members: {shared:,} bytes"] if shared else []
         return "\n".join([*lines, f"noise per member: {total:,} bytes"])
 
@@ -144,7 +173,8 @@ class Plan:
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
     rank = str(leaf.spec.rank) if leaf.role == "low-rank" and isinstance(leaf.spec, LowRank | Integer) else "-"
-    return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", leaf.reason
+    reason = f"{leaf.reason}, int8 quantised" if leaf.quantised else leaf.reason
+    return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", reason
 
 
 def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> Plan:
@@ -165,9 +195,11 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     check_params(params, perturbation)
     leaf_paths, leaves = paths(params), jax.tree.leaves(params)
     specs = match_rules(perturbation, leaf_paths)
-    uses = read_uses(function, params, *args)
+    grid = quantised_leaves(params, perturbation)
+    seen = read_uses(function, params, *args, quantised=grid)
     planned = [
-        _plan_leaf(path, leaf, spec, uses.get(path, [])) for path, leaf, spec in zip(leaf_paths, leaves, specs, strict=True)
+        _plan_leaf(path, leaf, spec, seen.uses.get(path, []), converted=seen.widest(path) if on_grid else None)
+        for path, leaf, spec, on_grid in zip(leaf_paths, leaves, specs, grid, strict=True)
     ]
     if all(leaf.role == "frozen" for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
@@ -196,6 +228,8 @@ def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
 
 
 def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
+    if planned.quantised and planned.role == "dense":
+        return OffGrid(leaf.astype(planned.noise_dtype), planned.path)
     if not planned.factored:
         return leaf
     stack = planned.sizes(planned.stack)
@@ -203,26 +237,29 @@ def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
     assert isinstance(factors, noise.Factors)
     scale = jnp.zeros(stack, jnp.int32 if planned.integer else jnp.float32)
     options: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
-    options |= {"shared": leaf if planned.role == "flipout" else None, "integer": planned.integer}
-    return perturb(leaf, factors, scale=scale, **options)
+    options |= {"shared": leaf.astype(planned.noise_dtype) if planned.role == "flipout" else None, "integer": planned.integer}
+    return perturb(leaf, factors, scale=scale, quantised=planned.converted, **options)
 
 
-def read_uses(function: Callable, params: Any, *args: Any) -> dict[str, list[Use]]:
-    """Trace `function(params, *args)` abstractly; return the uses of every parameter by path."""
+def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[bool]) -> Observer:
+    """Trace `function(params, *args)` abstractly; return what every parameter was used for. `quantised`: of every leaf."""
     observer = Observer()
     leaf_paths = paths(params)
 
     def observed(params, *args):
         leaves, tree = jax.tree.flatten(params)
-        probes = [probe(leaf, path=path, observer=observer) for leaf, path in zip(leaves, leaf_paths, strict=True)]
+        probes = [
+            probe(leaf, path=path, observer=observer, quantised=on_grid)
+            for leaf, path, on_grid in zip(leaves, leaf_paths, quantised, strict=True)
+        ]
         return apply_perturbed(function, jax.tree.unflatten(tree, probes), *args)
 
     jax.eval_shape(observed, params, *args)
-    return observer.uses
+    return observer
 
 
-def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use]) -> LeafPlan:
-    planned = LeafPlan(path, tuple(leaf.shape), leaf.dtype, "dense", spec, "")
+def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use], *, converted: Any) -> LeafPlan:
+    planned = LeafPlan(path, tuple(leaf.shape), leaf.dtype, "dense", spec, "", converted=converted)
     if isinstance(spec, Frozen):
         return dataclasses.replace(planned, role="frozen", reason="by rule")
     if not uses:

@@ -22,6 +22,7 @@ from eggroll.hoisting import hoisted
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import perturb
 from eggroll.plan import LeafPlan, Plan
+from eggroll.quantised import OffGrid, off_grid
 
 SIGNS = (1.0, -1.0)
 
@@ -121,7 +122,7 @@ def member_params(
         pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
         sign: +1 or -1, int32 for integer noise.
         sigma: standard deviation; None for integer noise, whose spec says it.
-        lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle).
+        lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle), quantised ones as floats.
         in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
     Returns:
@@ -136,14 +137,16 @@ def member_params(
         amplitude = sign * sigma * planned.spec.sigma_multiplier
         if planned.role == "dense":
             once = leaf.ndim == 1 and (in_loop or planned.spec.distribution == "normal")
-            return _dense_sum(leaf, drawn, amplitude, once=once)
+            total = _dense_sum(leaf, drawn, amplitude, once=once, dtype=planned.noise_dtype)
+            return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.spec.rank)
         if not lazy:
-            return leaf + (scale * built_noise(planned, drawn).astype(jnp.float32)).astype(leaf.dtype)
+            built = scale * built_noise(planned, drawn).astype(jnp.float32)
+            return off_grid(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
         scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
         shared, factors = drawn if isinstance(drawn, Flipped) else (None, drawn)
         where: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
-        return perturb(leaf, factors, scale=scale, shared=shared, **where)
+        return perturb(leaf, factors, scale=scale, shared=shared, quantised=planned.converted, **where)
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
@@ -163,8 +166,8 @@ def _integer_leaf(planned: LeafPlan, leaf: Array, drawn: Any, sign: Array, *, la
     return perturb(leaf, drawn, scale=scale, path=planned.path, **sides)
 
 
-def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Array:
-    """Leaf + amplitude * drawn, added in float32 and rounded to the leaf's dtype.
+def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:
+    """Leaf + amplitude * drawn, added in float32 and rounded to `dtype`.
 
     `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
     the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is dear for
@@ -172,10 +175,10 @@ def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool) -> Ar
     """
     wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
     if not once or jax.default_backend() != "cpu":
-        return (wide + amplitude * drawn).astype(leaf.dtype)
+        return (wide + amplitude * drawn).astype(dtype)
     weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
     total = jnp.einsum("k,kn->n", weights, jnp.stack([wide, drawn]), precision=jax.lax.Precision.HIGHEST)
-    return total.astype(leaf.dtype)
+    return total.astype(dtype)
 
 
 class Flipped(NamedTuple):
@@ -189,7 +192,7 @@ def built_noise(planned: LeafPlan, drawn: noise.Factors | Flipped) -> Array:
     """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order, times what is shared."""
     if isinstance(drawn, Flipped):
         return drawn.shared * built_noise(planned, drawn.signs)
-    left, right = drawn.unpacked(planned.dtype)
+    left, right = drawn.unpacked(planned.noise_dtype)
     return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
 
 

@@ -1,4 +1,4 @@
-"""Updates of low-precision parameters that do not get lost in rounding.
+"""Updates of low-precision and quantised parameters that do not get lost in rounding.
 
 A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to nearest moves one weight in a hundred. Three ways:
 
@@ -6,14 +6,18 @@ A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to ne
     "stochastic"  round up or down with the probability that keeps the mean (no copy, unbiased)
     "nearest"     round to nearest (plain optax.apply_updates; loses small updates)
 
-The optimizer always sees float32 parameters and gradients. Float32 parameters are the same under all three.
+The optimizer always sees float32 parameters and gradients. Float32 parameters are the same under all three. Quantised int8
+parameters (`rules.is_quantised`) move on the integers from -127 to 127 in the same three ways; so far do their masters go.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from eggroll.integer import LARGEST
 
 PRECISIONS = ("master", "stochastic", "nearest")
 Masters = tuple[Array | None, ...]
@@ -24,24 +28,41 @@ def is_low(leaf: Array) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4)
 
 
-def init_masters(params: Any, precision: str) -> Masters:
-    """Float32 copies of the low-precision leaves, in leaf order, None for the others and for other precisions."""
+def init_masters(params: Any, precision: str, *, quantised: Sequence[bool] | None = None) -> Masters:
+    """Float32 copies of the low-precision and quantised leaves, in leaf order, None for the others and other precisions."""
+    leaves = jax.tree.leaves(params)
+    short = _short(leaves, quantised)
     return tuple(
-        leaf.astype(jnp.float32) if precision == "master" and is_low(leaf) else None for leaf in jax.tree.leaves(params)
+        leaf.astype(jnp.float32) if precision == "master" and is_short else None
+        for leaf, is_short in zip(leaves, short, strict=True)
     )
 
 
-def float32_params(params: Any, masters: Masters) -> Any:
-    """The parameters as the optimizer sees them: masters or float32 casts of low-precision leaves."""
+def _short(leaves: Sequence[Array], quantised: Sequence[bool] | None) -> list[bool]:
+    """Whether every leaf is held in fewer bits than it is updated in."""
+    grid = quantised or [False] * len(leaves)
+    return [is_low(leaf) or on_grid for leaf, on_grid in zip(leaves, grid, strict=True)]
+
+
+def float32_params(params: Any, masters: Masters, *, quantised: Sequence[bool] | None = None) -> Any:
+    """The parameters as the optimizer sees them: masters or float32 casts of low-precision and quantised leaves."""
     leaves, tree = jax.tree.flatten(params)
     wide = [
-        master if master is not None else leaf.astype(jnp.float32) if is_low(leaf) else leaf
-        for leaf, master in zip(leaves, masters, strict=True)
+        master if master is not None else leaf.astype(jnp.float32) if is_short else leaf
+        for leaf, master, is_short in zip(leaves, masters, _short(leaves, quantised), strict=True)
     ]
     return jax.tree.unflatten(tree, wide)
 
 
-def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str, key: Array) -> tuple[Any, Masters]:
+def apply_updates(
+    params: Any,
+    masters: Masters,
+    updates: Any,
+    *,
+    precision: str,
+    key: Array,
+    quantised: Sequence[bool] | None = None,
+) -> tuple[Any, Masters]:
     """Add float32 updates to the parameters.
 
     Args:
@@ -50,24 +71,42 @@ def apply_updates(params: Any, masters: Masters, updates: Any, *, precision: str
         updates: float32 pytree like `params`.
         precision: "master", "stochastic" or "nearest".
         key: consumed by stochastic rounding.
+        quantised: which leaves are int8 and move on the integers; None: none.
 
     Returns:
         `(params, masters)` in the dtypes they came in.
     """
     leaves, tree = jax.tree.flatten(params)
-    wide = jax.tree.leaves(float32_params(params, masters))
+    wide = jax.tree.leaves(float32_params(params, masters, quantised=quantised))
     added = [
         w + u.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w  # frozen integers and keys stay
         for w, u in zip(wide, jax.tree.leaves(updates), strict=True)
     ]
-    new_leaves = [
-        stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(jax.random.fold_in(key, i), new.shape))
-        if precision == "stochastic" and is_low(leaf)
-        else (new.astype(leaf.dtype) if is_low(leaf) else new)
-        for i, (new, leaf) in enumerate(zip(added, leaves, strict=True))
+    grid = quantised or [False] * len(leaves)
+    added = [jnp.clip(new, -LARGEST, LARGEST) if on_grid else new for new, on_grid in zip(added, grid, strict=True)]
+    short = _short(leaves, quantised)
+    drawn = [
+        jax.random.uniform(jax.random.fold_in(key, i), new.shape) if precision == "stochastic" and short[i] else None
+        for i, new in enumerate(added)
     ]
+    new_leaves = [_stored(*of_leaf) for of_leaf in zip(added, leaves, grid, drawn, strict=True)]
     new_masters = tuple(None if m is None else new for m, new in zip(masters, added, strict=True))
     return jax.tree.unflatten(tree, new_leaves), new_masters
+
+
+def _stored(new: Array, leaf: Array, on_grid: bool, uniform: Array | None) -> Array:
+    """A new value in the leaf's dtype; rounded to nearest without `uniform`."""
+    if on_grid:
+        return integer_round(new, uniform=uniform).astype(leaf.dtype)
+    return new.astype(leaf.dtype) if uniform is None else stochastic_round(new, leaf.dtype, uniform=uniform)
+
+
+def integer_round(value: Array, *, uniform: Array | None) -> Array:
+    """Round to whole numbers: up with the probability of the remainder, which keeps the mean; to nearest without `uniform`."""
+    if uniform is None:
+        return jnp.round(value)
+    whole = jnp.floor(value)
+    return whole + (uniform < value - whole).astype(value.dtype)
 
 
 def stochastic_round(value: Array, dtype: Any, *, uniform: Array) -> Array:

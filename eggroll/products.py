@@ -16,7 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll import integer
-from eggroll.perturbed import PerturbedArray, Use, register, view
+from eggroll.perturbed import PerturbedArray, UnconvertedUse, Use, register, view
+from eggroll.quantised import OffGrid
 from kernels.flipout_dot.reference import flipout_product
 from kernels.lowrank_dot.reference import lowrank_product
 
@@ -49,6 +50,8 @@ def _sides(value: PerturbedArray, axes: Sequence[int], where: str) -> tuple[str,
 
 def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, params: dict) -> Array:
     """`contract` and `batch` are pairs (axes of x, axes of the parameter)."""
+    if value.layout.quantised is not None:
+        raise UnconvertedUse(value.layout.path, "'dot_general'")
     operands = (x, value.base) if x_first else (value.base, x)
     out = jax.lax.dot_general_p.bind(*operands, **params)
     if value.observed:
@@ -111,7 +114,7 @@ def _dot_perturbed_array(value: PerturbedArray, x: ArrayLike, **params):
 @register(jax.lax.gather_p)
 def _gather(value: PerturbedArray, indices: ArrayLike, **params):
     """Look up along one axis: rows of a matrix (an embedding), or a view of stacked matrices (experts)."""
-    numbers, ndim = params["dimension_numbers"], value.base.ndim
+    numbers, ndim, layout = params["dimension_numbers"], value.base.ndim, value.layout
     axes = numbers.start_index_map
     whole = all(size == (1 if a in axes else value.base.shape[a]) for a, size in enumerate(params["slice_sizes"]))
     if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims or not whole:
@@ -120,7 +123,7 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params):
     axis, kept = axes[0], [a for a in range(ndim) if a != axes[0]]
     if value.observed and len(kept) == 1:
         _observe(value, [axis])
-        return out
+        return out if value.layout.quantised is None else OffGrid(out.astype(jnp.float32), layout.path, layout.observer)
     kept_axes, index_axes = iter(kept), iter(range(ndim, ndim + indices.ndim - 1))
     out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
     if len(kept) == 1:
@@ -131,7 +134,9 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params):
     return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
 
 
-def _gathered_sum(value: PerturbedArray, rows: Array, term: Array) -> Array:
+def _gathered_sum(value: PerturbedArray, rows: Array, term: Array) -> Array | OffGrid:
+    if value.layout.quantised is not None:
+        return OffGrid(rows.astype(term.dtype) + term, value.layout.path)
     if value.layout.integer is None:
         return rows + term.astype(rows.dtype)
     total = rows.astype(jnp.int32) + _perturbation(value, term)
@@ -142,7 +147,7 @@ def _gathered_rows(value: PerturbedArray, chosen: Array, axis: int, out_axes: li
     """The perturbation of the chosen rows; `out_axes` labels kept axes by position, index axes from 2 on."""
     first, second = _sides(value, [axis], "a lookup along a stacked axis of a vector")
     factors = getattr(value, first), getattr(value, second)
-    wide = value.base.dtype if value.layout.integer is None else jnp.int32
+    wide = value.layout.quantised or (value.base.dtype if value.layout.integer is None else jnp.int32)
     rows = jnp.take(factors[0], chosen, axis=0, mode="clip").astype(wide) * value.scale.astype(wide)
     rows *= _in_range(chosen, value.base.shape[axis])[..., None].astype(rows.dtype)  # a fill value is not perturbed
     rank_label = 2 + chosen.ndim

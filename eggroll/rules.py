@@ -1,7 +1,8 @@
 """Rules: which kind of noise the user asks for, by parameter path.
 
 A perturbation is one spec for all parameters, or a list of rules (pattern, spec): `re.fullmatch` on the path, the first match
-wins, a rule that matches nothing is an error.
+wins, a rule that matches nothing is an error. An int8 parameter under `LowRank`, `Dense` or `Flipout` is *quantised*: a member
+sees float(Q) + sigma E where its function converts it to a floating dtype, sigma in units of one integer.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ def paths(params: Any) -> list[str]:
 
 
 def check_params(params: Any, perturbation: Perturbation) -> None:
-    """Raise TypeError or ValueError unless there are leaves, all arrays with paths of their own, floating where not frozen."""
+    """Raise TypeError or ValueError unless there are leaves, all arrays with paths of their own, of dtypes that rules take."""
     leaves, leaf_paths = jax.tree.leaves(params), paths(params)
     if not leaves:
         raise ValueError("params has no array leaves; expected a pytree of parameters such as model.init(...).")
@@ -106,12 +107,38 @@ def check_params(params: Any, perturbation: Perturbation) -> None:
     for path, leaf, spec in zip(leaf_paths, leaves, match_rules(perturbation, leaf_paths), strict=True):
         if isinstance(spec, Integer) and leaf.dtype != jnp.int8:
             raise ValueError(f"parameter '{path}' has dtype {leaf.dtype}; Integer() is for int8 parameters.")
-        if leaf.dtype == jnp.int8 and not isinstance(spec, Integer | Frozen):
-            raise ValueError(f"int8 parameter '{path}' needs the rule Integer() or Frozen(), got {spec}.")
-        if not isinstance(spec, Integer | Frozen) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not isinstance(spec, Integer | Frozen) and not _takes_floating_noise(leaf):
             raise ValueError(
                 f"parameter '{path}' has dtype {leaf.dtype}, which no floating perturbation fits; put the rule "
                 f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
+            )
+
+
+def _takes_floating_noise(leaf: Any) -> bool:
+    return leaf.dtype == jnp.int8 or bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def is_quantised(leaf: Any, spec: Spec) -> bool:
+    """Whether a leaf is int8 under floating noise: integers that the function converts to a floating dtype."""
+    return leaf.dtype == jnp.int8 and isinstance(spec, LowRank | Dense | Flipout)
+
+
+def quantised_leaves(params: Any, perturbation: Perturbation) -> tuple[bool, ...]:
+    """Whether every leaf, in leaf order, is quantised.
+
+    Raises:
+        ValueError: an unused rule, or a leaf without a rule.
+    """
+    specs = match_rules(perturbation, paths(params))
+    return tuple(is_quantised(leaf, spec) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True))
+
+
+def refuse_quantised(params: Any, perturbation: Perturbation) -> None:
+    """Raise ValueError where a leaf is quantised, for a strategy whose steps are floats throughout."""
+    for path, on_grid in zip(paths(params), quantised_leaves(params, perturbation), strict=True):
+        if on_grid:
+            raise ValueError(
+                f"int8 parameter '{path}' evolves under eggroll.EvolutionStrategy only: give it the rule Frozen()."
             )
 
 

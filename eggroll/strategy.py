@@ -24,12 +24,11 @@ from eggroll.mesh import Placement, of_outputs, of_report, of_update, place
 from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout, evaluate
-from eggroll.precision import float32_params, init_masters
 from eggroll.rules import LowRank, Perturbation, check_params
 from eggroll.settings import check_settings
 from eggroll.shaping import Shaping
 from eggroll.state import ESState
-from eggroll.update import UpdateReport, exact, of_trained, reported, update
+from eggroll.update import UpdateReport, exact, initial, of_trained, reported, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class EvolutionStrategy:
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
         sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
-            `state._replace(sigma=...)`), or a schedule from generation to it; None for int8 parameters.
-        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for int8 parameters.
+            `state._replace(sigma=...)`), or a schedule from generation to it; None for `Integer` noise.
+        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for `Integer` noise.
         perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
@@ -53,7 +52,8 @@ class EvolutionStrategy:
         memory_budget: bytes of temporary memory of an evaluation, or "device": half of what is free; picks the chunk size.
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
-        precision: how parameters shorter than float32 are updated: "master", "stochastic" or "nearest" (see `precision`).
+        precision: how parameters shorter than float32, quantised int8 ones among them, are updated: "master", "stochastic" or
+            "nearest" (see `precision`).
         mesh: devices to run on, axes out of "population", "data", "model" (docs/scaling.md); chunks and budget are per device.
         shard_optimizer: keep the optimizer state in equal shares over the mesh axis "population".
 
@@ -108,9 +108,8 @@ class EvolutionStrategy:
         noise.check_key(key)
         check_params(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
-        masters = init_masters(params, self.precision)
+        masters, opt_state = initial(self.optimizer, params, self.perturbation, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
-        opt_state = of_trained(self.optimizer, params, self.perturbation).init(float32_params(params, masters))
         sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, per_member)
         return place(self.placement, state, None)[0]

@@ -17,8 +17,8 @@ from jax import Array
 
 from eggroll import estimator, noise
 from eggroll.plan import LeafPlan, Plan
-from eggroll.precision import apply_updates, float32_params
-from eggroll.rules import Perturbation, is_integer, trainable
+from eggroll.precision import Masters, apply_updates, float32_params, init_masters
+from eggroll.rules import Perturbation, is_integer, quantised_leaves, trainable
 from eggroll.state import ESState
 
 
@@ -69,7 +69,7 @@ def update(
         coefficients: float32 [P], from `estimator.pair_coefficients`; for int8 parameters from `exact`.
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
-        precision: how short floats are updated.
+        precision: how short floats and quantised parameters are updated.
         gradient: `estimator.gradient`, or the one that runs over a mesh.
 
     Returns:
@@ -80,18 +80,19 @@ def update(
         options: dict[str, Any] = {"noise_generation": noise_generation, "gradient": gradient}
         return _update_integers(plan, optimizer, state, coefficients, **options)
     ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
-    wide = float32_params(state.params, state.masters)
+    wide = float32_params(state.params, state.masters, quantised=plan.quantised)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     known: dict[str, Any] = dict(coefficients=coefficients, sigma=sigma)
     known["noise"] = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
     updates, opt_state = optimizer.update(descent, state.opt_state, wide, **known)
     rounding_key = jax.random.fold_in(noise.stream_key(state.key, 2), state.generation)
-    params, masters = apply_updates(state.params, state.masters, updates, precision=precision, key=rounding_key)
+    how: dict[str, Any] = {"precision": precision, "key": rounding_key, "quantised": plan.quantised}
+    params, masters = apply_updates(state.params, state.masters, updates, **how)
     squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])
     skipped = ~jnp.isfinite(squares.sum())
     changed = state._replace(params=params, opt_state=opt_state, masters=masters)
     kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), changed, state)
-    moved = _share_moved(state.params, kept.params)
+    moved = _share_moved(plan, state.params, kept.params)
     return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
 
 
@@ -137,8 +138,17 @@ def of_trained(optimizer: Any, params: Any, perturbation: Perturbation) -> optax
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def _share_moved(old: Any, new: Any) -> Array:
-    pairs = [pair for pair in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True) if _is_float(pair[0])]
+def initial(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
+    """The masters and the optimizer's state of a new run."""
+    grid = quantised_leaves(params, perturbation)
+    masters = init_masters(params, precision, quantised=grid)
+    wide = float32_params(params, masters, quantised=grid)
+    return masters, of_trained(optimizer, params, perturbation).init(wide)
+
+
+def _share_moved(plan: Plan, old: Any, new: Any) -> Array:
+    leaves = zip(plan.quantised, jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    pairs = [(a, b) for on_grid, a, b in leaves if on_grid or _is_float(a)]
     moved = sum((jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs), start=jnp.float32(0))
     return moved / max(1, sum(a.size for a, _ in pairs))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from eggroll.perturbed import PerturbedArray, Tag, register, view
+from eggroll.quantised import converted
 
 
 @register(jax.lax.transpose_p)
@@ -25,6 +26,8 @@ def _transpose(value: PerturbedArray, *, permutation):
 
 @register(jax.lax.convert_element_type_p)
 def _convert_element_type(value: PerturbedArray, *, new_dtype, weak_type, sharding):
+    if value.layout.quantised is not None:
+        return converted(value, new_dtype)
     kinds = jnp.floating, jnp.integer
     if not any(jnp.issubdtype(new_dtype, kind) and jnp.issubdtype(value.base.dtype, kind) for kind in kinds):
         params = dict(new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)

@@ -97,6 +97,8 @@ def against_one_device(on, name="plain", *, count=1, **mesh_options):
     wanted, reference = expected[count - 1]
     numbers = {"fitness": difference(metrics.fitness, reference.fitness), "update": difference(state.params, wanted.params)}
     numbers["momentum"] = difference(state.opt_state, wanted.opt_state)
+    if any(master is not None for master in state.masters):
+        numbers["masters"] = difference(state.masters, wanted.masters)
     if state.member_state is not None:
         numbers["member_state"] = difference(state.member_state, wanted.member_state)
     if metrics.aux is not None:
@@ -117,6 +119,13 @@ def with_aux(params, batch, key):
     return fitness(params, batch, key), {"sum": total, "mean": mean, "max": outputs.max(), "min": outputs.min(), "all": mean}
 
 
+def quantised(params, batch, key):
+    return -jnp.mean((jnp.tanh((batch @ params["w"].astype(batch.dtype)) * params["s"]) - 1.0) ** 2)
+
+
+QUANTISED = {"w": jnp.asarray(np.random.default_rng(0).integers(-99, 100, (4, 8)), jnp.int8), "s": jnp.full(8, 0.02)}
+ON_INTEGERS = dict(sigma=0.4, perturbation=[("s", eggroll.Frozen()), (".*", eggroll.LowRank())])
+ON_INTEGERS["optimizer"] = optax.sgd(5.0, momentum=0.9)
 RULES = [("b", eggroll.Frozen()), (".*", eggroll.LowRank(2, "normal"))]
 PROBLEMS = {
     "plain": (fitness, {}, X, {}),
@@ -127,6 +136,7 @@ PROBLEMS = {
     "member state, 11 pairs": (recurrent, dict(population_size=22, members_per_batch=1), per_member_batch(22), MEMORY),
     "aux": (with_aux, dict(aux={name: name for name in ("sum", "mean", "max", "min", "all")}), X, {}),
     "rules": (fitness, dict(perturbation=RULES), X, {}),
+    "quantised": (quantised, ON_INTEGERS, X, {"params": QUANTISED}),
 }
 EQUAL = {
     "population 1": lambda: against_one_device(mesh(population=1)),
@@ -146,6 +156,7 @@ EQUAL = {
     "population 8, member state, 11 pairs": lambda: against_one_device(mesh(population=8), "member state, 11 pairs"),
     "population 4, data 2, aux": lambda: against_one_device(mesh(population=4, data=2), "aux"),
     "population 8, rules": lambda: against_one_device(mesh(population=8), "rules"),
+    "population 4, data 2, quantised": lambda: against_one_device(mesh(population=4, data=2), "quantised", count=2),
 }
 
 

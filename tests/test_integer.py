@@ -539,13 +539,6 @@ def planned(spec=SPECS["normal-1"], params=None, function=None, batch=None, **op
         (lambda: planned(eggroll.Integer(1, "uniform")), ValueError, "distribution must be one of normal, rademacher"),
         (lambda: planned(params={"w": jnp.ones((6, 8))}), ValueError, "'w' has dtype float32; Integer.. is for int8"),
         (
-            lambda: eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=optax.sgd(1.0)).init(
-                {"w": ints(6, 8)}, key=jax.random.key(0)
-            ),
-            ValueError,
-            "int8 parameter 'w' needs the rule Integer.. or Frozen.., got LowRank",
-        ),
-        (
             lambda: strategy(spec=[("w", eggroll.Integer()), (".*", eggroll.LowRank())]),
             ValueError,
             "perturbation mixes Integer.. with LowRank.. or Dense",

@@ -34,6 +34,7 @@ SAME = [  # names of `mesh_runs.EQUAL`
     "population 8, member state, 11 pairs",
     "population 4, data 2, aux",
     "population 8, rules",
+    "population 4, data 2, quantised",
 ]
 
 

@@ -80,6 +80,29 @@ def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--int8.threshold", "1", "--precision", "stochastic"],
+        pytest.param(["--start.architecture", "rwkv7"], marks=[pytest.mark.heavy, pytest.mark.slow]),
+    ],
+)
+def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
+    options, out = ["--weights", "int8", *more], folder / f"out/int8-{len(more)}"
+    run(capsys, *options, "--generations", "3", "--folder", f"{out}/whole")
+    run(capsys, *options, "--generations", "2", "--folder", f"{out}/parts")
+    summary = run(capsys, *options, "--generations", "3", "--folder", f"{out}/parts", "--resume")
+    assert summary["generations"] == 3 and equal(weights(out / "whole"), weights(out / "parts"))
+    lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2] and all(line["moved"] > 0 for line in lines)
+    matrices = [leaf for leaf in jax.tree.leaves(weights(out / "whole")["blocks"]) if leaf.ndim == 3]
+    assert matrices and all(leaf.dtype == jnp.float32 for leaf in matrices)
+    journal.main(["verify", f"{out}/whole"])
+    assert "rebuilt bit for bit" in capsys.readouterr().out
+    summary = run(capsys, *options, "--plan", "--memory-budget", "1000000")
+    assert summary["model"].endswith("float32, int8 matrices")
+
+
 def test_grpo_in_the_same_frame(folder, capsys, signal):
     options = ["--algorithm", "grpo", "--grpo.prompts", "2", "--grpo.samples", "2", "--generations", "2", "--seeds", "2"]
     summary = run(capsys, *options, "--folder", "out/grpo")
@@ -203,6 +226,10 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),
         (["--algorithm", "grpo", "--resume"], "resume, mesh and pass_k are for eggroll, not for grpo."),
         (["--algorithm", "grpo", "--grpo.samples", "1"], "samples must be an integer >= 2, got 1."),
+        (["--weights", "int8", "--int8.sigma", "0"], "int8.sigma must be a finite number > 0, got 0.0."),
+        (["--weights", "int8", "--int8.learning-rate", "inf"], "int8.learning_rate must be a finite number > 0, got inf."),
+        (["--weights", "int8", "--int8.threshold", "-1"], "int8.threshold must be a finite number >= 0 or None, got -1.0."),
+        (["--weights", "int8", "--algorithm", "grpo"], "weights int8 are for eggroll, not for grpo"),
         (["--start.width", "17"], "start.width must be a multiple of 16, got 17."),
         (["--mesh", "members=2"], "mesh must be such as population=4,data=2"),
     ],

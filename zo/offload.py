@@ -26,7 +26,7 @@ from eggroll import noise
 from eggroll.plan import Plan
 from eggroll.precision import is_low
 from eggroll.processes import whole
-from eggroll.rules import check_params
+from eggroll.rules import check_params, refuse_quantised
 from zo.blocks import Blocks, check_blocks, split_plan
 from zo.distributed import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced
 from zo.estimators import ESTIMATORS
@@ -82,6 +82,7 @@ class Offload:
         noise.check_key(key)
         count = check_blocks(params)
         check_params(params, self.tuner.perturbation)
+        refuse_quantised(params, self.tuner.perturbation)
         if self.transfer_dtype is not None and any(is_low(leaf) for leaf in jax.tree.leaves(params["blocks"])):
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which travel as they are.")
         blocks = tuple(jax.tree.map(lambda x, own=i: self._stored(x[own]), params["blocks"]) for i in range(count))

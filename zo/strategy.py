@@ -24,7 +24,7 @@ from eggroll.metrics import Metrics, report_fitness
 from eggroll.plan import Plan, make_plan
 from eggroll.population import PopulationLayout
 from eggroll.precision import float32_params, init_masters
-from eggroll.rules import Dense, Perturbation, check_params, is_integer
+from eggroll.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
 from eggroll.state import ESState
 from eggroll.update import of_trained, update
 from zo.blocks import Blocks, stacked_plan, whole_loss
@@ -144,6 +144,7 @@ class ZerothOrder:
         """
         noise.check_key(key)
         check_params(params, self.perturbation)
+        refuse_quantised(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
         if batch is not None:
             self.plan_of(params, batch)

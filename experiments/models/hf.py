@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from experiments.models.decoder import Decoder
 from experiments.models.families import FAMILIES, Config, decoder, family_of, generator
+from experiments.models.int8 import dequantise
 from experiments.models.leaves import Leaf, check_params
 from experiments.models.shards import CONFIG, SINGLE, Shards, read_object
 
@@ -104,7 +105,7 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     Args:
         folder: made where it is missing.
         config: of the model.
-        params: its parameters, of one dtype.
+        params: its parameters, of one dtype; int8 matrices (`int8.quantise`) are written as floats.
         source: folder that the model was loaded from; its tokenizer and further settings are copied.
 
     Returns:
@@ -116,7 +117,7 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     from safetensors.numpy import save_file
 
     folder, family = Path(folder), family_of(config)
-    leaves = family.leaves(config)
+    leaves, params = family.leaves(config), dequantise(params)
     check_params(leaves, params)
     tensors = {leaf.tensor: _stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
     for name, leaf in leaves.blocks.items():

@@ -23,6 +23,7 @@ from jax import Array
 from experiments.models.attention import layer_norm
 from experiments.models.decoder import Decoder
 from experiments.models.generator import Generator
+from experiments.models.int8 import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,8 @@ def layer(config: RWKV7Config, own: Any, x: Array, first_v: Array, *, first: Arr
     mixed, first_v, memory = _time_mix(config, own, normed, first_v, first=first, mask=mask, state=state)
     x = x + mixed
     fed = jnp.where(real, _norm(config, own, "ffn_norm", x), jnp.zeros((), x.dtype))
-    hidden = _mix(fed, _previous(fed, state.fed), own["ffn_mix_k"]) @ own["ffn_k"]
-    x = x + jnp.square(jax.nn.relu(hidden)) @ own["ffn_v"]
+    hidden = matmul(_mix(fed, _previous(fed, state.fed), own["ffn_mix_k"]), own["ffn_k"])
+    x = x + matmul(jnp.square(jax.nn.relu(hidden)), own["ffn_v"])
     return x, first_v, State(normed[:, -1], memory, fed[:, -1])
 
 
@@ -111,18 +112,18 @@ def _time_mix(config: RWKV7Config, own: Any, x: Array, first_v: Array, *, first:
 
     before = _previous(x, state.mixed)
     xr, xw, xk, xv, xa, xg = (_mix(x, before, own[f"mix_{name}"]) for name in "rwkvag")
-    r, k, v = xr @ own["r"], xk @ own["k"], xv @ own["v"]
-    rate = jax.nn.sigmoid((own["w0"] + jnp.tanh(xw @ own["w1"]) @ own["w2"]).astype(jnp.float32))
-    a = jax.nn.sigmoid(own["a0"] + (xa @ own["a1"]) @ own["a2"])
-    g = jax.nn.sigmoid(xg @ own["g1"]) @ own["g2"]
+    r, k, v = matmul(xr, own["r"]), matmul(xk, own["k"]), matmul(xv, own["v"])
+    rate = jax.nn.sigmoid((own["w0"] + matmul(jnp.tanh(matmul(xw, own["w1"])), own["w2"])).astype(jnp.float32))
+    a = jax.nn.sigmoid(own["a0"] + matmul(matmul(xa, own["a1"]), own["a2"]))
+    g = matmul(jax.nn.sigmoid(matmul(xg, own["g1"])), own["g2"])
     first_v = jnp.where(first, v, first_v)
-    v = v + (first_v - v) * jax.nn.sigmoid(own["v0"] + (xv @ own["v1"]) @ own["v2"])
+    v = v + (first_v - v) * jax.nn.sigmoid(own["v0"] + matmul(matmul(xv, own["v1"]), own["v2"]))
     u = _unit(by_head(k * own["k_k"]))
     k = k * (1 + (a - 1) * own["k_a"])
     inputs = by_head(r), by_head(jnp.exp(-math.exp(-0.5) * rate)), by_head(k), by_head(v), u, by_head(a)
     memory, y = _remember(state.memory, tuple(map(_wide, inputs)), mask)
     y = _group_norm(config, own, y).astype(x.dtype) + (jnp.sum(by_head(r * k * own["r_k"]), -1, keepdims=True) * by_head(v))
-    return (y.reshape(x.shape) * g) @ own["o"], first_v, memory
+    return matmul(y.reshape(x.shape) * g, own["o"]), first_v, memory
 
 
 def _remember(memory: Array, inputs: tuple[Array, ...], mask: Array) -> tuple[Array, Array]:

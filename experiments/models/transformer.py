@@ -17,6 +17,7 @@ from jax import Array
 from experiments.models import rotary
 from experiments.models.attention import attend, positions, rms_norm, visible
 from experiments.models.decoder import Decoder
+from experiments.models.int8 import matmul
 from experiments.models.leaves import Leaf, Leaves, linear
 from experiments.models.rotary import Rotary, rotate
 
@@ -111,7 +112,7 @@ def leaves(config: TransformerConfig) -> Leaves:
 
 def dense(own: Any, name: str, x: Array) -> Array:
     """Return x W, plus the bias where there is one."""
-    out = x @ own[name]
+    out = matmul(x, own[name])
     return out + own[f"{name}_bias"] if f"{name}_bias" in own else out
 
 

@@ -12,6 +12,7 @@ import eggroll
 from experiments.baselines.grpo import GRPO
 from experiments.common.run import jsonable
 from experiments.decoding import check_sampling
+from experiments.reason.int8 import Int8
 from experiments.reason.start import Start
 
 _POSITIVE = ("seeds", "prompts", "samples", "rank", "noise_reuse", "check_every", "validation_size", "test_size", "room")
@@ -42,6 +43,10 @@ class Config:
     model, warm-started on worked examples of the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters of such a checkpoint."""
+    weights: Literal["float", "int8"] = "float"
+    """Of the matrices of the blocks: floats like all else, or int8 with a scale for every output channel."""
+    int8: Int8 = dataclasses.field(default_factory=Int8)
+    """How int8 matrices evolve."""
     start: Start = dataclasses.field(default_factory=Start)
     """The small model, where no checkpoint is given."""
     task: str = "arithmetic"
@@ -87,7 +92,7 @@ class Config:
     freeze: tuple[str, ...] = ()
     """Patterns of parameter paths that are not evolved, such as "resident/.*"."""
     precision: Literal["master", "stochastic", "nearest"] = "master"
-    """How bfloat16 parameters are updated; metrics.jsonl has the share that moved."""
+    """How bfloat16 and int8 parameters are updated; metrics.jsonl has the share that moved."""
     grpo: GRPO = dataclasses.field(default_factory=GRPO)
     """Settings of grpo."""
     generations: int | None = None
@@ -137,7 +142,8 @@ class Config:
     @property
     def perturbation(self) -> Any:
         """The rules of the noise."""
-        return [*((pattern, eggroll.Frozen()) for pattern in self.freeze), (".*", eggroll.LowRank(self.rank))]
+        quantised = self.int8.rules(sigma=self.sigma, rank=self.rank) if self.weights == "int8" else []
+        return [*((pattern, eggroll.Frozen()) for pattern in self.freeze), *quantised, (".*", eggroll.LowRank(self.rank))]
 
     def given(self) -> dict[str, Any]:
         """The options of the task; ValueError for one that is not name=value."""
@@ -183,7 +189,10 @@ class Config:
             )
         if self.algorithm == "grpo" and (self.resume or self.mesh or self.pass_k):
             raise ValueError("resume, mesh and pass_k are for eggroll, not for grpo.")
+        if self.algorithm == "grpo" and self.weights == "int8":
+            raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()
+        self.int8.check()
         self.given()
         if self.algorithm == "grpo":
             self.grpo.check()
@@ -193,7 +202,7 @@ def remade(options: dict[str, Any]) -> Config:
     """The configuration of `Config.options()` and a seed, as the journal's header holds it."""
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     model = {"model": Path(options["model"])} if options["model"] is not None else {}
-    parts = {"start": Start(**options["start"]), "grpo": GRPO(**options["grpo"])}
+    parts = {"start": Start(**options["start"]), "grpo": GRPO(**options["grpo"]), "int8": Int8(**options.get("int8", {}))}
     return Config(**options | tuples | model | parts)
 
 

@@ -149,9 +149,10 @@ def _within(group: int) -> eggroll.shaping.Shaping:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma."""
+    """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma. Int8 matrices have their own."""
     rate, first = config.learning_rate, [optax.scale_by_adam()] if config.optimizer == "adam" else []
     if config.optimizer == "sgd":
         rate = eggroll.paper_learning_rate(rate, sigma=config.sigma, population_size=config.population_size)
     anchored = [eggroll.anchored_decay(config.anchor)] if config.anchor else []
-    return optax.chain(*first, *anchored, optax.scale_by_learning_rate(rate))
+    floats = optax.chain(*first, *anchored, optax.scale_by_learning_rate(rate))
+    return config.int8.optimizer(floats) if config.weights == "int8" else floats

@@ -8,6 +8,8 @@ from eggroll.chunking import free_bytes
 from envs import tasks
 from experiments.data.tokens import ByteTokenizer, Tokenizer, tokenizer_of
 from experiments.models import hf
+from experiments.models.families import family_of
+from experiments.models.int8 import quantise
 from experiments.models.shards import CONFIG, read_object
 from experiments.reason.config import Config
 from experiments.reason.plan import MemoryPlan, memory_plan
@@ -66,6 +68,8 @@ def load(config: Config, inputs: Inputs) -> Problem:
     """
     source = config.model or warm_start(config.start, inputs.task, template=config.template)
     model, _, params = hf.load(source, config.dtype if config.model else "float32")
+    if config.weights == "int8":
+        params = quantise(family_of(model).leaves(model), params)
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=config.timeout)
     return Problem(source, model, params, inputs.tokenizer, inputs.task, config.template, inputs.prompt_length, scorer)
 
@@ -75,7 +79,7 @@ def plan(config: Config, inputs: Inputs) -> MemoryPlan:
     budget = config.memory_budget or free_bytes()
     texts = {"prompts": config.prompts * config.samples, "prompt_length": inputs.prompt_length, "room": config.room}
     dtype = config.dtype if config.model else "float32"
-    return memory_plan(inputs.model, dtype=dtype, rank=config.rank, budget=budget, **texts)
+    return memory_plan(inputs.model, dtype=dtype, weights=config.weights, rank=config.rank, budget=budget, **texts)
 
 
 def sampling_of(config: Config, problem: Problem) -> Sampling:

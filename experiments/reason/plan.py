@@ -20,6 +20,7 @@ from eggroll.plan import Plan, make_plan
 from experiments.decoding import Prompts, check_sampling, complete
 from experiments.models import hf
 from experiments.models.families import family_of
+from experiments.models.int8 import SCALE, quantise
 from experiments.models.leaves import init
 
 
@@ -63,7 +64,15 @@ class MemoryPlan(NamedTuple):
 
 
 def memory_plan(
-    config: hf.Config, *, dtype: DTypeLike, prompts: int, prompt_length: int, room: int, rank: int, budget: int
+    config: hf.Config,
+    *,
+    dtype: DTypeLike,
+    prompts: int,
+    prompt_length: int,
+    room: int,
+    rank: int,
+    budget: int,
+    weights: str = "float",
 ) -> MemoryPlan:
     """Compute what a population needs, without making an array.
 
@@ -75,6 +84,7 @@ def memory_plan(
         room: most tokens that follow, >= 1.
         rank: of the noise, >= 1.
         budget: bytes for parameters and members, >= 1.
+        weights: "int8" where the matrices of the blocks are.
 
     Returns:
         The plan; its `members` is 0 where not even a pair fits.
@@ -91,15 +101,18 @@ def memory_plan(
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
     generator, leaves = hf.generator(config), family_of(config).leaves(config)
     params = jax.eval_shape(lambda: init(leaves, jax.random.key(0), dtype))
+    if weights == "int8":
+        params = jax.eval_shape(lambda params: quantise(leaves, params), params)
     texts = Prompts(*(jax.ShapeDtypeStruct((prompts, prompt_length), kind) for kind in (jnp.int32, bool)))
     logits, cache = jax.eval_shape(lambda params, tokens, mask: generator.prefill(params, tokens, mask, room), params, *texts)
 
     def function(params: Any, texts: Prompts) -> Any:
         return complete(generator, params, texts, room=room, ending=())
 
-    noise = make_plan(function, params, texts, perturbation=eggroll.LowRank(rank))
+    fixed = [(f".*/{SCALE}", eggroll.Frozen())] if weights == "int8" else []
+    noise = make_plan(function, params, texts, perturbation=[*fixed, (".*", eggroll.LowRank(rank))])
     plan = MemoryPlan(
-        model=f"{config.model_type}, {dtype}",
+        model=f"{config.model_type}, {dtype}" + (", int8 matrices" if weights == "int8" else ""),
         prompts=prompts,
         prompt_length=prompt_length,
         room=room,
