@@ -18,14 +18,19 @@ from eggroll.processes import is_first, join
 SUMMARY = "summary.json"  # of a seed, with the options that gave it; it is written last
 
 
-def join_processes() -> None:
+def join_processes() -> bool:
     """Meet the other processes of this run, if there are any (`eggroll.processes`); only the first one prints.
+
+    Returns:
+        Whether there are several.
 
     Raises:
         ValueError, RuntimeError: they cannot be found, or do not come.
     """
-    if join() and not is_first():
+    several = join()
+    if several and not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return several
 
 
 def run_folder(name: str | Path) -> Path:

@@ -25,6 +25,12 @@ from experiments.reason.progress import Progress
 from experiments.reason.validation import Validation
 
 
+STOPPED = {  # by Ctrl-C
+    "eggroll": "stopped; the same command with --resume goes on after the last whole generation.",
+    "grpo": "stopped; grpo keeps no checkpoints, so that it starts anew the next time.",
+}
+
+
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
     """Make the strategy and the initial state of a run again: the recipe of its journal."""
     config = remade(options)
@@ -65,7 +71,8 @@ class Experiment:
         print(f"seed {seed}: {words}; metrics and model are in {folder}", flush=True)
         if is_first():
             hf.save(folder / "model", problem.config, params, source=problem.source)
-            write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
+            limits = {"generations": config.generations, "seconds": config.seconds}
+            write_json(folder / SUMMARY, {"options": config.options(), "seed": seed, "limits": limits} | row)
         return row
 
     def run(self) -> dict[str, Any]:
@@ -81,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = parse(arguments)
         config.check()
-        join_processes()
+        if join_processes() and config.algorithm == "grpo":
+            raise ValueError("grpo runs in one process; eggroll runs in several.")
         inputs = prepare(config)
         if config.plan:
             needed = plan(config, inputs)
@@ -95,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 experiment.problem.scorer.close()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(STOPPED[config.algorithm], file=sys.stderr)
+        sys.exit(130)  # what a shell expects of SIGINT
     print_summary(summary)
 
 
