@@ -118,7 +118,8 @@ def moved(torch, model):
 
 
 CHATML = (
-    "{% for message in messages %}\n<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}\n"
+    "{% for message in messages %}\n<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}\n"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint: the texts and tokens of transformers, wherever it is kept, and what is said without one."""
+"""The chat template of a checkpoint: texts and tokens of transformers, wherever it is kept, and what is said without one."""
 
 import json
 
@@ -9,12 +9,12 @@ from experiments.reason.problem import check_template, read_by_model
 from tests.language_models import CHATML, write_tokenizer
 
 pytest.importorskip("jinja2")
-from experiments.reason.chat import Chat  # noqa: E402
+from experiments.reason.chat import Chat
 
 PROMPTS = ["2+2=", "  Make 7 out of [1, 6].\n\n", "{prompt} {{ 1 }} <|im_end|> é"]
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set given = messages[0]['content'] %}{% else %}{% set given = false %}{% endif %}"
-    "{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('roles') }}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{% set given = messages[0]['content'] %}{% else %}{% set given = 0 %}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('roles') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
@@ -72,5 +72,5 @@ def test_without_a_template_that_works_it_is_one_sentence(settings, sentence, tm
 
 def test_a_template_that_leaves_out_the_prompt_is_refused(tmp_path):
     write_tokenizer(tmp_path, chat_template="hello")
-    with pytest.raises(ValueError, match="template must have {prompt}, where the task's prompt goes, got 'hello'"):
+    with pytest.raises(ValueError, match=r"template must have {prompt}, where the task's prompt goes, got 'hello'"):
         check_template(Chat(tmp_path), FileTokenizer(tmp_path))

@@ -15,7 +15,20 @@ pytestmark = [
     pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
     pytest.mark.filterwarnings("ignore:no completion until generation"),
 ]
-TINY = ["--model", "qwen", "--population-size", "4", "--prompts", "2", "--room", "6", "--generations", "2", "--check-every", "1"]
+TINY = [
+    "--model",
+    "qwen",
+    "--population-size",
+    "4",
+    "--prompts",
+    "2",
+    "--room",
+    "6",
+    "--generations",
+    "2",
+    "--check-every",
+    "1",
+]
 TINY += ["--validation-size", "4", "--test-size", "4", "--examples", "1"]
 PROBLEMS = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} is {2 * n}.\n#### {2 * n}"} for n in range(12)]
 GSM8K = ["--task", "gsm8k", "--task-options", "train=train.jsonl", "test=test.jsonl", "validation=4"]

@@ -43,7 +43,10 @@ def test_a_comparison_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")  # nothing can be run any more
     compare.main(options)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == first["rows"]
-    for other, words in ((["--seconds", "7"], "has runs with other limits"), (["--sigma", "0.5"], "has a run with another sigma")):
+    for other, words in (
+        (["--seconds", "7"], "has runs with other limits"),
+        (["--sigma", "0.5"], "has a run with another sigma"),
+    ):
         with pytest.raises(SystemExit, match=words):
             compare.main([*options, *other])
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""Runs of `experiments.reason` that are stopped: killed in the middle of a generation, by Ctrl-C, with files cut off or lost."""
+"""Runs of `experiments.reason` that are stopped: killed within a generation, by Ctrl-C, with files cut off or lost."""
 
 import json
 import os

@@ -24,7 +24,6 @@ from experiments.reason.policy import PolicyGradient
 from experiments.reason.progress import Progress
 from experiments.reason.validation import Validation
 
-
 STOPPED = {  # by Ctrl-C
     "eggroll": "stopped; the same command with --resume goes on after the last whole generation.",
     "grpo": "stopped; grpo keeps no checkpoints, so that it starts anew the next time.",

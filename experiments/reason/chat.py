@@ -53,7 +53,9 @@ class Chat:
         """
         messages = [{"role": "user", "content": prompt}]
         try:
-            return self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
+            )
         except Exception as error:  # it is a program, which can fail in any way
             raise self._wrong(error) from None
 

@@ -74,7 +74,9 @@ class Study:
         config.check()
         self.config, self.options, self.folder = config, tuple(options), run_folder(config.folder)
         self.failed: dict[str, str] = {}
-        self.pairs = [(architecture, algorithm) for architecture in config.architectures for algorithm in config.algorithms]
+        self.pairs: list[tuple[str, str]] = [
+            (architecture, algorithm) for architecture in config.architectures for algorithm in config.algorithms
+        ]
         for pair in self.pairs:
             reason.parse(self._command(*pair)).check()
             self._finished(*pair)
@@ -159,7 +161,9 @@ def make_row(architecture: str, algorithm: str, found: Sequence[dict[str, Any]])
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    lines = ["| model | algorithm | before | test accuracy of the seeds | mean | generations or steps | tokens / s | peak MiB |"]
+    lines = [
+        "| model | algorithm | before | test accuracy of the seeds | mean | generations or steps | tokens / s | peak MiB |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         seeds = ", ".join(f"{accuracy:.3f}" for accuracy in row["by_seed"])

@@ -130,7 +130,9 @@ def _texts(task: Task, template: str) -> list[tuple[str, str]]:
     rows: Sequence[Row] = task.split("train")
     for row in rows:
         if "worked" not in row.columns:
-            raise ValueError(f"a task must have the column 'worked' for a warm start, '{task.name}' has {sorted(row.columns)}; give --model.")
+            raise ValueError(
+                f"a task must have the column 'worked' for a warm start, '{task.name}' has {sorted(row.columns)}; give --model."
+            )
     return [(template.replace("{prompt}", row.prompt), row.columns["worked"]) for row in rows]
 
 
