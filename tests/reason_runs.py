@@ -1,11 +1,14 @@
 """A small run of `experiments.reason` in a process of its own, which can end itself in the middle of something.
 
-python -m tests.reason_runs none|score|checkpoint OPTIONS    in the sixth call of the reward, or while a checkpoint is written
+python -m tests.reason_runs none|score|checkpoint|clock OPTIONS
+
+score: in the sixth call of the reward; checkpoint: while one is written; clock: it is too slow in process 1.
 """
 
 import os
 import signal
 import sys
+import time
 
 from eggroll.checkpoint import Checkpoints
 from experiments.reason import __main__ as reason
@@ -52,4 +55,7 @@ if __name__ == "__main__":
     sys.modules["envs.tasks.arithmetic"].answer_matches = Ending(IN_GENERATION_2 if moment == "score" else 0, die)
     if moment == "checkpoint":
         Checkpoints.save = save_and_die(Checkpoints.save)
+    if moment == "clock" and os.environ["JAX_PROCESS_ID"] == "1":
+        clock = time.perf_counter
+        time.perf_counter = lambda: 0.01 * clock()
     reason.main([*TINY, *options])

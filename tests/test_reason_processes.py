@@ -18,8 +18,8 @@ DEVICES = "--xla_force_host_platform_device_count=2"
 WAYS = {"mesh": ([], ["--mesh", "population=2"]), "launch": (["-m", "eggroll.launch", "2"], [])}
 
 
-def start(folder, name, *options, launched=(), devices=""):
-    command = [sys.executable, *launched, "-m", "tests.reason_runs", "none", *options, "--folder", f"out/{name}"]
+def start(folder, name, *options, launched=(), devices="", how="none"):
+    command = [sys.executable, *launched, "-m", "tests.reason_runs", how, *options, "--folder", f"out/{name}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, cwd=folder, env=environment | {"XLA_FLAGS": devices}, capture_output=True, text=True, timeout=300
@@ -54,6 +54,14 @@ def test_two_devices_and_two_processes_are_the_run_of_one(alone, way):
     for one, other in zip(*params, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert len((folder / f"out/{way}/metrics.jsonl").read_text().splitlines()) == 3  # written by one of the processes
+
+
+@pytest.mark.slow
+def test_the_first_process_keeps_the_clock(tmp_path):
+    """The other one, whose clock is too slow, would wait for generations that the first one does not run any more."""
+    code, said, errors = start(tmp_path, "clock", "--seconds", "1", launched=WAYS["launch"][0], how="clock")
+    assert code == 0, errors
+    assert json.loads(said.splitlines()[-1])["training_seconds"] >= 1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from eggroll.journal import Reader
+from experiments.common.run import INTERRUPTED
 from experiments.models import hf
 from experiments.reason import __main__ as reason
 from tests.reason_runs import IN_GENERATION_2, TINY, Ending, letters
@@ -96,7 +97,7 @@ def test_ctrl_c_is_one_sentence_and_leaves_a_run_that_goes_on(capsys, whole, mon
         patch.setattr(sys.modules["envs.tasks.arithmetic"], "answer_matches", ending)
         run(capsys, "stopped")
     told = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 130 and told == [reason.STOPPED["eggroll"]]
+    assert stopped.value.code == INTERRUPTED and told == [reason.STOPPED["eggroll"]]
     assert len(coefficients("stopped")) == 2 and not Path("out/stopped/summary.json").exists()
     run(capsys, "stopped", "--resume")
     whole("stopped")

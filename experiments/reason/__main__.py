@@ -14,7 +14,7 @@ from typing import Any
 import eggroll
 from eggroll.processes import is_first, local
 from experiments.common.memory import peak_mib
-from experiments.common.run import SUMMARY, join_processes, print_summary, write_json
+from experiments.common.run import INTERRUPTED, SUMMARY, join_processes, leave, print_summary, write_json
 from experiments.common.seeds import begin, seed_folder, summary_of
 from experiments.models import hf
 from experiments.reason.config import Config, parse, remade
@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(STOPPED[config.algorithm], file=sys.stderr)
-        sys.exit(130)  # what a shell expects of SIGINT
+        sys.exit(INTERRUPTED)
     print_summary(summary)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

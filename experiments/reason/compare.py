@@ -6,6 +6,7 @@ output is a JSON object.
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
 import sys
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from experiments.common.run import print_summary, run_folder, write_json
+from experiments.common.run import INTERRUPTED, print_summary, run_folder, write_json
 from experiments.common.seed_runs import finished_seeds, metrics_of, run_seeds
 from experiments.reason import config as reason
 from experiments.reason.figure import draw_curves
@@ -74,9 +75,7 @@ class Study:
         config.check()
         self.config, self.options, self.folder = config, tuple(options), run_folder(config.folder)
         self.failed: dict[str, str] = {}
-        self.pairs: list[tuple[str, str]] = [
-            (architecture, algorithm) for architecture in config.architectures for algorithm in config.algorithms
-        ]
+        self.pairs: list[tuple[str, str]] = list(itertools.product(config.architectures, config.algorithms))
         for pair in self.pairs:
             reason.parse(self._command(*pair)).check()
             self._finished(*pair)
@@ -190,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the runs that are missing.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     print(f"\n{(study.folder / 'table.md').read_text()}\ntable, curves and numbers are in {study.folder}", flush=True)
     print_summary(summary)
     if study.failed:

@@ -101,7 +101,7 @@ class Evolution:
         known: dict[str, Any] = dict(config=config.options() | {"seed": seed}, checkpoint_every=config.check_every)
         with contextlib.closing(DurableRun(folder, es, initial, carried=progress, recipe=recipe, **known)) as run:
             state, history = run.state, list[Record]()
-            left = None if config.generations is None else config.generations - int(state.generation)
+            left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.seconds and left != 0:
                 state, history = train(
                     es,
