@@ -49,18 +49,24 @@ def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
+def lengths(prompts, completions, **_):
+    """A reward that a random model gets some of; processes that score import it."""
+    return [float(len(text) % 3) for text in completions]
+
+
 def run(capsys, *options):
     reason.main([*TINY, *options])
     out = capsys.readouterr().out
     return json.loads(out.splitlines()[-1]), out
 
 
-def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, capsys):
+def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, capsys, monkeypatch):
+    monkeypatch.setattr("envs.tasks.files.number_matches", lengths)
     options = [*GSM8K, "--template", "chat", "--workers", "2", "--folder", "out/gsm8k"]
     summary, out = run(capsys, *options)
     assert summary["generations"] == 2 and summary["failed_rewards"] == 0 and "What is" in out
     before, after = (jax.tree.leaves(hf.load(folder / name)[2]) for name in ("qwen", "out/gsm8k/model"))
-    assert not all(np.array_equal(one, other) for one, other in zip(before, after, strict=True)) or summary["tokens"] > 0
+    assert not all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (folder / "out/gsm8k/model" / name).exists(), name
 
@@ -68,7 +74,8 @@ def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, c
 def test_countdown_of_reasoning_gym(capsys):
     pytest.importorskip("reasoning_gym")
     options = ["--task", "countdown", "--task-options", "train=16", "validation=4", "test=4", "--folder", "out/countdown"]
-    summary, _ = run(capsys, *options, "--template", r"User: {prompt}\n\nAssistant: <think")
+    with pytest.warns(UserWarning, match=r"no completion until generation 1 scored more than 0\.01"):  # it gives that for any
+        summary, _ = run(capsys, *options, "--template", r"User: {prompt}\n\nAssistant: <think")
     assert summary["generations"] == 2 and summary["task"] == "countdown"
 
 

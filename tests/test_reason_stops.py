@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from eggroll.journal import Reader
-from experiments.common.run import INTERRUPTED
+from experiments.common.run import INTERRUPTED, leave
 from experiments.models import hf
 from experiments.reason import __main__ as reason
 from tests.reason_runs import IN_GENERATION_2, TINY, Ending, letters
@@ -21,7 +21,7 @@ from tests.reason_runs import IN_GENERATION_2, TINY, Ending, letters
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 CLOCK = {"seconds", "seconds_spent", "check_seconds", "tokens_per_second", "members_per_second"}
-OF_THE_CLOCK = {*CLOCK, "training_seconds", "peak_mib"}  # also those of the summary
+OTHER = {*CLOCK, "training_seconds", "peak_mib", "limits"}  # of the summary, of the clock or of the command
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def whole(capsys):
             np.testing.assert_array_equal(a, b)
         assert metrics(name)[-5 + first :] == metrics("whole")[first:]
         summaries = (json.loads(Path(f"out/{run}/summary.json").read_text()) for run in ("whole", name))
-        one, other = ({key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in summaries)
+        one, other = ({key: value for key, value in row.items() if key not in OTHER} for row in summaries)
         assert one == other
 
     return compare
@@ -103,6 +103,15 @@ def test_ctrl_c_is_one_sentence_and_leaves_a_run_that_goes_on(capsys, whole, mon
     whole("stopped")
 
 
+def test_an_interrupted_command_ends_before_the_interpreter_does(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    leave(lambda: sys.exit(INTERRUPTED))
+    with pytest.raises(SystemExit, match="error"):
+        leave(lambda: sys.exit("error"))
+    assert ended == [INTERRUPTED]
+
+
 def cut(path, count):
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - count)
@@ -122,5 +131,6 @@ def test_a_checkpoint_that_a_kill_lost_is_rebuilt_where_it_is_the_best(capsys, w
     shutil.copytree("out/whole", "out/lost")
     for path in Path("out/lost/checkpoints/states").iterdir():
         shutil.rmtree(path)
-    run(capsys, "lost", "--resume")  # all generations are done: only the export is left
+    summary = run(capsys, "lost", "--resume", "--generations", "3")  # more are done: only the export is left
+    assert summary["generations"] == 5
     whole("lost")

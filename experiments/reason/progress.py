@@ -33,7 +33,7 @@ class Progress:
         self._validation, self._every, self._examples = validation, check_every, examples
         self.seconds, self.best = 0.0, -math.inf  # of training; validation accuracy
         self.best_generation = 0  # whose parameters it is of, the later one of equals; 0: there was no check
-        self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether any was above the minimum
+        self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether a completion scored more than others
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Count a generation of the evolution; check every now and then."""
@@ -62,10 +62,11 @@ class Progress:
         failures = scores.errors + scores.timeouts
         if failures and self.failed == failures:
             warnings.warn(f"a reward failed and scored {scores.minimum:g}: {scores.first_error}", stacklevel=4)
-        self.scored |= scores.above_minimum > 0
+        least = scores.values.min()  # some tasks give a little for a wrong answer
+        self.scored |= bool(scores.values.max() > least)
         if due and not self.scored:
             warnings.warn(
-                f"no completion until generation {record.generation + 1} scored more than {scores.minimum:g}: while none does "
+                f"no completion until generation {record.generation + 1} scored more than {least:g}: while none does "
                 "there is nothing to learn from; an easier task, a better start or more room may help.",
                 stacklevel=4,
             )
