@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(given) < 2 or not given[0].isdigit() or int(given[0]) < 1:
         sys.exit("usage: python -m eggroll.launch PROCESSES (SCRIPT | -m MODULE) [ARGUMENTS ...]")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended too
-    failure = launch(int(given[0]), given[1:])
+    try:
+        failure = launch(int(given[0]), given[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped: the processes were ended. What was recorded is kept: a durable run can be resumed.")
     if failure is not None:
         sys.exit(f"error: {failure}")
 

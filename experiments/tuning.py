@@ -88,9 +88,12 @@ def rate(seconds: Sequence[float], *, forwards: int) -> float:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The lines of a run's metrics."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a run's metrics, without one that a kill cut off."""
+    path, rows = folder / "metrics.jsonl", list[Row]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def draw_run(rows: Sequence[Row], before: Score, path: Path, *, forwards: int) -> None:

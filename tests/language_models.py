@@ -115,3 +115,41 @@ def moved(torch, model):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+CHATML = (
+    "{% for message in messages %}\n<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_checkpoint(folder, *, chat_template=CHATML):
+    """Write a random Qwen2 of transformers with its tokenizer; return the tokenizer."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = write_tokenizer(folder, chat_template=chat_template)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    config = transformers.Qwen2Config(**sizes, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    return tokenizer
+
+
+def write_tokenizer(folder, *, chat_template):
+    """Write a byte-level tokenizer with the special tokens of a chat; return it as transformers has it."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["make the number out of the numbers, what is the answer"] * 5, trainer)
+    known = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": chat_template}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **known)
+    tokenizer.save_pretrained(folder)
+    return tokenizer

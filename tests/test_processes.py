@@ -137,6 +137,15 @@ def test_launch_ends_the_others_when_one_fails(tmp_path):
     assert launch.launch(2, [str(script)]) is None
 
 
+def test_launch_that_is_interrupted_says_one_sentence(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "launch", interrupted)
+    with pytest.raises(SystemExit, match="stopped: the processes were ended"):
+        launch.main(["2", "-m", "x"])
+
+
 def test_lost_processes_are_told_only_where_there_are_several():
     with pytest.raises(ValueError, match=r"^Gloo failed$"), processes.told_of_lost_process("generation 3"):
         raise ValueError("Gloo failed")

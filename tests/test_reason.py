@@ -17,14 +17,12 @@ from experiments.reason import __main__ as reason
 from experiments.reason.config import parse
 from experiments.reason.evolution import Evolution
 from experiments.reason.inputs import load, prepare, sampling_of
+from tests.reason_runs import TINY, letters
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion", "quick_compilation"),  # optax.adam relies on the former
     pytest.mark.filterwarnings("ignore:no completion until generation"),
 ]
-TINY = ["--start.steps", "2", "--start.width", "16", "--start.layers", "1", "--start.batch-size", "4"]
-TINY += ["--population-size", "4", "--prompts", "2", "--room", "4", "--validation-size", "4", "--test-size", "4"]
-TINY += ["--check-every", "2", "--examples", "1", "--task-options", "train=40", "validation=8", "test=8"]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +34,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-
-def letters(prompts, completions, **_):
-    return [float(sum(map(ord, text)) % 7) for text in completions]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,38 @@ import numpy as np
 
 from eggroll.processes import is_first, join
 
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 SUMMARY = "summary.json"  # of a seed, with the options that gave it; it is written last
 
 
-def join_processes() -> None:
+def join_processes() -> bool:
     """Meet the other processes of this run, if there are any (`eggroll.processes`); only the first one prints.
+
+    Returns:
+        Whether there are several.
 
     Raises:
         ValueError, RuntimeError: they cannot be found, or do not come.
     """
-    if join() and not is_first():
+    several = join()
+    if several and not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return several
+
+
+def leave(main: Callable[[], None]) -> None:
+    """Run a command; where it ends with `INTERRUPTED` the process ends at once, without the interpreter's own ending.
+
+    XLA that was interrupted while it compiled crashes there.
+    """
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def run_folder(name: str | Path) -> Path:

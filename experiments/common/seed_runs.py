@@ -40,7 +40,8 @@ def run_seeds(command: Sequence[str], folder: Path, seeds: Sequence[int]) -> Non
 
     Args:
         command: module and options, such as ["experiments.rl", "--env", "CartPole-v1"], without seeds and folder.
-        folder: gets a folder `seed-<seed>` for each, and the errors in `errors.txt`.
+        folder: gets a folder `seed-<seed>` for each; the errors of a process are in `errors.txt`, in the folder of its seed or,
+            of several, in `folder`.
         seeds: which, in order.
 
     Raises:
@@ -58,8 +59,8 @@ def run_seeds(command: Sequence[str], folder: Path, seeds: Sequence[int]) -> Non
 def _run(command: Sequence[str], folder: Path, first: int, seeds: int) -> None:
     own = folder if seeds > 1 else folder / f"seed-{first}"
     whole = [sys.executable, "-m", *command, "--folder", str(own), "--seed", str(first), "--seeds", str(seeds)]
-    folder.mkdir(parents=True, exist_ok=True)
-    errors = folder / "errors.txt"
+    own.mkdir(parents=True, exist_ok=True)
+    errors = own / "errors.txt"
     with open(errors, "w") as file:
         failed = subprocess.run(whole, stdout=subprocess.DEVNULL, stderr=file, check=False).returncode
     if failed:

@@ -21,6 +21,7 @@ from experiments.models.shards import CONFIG, SINGLE, Shards, read_object
 __all__ = ["FAMILIES", "Config", "decoder", "generator", "load", "read_config", "save"]
 HEAD = "lm_head.weight"
 _BESIDE = (  # files of a checkpoint that training leaves as they are
+    "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",

@@ -14,7 +14,7 @@ from typing import Any
 import eggroll
 from eggroll.processes import is_first, local
 from experiments.common.memory import peak_mib
-from experiments.common.run import SUMMARY, join_processes, print_summary, write_json
+from experiments.common.run import INTERRUPTED, SUMMARY, join_processes, leave, print_summary, write_json
 from experiments.common.seeds import begin, seed_folder, summary_of
 from experiments.models import hf
 from experiments.reason.config import Config, parse, remade
@@ -23,6 +23,11 @@ from experiments.reason.inputs import Inputs, load, plan, prepare, sampling_of
 from experiments.reason.policy import PolicyGradient
 from experiments.reason.progress import Progress
 from experiments.reason.validation import Validation
+
+STOPPED = {  # by Ctrl-C
+    "eggroll": "stopped; the same command with --resume goes on after the last whole generation.",
+    "grpo": "stopped; grpo keeps no checkpoints, so that it starts anew the next time.",
+}
 
 
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
@@ -65,7 +70,8 @@ class Experiment:
         print(f"seed {seed}: {words}; metrics and model are in {folder}", flush=True)
         if is_first():
             hf.save(folder / "model", problem.config, params, source=problem.source)
-            write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
+            limits = {"generations": config.generations, "seconds": config.seconds}
+            write_json(folder / SUMMARY, {"options": config.options(), "seed": seed, "limits": limits} | row)
         return row
 
     def run(self) -> dict[str, Any]:
@@ -81,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = parse(arguments)
         config.check()
-        join_processes()
+        if join_processes() and config.algorithm == "grpo":
+            raise ValueError("grpo runs in one process; eggroll runs in several.")
         inputs = prepare(config)
         if config.plan:
             needed = plan(config, inputs)
@@ -95,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 experiment.problem.scorer.close()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(STOPPED[config.algorithm], file=sys.stderr)
+        sys.exit(INTERRUPTED)
     print_summary(summary)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

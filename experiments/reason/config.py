@@ -29,7 +29,7 @@ _APART: tuple[str, ...] = (
     "resume",
     "plan",
 )
-_APART += ("workers", "timeout", "validation_size", "test_size", "examples", "check_every")
+_APART += ("prompt_length", "workers", "timeout", "validation_size", "test_size", "examples", "check_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,10 @@ class Config:
     task_options: tuple[str, ...] = ()
     """Its options, such as digits=3 train=path."""
     template: str = "{prompt}"
-    """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think"."""
+    """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
+    \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
-    """Tokens that prompts are padded to. None: what the longest held-out prompt needs, and a quarter more."""
+    """Tokens that prompts are padded to. None: what the longest held-out prompt needs and a quarter more."""
     room: int = 24
     """Tokens of a completion at most."""
     ending: tuple[int, ...] | None = None

@@ -15,7 +15,8 @@ import optax
 
 import eggroll
 from eggroll.durable import DurableRun
-from eggroll.processes import is_first, local
+from eggroll.journal import Reader, replay
+from eggroll.processes import from_first, is_first, local
 from eggroll.training import Record, train
 from envs import tasks
 from experiments.common.mesh import parse_mesh
@@ -100,7 +101,7 @@ class Evolution:
         known: dict[str, Any] = dict(config=config.options() | {"seed": seed}, checkpoint_every=config.check_every)
         with contextlib.closing(DurableRun(folder, es, initial, carried=progress, recipe=recipe, **known)) as run:
             state, history = run.state, list[Record]()
-            left = None if config.generations is None else config.generations - int(state.generation)
+            left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.seconds and left != 0:
                 state, history = train(
                     es,
@@ -115,11 +116,20 @@ class Evolution:
                     plot=lambda history, path: draw(path),
                 )
             run.checkpoints.wait()
-            best = run.checkpoints.best
-            restored = None if best is None else run.checkpoints.restore(initial, progress.save(), generation=best)
-        if is_first() and best is not None:
+            best = int(from_first(lambda: np.asarray(progress.best_generation)))
+            kept = self._rebuilt(best, run, folder, initial=initial, progress=progress) if best else state
+        if is_first() and best:
             print(f"the parameters of generation {best} were the best on the validation problems", flush=True)
-        return Improved(local((state if restored is None else restored[0]).params), int(state.generation))
+        return Improved(local(kept.params), int(state.generation))
+
+    def _rebuilt(
+        self, generation: int, run: DurableRun, folder: Path, *, initial: eggroll.ESState, progress: Progress
+    ) -> eggroll.ESState:
+        """The state of a generation; a kill may have lost its checkpoint, but the journal has it."""
+        earlier = [known for known in run.checkpoints.generations if known <= generation]
+        found = run.checkpoints.restore(initial, progress.save(), generation=earlier[-1]) if earlier else None
+        es: Any = self.strategy
+        return replay(es, found[0] if found else initial, iter(Reader(folder / "journal.bin")), until=generation)
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:

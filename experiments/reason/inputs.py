@@ -13,9 +13,10 @@ from experiments.models.int8 import quantise
 from experiments.models.shards import CONFIG, read_object
 from experiments.reason.config import Config
 from experiments.reason.plan import MemoryPlan, memory_plan
-from experiments.reason.problem import Problem, Sampling, check_template, read_by_model
+from experiments.reason.problem import Problem, Sampling, Template, check_template, read_by_model
 from experiments.reason.start import warm_start
 
+CHAT = "chat"  # the template that is in the checkpoint
 MARGIN = 1.25  # of training's prompts beside the longest held-out one
 
 
@@ -25,6 +26,7 @@ class Inputs(NamedTuple):
     model: hf.Config
     tokenizer: Tokenizer
     task: tasks.Task
+    template: Template
     prompt_length: int  # tokens that prompts are padded to
 
 
@@ -47,17 +49,31 @@ def prepare(config: Config) -> Inputs:
         model = hf.read_config(config.model)
         hf.generator(model)  # refuses a model that does not continue texts
         tokenizer = tokenizer_of(config.model, words=model.vocab_size)
-    check_template(config.template, tokenizer)
-    length = config.prompt_length or _prompt_length(config, tokenizer, task)
+    template = _template(config)
+    check_template(template, tokenizer)
+    length = config.prompt_length or _prompt_length(template, tokenizer, task)
     context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
     if context is not None and length + config.room > context:
         raise ValueError(f"prompt_length {length} and room {config.room} do not fit the model's context of {context} tokens.")
-    return Inputs(model, tokenizer, task, length)
+    return Inputs(model, tokenizer, task, template, length)
 
 
-def _prompt_length(config: Config, tokenizer: Tokenizer, task: tasks.Task) -> int:
-    held_out = [row.prompt for split in ("validation", "test") for row in task.split(split)]
-    return math.ceil(MARGIN * max(len(read_by_model(tokenizer, config.template, prompt)) for prompt in held_out))
+def _template(config: Config) -> Template:
+    if config.template != CHAT:
+        return config.template.replace("\\n", "\n")  # as a shell hands it over
+    if config.model is None:
+        raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
+    from experiments.reason.chat import Chat  # jinja2 is needed for nothing else
+
+    return Chat(config.model)
+
+
+def _prompt_length(template: Template, tokenizer: Tokenizer, task: tasks.Task) -> int:
+    def longest(*rows: tasks.Row) -> int:
+        return max(len(read_by_model(tokenizer, template, row.prompt)) for row in rows)
+
+    margin, train = math.ceil(MARGIN * longest(*task.split("validation"), *task.split("test"))), task.split("train")
+    return max(margin, longest(*train)) if isinstance(train, tuple) else margin  # others are made when they are read
 
 
 def load(config: Config, inputs: Inputs) -> Problem:
@@ -66,12 +82,12 @@ def load(config: Config, inputs: Inputs) -> Problem:
     Raises:
         ValueError, OSError, ModuleNotFoundError: as `prepare`.
     """
-    source = config.model or warm_start(config.start, inputs.task, template=config.template)
+    source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
     model, _, params = hf.load(source, config.dtype if config.model else "float32")
     if config.weights == "int8":
         params = quantise(family_of(model).leaves(model), params)
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=config.timeout)
-    return Problem(source, model, params, inputs.tokenizer, inputs.task, config.template, inputs.prompt_length, scorer)
+    return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 
 
 def plan(config: Config, inputs: Inputs) -> MemoryPlan:

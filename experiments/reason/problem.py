@@ -8,7 +8,7 @@ Owns the way from problems to tokens and from tokens back to scores; evolution, 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from experiments.models import hf
 from experiments.models.decoder import Decoder
 from experiments.models.generator import Generator
 
+Template = str | Callable[[str], str]  # a text with "{prompt}", or the function that makes of a prompt what the model reads
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template
 
 
@@ -51,7 +52,7 @@ class Problem:
         params: of the model, where a run begins.
         tokenizer: of the model.
         task: with its splits and reward.
-        template: what the model reads, with "{prompt}" where the task's prompt goes.
+        template: what the model reads of the task's prompt.
         prompt_length: tokens that prompts are padded to.
         scorer: of the task's reward.
     """
@@ -61,7 +62,7 @@ class Problem:
     params: Any
     tokenizer: Tokenizer
     task: tasks.Task
-    template: str
+    template: Template
     prompt_length: int
     scorer: tasks.Scorer
 
@@ -109,16 +110,19 @@ class Problem:
         return Judged(texts, self.scorer(prompts, texts, **columns))
 
 
-def read_by_model(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:
-    """Return the tokens that a model reads of a task's prompt."""
-    return [*tokenizer.prefix, *tokenizer.encode(template.replace("{prompt}", prompt))]
+def read_by_model(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:
+    """Return the tokens that a model reads of a task's prompt; a function's text has the tokens that start it."""
+    if isinstance(template, str):
+        return [*tokenizer.prefix, *tokenizer.encode(template.replace("{prompt}", prompt))]
+    return tokenizer.encode(template(prompt))
 
 
-def check_template(template: str, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where a template has no "{prompt}", or a special token such as <|im_end|> that the tokenizer lacks."""
-    if "{prompt}" not in template:
-        raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {template!r}.")
-    for token in SPECIAL.findall(template):
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where a template has no prompt, or a special token such as <|im_end|> that the tokenizer lacks."""
+    text = template if isinstance(template, str) else template("{prompt}")
+    if "{prompt}" not in text:
+        raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {text!r}.")
+    for token in SPECIAL.findall(text):
         if len(tokenizer.encode(token)) != 1:
             raise ValueError(f"the model's tokenizer has no special token {token!r}, which the template needs.")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import eggroll
-from eggroll.processes import is_first, local
+from eggroll.processes import from_first, is_first, local
 from eggroll.training import Record
 from experiments.reason.validation import Check, Validation
 
@@ -32,7 +32,8 @@ class Progress:
     def __init__(self, validation: Validation, *, check_every: int, examples: int):
         self._validation, self._every, self._examples = validation, check_every, examples
         self.seconds, self.best = 0.0, -math.inf  # of training; validation accuracy
-        self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether any was above the minimum
+        self.best_generation = 0  # whose parameters it is of, the later one of equals; 0: there was no check
+        self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether a completion scored more than others
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Count a generation of the evolution; check every now and then."""
@@ -48,8 +49,12 @@ class Progress:
             record.extra["held_out_fitness"] = self.check(record, local(state.params)).accuracy  # it picks the best checkpoint
 
     def count(self, record: Record, *, tokens: int, failures: int) -> None:
-        """Add seconds, tokens and failed rewards of a generation to the totals and to the record."""
-        self.seconds, self.tokens, self.failed = self.seconds + record.seconds, self.tokens + tokens, self.failed + failures
+        """Add seconds, tokens and failed rewards of a generation to the totals and to the record.
+
+        Of several processes the first one's clock counts: they have to end with the same generation.
+        """
+        self.seconds += float(from_first(lambda: np.asarray(record.seconds)))
+        self.tokens, self.failed = self.tokens + tokens, self.failed + failures
         record.extra.update(seconds_spent=self.seconds, tokens=tokens, failed_rewards=failures)
         record.extra["tokens_per_second"] = tokens / record.seconds
 
@@ -57,10 +62,11 @@ class Progress:
         failures = scores.errors + scores.timeouts
         if failures and self.failed == failures:
             warnings.warn(f"a reward failed and scored {scores.minimum:g}: {scores.first_error}", stacklevel=4)
-        self.scored |= scores.above_minimum > 0
+        least = scores.values.min()  # some tasks give a little for a wrong answer
+        self.scored |= bool(scores.values.max() > least)
         if due and not self.scored:
             warnings.warn(
-                f"no completion until generation {record.generation + 1} scored more than {scores.minimum:g}: while none does "
+                f"no completion until generation {record.generation + 1} scored more than {least:g}: while none does "
                 "there is nothing to learn from; an easier task, a better start or more room may help.",
                 stacklevel=4,
             )
@@ -69,7 +75,8 @@ class Progress:
         """Check the unperturbed parameters and tell."""
         start = time.perf_counter()
         found = self._validation(params, examples=self._examples)
-        self.best = max(self.best, found.accuracy)
+        if found.accuracy >= self.best:
+            self.best, self.best_generation = found.accuracy, record.generation + 1
         record.extra.update(validation_accuracy=found.accuracy, validation_tokens=found.tokens)
         record.extra["check_seconds"] = time.perf_counter() - start
         if is_first():
@@ -93,12 +100,13 @@ class Progress:
     def save(self) -> Any:
         """As arrays."""
         numbers = np.array([self.seconds, self.best], np.float64)
-        return {"numbers": numbers, "counts": np.array([self.tokens, self.failed, self.scored], np.int64)}
+        counts = [self.tokens, self.failed, self.scored, self.best_generation]
+        return {"numbers": numbers, "counts": np.array(counts, np.int64)}
 
     def load(self, saved: Any) -> None:
         """From arrays."""
         self.seconds, self.best = (float(value) for value in saved["numbers"])
-        self.tokens, self.failed, scored = (int(value) for value in saved["counts"])
+        self.tokens, self.failed, scored, self.best_generation = (int(value) for value in saved["counts"])
         self.scored = bool(scored)
 
 

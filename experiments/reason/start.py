@@ -6,11 +6,13 @@ The mean is over all bytes of the worked texts of a batch; prompts are given. A 
 settings, the examples and the versions name.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,11 +108,21 @@ def warm_start(settings: Start, task: Task, *, template: str, cache: Path = Path
     texts = _texts(task, template)
     known = json.dumps([dataclasses.asdict(settings), HEAD_DIM, LOW_RANK, texts, jax.__version__, sys.version])
     folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
-    if is_first() and not (folder / CONFIG).is_file():  # it is written last
-        print(f"a small model learns the worked examples of {task.name}; it stays in {folder}", flush=True)
-        hf.save(folder, settings.model, trained(settings, worked_examples(texts)))
+    if is_first():
+        with _alone(folder):
+            if not (folder / CONFIG).is_file():  # it is written last
+                print(f"a small model learns the worked examples of {task.name}; it stays in {folder}", flush=True)
+                hf.save(folder, settings.model, trained(settings, worked_examples(texts)))
     wait_for_all("warm start")
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait while another run that starts from the same model makes it."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _texts(task: Task, template: str) -> list[tuple[str, str]]:
@@ -118,7 +130,9 @@ def _texts(task: Task, template: str) -> list[tuple[str, str]]:
     rows: Sequence[Row] = task.split("train")
     for row in rows:
         if "worked" not in row.columns:
-            raise ValueError(f"a task must have the column 'worked' for a warm start, '{task.name}' has {sorted(row.columns)}.")
+            raise ValueError(
+                f"a task must have the column 'worked' for a warm start, '{task.name}' has {sorted(row.columns)}; give --model."
+            )
     return [(template.replace("{prompt}", row.prompt), row.columns["worked"]) for row in rows]
 
 
