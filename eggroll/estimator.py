@@ -15,6 +15,7 @@ from jax import Array
 
 from eggroll import integer, noise
 from eggroll.draws import LeafKeys, draw, leaf_keys
+from eggroll.implementation import summed_by_kernel
 from eggroll.plan import LeafPlan, Plan
 from eggroll.population import draw_shared, from_matrix
 from eggroll.shaping import Shaping, integer_coefficients, shaped_fitness
@@ -157,6 +158,8 @@ def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: A
     if leaf.integer:
         return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
     if isinstance(drawn, noise.Factors):
+        if leaf.implementation != "reference":
+            return summed_by_kernel(coefficients, drawn)
         return lowrank_update(coefficients, *drawn.unpacked(leaf.noise_dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
 

@@ -32,7 +32,7 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
     leaves = jax.tree.leaves((params, *args), is_leaf=is_perturbed)
     # Packed signs are unpacked once where a loop would do it in every turn, as in one over the tokens of a text.
     pairs = zip(leaves, in_loops, strict=True)
-    leaves = [leaf.unpacked() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
+    leaves = [leaf.ready_for_loops() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
     outputs = interpret_with_rules(flat)(*leaves)
     return jax.tree.unflatten(out_tree, [plain(output, "its result") for output in outputs])
 

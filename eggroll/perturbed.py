@@ -79,6 +79,7 @@ class Layout:
     observer: Observer | None = None
     integer: IntegerNoise | None = None
     quantised: Any = None  # floating dtype of the noise of an int8 base that the function has not converted yet
+    implementation: str = "reference"  # of products that have the form of a kernel's
 
     def owns(self, component: str, tag: Tag) -> bool:
         """Whether `component` ("base", "left", "right", "scale", "shared") has the axis tagged `tag`."""
@@ -148,6 +149,10 @@ class PerturbedArray(LazyArray):
         n = math.prod(size for tag, size in sizes if self.layout.columns.issuperset(tag))
         packed = noise.Factors(self.layout.rank, m, n, None, None, self.words)
         return self.with_factors(*packed.unpacked(self.base.dtype))
+
+    def ready_for_loops(self) -> "PerturbedArray":
+        """The same value as loops read it in every turn: unpacked, but not for a kernel, which unpacks as it reads."""
+        return self if self.layout.implementation != "reference" else self.unpacked()
 
     def with_factors(self, left: Array, right: Array) -> "PerturbedArray":
         """Attach factors [stack, r, m] and [stack, r, n] as components in the base's axis order, the rank last."""
@@ -240,6 +245,7 @@ def perturb(
     integer: IntegerNoise | None = None,
     quantised: Any = None,
     shared: Array | None = None,
+    implementation: str = "reference",
 ) -> PerturbedArray:
     """Wrap a parameter with the factors of its perturbation.
 
@@ -253,20 +259,24 @@ def perturb(
         integer: of an int8 parameter with integer noise.
         quantised: floating dtype of the noise of an int8 parameter that has floating noise.
         shared: noise of the shape of `base` that multiplies the product of the factors, None: none.
+        implementation: of the products (`eggroll.implementation`).
 
     Returns:
         The lazy sum.
     """
     tags = tuple((axis,) for axis in range(base.ndim))
     sides = frozenset(rows), frozenset(columns)
-    layout = Layout(path, base.ndim, tags, *sides, factors.rank, integer=integer, quantised=quantised)
+    more: dict[str, Any] = dict(integer=integer, quantised=quantised, implementation=implementation)
+    layout = Layout(path, base.ndim, tags, *sides, factors.rank, **more)
     value = PerturbedArray(base, None, None, factors.words, scale, layout, shared)
     if factors.words is None:
         return value.with_factors(*factors.unpacked(base.dtype))
     # Packed signs of stacked layers are unpacked layer by layer inside the scan over them; those of a single matrix at once,
     # outside any loop that uses it. A scan can slice packed signs only along leading axes.
+    # A kernel reads them packed.
     stack = value.positions("scale")
-    return value if stack and stack == list(range(len(stack))) else value.unpacked()
+    is_matrix = not stack and implementation != "reference"
+    return value if is_matrix or (stack and stack == list(range(len(stack)))) else value.unpacked()
 
 
 def view(value: PerturbedArray, tags: Sequence[Tag], operation: Callable[[Array, str], Array]) -> PerturbedArray:

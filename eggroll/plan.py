@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll import integer, noise
+from eggroll import implementation, integer, noise, plan_table
 from eggroll.interpret import apply_perturbed
 from eggroll.perturbed import Observer, UnsupportedUse, Use, perturb, probe
 from eggroll.quantised import OffGrid
@@ -47,6 +47,7 @@ class LeafPlan:
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
     rows: tuple[int, ...] = ()  # axes spanned by the left factor
     columns: tuple[int, ...] = ()  # axes spanned by the right factor
+    implementation: str = "reference"  # of its products, "reference" or "mosaic_gpu"
     converted: Any = None  # floating dtype that the function converts a quantised parameter to; None of the others
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -62,6 +63,11 @@ class LeafPlan:
     def noise_dtype(self) -> Any:
         """Dtype of floating noise: the parameter's own, of a quantised one that which it is converted to."""
         return self.converted or self.dtype
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """How a lazy value is to lay the noise, for `perturbed.perturb`."""
+        return dict(path=self.path, rows=self.rows, columns=self.columns, implementation=self.implementation)
 
     @property
     def factored(self) -> bool:
@@ -152,15 +158,8 @@ class Plan:
         return tuple(leaf.quantised for leaf in self.leaves)
 
     def table(self) -> str:
-        """A readable table: path, shape, role, rank, noise bytes per member, reason."""
-        header = ("path", "shape", "role", "rank", "bytes", "reason")
-        rows = [header, *(_row(leaf) for leaf in self.leaves)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = sum(leaf.noise_bytes for leaf in self.leaves)
-        shared = sum(math.prod(leaf.shape) * leaf.noise_dtype.itemsize for leaf in self.leaves if leaf.role == "flipout")
-        lines += [f"noise of all members: {shared:,} bytes"] if shared else []
-        return "\n".join([*lines, f"noise per member: {total:,} bytes"])
+        """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason."""
+        return plan_table.table(self.leaves)
 
     def check(self, params: Any) -> None:
         """Raise ValueError unless `params` has the shapes and dtypes this plan was made for."""
@@ -169,12 +168,6 @@ class Plan:
             (leaf.shape, leaf.dtype) != (p.shape, p.dtype) for leaf, p in zip(leaves, self.leaves, strict=True)
         ):
             raise ValueError("params differ in structure, shape or dtype from the parameters this strategy was planned for.")
-
-
-def _row(leaf: LeafPlan) -> tuple[str, ...]:
-    rank = str(leaf.spec.rank) if leaf.role == "low-rank" and isinstance(leaf.spec, LowRank | Integer) else "-"
-    reason = f"{leaf.reason}, int8 quantised" if leaf.quantised else leaf.reason
-    return leaf.path, str(leaf.shape), leaf.role, rank, f"{leaf.noise_bytes:,}", reason
 
 
 def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> Plan:
@@ -203,7 +196,8 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     ]
     if all(leaf.role == "frozen" for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
-    return Plan(tuple(_rehearsed(function, planned, params, args)), jax.tree.structure(params))
+    rehearsed = _rehearsed(function, planned, params, args)
+    return Plan(tuple(map(_with_implementation, rehearsed)), jax.tree.structure(params))
 
 
 def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
@@ -223,6 +217,14 @@ def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: t
             planned = [_as_dense(leaf, reason) if leaf.path == error.path else leaf for leaf in planned]
 
 
+def _with_implementation(leaf: LeafPlan) -> LeafPlan:
+    if leaf.role != "low-rank":
+        return leaf
+    side_by_side = len(leaf.rows) == 1 and leaf.columns == (leaf.rows[0] + 1,)  # as [m, n], which the kernels read
+    covered = side_by_side and not leaf.quantised
+    return dataclasses.replace(leaf, implementation=implementation.chosen(leaf, covered=covered))
+
+
 def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
     return dataclasses.replace(leaf, role="dense", reason=reason, stack=(), rows=(), columns=())
 
@@ -236,8 +238,10 @@ def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
     factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
     assert isinstance(factors, noise.Factors)
     scale = jnp.zeros(stack, jnp.int32 if planned.integer else jnp.float32)
-    options: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
-    options |= {"shared": leaf.astype(planned.noise_dtype) if planned.role == "flipout" else None, "integer": planned.integer}
+    options = planned.where | {
+        "shared": leaf.astype(planned.noise_dtype) if planned.role == "flipout" else None,
+        "integer": planned.integer,
+    }
     return perturb(leaf, factors, scale=scale, quantised=planned.converted, **options)
 
 

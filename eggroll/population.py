@@ -145,8 +145,7 @@ def member_params(
             return off_grid(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
         scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
         shared, factors = drawn if isinstance(drawn, Flipped) else (None, drawn)
-        where: dict[str, Any] = dict(path=planned.path, rows=planned.rows, columns=planned.columns)
-        return perturb(leaf, factors, scale=scale, shared=shared, quantised=planned.converted, **where)
+        return perturb(leaf, factors, scale=scale, shared=shared, quantised=planned.converted, **planned.where)
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
@@ -162,8 +161,7 @@ def _integer_leaf(planned: LeafPlan, leaf: Array, drawn: Any, sign: Array, *, la
             "use Population.apply."
         )
     scale = jnp.broadcast_to(sign, planned.sizes(planned.stack))
-    sides: dict[str, Any] = dict(rows=planned.rows, columns=planned.columns, integer=planned.integer)
-    return perturb(leaf, drawn, scale=scale, path=planned.path, **sides)
+    return perturb(leaf, drawn, scale=scale, integer=planned.integer, **planned.where)
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:

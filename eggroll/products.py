@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll import integer
+from eggroll.implementation import noise_of, population_product
 from eggroll.perturbed import PerturbedArray, UnconvertedUse, Use, register, view
 from eggroll.quantised import OffGrid
 from kernels.flipout_dot.reference import flipout_product
@@ -52,6 +53,8 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
     """`contract` and `batch` are pairs (axes of x, axes of the parameter)."""
     if value.layout.quantised is not None:
         raise UnconvertedUse(value.layout.path, "'dot_general'")
+    if x_first and _suits_kernel(x, value, contract, batch, params):
+        return _kernel_product(x, value)
     operands = (x, value.base) if x_first else (value.base, x)
     out = jax.lax.dot_general_p.bind(*operands, **params)
     if value.observed:
@@ -84,6 +87,25 @@ def _dot(x: Array, value: PerturbedArray, contract, batch, *, x_first: bool, par
     else:
         term = flipout_product(x, shared=value.shared, shared_axes=w_axes, **options)
     return out + _perturbation(value, term).astype(out.dtype)
+
+
+def _suits_kernel(x: Array, value: PerturbedArray, contract, batch, params: dict) -> bool:
+    """Whether the product is x W in the operands' own precision, of a parameter that is planned for a kernel."""
+    if value.observed or value.layout.implementation == "reference" or batch[1] or value.base.ndim != 2:
+        return False
+    along = (tuple(contract[0]), tuple(contract[1])) == ((x.ndim - 1,), (0,))
+    upright = value.layout.owns("left", value.tags[0]) and not value.layout.owns("right", value.tags[0])
+    wanted = jnp.int32 if value.layout.integer else value.base.dtype
+    plain = params["preferred_element_type"] == wanted or (wanted == x.dtype and params["preferred_element_type"] is None)
+    default = params["precision"] in (None, (jax.lax.Precision.DEFAULT,) * 2)
+    return along and upright and plain and default and x.dtype == value.base.dtype
+
+
+def _kernel_product(x: Array, value: PerturbedArray) -> Array:
+    rows, noise = x.reshape(-1, x.shape[-1]), noise_of(value.words, value.left, value.right)
+    bits = value.layout.integer.scale[1] if value.layout.integer else None
+    out = population_product(rows, value.base, noise, value.scale, rank=value.layout.rank, bits=bits)
+    return out.reshape(*x.shape[:-1], value.base.shape[1])
 
 
 def _perturbation(value: PerturbedArray, term: Array) -> Array:

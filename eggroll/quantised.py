@@ -40,6 +40,8 @@ class OffGrid(LazyArray):
         """The same: nothing is packed."""
         return self
 
+    ready_for_loops = unpacked
+
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Move the values about as the function does with the integers; refuse to compute with them."""

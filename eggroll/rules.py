@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from eggroll import noise
+from kernels.hopper import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,15 @@ class LowRank:
         sigma_multiplier: this leaf's sigma relative to the strategy's.
         refresh: generations that share the right factor of a matrix; the left one is always fresh. Above 1 this is the lazily
             refreshed subspace of LOZO (arXiv 2410.07698).
+        implementation: of the products, "reference" (plain JAX) or "mosaic_gpu" (kernels for Hopper GPUs); None: the kernel
+            where it runs and covers the parameter. The plan says which.
     """
 
     rank: int = 1
     distribution: noise.Distribution = "rademacher"
     sigma_multiplier: float = 1.0
     refresh: int = 1
+    implementation: str | None = dataclasses.field(default=None, repr=False)  # no part of what a run is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Integer:
         shift: sigma is 2^-shift where the integer 16 stands for 1, 0 to 16, or to 4 for "rademacher": signs of less than one
             integer would vanish where they are added to a weight. The strategy's `sigma` is None.
         update: what is summed over the pairs, the factors' "value" or only their "sign".
+        implementation: as of `LowRank`.
     """
 
     rank: int = 1
     distribution: noise.Distribution = "normal"
     shift: int = 4
     update: Literal["value", "sign"] = "value"
+    implementation: str | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +174,9 @@ def _check_rule(pattern: Any, spec: Any) -> None:
         raise ValueError(f"perturbation pattern {pattern!r} is not a regular expression: {error}.") from None
     if isinstance(spec, LowRank | Integer) and not (isinstance(spec.rank, int) and spec.rank >= 1):
         raise ValueError(f"rank must be an integer >= 1, got {spec.rank!r}.")
+    if isinstance(spec, LowRank | Integer) and spec.implementation not in (None, *IMPLEMENTATIONS):
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be None or one of {names}, got {spec.implementation!r}.")
     if isinstance(spec, LowRank) and not (isinstance(spec.refresh, int) and spec.refresh >= 1):
         raise ValueError(f"refresh must be an integer >= 1, got {spec.refresh!r}.")
     if not isinstance(spec, Frozen) and spec.distribution not in noise.DISTRIBUTIONS:

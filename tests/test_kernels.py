@@ -5,11 +5,14 @@ tolerance of a floating product: x left^T is rounded to bfloat16, 2^-9 of itself
 """
 
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from eggroll import noise as addresses
@@ -28,7 +31,7 @@ from kernels.lowrank_update.cases import TESTED as UPDATE_CASES
 from tests import kernel_cases
 
 gpu_interpreter = pytest.importorskip("tests.gpu_interpreter", reason="this jax has no GPU interpreter of this form")
-HALF = 2.0**-8  # of a unit in the last place of bfloat16, relative
+ROOT = Path(__file__).parent.parent
 by_name = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
 
 
@@ -39,119 +42,32 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "programs", lambda: 2)
 
 
-def dot(case, implementation):
-    def run(x, w, noise, scale):
-        config = case.config if implementation == "mosaic_gpu" else None
-        return lowrank_dot(x, w, noise, scale=scale, rank=case.rank, implementation=implementation, config=config)
-
-    return run
-
-
-def update(case, implementation):
-    config = case.config if implementation == "mosaic_gpu" else None
-    sizes = dict(rank=case.rank, rows=case.m, columns=case.n)
-    return lambda coefficients, noise: lowrank_update(
-        coefficients, noise, implementation=implementation, config=config, **sizes
-    )
-
-
-def product(case, implementation):
-    config = case.config if implementation == "mosaic_gpu" else None
-    options = dict(bits=case.bits, shift=case.shift, implementation=implementation, config=config)
-    return lambda x, w, noise, sign: int8_dot(x, w, noise, sign=sign, **options)
-
-
-def wide(array) -> np.ndarray:
-    return np.asarray(array.astype(jnp.float32), np.float64)
-
-
-def dot_oracle(case, x, w, noise, scale):
-    """Every row through its own built matrix, and how far rounding may take the result from there."""
-    built = kernel_cases.members(noise, rank=case.rank, m=case.m, n=case.n)
-    x, w, scale = wide(x), wide(w), np.asarray(scale, np.float64)
-    oracle = np.einsum("pjm,mn->pjn", x, w) + scale[..., None] * np.einsum("pjm,pmn->pjn", x, built)
-    left, right = (wide(f) for f in values_of(noise, rank=case.rank, rows=case.m, columns=case.n, dtype=jnp.float32))
-    hidden = np.abs(scale[..., None] * np.einsum("pjm,pkm->pjk", x, left))
-    terms = np.einsum("pjk,pkn->pjn", hidden, np.abs(right))
-    sums = np.einsum("pjm,mn->pjn", np.abs(x), np.abs(w)) + np.abs(scale)[..., None] * np.einsum(
-        "pjm,pmn->pjn", np.abs(x), np.abs(built)
-    )
-    return oracle, HALF * (terms + np.abs(oracle) + HALF * terms) + case.m * 2.0**-24 * sums
-
-
-def check_dot(case, out):
-    operands = kernel_cases.float_operands(case)
-    oracle, tolerance = dot_oracle(case, *operands)
-    assert (np.abs(wide(out) - oracle) <= tolerance).all()
-    without = np.einsum("pjm,mn->pjn", wide(operands[0]), wide(operands[1]))
-    assert np.abs(without - oracle).max() > 10 * tolerance.max()  # the perturbation is there to be seen
-
-
-def check_update(case, out, tolerance):
-    coefficients, noise = kernel_cases.update_operands(case)
-    built = kernel_cases.members(noise, rank=case.rank, m=case.m, n=case.n)
-    oracle = np.tensordot(np.asarray(coefficients, np.float64), built, axes=1)
-    assert np.abs(np.asarray(out, np.float64) - oracle).max() < tolerance * np.abs(coefficients).sum() * case.rank
-
-
-def check_product(case, out):
-    """Exact, by 64-bit integers."""
-    x, w, noise, sign = (jax.tree.map(lambda a: np.asarray(a, np.int64), a) for a in kernel_cases.integer_operands(case))
-    term = np.einsum("pjm,pkm,pkn->pjn", x, noise.left, noise.right, optimize=True)
-    half = (1 << case.bits) >> 1
-    rounded = np.sign(term) * ((np.abs(term) + half) >> case.bits)
-    total = np.einsum("pjm,mn->pjn", x, w) + sign[..., None] * rounded
-    if case.shift is not None:
-        total = np.clip((total + (1 << case.shift >> 1)) >> case.shift, -127, 127)
-    np.testing.assert_array_equal(np.asarray(out), total)
-
-
 @by_name(argvalues=DOT_CASES)
 def test_reference_dot(case):
-    check_dot(case, jax.jit(dot(case, "reference"))(*kernel_cases.float_operands(case)))
+    kernel_cases.check_dot(case, jax.jit(kernel_cases.run_dot(case, "reference"))(*kernel_cases.float_operands(case)))
 
 
 @by_name(argvalues=UPDATE_CASES)
 def test_reference_update(case):
-    check_update(case, jax.jit(update(case, "reference"))(*kernel_cases.update_operands(case)), 2.0**-20)
+    kernel_cases.check_update(
+        case, jax.jit(kernel_cases.run_update(case, "reference"))(*kernel_cases.update_operands(case)), 2.0**-20
+    )
 
 
 @by_name(argvalues=INT8_CASES)
 def test_reference_product(case):
-    check_product(case, jax.jit(product(case, "reference"))(*kernel_cases.integer_operands(case)))
+    kernel_cases.check_product(case, jax.jit(kernel_cases.run_product(case, "reference"))(*kernel_cases.integer_operands(case)))
 
 
 @pytest.mark.slow
-@by_name(argvalues=DOT_CASES)
-def test_interpreted_dot(case, on_hopper):
-    with gpu_interpreter.interpreted():
-        out = jax.jit(dot(case, "mosaic_gpu"))(*kernel_cases.float_operands(case))
-        check_dot(case, out)
-
-
-@pytest.mark.slow
-@by_name(argvalues=UPDATE_CASES)
-def test_interpreted_update(case, on_hopper):
-    with gpu_interpreter.interpreted():  # weights are rounded to bfloat16
-        check_update(case, jax.jit(update(case, "mosaic_gpu"))(*kernel_cases.update_operands(case)), HALF)
-
-
-@pytest.mark.slow
-@by_name(argvalues=INT8_CASES)
-def test_interpreted_product(case, on_hopper):
-    with gpu_interpreter.interpreted():
-        check_product(case, jax.jit(product(case, "mosaic_gpu"))(*kernel_cases.integer_operands(case)))
-
-
-def test_interpreter_sees_a_wrong_sign(on_hopper):
-    case = DOT_CASES[0]
-    with gpu_interpreter.interpreted():
-        check_dot(case, jax.jit(dot(case, "mosaic_gpu"))(*kernel_cases.float_operands(case)))
-    x, w, noise, scale = kernel_cases.float_operands(case)
-    with gpu_interpreter.interpreted():
-        out = jax.jit(dot(case, "mosaic_gpu"))(x, w, noise, -scale)
-    with pytest.raises(AssertionError):
-        check_dot(case, out)
+@pytest.mark.parametrize("what", ["dot", "update", "product", "engine"])
+def test_interpreted(what):
+    """In a process of its own (`kernel_runs`)."""
+    command = [sys.executable, "-m", "tests.kernel_runs", what]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    outcomes = json.loads(run.stdout.splitlines()[-1])
+    assert outcomes and not {name: error for name, error in outcomes.items() if error}
 
 
 def shapes(operands):
@@ -162,38 +78,42 @@ def shapes(operands):
 @by_name(argvalues=DOT_CASES + DOT_MEASURED)
 def test_dot_lowers_for_cuda(case, on_hopper):
     operands = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, kernel_cases.float_operands(case)))
-    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(dot(case, "mosaic_gpu"), *operands)
+    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_dot(case, "mosaic_gpu"), *operands)
 
 
 @pytest.mark.slow
 @by_name(argvalues=UPDATE_CASES + UPDATE_MEASURED)
 def test_update_lowers_for_cuda(case, on_hopper):
     operands = jax.eval_shape(lambda: kernel_cases.update_operands(case))
-    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(update(case, "mosaic_gpu"), *operands)
+    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_update(case, "mosaic_gpu"), *operands)
 
 
 @by_name(argvalues=INT8_CASES + INT8_MEASURED)
 def test_product_lowers_for_cuda(case, on_hopper):
     operands = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, kernel_cases.integer_operands(case)))
-    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(product(case, "mosaic_gpu"), *operands)
+    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_product(case, "mosaic_gpu"), *operands)
 
 
 @pytest.mark.gpu
 @by_name(argvalues=DOT_CASES)
 def test_compiled_dot(case):
-    check_dot(case, jax.jit(dot(case, "mosaic_gpu"))(*kernel_cases.float_operands(case)))
+    kernel_cases.check_dot(case, jax.jit(kernel_cases.run_dot(case, "mosaic_gpu"))(*kernel_cases.float_operands(case)))
 
 
 @pytest.mark.gpu
 @by_name(argvalues=UPDATE_CASES)
 def test_compiled_update(case):
-    check_update(case, jax.jit(update(case, "mosaic_gpu"))(*kernel_cases.update_operands(case)), HALF)
+    kernel_cases.check_update(
+        case, jax.jit(kernel_cases.run_update(case, "mosaic_gpu"))(*kernel_cases.update_operands(case)), kernel_cases.HALF
+    )
 
 
 @pytest.mark.gpu
 @by_name(argvalues=INT8_CASES)
 def test_compiled_product(case):
-    check_product(case, jax.jit(product(case, "mosaic_gpu"))(*kernel_cases.integer_operands(case)))
+    kernel_cases.check_product(
+        case, jax.jit(kernel_cases.run_product(case, "mosaic_gpu"))(*kernel_cases.integer_operands(case))
+    )
 
 
 def test_signs_are_those_of_the_library():
@@ -248,10 +168,10 @@ def test_named_kernel_needs_its_gpu_and_none_takes_the_reference():
     operands = kernel_cases.float_operands(case)
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs a GPU, the default backend is cpu"):
-            dot(case, "mosaic_gpu")(*operands)
-    chex.assert_trees_all_equal(dot(case, None)(*operands), dot(case, "reference")(*operands))
+            kernel_cases.run_dot(case, "mosaic_gpu")(*operands)
+    chex.assert_trees_all_equal(kernel_cases.run_dot(case, None)(*operands), kernel_cases.run_dot(case, "reference")(*operands))
     with pytest.raises(ValueError, match="must be None or one of reference, mosaic_gpu, got 'triton'"):
-        dot(case, "triton")(*operands)
+        kernel_cases.run_dot(case, "triton")(*operands)
 
 
 def test_old_gpu_is_refused(monkeypatch):
