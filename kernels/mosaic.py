@@ -72,3 +72,8 @@ def is_own(shape: tuple[int, ...], *, rows: int, rank: int) -> Array:
     if rows < ROWS:
         term = term - rank * lax.div(row, jnp.int32(rows))
     return (term >= 0) & (term < rank)
+
+
+def turned(ref: Any) -> Any:
+    """A buffer of two axes as wgmma reads its transpose: no copy."""
+    return ref.transpose((1, 0))

@@ -90,9 +90,9 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
 
                 def step(_, x_tile, w_tile, left_tile, accumulators):
                     mine = x_tile.at[pl.ds(warpgroup * ROWS, ROWS)]
-                    plgpu.wgmma(accumulators[0], mine, plgpu.transpose_ref(w_tile, (1, 0)))
+                    plgpu.wgmma(accumulators[0], mine, mosaic.turned(w_tile))
                     terms_of_group = left_tile.at[pl.ds(own * terms, terms)]
-                    plgpu.wgmma(accumulators[1], mine, plgpu.transpose_ref(terms_of_group, (1, 0)))
+                    plgpu.wgmma(accumulators[1], mine, mosaic.turned(terms_of_group))
                     plgpu.wgmma_wait(0)
                     return accumulators
 
@@ -152,7 +152,7 @@ def _term(digit: Any, right: Any, count: int, shape: tuple[int, int]) -> Array:
 
     def product(place):
         def multiplied(accumulator):
-            plgpu.wgmma(accumulator, digit.at[place], plgpu.transpose_ref(right, (1, 0)))
+            plgpu.wgmma(accumulator, digit.at[place], mosaic.turned(right))
             plgpu.wgmma_wait(0)
             return accumulator[...]
 

@@ -307,7 +307,7 @@ class _Tile:
         if form in ("values", "int8"):
             streamed = streamed.at[pl.ds(self.own * terms, terms)]
         if form == "values":
-            return plgpu.transpose_ref(streamed, (1, 0))
+            return mosaic.turned(streamed)
         if form == "int8":
             expanded = streamed[...]
         elif form == "words":
@@ -318,7 +318,7 @@ class _Tile:
         left = self.buffers["left"].at[self.warpgroup, lax.rem(step, 2)]
         left[...] = expanded.astype(BF16)
         plgpu.commit_smem()
-        return plgpu.transpose_ref(left, (1, 0)) if form == "int8" else left
+        return mosaic.turned(left) if form == "int8" else left
 
     def drawn(self, call: Array) -> tuple[Array, Array]:
         """The words of 64 rows of every term."""
@@ -347,7 +347,7 @@ class _Tile:
             else:
                 pair = self.drawn(words[self.warpgroup, 3] + (self.across * steps + at).astype(jnp.uint32))
             self.buffers["right"][self.warpgroup, pl.ds(at * STEP, STEP)] = mosaic.unpacked(*pair).astype(BF16)
-        return plgpu.transpose_ref(self.part("right"), (1, 0))
+        return mosaic.turned(self.part("right"))
 
     def store(self, total: Array) -> None:
         """Copy the result out through shared memory, 64 columns at a time."""

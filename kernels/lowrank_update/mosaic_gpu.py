@@ -76,10 +76,10 @@ def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, c
                     if packed:
                         expanded = [buffer.at[warpgroup, lax.rem(at[0], 2)] for buffer in (left, right)]
                         _unpack(streamed, *expanded, warpgroup, wide)
-                        operands = expanded[0], plgpu.transpose_ref(expanded[1], (1, 0))
+                        operands = expanded[0], mosaic.turned(expanded[1])
                     else:
                         own = streamed[0].at[:, pl.ds(warpgroup * ROWS, ROWS)]
-                        operands = plgpu.transpose_ref(own, (1, 0)), streamed[1]
+                        operands = mosaic.turned(own), streamed[1]
                     plgpu.wgmma(total, *operands)
                     plgpu.wgmma_wait(0)
                     return total
