@@ -47,10 +47,10 @@ def unpacked(first: Array, second: Array) -> Array:
     return 1.0 - 2.0 * ((word >> shift) & jnp.uint32(1)).astype(jnp.float32)
 
 
-def threefry(key: tuple[Array, Array], counter: Array) -> tuple[Array, Array]:
-    """threefry2x32(key, (0, counter)), 20 rounds, elementwise: two words of every address."""
+def threefry(key: tuple[Array, Array], counter: Array, *, high: Array | None = None) -> tuple[Array, Array]:
+    """threefry2x32(key, (high, counter)), 20 rounds, elementwise: two words of every address; `high` is 0 by default."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
-    left, right = key[0], counter + key[1]
+    left, right = key[0] if high is None else high + key[0], counter + key[1]
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:
             left = left + right

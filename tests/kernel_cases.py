@@ -11,7 +11,7 @@ import numpy as np
 from kernels.factors import Noise, SignKeys, Values, signs_of, values_of
 from kernels.int8_dot.api import int8_dot
 from kernels.lowrank_dot.api import lowrank_dot
-from kernels.lowrank_update.api import lowrank_update
+from kernels.lowrank_update.api import lowrank_step, lowrank_update
 
 HALF = 2.0**-8  # of a unit in the last place of bfloat16, relative
 
@@ -45,6 +45,13 @@ def update_operands(case) -> tuple:
     return jax.random.normal(jax.random.key(0), (case.pairs,)), noise
 
 
+def step_operands(case) -> tuple:
+    """W, coefficients that move it by about one of its places, noise, key."""
+    coefficients, noise = update_operands(case)
+    w = jax.random.normal(jax.random.key(5), (case.m, case.n)).astype(jnp.bfloat16)
+    return w, coefficients * 0.01 / case.pairs**0.5, noise, jax.random.key(6)
+
+
 def integer_operands(case) -> tuple:
     """x, w, noise, sign of an integer product."""
     x = _integers(jax.random.key(0), (case.pairs, case.rows, case.m), 127)
@@ -73,6 +80,13 @@ def run_update(case, implementation):
     sizes = dict(rank=case.rank, rows=case.m, columns=case.n)
     return lambda coefficients, noise: lowrank_update(
         coefficients, noise, implementation=implementation, config=config, **sizes
+    )
+
+
+def run_step(case, implementation):
+    config = case.config if implementation == "mosaic_gpu" else None
+    return lambda w, coefficients, noise, key: lowrank_step(
+        w, coefficients, noise, key=key, rank=case.rank, implementation=implementation, config=config
     )
 
 
@@ -113,6 +127,21 @@ def check_update(case, out, tolerance):
     built = members(noise, rank=case.rank, m=case.m, n=case.n)
     oracle = np.tensordot(np.asarray(coefficients, np.float64), built, axes=1)
     assert np.abs(np.asarray(out, np.float64) - oracle).max() < tolerance * np.abs(coefficients).sum() * case.rank
+
+
+def check_step(case, out):
+    """One of the two neighbours of the sum, except where the sum itself is off by more than the random bits resolve."""
+    w, coefficients, noise, _ = step_operands(case)
+    built = members(noise, rank=case.rank, m=case.m, n=case.n)
+    oracle = wide(w) + np.tensordot(np.asarray(coefficients, np.float64), built, axes=1)
+    place = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(oracle), 2.0**-100))) - 7)
+    slack = HALF * np.abs(coefficients).sum() * case.rank
+    error = wide(out) - oracle
+    assert (np.abs(error) < place + slack).all()
+    # Rounding keeps the mean: every error has mean 0 and a deviation of half a place at most.
+    deviation = np.sqrt(np.mean(np.square(place))) / 2 / np.sqrt(error.size)
+    assert abs(error.mean()) < 4.5 * deviation + HALF * np.abs(coefficients).mean() * case.rank
+    assert (np.asarray(out) != np.asarray(w)).mean() > 0.2
 
 
 def check_product(case, out):

@@ -45,6 +45,15 @@ def update_run(case) -> None:
     kernel_cases.check_update(case, out, kernel_cases.HALF)
 
 
+def step_run(case) -> None:
+    """The same as the reference to the last bit, but where the sum falls on the other side of a random word."""
+    operands = kernel_cases.step_operands(case)
+    out, expected = (jax.jit(kernel_cases.run_step(case, which))(*operands) for which in ("mosaic_gpu", "reference"))
+    kernel_cases.check_step(case, out)
+    moved = np.mean(np.asarray(out) != np.asarray(expected))
+    assert moved < 0.04, moved  # weights are rounded to bfloat16; under another key it is above 0.3
+
+
 def product_run(case) -> None:
     out = jax.jit(kernel_cases.run_product(case, "mosaic_gpu"))(*kernel_cases.integer_operands(case))
     kernel_cases.check_product(case, out)
@@ -69,6 +78,7 @@ def integers_run() -> None:
 RUNS = {
     "dot": {**{case.name: functools.partial(dot_run, case) for case in DOT_CASES}, "wrong-sign": wrong_sign_run},
     "update": {case.name: functools.partial(update_run, case) for case in UPDATE_CASES},
+    "step": {case.name: functools.partial(step_run, case) for case in UPDATE_CASES[1:3]},
     "product": {case.name: functools.partial(product_run, case) for case in INT8_CASES},
     "engine": {"floats": floats_run, "integers": integers_run},
 }

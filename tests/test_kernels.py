@@ -88,6 +88,13 @@ def test_update_lowers_for_cuda(case, on_hopper):
     assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_update(case, "mosaic_gpu"), *operands)
 
 
+@pytest.mark.slow
+@by_name(argvalues=UPDATE_CASES)
+def test_step_lowers_for_cuda(case, on_hopper):
+    operands = jax.eval_shape(lambda: kernel_cases.step_operands(case))
+    assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_step(case, "mosaic_gpu"), *operands)
+
+
 @by_name(argvalues=INT8_CASES + INT8_MEASURED)
 def test_product_lowers_for_cuda(case, on_hopper):
     operands = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, kernel_cases.integer_operands(case)))

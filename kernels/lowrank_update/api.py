@@ -2,13 +2,14 @@
 
 import functools
 
+import jax
 from jax import Array
 
 from kernels import hopper
 from kernels.factors import Noise
 from kernels.lowrank_update import config as limits
 from kernels.lowrank_update.config import Config
-from kernels.lowrank_update.reference import population_update
+from kernels.lowrank_update.reference import population_step, population_update
 
 
 def lowrank_update(
@@ -49,3 +50,48 @@ def lowrank_update(
     from kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
     return mosaic_gpu.lowrank_update(coefficients, noise, config=config, **options)
+
+
+def lowrank_step(
+    w: Array,
+    coefficients: Array,
+    noise: Noise,
+    *,
+    key: Array,
+    rank: int,
+    implementation: str | None = None,
+    config: Config | None = None,
+) -> Array:
+    """Move a bfloat16 matrix by the sum of the weighted perturbations, rounded stochastically; the sum is never in memory.
+
+        w + sum_p coefficients[p] left[p]^T right[p]        coefficients hold the step size: plain gradient ascent
+
+    Args:
+        w: bfloat16 [m, n].
+        coefficients: float32 [P].
+        noise: of every pair, in any form of `kernels.factors`.
+        key: typed threefry key, consumed; entry (i, j) is rounded by the word at its counter (i, j).
+        rank: r.
+        implementation: as of `lowrank_update`.
+        config: tiles of the kernel; None: chosen by arithmetic.
+
+    Returns:
+        bfloat16 [m, n], each entry one of the two neighbours of its sum, whose mean it keeps.
+
+    Raises:
+        NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
+        ValueError: an unknown implementation.
+    """
+    words = jax.random.key_data(key)
+
+    def check() -> None:
+        limits.check(noise, rows=w.shape[0], columns=w.shape[1])
+        if w.dtype != "bfloat16":
+            raise NotImplementedError(f"lowrank_step 'mosaic_gpu' moves bfloat16 matrices, got {w.dtype}.")
+
+    if hopper.chosen("lowrank_step", implementation, check) == "reference":
+        return population_step(w, coefficients, noise, key=words, rank=rank)
+    from kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
+
+    sizes: dict = dict(rank=rank, rows=w.shape[0], columns=w.shape[1])
+    return mosaic_gpu.lowrank_update(coefficients, noise, config=config, moved=(w, words), **sizes)

@@ -22,14 +22,26 @@ from kernels import hopper, mosaic
 from kernels.factors import WORD, Noise, Values, signs_of
 from kernels.hopper import ROWS, STEP
 from kernels.lowrank_update.config import Config, choose
+from kernels.lowrank_update.reference import rounded
 
 BF16 = jnp.bfloat16
+PIECE = 32  # columns of the result that are stored at a time
 
 
 def lowrank_update(
-    coefficients: Array, noise: Noise, *, rank: int, rows: int, columns: int, config: Config | None = None
+    coefficients: Array,
+    noise: Noise,
+    *,
+    rank: int,
+    rows: int,
+    columns: int,
+    config: Config | None = None,
+    moved: tuple[Array, Array] | None = None,
 ) -> Array:
-    """Arrange the terms of all pairs as one axis, padded to steps of 64, and call the kernel; see `api.lowrank_update`."""
+    """Arrange the terms of all pairs as one axis, padded to steps of 64, and call the kernel.
+
+    `moved` is None for `api.lowrank_update`, (w, words of the key) for `api.lowrank_step`.
+    """
     weights = jnp.repeat(coefficients.astype(jnp.float32), rank)
     terms = -(-weights.size // STEP) * STEP
     config = choose(rows, columns, terms) if config is None else config
@@ -41,31 +53,45 @@ def lowrank_update(
         words, cut = signs_of(noise, rank * (rows + columns)).words, rank * rows // WORD
         parts = words[:, :cut].reshape(-1, rows // WORD), words[:, cut:].reshape(-1, columns // WORD)
         operands = (*(_padded(part, terms).T for part in parts), weights.reshape(-1, STEP))
-    return _call(operands, rows=rows, columns=columns, steps=terms // STEP, config=config)
+    return _call(operands, _with_key(moved), rows=rows, columns=columns, steps=terms // STEP, config=config)
+
+
+def _with_key(moved: tuple[Array, Array] | None) -> tuple[Array, ...]:
+    """W and the key spread over a row of a piece, as vectors are read."""
+    return () if moved is None else (moved[0], jnp.broadcast_to(moved[1][:, None], (2, PIECE)))
 
 
 def _padded(array: Array, size: int) -> Array:
     return jnp.pad(array, [(0, size - array.shape[0]), *[(0, 0)] * (array.ndim - 1)])
 
 
-def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, config: Config) -> Array:
+def _call(
+    operands: tuple[Array, ...], moved: tuple[Array, ...], *, rows: int, columns: int, steps: int, config: Config
+) -> Array:
     wide, packed = config.tile_columns, len(operands) == 3
+    out_type = jax.ShapeDtypeStruct((rows, columns), BF16 if moved else jnp.float32)
     tiles, across = rows // (2 * ROWS) * (columns // wide), columns // wide
 
     def kernel(*refs):
         *given, out = refs
+        w, key = given[len(operands) :] or (None, None)
         buffers: dict[str, Any] = dict(
             ring=_pipeline(_ignore, _ignore, steps, config, packed).get_allocations(*_streams(given, 0, 0, config, packed)),
-            result=mosaic.tile((2, ROWS, 32), jnp.float32),
+            result=mosaic.tile((2, ROWS, PIECE), out_type.dtype),
         )
+        if moved:
+            buffers["piece"] = mosaic.tile((2, ROWS, PIECE), BF16)
+            buffers["key"] = plgpu.SMEM((2, 2, PIECE), jnp.uint32)
+            buffers["arrived"] = plgpu.Barrier(num_arrivals=2, num_barriers=2)
         if packed:
             # Two of each: a warp may be one step ahead of another one whose product still reads.
             buffers["left"] = mosaic.tile((2, 2, ROWS, STEP), BF16)
             buffers["right"] = mosaic.tile((2, 2, wide, STEP), BF16)
 
         @functools.partial(pl.run_scoped, **buffers, collective_axes="warpgroup")
-        def _(ring, result, left=None, right=None):
+        def _(ring, result, left=None, right=None, **of_step):
             warpgroup = lax.axis_index("warpgroup")
+            own = {name: buffer.at[warpgroup] for name, buffer in of_step.items()}
 
             @plgpu.nd_loop((tiles,), collective_axes="program")
             def _(loop):
@@ -78,8 +104,8 @@ def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, c
                         _unpack(streamed, *expanded, warpgroup, wide)
                         operands = expanded[0], mosaic.turned(expanded[1])
                     else:
-                        own = streamed[0].at[:, pl.ds(warpgroup * ROWS, ROWS)]
-                        operands = mosaic.turned(own), streamed[1]
+                        rows_of_group = streamed[0].at[:, pl.ds(warpgroup * ROWS, ROWS)]
+                        operands = mosaic.turned(rows_of_group), streamed[1]
                     plgpu.wgmma(total, *operands)
                     plgpu.wgmma_wait(0)
                     return total
@@ -88,7 +114,8 @@ def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, c
                     @functools.partial(pl.run_scoped, total=plgpu.ACC((ROWS, wide)))
                     def _(total):
                         stream(total)
-                        _store(total[...], result.at[warpgroup], out, 2 * down + warpgroup, beside * wide)
+                        where = (2 * down + warpgroup) * ROWS, beside * wide
+                        _store(total[...], result.at[warpgroup], out, where, w, key, own)
 
                 pipeline = _pipeline(step, context, steps, config, packed)
                 pipeline(*_streams(given, down, beside, config, packed), allocations=ring)
@@ -97,13 +124,13 @@ def _call(operands: tuple[Array, ...], *, rows: int, columns: int, steps: int, c
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+        out_type=out_type,
         grid=(min(hopper.programs(), tiles),),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mosaic.PARAMETERS(),
-    )(*operands)
+    )(*operands, *moved)
 
 
 def _pipeline(step: Any, context: Any, steps: int, config: Config, packed: bool) -> Any:
@@ -133,10 +160,10 @@ def _pipeline(step: Any, context: Any, steps: int, config: Config, packed: bool)
 def _streams(given: list[Any], down: Any, beside: Any, config: Config, packed: bool) -> list[Any]:
     wide = config.tile_columns
     if packed:
-        left, right, weights = given
+        left, right, weights = given[:3]
         rows = pl.ds(down * (2 * ROWS // WORD), 2 * ROWS // WORD)
         return [left.at[rows], right.at[pl.ds(beside * (wide // WORD), wide // WORD)], weights]
-    left, right = given
+    left, right = given[:2]
     return [left.at[:, pl.ds(down * 2 * ROWS, 2 * ROWS)], right.at[:, pl.ds(beside * wide, wide)]]
 
 
@@ -150,12 +177,32 @@ def _unpack(streamed: list[Any], left: Any, right: Any, warpgroup: Any, wide: in
     plgpu.commit_smem()
 
 
-def _store(total: Array, result: Any, out: Any, group: Any, first: Any) -> None:
-    for at in range(0, total.shape[1], 32):
+def _store(total: Array, result: Any, out: Any, where: tuple[Any, Any], w: Any, key: Any, own: dict[str, Any]) -> None:
+    """Copy the sum out, or what it makes of W, piece by piece."""
+    for at in range(0, total.shape[1], PIECE):
+        there = pl.ds(where[0], ROWS), pl.ds(where[1] + at, PIECE)
+        piece = total[:, at : at + PIECE]
+        if w is not None:
+            plgpu.commit_smem()  # no warp still reads the piece before
+            plgpu.copy_gmem_to_smem(w.at[there], own["piece"], own["arrived"])
+            plgpu.copy_gmem_to_smem(key, own["key"], own["arrived"])
+            plgpu.barrier_wait(own["arrived"])
+            piece = _moved(piece, own, where[0], where[1] + at)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        result[...] = total[:, at : at + 32]
+        result[...] = piece
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(result, out.at[pl.ds(group * ROWS, ROWS), pl.ds(first + at, 32)])
+        plgpu.copy_smem_to_gmem(result, out.at[there])
+
+
+def _moved(piece: Array, own: dict[str, Any], row: Any, column: Any) -> Array:
+    """W + G of one piece, rounded by the words at the counters (row, column)."""
+    high, low = (
+        (lax.broadcasted_iota(jnp.int32, piece.shape, axis) + first).astype(jnp.uint32)
+        for axis, first in enumerate((row, column))
+    )
+    key = tuple(lax.broadcast_in_dim(own["key"][half], piece.shape, (1,)) for half in range(2))
+    words, _ = mosaic.threefry(key, low, high=high)
+    return rounded(own["piece"][...].astype(jnp.float32) + piece, words)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

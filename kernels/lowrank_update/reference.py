@@ -1,8 +1,9 @@
-"""Specification of the low-rank update: G = sum_p d_p A_p^T B_p, one matrix product over K = P r."""
+"""Specification of the low-rank update: G = sum_p d_p A_p^T B_p, one matrix product over K = P r; and of w + G, rounded."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.random import threefry2x32_p
 
 from kernels.factors import Noise, values_of
 
@@ -48,3 +49,19 @@ def _terms(factor: Array) -> Array:
 def population_update(coefficients: Array, noise: Noise, *, rank: int, rows: int, columns: int) -> Array:
     """Specification of `api.lowrank_update`: `lowrank_update` of the noise as values."""
     return lowrank_update(coefficients, *values_of(noise, rank=rank, rows=rows, columns=columns, dtype=jnp.float32))
+
+
+def population_step(w: Array, coefficients: Array, noise: Noise, *, key: Array, rank: int) -> Array:
+    """Specification of `api.lowrank_step`: w + G rounded to bfloat16, up or down with the probability that keeps the mean."""
+    total = w.astype(jnp.float32) + population_update(coefficients, noise, rank=rank, rows=w.shape[0], columns=w.shape[1])
+    row, column = (jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) for axis in (0, 1))
+    words, _ = threefry2x32_p.bind(*(jnp.broadcast_to(half, w.shape) for half in key), row, column)
+    return rounded(total, words)
+
+
+def rounded(value: Array, words: Array) -> Array:
+    """Round float32 to bfloat16: 16 random bits of a word are added below its last place, and what is below is cut off."""
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    up = (bits + (words & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
+    finite = (bits & jnp.uint32(0x7F800000)) != jnp.uint32(0x7F800000)
+    return jax.lax.bitcast_convert_type(jnp.where(finite, up, bits), jnp.float32).astype(jnp.bfloat16)
