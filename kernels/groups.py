@@ -1,8 +1,8 @@
 """The rows of a population [P, R, m] in groups of 64, one group to a warpgroup.
 
 Rows of a pair are padded to a power of two up to 64 or to a multiple of 128, pairs to a multiple of 128 rows in all. A group
-holds 64 / R pairs, or a part of one pair, and its noise has `terms` terms: r for each of its pairs, padded to what a product
-contracts.
+holds 64 / R pairs, or a part of one pair, and its noise has `terms` terms: r for each of its pairs, padded to a power of
+two up to 128 or to a multiple of 128.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import hopper
+
+CHUNK = 128  # terms that a kernel handles at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Groups:
     def of(cls, pairs: int, rows: int, rank: int, *, least_terms: int) -> "Groups":
         """The smallest padding."""
         if rows > hopper.ROWS:
-            rows = -(-rows // 128) * 128
-            return cls(pairs, rows, rank, -(-rank // least_terms) * least_terms)
-        rows = 1 << (rows - 1).bit_length()
+            return cls(pairs, -(-rows // 128) * 128, rank, max(least_terms, _power_of_two(rank)))
+        rows = _power_of_two(rows)
         per_program = 128 // rows
-        pairs = -(-pairs // per_program) * per_program
-        return cls(pairs, rows, rank, -(-hopper.ROWS // rows * rank // least_terms) * least_terms)
+        terms = hopper.ROWS // rows * rank
+        terms = max(least_terms, _power_of_two(terms)) if terms <= CHUNK else -(-terms // CHUNK) * CHUNK
+        return cls(-(-pairs // per_program) * per_program, rows, rank, terms)
 
     def pad_pairs(self, array: Array) -> Array:
         """[P, ...] with zeros for the pairs that are padding."""
@@ -59,6 +61,11 @@ class Groups:
     def by_group(self, array: Array) -> Array:
         """[P, r, ...] -> [F, terms, ...], P padded: F is the number of groups, or P where a pair has several groups."""
         return _pad(array.reshape(-1, self.pairs_of_one * self.rank, *array.shape[2:]), 1, self.terms)
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not smaller."""
+    return 1 << (size - 1).bit_length()
 
 
 def _pad(array: Array, axis: int, size: int) -> Array:

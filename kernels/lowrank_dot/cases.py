@@ -29,6 +29,8 @@ def _tested() -> list[Case]:
         Case("rank-4-wide", 30, 8, 128, 256, 4, "keys", Config(256, 1)),
         Case("rank-16-in-chunks", 64, 2, 64, 128, 16, "keys", Config(64, 1, "before")),
         Case("rank-3-no-power-of-two", 16, 12, 128, 64, 3, "values", Config(64, 2)),
+        Case("rank-3-padded-terms", 64, 2, 64, 64, 3, "words", Config(64, 1)),
+        Case("rank-5-two-chunks", 64, 2, 64, 64, 5, "values", Config(64, 1, "before")),
         Case("long-rows", 3, 100, 128, 64, 2, "words", Config(64, 2)),
         Case("long-rows-before", 2, 200, 64, 64, 1, "values", Config(64, 1, "before")),
         Case("chosen", 64, 2, 128, 192, 2, "keys"),

@@ -22,12 +22,11 @@ from jax import Array, lax
 
 from kernels import hopper, mosaic
 from kernels.factors import WORD, Noise, Signs, Values, values_of
-from kernels.groups import Groups
+from kernels.groups import CHUNK, Groups
 from kernels.hopper import ROWS, STEP
 from kernels.lowrank_dot.config import Config, choose
 
 BF16 = jnp.bfloat16
-CHUNK = 128  # terms whose right factors are in shared memory at once
 
 
 class Operands(NamedTuple):
@@ -43,6 +42,8 @@ def lowrank_dot(x: Array, w: Array, noise: Noise, *, scale: Array, rank: int, co
     (pairs, rows, m), n = x.shape, w.shape[1]
     groups = Groups.of(pairs, rows, rank, least_terms=least_terms(noise))
     config = choose(groups, m, n) if config is None else config
+    if config.hidden == "inside" and groups.terms > CHUNK:
+        raise NotImplementedError(f"x A can be computed inside the kernel for {CHUNK} terms, not for {groups.terms}.")
     x, scale = groups.pad_rows(x), groups.pad_rows(scale.astype(jnp.float32))
     noise = type(noise)(*map(groups.pad_pairs, noise))
     operands = _arranged(noise, groups, m, n)
