@@ -1,55 +1,15 @@
-"""Operands of the cases that kernels are tested and measured with, and what they give in float64."""
+"""Operands of the cases that kernels are tested with, and the members of their noise in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.factors import Noise, SignKeys, Values, signs_of, values_of
+from kernels.factors import Noise, values_of
+from kernels.operands import float_operands, integer_operands, update_operands
 
-
-def noise_of(form: str, *, pairs: int, rank: int, m: int, n: int) -> Noise:
-    """Noise in one form; "words" and "values" hold the signs that "keys" draws."""
-    if form == "int8":
-        left, right = jax.random.key(3), jax.random.key(4)
-        return Values(_integers(left, (pairs, rank, m), 59), _integers(right, (pairs, rank, n), 59))
-    keys = SignKeys(jax.random.bits(jax.random.key(2), (pairs, 2), jnp.uint32))
-    if form == "keys":
-        return keys
-    if form == "words":
-        return signs_of(keys, rank * (m + n))
-    return values_of(keys, rank=rank, rows=m, columns=n, dtype=jnp.bfloat16)
-
-
-def float_operands(case) -> tuple:
-    """x, w, noise, scale of a floating product, of unit size, the perturbation as large as the product."""
-    x = jax.random.normal(jax.random.key(0), (case.pairs, case.rows, case.m), jnp.bfloat16)
-    w = (jax.random.normal(jax.random.key(1), (case.m, case.n)) / case.m**0.5).astype(jnp.bfloat16)
-    noise = noise_of(case.form, pairs=case.pairs, rank=case.rank, m=case.m, n=case.n)
-    size = (30.0**2 if case.form == "int8" else 1.0) * (case.m * case.rank) ** 0.5
-    signs = 1.0 - 2.0 * (np.arange(case.pairs * case.rows) % 2)
-    return x, w, noise, jnp.asarray(signs.reshape(case.pairs, case.rows) / size, jnp.float32)
-
-
-def update_operands(case) -> tuple:
-    """Coefficients and noise of an update."""
-    noise = noise_of(case.form, pairs=case.pairs, rank=case.rank, m=case.m, n=case.n)
-    return jax.random.normal(jax.random.key(0), (case.pairs,)), noise
-
-
-def integer_operands(case) -> tuple:
-    """x, w, noise, sign of an integer product."""
-    x = _integers(jax.random.key(0), (case.pairs, case.rows, case.m), 127)
-    w = _integers(jax.random.key(1), (case.m, case.n), 127)
-    signs = 1 - 2 * (np.arange(case.pairs * case.rows) % 2)
-    noise = noise_of("int8", pairs=case.pairs, rank=case.rank, m=case.m, n=case.n)
-    return x, w, noise, jnp.asarray(signs.reshape(case.pairs, case.rows), jnp.int32)
+__all__ = ["float_operands", "integer_operands", "members", "update_operands"]
 
 
 def members(noise: Noise, *, rank: int, m: int, n: int) -> np.ndarray:
     """sqrt(r) E of every pair, built: float64 [P, m, n]."""
     left, right = (np.asarray(f, np.float64) for f in values_of(noise, rank=rank, rows=m, columns=n, dtype=jnp.float32))
     return np.einsum("pkm,pkn->pmn", left, right)
-
-
-def _integers(key, shape: tuple[int, ...], largest: int) -> jax.Array:
-    return jax.random.randint(key, shape, -largest, largest + 1).astype(jnp.int8)
