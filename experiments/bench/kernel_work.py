@@ -169,8 +169,8 @@ def _together(case: dot_cases.Case) -> Work:
     forward, backward = _dot(case), _update(update)
 
     def both(name: str) -> Call:
-        first, second = forward.calls[name].run, backward.calls[name].run
-        return Call(lambda: (first(), second()), checked=False)
+        first, second = forward.calls[name], backward.calls[name]
+        return Call(lambda: (first.run(), second.run()), checked=first.checked)
 
     size = forward.operations + backward.operations, forward.bytes + backward.bytes
     calls = {name: both(name) for name in ("plain", "reference", "mosaic_gpu")}
