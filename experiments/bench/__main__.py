@@ -1,10 +1,13 @@
-"""Benchmarks: `python -m experiments.bench engine --help`; others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`."""
+"""Benchmarks: `python -m experiments.bench engine --help`.
+
+Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`.
+"""
 
 from typing import Any
 
 import tyro
 
-from experiments.bench import decode, egg, engine, populations, rl, scale, zo
+from experiments.bench import decode, egg, engine, kernels, populations, rl, scale, zo
 
 
 def main() -> None:
@@ -17,6 +20,7 @@ def main() -> None:
         "populations": (populations.Populations, populations.run),
         "zo": (zo.ZO, zo.run),
         "egg": (egg.EGG, egg.run),
+        "kernels": (kernels.Kernels, kernels.run),
     }
     config = tyro.extras.subcommand_cli_from_dict({name: options for name, (options, _) in benchmarks.items()})
     next(run for options, run in benchmarks.values() if isinstance(config, options))(config)

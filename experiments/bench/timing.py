@@ -1,6 +1,8 @@
 """Timing several forms of the same work in one process, interleaved, so that a busy moment of the machine hits all alike."""
 
+import functools
 import importlib.metadata
+import math
 import statistics
 import subprocess
 import time
@@ -34,6 +36,31 @@ def rounds_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dic
             jax.block_until_ready(form())
             found[name].append(1e3 * (time.perf_counter() - start))
     return found
+
+
+def queued_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int, round_ms: float) -> dict[str, float]:
+    """Time every form once per round, several calls of it in the device's queue where one is short.
+
+    A GPU works while the next call is dispatched; a wait after every call would add the dispatch to each.
+
+    Args:
+        forms: name -> function without arguments that returns arrays; all are called before the first round.
+        repeats: rounds, at least 10 for a number that is reported.
+        round_ms: milliseconds that the calls of a round take at least, unless 100 take less; 0: one call a round.
+
+    Returns:
+        Name -> median milliseconds of a call.
+    """
+    once = interleaved_ms(forms, repeats=1)
+    counts = {name: max(1, min(100, math.ceil(round_ms / ms))) for name, ms in once.items()}
+    queued = {name: functools.partial(_several, form, counts[name]) for name, form in forms.items()}
+    return {name: ms / counts[name] for name, ms in interleaved_ms(queued, repeats=repeats).items()}
+
+
+def _several(form: Callable[[], object], count: int) -> object:
+    for _ in range(count - 1):
+        form()
+    return form()
 
 
 def machine() -> dict[str, str]:

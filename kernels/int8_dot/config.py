@@ -50,7 +50,17 @@ def digits(m: int) -> int:
 def choose(groups: Groups, m: int, n: int) -> Config:
     """The widest tiles that still give every multiprocessor one, by arithmetic, not by measurement."""
     filling = n % 128 == 0 and groups.count // 2 * (n // 128) >= hopper.SMS
-    wide = 128 if filling else 64
+    return fit(Config(128 if filling else 64), groups, m)
+
+
+def fit(config: Config, groups: Groups, m: int) -> Config:
+    """Reduce the stages to what shared memory holds.
+
+    Raises:
+        NotImplementedError: not even one stage fits.
+    """
+    wide = config.tile_columns
     stage = STEP * (128 + wide + 2 * groups.terms)
     rest = 2 * (groups.terms * (hopper.ROWS * digits(m) + wide) + 4 * hopper.ROWS * (wide + 1))
-    return Config(wide, hopper.stages_that_fit("int8_dot", stage=stage, rest=rest, most=min(4, m // STEP)))
+    most = min(config.stages, m // STEP)
+    return dataclasses.replace(config, stages=hopper.stages_that_fit("int8_dot", stage=stage, rest=rest, most=most))

@@ -31,11 +31,21 @@ def check(noise: Noise, *, rows: int, columns: int) -> None:
         )
 
 
-def choose(rows: int, columns: int, terms: int) -> Config:
+def choose(rows: int, columns: int, terms: int, *, packed: bool) -> Config:
     """The widest tiles that still give every multiprocessor one, by arithmetic, not by measurement."""
     fitting = [width for width in (256, 128, 64) if columns % width == 0]
     filling = [width for width in fitting if rows // 128 * (columns // width) >= hopper.SMS]
-    wide = (filling or fitting[-1:])[0]
-    stage = 2 * hopper.STEP * (128 + wide)
-    rest = 8 * hopper.STEP * (hopper.ROWS + wide) + 8 * hopper.ROWS * 32
-    return Config(wide, hopper.stages_that_fit("lowrank_update", stage=stage, rest=rest, most=min(4, terms // hopper.STEP)))
+    return fit(Config((filling or fitting[-1:])[0]), terms, packed=packed)
+
+
+def fit(config: Config, terms: int, *, packed: bool) -> Config:
+    """Reduce the stages to what shared memory holds beside the factors, which are unpacked there where they are `packed`.
+
+    Raises:
+        NotImplementedError: not even one stage fits.
+    """
+    wide = config.tile_columns
+    stage = 4 * hopper.STEP * (5 + wide // 32) if packed else 2 * hopper.STEP * (128 + wide)
+    rest = (8 * hopper.STEP * (hopper.ROWS + wide) if packed else 0) + 16 * hopper.ROWS * 32
+    most = min(config.stages, terms // hopper.STEP)
+    return dataclasses.replace(config, stages=hopper.stages_that_fit("lowrank_update", stage=stage, rest=rest, most=most))

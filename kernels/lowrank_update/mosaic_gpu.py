@@ -44,7 +44,7 @@ def lowrank_update(
     """
     weights = jnp.repeat(coefficients.astype(jnp.float32), rank)
     terms = -(-weights.size // STEP) * STEP
-    config = choose(rows, columns, terms) if config is None else config
+    config = choose(rows, columns, terms, packed=not isinstance(noise, Values)) if config is None else config
     weights = _padded(weights, terms)
     if isinstance(noise, Values):
         left, right = (_padded(factor.reshape(-1, factor.shape[-1]), terms) for factor in noise)

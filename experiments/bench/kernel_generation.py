@@ -1,0 +1,52 @@
+"""A whole generation of a language model for the kernel benchmark, beside pure batched inference of the same inputs.
+
+The model is random and has the sizes of Llama 3.2 1B, in bfloat16; every member reads a short text of its own and is scored by
+the likelihood of each next token. The engine chooses its implementation itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import eggroll
+from experiments.bench.kernel_work import Call, Work, bound
+from experiments.models.decoder import apply
+from experiments.models.leaves import init
+from experiments.models.transformer import TransformerConfig, decoder, leaves
+
+ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="llama", tie_word_embeddings=True)
+SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)
+
+
+def work(*, small: bool, members: int, tokens: int) -> Work:
+    """Make the model, its texts, and the two calls.
+
+    Args:
+        small: a model of two layers.
+        members: of the population.
+        tokens: that a member reads.
+    """
+    config = SMALL if small else ONE_BILLION
+    model = decoder(config)
+    params = init(leaves(config), jax.random.key(0), jnp.bfloat16)
+    texts = jax.random.randint(jax.random.key(1), (members, 1, tokens + 1), 0, config.vocab_size)
+
+    def likelihood(params: Any, text: Array, key: Array | None = None) -> Array:
+        read, following = text[:, :-1], text[:, 1:]
+        known = jax.nn.log_softmax(apply(model, params, read, jnp.ones(read.shape, bool)))
+        return jnp.take_along_axis(known, following[..., None], axis=-1).mean()
+
+    options: dict[str, Any] = dict(population_size=members, members_per_batch=1, perturbation=eggroll.LowRank())
+    es = eggroll.EvolutionStrategy(likelihood, sigma=1e-3, optimizer=optax.sgd(1e-3), **options)
+    state = es.init(params, key=jax.random.key(2))
+    implementation = getattr(es.plan(state, texts), "implementation", "reference")
+    calls = {
+        "plain": Call(bound(jax.vmap(likelihood, (None, 0)), params, texts), checked=False),
+        str(implementation): Call(lambda: es.step(state, texts), checked=False),
+    }
+    count, weights = members * tokens, sum(leaf.size for leaf in jax.tree.leaves(params))
+    shape = f"{weights:,} parameters, {members} members, {tokens} tokens each"
+    return Work("generation", "small" if small else "llama-1b", shape, calls, 2.0 * count * weights, 2.0 * weights)
