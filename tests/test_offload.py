@@ -50,7 +50,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONG = ("directions in chunks", "curvature", "grzo", "adamezo")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy] * (name in LONG)) for name in SETTINGS]
+)
 def test_an_offloaded_run_is_the_resident_run(name):
     """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
     own = tuner(**SETTINGS[name])

@@ -13,7 +13,14 @@ from experiments.presets import PAPER
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.filterwarnings("ignore")]  # the suites' own warnings
 MULTI_AGENT = ("mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3")
 QUICK = ("gymnax", "jumanji", "navix", "mpe")  # the others compile for more than 10 s
-ONE_OF_EACH = ("brax/inverted_double_pendulum", "craftax/Craftax-Classic-Symbolic-v1", "kinetix/s/h1_thrust_over_ball")
+ONE_OF_EACH = (
+    "brax/inverted_double_pendulum",
+    "craftax/Craftax-Classic-Symbolic-v1",
+    "jumanji/Knapsack-v1",
+    "kinetix/s/h1_thrust_over_ball",
+    "mpe/simple_spread_v3",
+    "navix/FourRooms-v0",
+)
 TINY = ["--population-size", "4", "--generations", "2", "--evaluation-episodes", "2", "--max-steps", "10", "--checks", "1"]
 
 
@@ -21,7 +28,8 @@ def row(name):
     """A task, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     marks = [pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")]
-    slow, heavy = suite not in QUICK, suite not in QUICK and name not in ONE_OF_EACH
+    heavy = suite != "gymnax" and name not in ONE_OF_EACH
+    slow = suite not in QUICK or heavy
     return pytest.param(name, marks=marks + [pytest.mark.slow] * slow + [pytest.mark.heavy] * heavy, id=name)
 
 
@@ -42,7 +50,7 @@ def test_trains_and_ends_with_json(env, capsys, tmp_path):
     assert (tmp_path / "journal.bin").exists() and (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.parametrize("env", [row("jumanji/Snake-v1"), row(MULTI_AGENT[0])])
+@pytest.mark.parametrize("env", [row("jumanji/Knapsack-v1"), row(MULTI_AGENT[1])])
 def test_ppo_respects_masks_and_agents(env, capsys, tmp_path):
     options = ["--ppo.num-envs", "2", "--ppo.rollout-steps", "8", "--ppo.minibatches", "2", "--env-steps", "32"]
     rl.main(["--env", env, *TINY, "--algorithm", "ppo", *options, "--folder", str(tmp_path)])
