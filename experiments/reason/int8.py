@@ -18,7 +18,7 @@ class Int8:
     """How int8 matrices evolve, where `weights` is int8."""
 
     sigma: float = 3.0
-    """Standard deviation of their perturbation, in integers; the paper has 0.4 for 7B parameters, the small model needs more."""
+    """Standard deviation of their perturbation, in integers; 0.4 in the paper for 7B parameters, the small model needs more."""
     learning_rate: float = 0.3
     """Step size of Adam, in integers."""
     threshold: float | None = None
