@@ -58,7 +58,7 @@ def test_noise_bytes_per_member():
 def test_table_shows_every_leaf():
     _, plan = planned()
     lines = plan.table().splitlines()
-    assert lines[0].split() == ["path", "shape", "role", "rank", "bytes", "reason"]
+    assert lines[0].split() == ["path", "shape", "role", "rank", "kernel", "bytes", "reason"]
     assert [line.split()[0] for line in lines[1:-1]] == ["embed", "head", "layers/b", "layers/w", "odd", "unused"]
     assert lines[-1].startswith("noise per member: ")
 
