@@ -200,9 +200,11 @@ def case(name):
     """A slow row, skipped where the suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     skip = pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")
-    return pytest.param(name, marks=[skip, pytest.mark.slow, pytest.mark.filterwarnings("ignore")], id=name)
+    marks = [skip, pytest.mark.slow, pytest.mark.filterwarnings("ignore")] + [pytest.mark.heavy] * (name in LONG)
+    return pytest.param(name, marks=marks, id=name)
 
 
+LONG = ("kinetix/s/h1_thrust_over_ball", "craftax/Craftax-Symbolic-v1")  # one takes 100 s
 NAMES = [
     *["Acrobot-v1", "navix/DoorKey-8x8-v0", "mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "jumanji/Snake-v1"],
     *["jumanji/RubiksCube-v0", "brax/ant@spring", "brax/reacher", "kinetix/s/h1_thrust_over_ball"],
