@@ -17,6 +17,9 @@ KEY = jax.random.key(9)
 WARMUP = optax.linear_schedule(1e-3, 3e-2, 10)
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def flat(tree):
     return np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(tree)])
 

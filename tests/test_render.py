@@ -213,7 +213,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [case(name) for name in NAMES])
-def test_every_suite_draws(name, tmp_path):
+def test_every_suite_draws(name, tmp_path, quick_compilation):
     environment = envs.make(name, max_steps=12)
     path = render_episode(environment, sampled_policy(environment), key=KEY, path=tmp_path / "episode.gif")
     frames, _ = read(path)

@@ -10,7 +10,10 @@ from envs.registry import SUITES
 from experiments import rl
 from experiments.presets import PAPER
 
-pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.filterwarnings("ignore")]  # the suites' own warnings
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+    pytest.mark.filterwarnings("ignore"),  # the suites' own warnings
+]
 MULTI_AGENT = ("mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3")
 QUICK = ("gymnax", "jumanji", "navix", "mpe")  # the others compile for more than 10 s
 ONE_OF_EACH = (

@@ -16,7 +16,7 @@ import pytest
 import envs
 from envs.registry import SUITES
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the suites' own
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore")]  # the suites' own
 EPISODES, STEPS = 6, 40
 
 FAST = [
