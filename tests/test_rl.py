@@ -23,7 +23,7 @@ from experiments.evolution import make_optimizer, make_strategy
 from experiments.presets import PAPER
 from experiments.rl_config import Config, parse
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")  # optax.adam relies on the former
 SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "50"]
 LIMITS = np.array([-1, -2, -np.inf], np.float32), np.array([3, -1, np.inf], np.float32)
 SMALL += ["--env-steps", "3000", "--checks", "20", "--target", "501"]
