@@ -15,7 +15,7 @@ from eggroll.checkpoint import Checkpoints
 from eggroll.durable import DurableRun
 from eggroll.journal import Entry, Header, JournalError, Reader, Writer, __main__, make_header, records, replay
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 HEADER = Header(key=["threefry2x32", [0, 1]], config={"sigma": 0.1}, plan=["w"], fingerprint="f", versions={"jax": "x"})
 ENTRIES = [Entry(g, 0.1 + g, np.float32([g, -1.5, 0.25, np.nan, 3]), bytes([g] * g)) for g in range(6)]
