@@ -1,18 +1,20 @@
-"""What the Mosaic GPU kernels share: tiles in shared memory, and signs unpacked or drawn in registers."""
+"""What the Mosaic GPU kernels share: programs, rings and tiles in shared memory, and signs unpacked or drawn in registers."""
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from kernels import hopper
 from kernels.hopper import ROWS, STEP
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry2x32, Salmon et al. 2011
 
-PARAMETERS = functools.partial(plgpu.CompilerParams, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+PROGRAM, WARPGROUP = "program", "warpgroup"  # axes of a kernel
 
 
 def swizzle_of(columns: int, dtype: DTypeLike) -> int:
@@ -77,3 +79,42 @@ def is_own(shape: tuple[int, ...], *, rows: int, rank: int) -> Array:
 def turned(ref: Any) -> Any:
     """A buffer of two axes as wgmma reads its transpose: no copy."""
     return ref.transpose((1, 0))
+
+
+def ring(step: Any, context: Any, specs: Sequence[Any], *, steps: int, stages: int) -> Any:
+    """The pipeline that streams tiles to the two multiplying warpgroups of a program.
+
+    Args:
+        step: of the contraction, on the tiles that have arrived; takes and returns accumulators.
+        context: what the multiplying warpgroups do around it; gets a function that runs the steps.
+        specs: of the tiles, by the index of the step.
+        steps: how many.
+        stages: tiles of each spec that are in flight.
+    """
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(steps,),
+        memory_registers=40,
+        in_specs=specs,
+        wg_axis=WARPGROUP,
+        num_compute_wgs=2,
+        max_concurrent_steps=stages,
+        compute_context=context,
+    )
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Stand in for `step` and `context`, which do not matter to the buffers of a ring."""
+
+
+def launch(kernel: Any, operands: Sequence[Array], out_type: jax.ShapeDtypeStruct, *, tiles: int) -> Array:
+    """Run as many programs as the GPU runs at once, at most one a tile, of three warpgroups each."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(min(hopper.programs(), tiles),),
+        grid_names=(PROGRAM,),
+        num_threads=3,
+        thread_name=WARPGROUP,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(*operands)

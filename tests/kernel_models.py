@@ -37,10 +37,10 @@ def strategy(implementation: str | None, **options) -> eggroll.EvolutionStrategy
     )
 
 
-def generation(implementation: str | None) -> tuple:
+def generation(implementation: str | None, *, seed: int = 1) -> tuple:
     """Fitness [N] and the step, float32."""
     es, start = strategy(implementation), params()
-    state, metrics = es.step(es.init(start, key=jax.random.key(1)), batch())
+    state, metrics = es.step(es.init(start, key=jax.random.key(seed)), batch())
     return metrics.fitness, jax.tree.map(lambda new, old: (new - old).astype(jnp.float32), state.params, start)
 
 

@@ -68,6 +68,13 @@ def floats_run() -> None:
         assert difference < 0.05 * size, f"{difference} of {size}"
 
 
+def other_noise_run() -> None:
+    """The negative control of `floats_run`: another key gives another step."""
+    steps = [kernel_models.generation("reference", seed=seed)[1] for seed in (1, 2)]
+    for one, other in zip(*map(jax.tree.leaves, steps), strict=True):
+        assert jnp.linalg.norm(one - other) > 0.5 * jnp.linalg.norm(one)
+
+
 def integers_run() -> None:
     """A generation of an int8 model: the same to the last bit."""
     reference, kernel = (kernel_models.integer_generation(which) for which in ("reference", "mosaic_gpu"))
@@ -80,7 +87,7 @@ RUNS = {
     "update": {case.name: functools.partial(update_run, case) for case in UPDATE_CASES},
     "step": {case.name: functools.partial(step_run, case) for case in UPDATE_CASES[1:3]},
     "product": {case.name: functools.partial(product_run, case) for case in INT8_CASES},
-    "engine": {"floats": floats_run, "integers": integers_run},
+    "engine": {"floats": floats_run, "other-noise": other_noise_run, "integers": integers_run},
 }
 
 

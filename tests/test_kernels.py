@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from eggroll import integer
 from eggroll import noise as addresses
 from kernels import hopper
 from kernels.factors import SignKeys, Values, signs_of, values_of
+from kernels.int8_dot import config as int8_config
 from kernels.int8_dot.api import int8_dot
 from kernels.int8_dot.cases import MEASURED as INT8_MEASURED
 from kernels.int8_dot.cases import TESTED as INT8_CASES
@@ -131,6 +133,10 @@ def test_signs_are_those_of_the_library():
     factors = addresses.decode_factors(words, rank=rank, m=m, n=n, distribution="rademacher", dtype=jnp.float32)
     drawn = values_of(SignKeys(keys), rank=rank, rows=m, columns=n, dtype=jnp.float32)
     chex.assert_trees_all_equal(tuple(drawn), factors.unpacked(jnp.float32))
+
+
+def test_kernels_know_the_largest_integer_factor():
+    assert integer.largest_factor("normal") == int8_config.LARGEST_FACTOR
 
 
 def test_digits_hold_the_largest_sum():

@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import hopper, mosaic
+from kernels import mosaic
 from kernels.factors import Values
 from kernels.groups import Groups
 from kernels.hopper import ROWS
@@ -52,16 +52,7 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
                 plgpu.BlockSpec((size, STEP), lambda k: (0, k), transforms=mosaic.tiling(STEP, INT8), memory_space=plgpu.SMEM)
                 for size in (2 * ROWS, wide, factors * terms)
             ]
-            return plgpu.emit_pipeline_warp_specialized(
-                step,
-                grid=(m // STEP,),
-                memory_registers=40,
-                in_specs=specs,
-                wg_axis="warpgroup",
-                num_compute_wgs=2,
-                max_concurrent_steps=config.stages,
-                compute_context=context,
-            )
+            return mosaic.ring(step, context, specs, steps=m // STEP, stages=config.stages)
 
         def streams(down, beside):
             first = lax.div(down, groups.rows // (2 * ROWS)) if groups.share_pair else 2 * down
@@ -71,19 +62,19 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
 
         @functools.partial(
             pl.run_scoped,
-            ring=pipeline(_ignore, _ignore).get_allocations(*streams(0, 0)),
+            ring=pipeline(mosaic.nothing, mosaic.nothing).get_allocations(*streams(0, 0)),
             signs=plgpu.SMEM((2, ROWS), jnp.int32),
             digit=mosaic.tile((2, digits(m), ROWS, terms), INT8),
             right_tile=mosaic.tile((2, wide, terms), INT8),
             result=mosaic.tile((2, ROWS, wide), out_type.dtype),
             arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            collective_axes="warpgroup",
+            collective_axes=mosaic.WARPGROUP,
         )
         def _(ring, signs, digit, right_tile, result, arrived):
-            warpgroup = lax.axis_index("warpgroup")
+            warpgroup = lax.axis_index(mosaic.WARPGROUP)
             own = 0 if groups.share_pair else warpgroup
 
-            @plgpu.nd_loop((tiles,), collective_axes="program")
+            @plgpu.nd_loop((tiles,), collective_axes=mosaic.PROGRAM)
             def _(loop):
                 down, beside = lax.div(loop.index[0], across), lax.rem(loop.index[0], across)
                 group = 2 * down + warpgroup
@@ -123,15 +114,7 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(min(hopper.programs(), tiles),),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=mosaic.PARAMETERS(),
-    )(*operands)
+    return mosaic.launch(kernel, operands, out_type, tiles=tiles)
 
 
 def _masked(hidden: Array, groups: Groups) -> Array:
@@ -162,7 +145,3 @@ def _term(digit: Any, right: Any, count: int, shape: tuple[int, int]) -> Array:
     for place in range(count - 2, -1, -1):
         term = (term << jnp.int32(8)) + product(place)
     return term
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Stand in for functions that do not matter to the allocations of a ring."""

@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import hopper, mosaic
+from kernels import mosaic
 from kernels.factors import WORD, Noise, Signs, Values, values_of
 from kernels.groups import CHUNK, Groups
 from kernels.hopper import ROWS, STEP
@@ -103,15 +103,7 @@ def _call(x: Array, w: Array, operands: Operands, scale: Array, *, groups: Group
         noise = Operands(*(next(given) if there else None for there in which))
         _Program(x_ref, w_ref, noise, next(given), next(given), groups, config, form).run(tiles)
 
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=(min(hopper.programs(), tiles),),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=mosaic.PARAMETERS(),
-    )(*present)
+    return mosaic.launch(body, present, out_type, tiles=tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,19 +138,19 @@ class _Program:
         """Compute this program's share of the tiles."""
         across = self.w.shape[1] // self.config.tile_columns
 
-        @functools.partial(pl.run_scoped, **self._buffers(), collective_axes="warpgroup")
+        @functools.partial(pl.run_scoped, **self._buffers(), collective_axes=mosaic.WARPGROUP)
         def _(**buffers):
-            @plgpu.nd_loop((tiles,), collective_axes="program")
+            @plgpu.nd_loop((tiles,), collective_axes=mosaic.PROGRAM)
             def _(loop):
                 down, right = lax.div(loop.index[0], across), lax.rem(loop.index[0], across)
-                _Tile(self, down, right, lax.axis_index("warpgroup"), buffers).compute()
+                _Tile(self, down, right, lax.axis_index(mosaic.WARPGROUP), buffers).compute()
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _buffers(self) -> dict[str, Any]:
         columns, chunk, packed = self.config.tile_columns, self.chunk, self.form in ("words", "keys")
         buffers: dict[str, Any] = dict(
-            ring=self.pipeline(_ignore, _ignore).get_allocations(*self.streams(0, 0)),
+            ring=self.pipeline(mosaic.nothing, mosaic.nothing).get_allocations(*self.streams(0, 0)),
             result=mosaic.tile((2, min(2, columns // 64), ROWS, 64), BF16),
             hidden=mosaic.tile((2, ROWS, chunk), BF16),
             right=mosaic.tile((2, columns, chunk) if packed else (2, chunk, columns), BF16, swizzle=min(128, 2 * chunk)),
@@ -188,16 +180,7 @@ class _Program:
             specs.append(_streamed((shared * terms, STEP), 1, self.noise.left.dtype))
         if self.inside and self.form == "words":
             specs.append(plgpu.BlockSpec((shared, 1, 2, terms), lambda k: (0, k, 0, 0), memory_space=plgpu.SMEM))
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(self.x.shape[1] // STEP,),
-            memory_registers=40,
-            in_specs=specs,
-            wg_axis="warpgroup",
-            num_compute_wgs=2,
-            max_concurrent_steps=self.config.stages,
-            compute_context=context,
-        )
+        return mosaic.ring(body, context, specs, steps=self.x.shape[1] // STEP, stages=self.config.stages)
 
     def streams(self, down: Any, right: Any) -> list[Any]:
         """What the ring fetches for one tile."""
@@ -368,7 +351,3 @@ def _streamed(block: tuple[int, int], axis: int, dtype: Any, *, swizzle: int = 1
     transforms = mosaic.tiling(block[1], dtype, swizzle=swizzle)
     index = (lambda k: (0, k)) if axis else (lambda k: (k, 0))
     return plgpu.BlockSpec(block, index, transforms=transforms, memory_space=plgpu.SMEM)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Stand in for functions that do not matter to the allocations of a ring."""

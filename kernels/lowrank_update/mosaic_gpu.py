@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import hopper, mosaic
+from kernels import mosaic
 from kernels.factors import WORD, Noise, Values, signs_of
 from kernels.hopper import ROWS, STEP
 from kernels.lowrank_update.config import Config, choose
@@ -75,8 +75,9 @@ def _call(
     def kernel(*refs):
         *given, out = refs
         w, key = given[len(operands) :] or (None, None)
+        unused = _pipeline(mosaic.nothing, mosaic.nothing, steps, config, packed)
         buffers: dict[str, Any] = dict(
-            ring=_pipeline(_ignore, _ignore, steps, config, packed).get_allocations(*_streams(given, 0, 0, config, packed)),
+            ring=unused.get_allocations(*_streams(given, 0, 0, config, packed)),
             result=mosaic.tile((2, ROWS, PIECE), out_type.dtype),
         )
         if moved:
@@ -88,12 +89,12 @@ def _call(
             buffers["left"] = mosaic.tile((2, 2, ROWS, STEP), BF16)
             buffers["right"] = mosaic.tile((2, 2, wide, STEP), BF16)
 
-        @functools.partial(pl.run_scoped, **buffers, collective_axes="warpgroup")
+        @functools.partial(pl.run_scoped, **buffers, collective_axes=mosaic.WARPGROUP)
         def _(ring, result, left=None, right=None, **of_step):
-            warpgroup = lax.axis_index("warpgroup")
+            warpgroup = lax.axis_index(mosaic.WARPGROUP)
             own = {name: buffer.at[warpgroup] for name, buffer in of_step.items()}
 
-            @plgpu.nd_loop((tiles,), collective_axes="program")
+            @plgpu.nd_loop((tiles,), collective_axes=mosaic.PROGRAM)
             def _(loop):
                 down, beside = lax.div(loop.index[0], across), lax.rem(loop.index[0], across)
 
@@ -122,15 +123,7 @@ def _call(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(min(hopper.programs(), tiles),),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=mosaic.PARAMETERS(),
-    )(*operands, *moved)
+    return mosaic.launch(kernel, (*operands, *moved), out_type, tiles=tiles)
 
 
 def _pipeline(step: Any, context: Any, steps: int, config: Config, packed: bool) -> Any:
@@ -145,16 +138,7 @@ def _pipeline(step: Any, context: Any, steps: int, config: Config, packed: bool)
             plgpu.BlockSpec((STEP, size), lambda k: (k, 0), transforms=mosaic.tiling(size, BF16), memory_space=plgpu.SMEM)
             for size in (2 * ROWS, wide)
         ]
-    return plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(steps,),
-        memory_registers=40,
-        in_specs=specs,
-        wg_axis="warpgroup",
-        num_compute_wgs=2,
-        max_concurrent_steps=config.stages,
-        compute_context=context,
-    )
+    return mosaic.ring(step, context, specs, steps=steps, stages=config.stages)
 
 
 def _streams(given: list[Any], down: Any, beside: Any, config: Config, packed: bool) -> list[Any]:
@@ -203,7 +187,3 @@ def _moved(piece: Array, own: dict[str, Any], row: Any, column: Any) -> Array:
     key = tuple(lax.broadcast_in_dim(own["key"][half], piece.shape, (1,)) for half in range(2))
     words, _ = mosaic.threefry(key, low, high=high)
     return rounded(own["piece"][...].astype(jnp.float32) + piece, words)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Stand in for functions that do not matter to the allocations of a ring."""
