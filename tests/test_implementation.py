@@ -9,6 +9,9 @@ import optax
 import pytest
 
 import eggroll
+from experiments.models.decoder import apply
+from experiments.models.leaves import init
+from experiments.models.transformer import TransformerConfig, decoder, leaves
 from kernels import hopper
 from tests import kernel_models
 
@@ -58,6 +61,21 @@ def test_step_of_floats_is_lowered_with_kernels(on_hopper):
     assert calls(kernel_models.strategy("mosaic_gpu"), *operands) == 5
     assert calls(kernel_models.strategy("mosaic_gpu", rank=4, distribution="normal"), *operands) == 5
     assert calls(kernel_models.strategy("reference"), *operands) == 0
+
+
+@pytest.mark.slow
+def test_every_projection_of_a_language_model_has_a_kernel(on_hopper):
+    config = TransformerConfig(256, 128, 256, 2, 4, 2, 32, model_type="llama", tie_word_embeddings=True)
+    model, params = decoder(config), init(leaves(config), jax.random.key(0), jnp.bfloat16)
+    texts = jax.random.randint(jax.random.key(1), (64, 1, 2), 0, 256)
+
+    def fitness(params, text, key):
+        return apply(model, params, text, jnp.ones(text.shape, bool)).astype(jnp.float32).mean()
+
+    options = dict(population_size=64, members_per_batch=1, sigma=1e-3, optimizer=optax.sgd(1e-3))
+    es = eggroll.EvolutionStrategy(fitness, **options, perturbation=eggroll.LowRank())
+    # Forward q, k, v, o, gate, up, down, in one scan over the layers; the update of these and of the tied embedding.
+    assert calls(es, params, texts) == 7 + 8
 
 
 @pytest.mark.slow

@@ -42,10 +42,12 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
     options: dict[str, Any] = dict(population_size=members, members_per_batch=1, perturbation=eggroll.LowRank())
     es = eggroll.EvolutionStrategy(likelihood, sigma=1e-3, optimizer=optax.sgd(1e-3), **options)
     state = es.init(params, key=jax.random.key(2))
-    implementation = getattr(es.plan(state, texts), "implementation", "reference")
+    products = [leaf.implementation for leaf in es.plan(state, texts).leaves if leaf.role == "low-rank"]
+    by_kernel = sum(name != "reference" for name in products)
+    implementation = f"mosaic_gpu {by_kernel}/{len(products)}" if by_kernel else "reference"  # of the matrices
     calls = {
         "plain": Call(bound(jax.vmap(likelihood, (None, 0)), params, texts), checked=False),
-        str(implementation): Call(lambda: es.step(state, texts), checked=False),
+        implementation: Call(lambda: es.step(state, texts), checked=False),
     }
     count, weights = members * tokens, sum(leaf.size for leaf in jax.tree.leaves(params))
     shape = f"{weights:,} parameters, {members} members, {tokens} tokens each"
