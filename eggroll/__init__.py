@@ -1,19 +1,19 @@
 """Train any JAX model without backpropagation: evolution strategies with low-rank perturbations."""
 
-from eggroll.anchor import anchored_decay
-from eggroll.durable import DurableRun
-from eggroll.estimator import paper_learning_rate
-from eggroll.external import External
-from eggroll.members import Population
-from eggroll.metrics import Metrics
-from eggroll.plan import Plan
-from eggroll.rules import Dense, Flipout, Frozen, Integer, LowRank
-from eggroll.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
-from eggroll.sign_steps import standardised_sign
+from eggroll.noise.plan import Plan
+from eggroll.noise.rules import Dense, Flipout, Frozen, Integer, LowRank
+from eggroll.population.members import Population
+from eggroll.population.metrics import Metrics
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.external import External
+from eggroll.runs.training import train
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
-from eggroll.threshold import threshold
-from eggroll.training import train
+from eggroll.update.anchor import anchored_decay
+from eggroll.update.estimator import paper_learning_rate
+from eggroll.update.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
+from eggroll.update.sign_steps import standardised_sign
+from eggroll.update.threshold import threshold
 
 __version__ = "0.1.0"
 __all__ = [

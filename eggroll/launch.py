@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from eggroll.processes import LAUNCHED
+from eggroll.devices.processes import LAUNCHED
 
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 
@@ -24,7 +24,7 @@ def launch(count: int, arguments: Sequence[str]) -> str | None:
 
     Args:
         count: processes, >= 1.
-        arguments: for python, such as `["-m", "experiments.rl"]`.
+        arguments: for python, such as `["-m", "eggroll.experiments.rl"]`.
 
     Returns:
         None when all ended well, else a sentence that names the process that failed first.

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from eggroll.metrics import REDUCTIONS
-from eggroll.precision import PRECISIONS
-from eggroll.rules import is_integer
-from eggroll.shaping import INTEGER_SHAPINGS, SHAPINGS
+from eggroll.noise.rules import is_integer
+from eggroll.population.metrics import REDUCTIONS
+from eggroll.update.precision import PRECISIONS
+from eggroll.update.shaping import INTEGER_SHAPINGS, SHAPINGS
 
 
 def check_settings(es: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from eggroll.precision import Masters
+Masters = tuple[Array | None, ...]  # float32 copies of short parameters, in leaf order
 
 
 class ESState(NamedTuple):

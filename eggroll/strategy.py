@@ -16,19 +16,30 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from eggroll import estimator, noise, sharded
-from eggroll.chunking import layout_in_budget
-from eggroll.fitness import member_arguments, normalised
-from eggroll.members import Population, build_member, by_member, checked_coefficients, checked_fitness, of_params_and_batch
-from eggroll.mesh import Placement, of_outputs, of_report, of_update, place
-from eggroll.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
-from eggroll.plan import Plan, make_plan
-from eggroll.population import PopulationLayout, evaluate
-from eggroll.rules import LowRank, Perturbation, check_params
+from eggroll.devices import sharded
+from eggroll.devices.chunking import layout_in_budget
+from eggroll.devices.mesh import Placement, of_outputs, of_report, of_update, place
+from eggroll.lazy.planning import make_plan
+from eggroll.noise import addresses
+from eggroll.noise.plan import Plan
+from eggroll.noise.rules import LowRank, Perturbation, check_params
+from eggroll.population.evaluate import evaluate
+from eggroll.population.fitness import member_arguments, normalised
+from eggroll.population.layout import PopulationLayout
+from eggroll.population.members import (
+    Population,
+    build_member,
+    by_member,
+    checked_coefficients,
+    checked_fitness,
+    of_params_and_batch,
+)
+from eggroll.population.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
 from eggroll.settings import check_settings
-from eggroll.shaping import Shaping
 from eggroll.state import ESState
-from eggroll.update import UpdateReport, exact, initial, of_trained, reported, update
+from eggroll.update import estimator
+from eggroll.update.parameters import UpdateReport, exact, initial, of_trained, reported, update
+from eggroll.update.shaping import Shaping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +116,7 @@ class EvolutionStrategy:
         Raises:
             TypeError, ValueError: no array leaves, a leaf that is not an array or cannot be perturbed, a wrong key.
         """
-        noise.check_key(key)
+        addresses.check_key(key)
         check_params(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
         masters, opt_state = initial(self.optimizer, params, self.perturbation, self.precision)
@@ -239,7 +250,7 @@ class EvolutionStrategy:
             noise_key=state.key,
             noise_generation=state.generation // self.noise_reuse,
             sigma=self._sigma(state),
-            evaluation_key=jax.random.fold_in(noise.stream_key(state.key, 1), state.generation),
+            evaluation_key=jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation),
             batch=batch,
             member_state=state.member_state,
         )

@@ -3,16 +3,10 @@
 This package knows arrays, not populations.
 """
 
-from envs.actions import choose_action, output_size
-from envs.normalisation import (
-    ObservationStatistics,
-    ObservationSums,
-    initial_statistics,
-    merge,
-    normalise,
-)
-from envs.policy import input_size, network_policy
-from envs.protocol import (
+from eggroll.envs.actions import choose_action, output_size
+from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, initial_statistics, merge, normalise
+from eggroll.envs.policy import input_size, network_policy
+from eggroll.envs.protocol import (
     ActionSpace,
     Continuous,
     Discrete,
@@ -22,8 +16,8 @@ from envs.protocol import (
     Transition,
     with_time_limit,
 )
-from envs.registry import is_installed, make, names, register
-from envs.rollout import Episode, run_episode, run_episodes
+from eggroll.envs.registry import is_installed, make, names, register
+from eggroll.envs.rollout import Episode, run_episode, run_episodes
 
 __all__ = [
     "ActionSpace",
@@ -51,3 +45,8 @@ __all__ = [
     "run_episodes",
     "with_time_limit",
 ]
+
+if __name__ == "envs":
+    from eggroll.checkout import alias
+
+    alias("envs")

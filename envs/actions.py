@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from envs.protocol import ActionSpace, Continuous, Discrete, MultiDiscrete, PerAgent
+from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, MultiDiscrete, PerAgent
 
 
 def output_size(space: ActionSpace, *, sampled: bool = False) -> int:

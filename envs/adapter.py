@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from envs.protocol import ActionSpace, Continuous, Discrete, Transition
+from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Transition
 
 
 @contextlib.contextmanager

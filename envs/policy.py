@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax import Array
 
-from envs.actions import choose_action
-from envs.protocol import Environment, PerAgent
-from envs.rollout import Policy
+from eggroll.envs.actions import choose_action
+from eggroll.envs.protocol import Environment, PerAgent
+from eggroll.envs.rollout import Policy
 
 
 def input_size(environment: Environment) -> int:

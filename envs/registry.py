@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from envs.protocol import Environment, with_time_limit
+from eggroll.envs.protocol import Environment, with_time_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _make_from_suite(name: str) -> Environment:
 def _module(suite: str) -> ModuleType:
     """Import a suite and its adapter."""
     importlib.import_module(SUITES[suite].package)
-    return importlib.import_module(f"envs.{suite}")
+    return importlib.import_module(f"eggroll.envs.suites.{suite}")
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
-from envs.protocol import Environment
+from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
+from eggroll.envs.protocol import Environment
 
 # (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). Where the environment has an
 # action mask, it is one more argument. `envs.network_policy` makes either from a network.

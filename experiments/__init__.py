@@ -1,1 +1,6 @@
 """Runnable front ends of the library; each module is one experiment, `python -m experiments.<name>`."""
+
+if __name__ == "experiments":
+    from eggroll.checkout import alias
+
+    alias("experiments")

@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kernels import hopper
+from eggroll.kernels import hopper
 
 CHUNK = 128  # terms that a kernel handles at once
 

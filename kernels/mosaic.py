@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from kernels import hopper
-from kernels.hopper import ROWS, STEP
+from eggroll.kernels import hopper
+from eggroll.kernels.hopper import ROWS, STEP
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry2x32, Salmon et al. 2011
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kernels.factors import Noise, SignKeys, Values, signs_of, values_of
+from eggroll.kernels.factors import Noise, SignKeys, Values, signs_of, values_of
 
 
 def noise_of(form: str, *, pairs: int, rank: int, m: int, n: int) -> Noise:

@@ -1,13 +1,13 @@
 """Zeroth-order fine-tuning with forward passes only, on the perturbations of the engine."""
 
-from zo.blocks import Blocks
-from zo.estimators import ESTIMATORS, Estimator
-from zo.offload import Offload
-from zo.optimizers import Descent, scale_by_projected_gradient
-from zo.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
-from zo.recipes import RECIPES, adamezo, fzoo, grzo, lozo, lozo_m, mezo, spsa15
-from zo.strategy import ZerothOrder
-from zo.subspace_momentum import subspace_momentum
+from eggroll.zo.blocks import Blocks
+from eggroll.zo.estimators import ESTIMATORS, Estimator
+from eggroll.zo.offload.runner import Offload
+from eggroll.zo.optimizers.descent import Descent, scale_by_projected_gradient
+from eggroll.zo.optimizers.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
+from eggroll.zo.optimizers.subspace_momentum import subspace_momentum
+from eggroll.zo.recipes import RECIPES, adamezo, fzoo, grzo, lozo, lozo_m, mezo, spsa15
+from eggroll.zo.strategy import ZerothOrder
 
 __all__ = [
     "ESTIMATORS",
@@ -29,3 +29,8 @@ __all__ = [
     "spsa15",
     "subspace_momentum",
 ]
+
+if __name__ == "zo":
+    from eggroll.checkout import alias
+
+    alias("zo")

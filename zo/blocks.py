@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eggroll.plan import LeafPlan, Plan
+from eggroll.noise.plan import LeafPlan, Plan
 
 PREFIX = "blocks/"
 

@@ -10,11 +10,11 @@ All are `mezo` with other defaults, and take all that `mezo` takes.
 from collections.abc import Callable
 from typing import Any
 
-from eggroll.rules import Dense, Flipout, LowRank, Perturbation
-from zo.blocks import Blocks
-from zo.optimizers import Descent
-from zo.rebuilt_adam import RebuiltAdam
-from zo.strategy import ZerothOrder
+from eggroll.noise.rules import Dense, Flipout, LowRank, Perturbation
+from eggroll.zo.blocks import Blocks
+from eggroll.zo.optimizers.descent import Descent
+from eggroll.zo.optimizers.rebuilt_adam import RebuiltAdam
+from eggroll.zo.strategy import ZerothOrder
 
 Loss = Callable | Blocks
 Rate = float | Callable[[Any], Any]  # a constant, or an optax schedule

@@ -18,18 +18,20 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from eggroll import noise, sharded
-from eggroll.mesh import Placement, of_update, place
-from eggroll.metrics import Metrics, report_fitness
-from eggroll.plan import Plan, make_plan
-from eggroll.population import PopulationLayout
-from eggroll.precision import float32_params, init_masters
-from eggroll.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
+from eggroll.devices import sharded
+from eggroll.devices.mesh import Placement, of_update, place
+from eggroll.lazy.planning import make_plan
+from eggroll.noise import addresses
+from eggroll.noise.plan import Plan
+from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
+from eggroll.population.layout import PopulationLayout
+from eggroll.population.metrics import Metrics, report_fitness
 from eggroll.state import ESState
-from eggroll.update import of_trained, update
-from zo.blocks import Blocks, stacked_plan, whole_loss
-from zo.estimators import ESTIMATORS, coefficients
-from zo.optimizers import Descent
+from eggroll.update.parameters import of_trained, update
+from eggroll.update.precision import float32_params, init_masters
+from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
+from eggroll.zo.estimators import ESTIMATORS, coefficients
+from eggroll.zo.optimizers.descent import Descent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class ZerothOrder:
         Raises:
             ValueError: there is momentum, and neither a batch nor a plan.
         """
-        noise.check_key(key)
+        addresses.check_key(key)
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
@@ -233,7 +235,7 @@ class ZerothOrder:
 
     def _score(self, state: ESState, batch: Any) -> Any:
         estimator, placement = ESTIMATORS[self.estimator], self.placement
-        evaluation_key = jax.random.fold_in(noise.stream_key(state.key, 1), state.generation)
+        evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
 
         def join(results: tuple[Array, Array]) -> Array:
             if placement is not None and placement.axis("data"):

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from eggroll.checkpoint import Checkpoints
-from eggroll.fingerprint import fingerprint
 from eggroll.journal import JournalError, Reader, make_header, replay
+from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.fingerprint import fingerprint
 
 SHOWN = 10  # rows of the table, half from each end
 
@@ -69,10 +69,16 @@ def _made(reader: Reader) -> tuple[Any, Any]:
     recipe = reader.header.recipe
     if recipe is None:
         raise JournalError(f"{reader.path} has no recipe; rebuild it in Python with eggroll.journal.replay.")
-    module, _, name = recipe["function"].partition(":")
-    es, initial = getattr(importlib.import_module(module), name)(recipe["options"])
+    es, initial = _named(recipe["function"])(recipe["options"])
     reader.header.check(make_header(es, initial))
     return es, initial
+
+
+def _named(function: str) -> Any:
+    """Find `module:name`; version 0.1 wrote `experiments.rl:remake` for `eggroll.experiments.rl.__main__:remake`."""
+    module, _, name = function.partition(":")
+    found = importlib.import_module(f"eggroll.{module}" if module.startswith("experiments.") else module)
+    return getattr(found if hasattr(found, name) else importlib.import_module(f"{found.__name__}.__main__"), name)
 
 
 def _replay(path: Path, options: argparse.Namespace) -> None:

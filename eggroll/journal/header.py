@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from eggroll.fingerprint import fingerprint
-from eggroll.plan import LeafPlan
+from eggroll.journal.fingerprint import fingerprint
+from eggroll.noise.plan import LeafPlan
 from eggroll.state import ESState
 from eggroll.strategy import EvolutionStrategy
 

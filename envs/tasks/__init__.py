@@ -1,12 +1,12 @@
 """Tasks with verifiable rewards for language models: prompts by name, rewards, and scores made in other processes."""
 
-from envs.tasks.answers import final_answer, last_number
-from envs.tasks.batches import Batches
-from envs.tasks.pass_at_k import any_of_k, pass_at_k
-from envs.tasks.protocol import SPLITS, Reward, Row, Task, check_disjoint, collate
-from envs.tasks.registry import load, names
-from envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
-from envs.tasks.scoring import MINIMUM, Scorer, Scores
+from eggroll.envs.tasks.answers import final_answer, last_number
+from eggroll.envs.tasks.batches import Batches
+from eggroll.envs.tasks.pass_at_k import any_of_k, pass_at_k
+from eggroll.envs.tasks.protocol import SPLITS, Reward, Row, Task, check_disjoint, collate
+from eggroll.envs.tasks.registry import load, names
+from eggroll.envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
+from eggroll.envs.tasks.scoring import MINIMUM, Scorer, Scores
 
 __all__ = [
     "MINIMUM",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.tasks.protocol import SPLITS, Row, Task
+from eggroll.envs.tasks.protocol import SPLITS, Row, Task
 
 _FINAL = re.compile(r"(?:.*;)?([0-9]+)", re.DOTALL)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.tasks.protocol import Row
+from eggroll.envs.tasks.protocol import Row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from envs.tasks.answers import last_number
-from envs.tasks.protocol import Reward, Row, Task, without
-from envs.tasks.records import Record, read_records
-from envs.tasks.rewards import math_matches, math_verify, number_matches
+from eggroll.envs.tasks.answers import last_number
+from eggroll.envs.tasks.protocol import Reward, Row, Task, without
+from eggroll.envs.tasks.records import Record, read_records
+from eggroll.envs.tasks.rewards import math_matches, math_verify, number_matches
 
 
 def gsm8k(*, train: str | Path, test: str | Path, seed: int = 0, validation: int = 256) -> Task:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, overload
 
-from envs.tasks.answers import final_answer
-from envs.tasks.protocol import SPLITS, Row, Task
+from eggroll.envs.tasks.answers import final_answer
+from eggroll.envs.tasks.protocol import SPLITS, Row, Task
 
 PREFIX = "reasoning_gym/"
 SEEDS = 2**20  # that a split owns; some data sets take seeds of 32 bits only

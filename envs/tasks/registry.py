@@ -4,10 +4,10 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from envs.tasks.arithmetic import arithmetic
-from envs.tasks.files import gsm8k, mathematics
-from envs.tasks.protocol import Task
-from envs.tasks.reasoning import PREFIX, datasets, reasoning
+from eggroll.envs.tasks.arithmetic import arithmetic
+from eggroll.envs.tasks.files import gsm8k, mathematics
+from eggroll.envs.tasks.protocol import Task
+from eggroll.envs.tasks.reasoning import PREFIX, datasets, reasoning
 
 
 def _countdown(**options: Any) -> Task:

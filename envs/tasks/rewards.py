@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from envs.tasks.answers import final_answer, last_number
-from envs.tasks.protocol import Reward, name_of
+from eggroll.envs.tasks.answers import final_answer, last_number
+from eggroll.envs.tasks.protocol import Reward, name_of
 
 
 class InvalidReward(ValueError):

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.tasks.protocol import Reward, name_of
-from envs.tasks.rewards import InvalidReward, checked
-from envs.tasks.workers import Died, Pool, TimedOut
+from eggroll.envs.tasks.protocol import Reward, name_of
+from eggroll.envs.tasks.rewards import InvalidReward, checked
+from eggroll.envs.tasks.workers import Died, Pool, TimedOut
 
 MINIMUM = 0.0  # the score of a completion that has none
 CALLS_PER_WORKER = 4  # of a batch: a slow call keeps the others from little, and a failed one is small

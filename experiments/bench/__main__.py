@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from experiments.bench import decode, egg, engine, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench import decode, egg, engine, kernels, populations, rl, scale, zo
 
 
 def main() -> None:

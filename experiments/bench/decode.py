@@ -18,14 +18,14 @@ import numpy as np
 import optax
 
 import eggroll
-from experiments.bench.timing import interleaved_ms, machine
-from experiments.common.run import print_summary
-from experiments.decoding import Completions, Prompts, complete, pad_prompts
-from experiments.models import hf
-from experiments.models.byte_models import transformer_config
-from experiments.models.families import family_of
-from experiments.models.leaves import init
-from experiments.models.rwkv7 import RWKV7Config
+from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.common.run import print_summary
+from eggroll.experiments.egg.models.byte_models import transformer_config
+from eggroll.llm import hf
+from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
+from eggroll.llm.models.families import family_of
+from eggroll.llm.models.leaves import init
+from eggroll.llm.models.rwkv7 import RWKV7Config
 
 VOCABULARY = 257  # bytes, and a token that ends a text
 SHORTEST, LONGEST = 4, 8  # tokens of a prompt

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import pretraining
-from experiments.bench.timing import machine, rounds_ms
-from experiments.common.memory import peak_mib
-from experiments.common.run import print_summary
-from experiments.data import corpus
-from experiments.egg_config import Config
-from experiments.models import egg
+from eggroll.experiments.bench.timing import machine, rounds_ms
+from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.run import print_summary
+from eggroll.experiments.egg import evolution
+from eggroll.experiments.egg.config import Config
+from eggroll.experiments.egg.data import corpus
+from eggroll.experiments.egg.models import egg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _forms(config: Config) -> dict[str, Callable[[], Any]]:
     """What is timed, from a state whose members have read some text."""
     texts = corpus.load(config.data, cache=config.cache)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    es, state = pretraining.start(config, init_key=init_key, run_key=run_key)
+    es, state = evolution.start(config, init_key=init_key, run_key=run_key)
     read = [corpus.streams(texts, at, groups=config.streams, length=config.bytes_per_update) for at in (0, 1)]
     state, metrics = es.step(state, read[0])
     text, fitness = jnp.asarray(read[1]), metrics.fitness

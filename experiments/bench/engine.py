@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 import eggroll
-from experiments.bench.cases import CASES, Case
-from experiments.bench.timing import interleaved_ms, machine
-from experiments.common.run import print_summary
+from eggroll.experiments.bench.cases import CASES, Case
+from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.common.run import print_summary
 
 
 @dataclasses.dataclass(frozen=True)

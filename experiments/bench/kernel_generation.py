@@ -12,10 +12,10 @@ import optax
 from jax import Array
 
 import eggroll
-from experiments.bench.kernel_work import Call, Work, bound
-from experiments.models.decoder import apply
-from experiments.models.leaves import init
-from experiments.models.transformer import TransformerConfig, decoder, leaves
+from eggroll.experiments.bench.kernel_work import Call, Work, bound
+from eggroll.llm.decoder import apply
+from eggroll.llm.models.leaves import init
+from eggroll.llm.models.transformer import TransformerConfig, decoder, leaves
 
 ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="llama", tie_word_embeddings=True)
 SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)

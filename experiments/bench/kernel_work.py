@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels import hopper, operands
-from kernels.factors import Noise, values_of
-from kernels.groups import Groups
-from kernels.int8_dot import cases as int8_cases
-from kernels.int8_dot import config as int8_config
-from kernels.int8_dot.api import int8_dot
-from kernels.lowrank_dot import cases as dot_cases
-from kernels.lowrank_dot import config as dot_config
-from kernels.lowrank_dot.api import lowrank_dot
-from kernels.lowrank_update import cases as update_cases
-from kernels.lowrank_update import config as update_config
-from kernels.lowrank_update.api import lowrank_update
+from eggroll.kernels import hopper, operands
+from eggroll.kernels.factors import Noise, values_of
+from eggroll.kernels.groups import Groups
+from eggroll.kernels.int8_dot import cases as int8_cases
+from eggroll.kernels.int8_dot import config as int8_config
+from eggroll.kernels.int8_dot.api import int8_dot
+from eggroll.kernels.lowrank_dot import cases as dot_cases
+from eggroll.kernels.lowrank_dot import config as dot_config
+from eggroll.kernels.lowrank_dot.api import lowrank_dot
+from eggroll.kernels.lowrank_update import cases as update_cases
+from eggroll.kernels.lowrank_update import config as update_config
+from eggroll.kernels.lowrank_update.api import lowrank_update
 
 DENSE = "policy-mlp"  # the case whose noise is built
 LARGEST_SMALL = {"pairs": 8, "rows": 4, "m": 256, "n": 256}  # sizes of a shrunk case, at most
@@ -109,7 +109,7 @@ def _neighbours(n: int, chosen: int) -> list[int]:
 
 
 def _dot(case: dot_cases.Case) -> Work:
-    from kernels.lowrank_dot.mosaic_gpu import least_terms  # Pallas is imported where it is used
+    from eggroll.kernels.lowrank_dot.mosaic_gpu import least_terms
 
     x, w, noise, scale = operands.float_operands(case)
     groups = Groups.of(case.pairs, case.rows, case.rank, least_terms=least_terms(noise))
@@ -148,7 +148,7 @@ def _update(case: update_cases.Case) -> Work:
 
 
 def _int8(case: int8_cases.Case) -> Work:
-    from kernels.int8_dot.mosaic_gpu import LEAST_TERMS
+    from eggroll.kernels.int8_dot.mosaic_gpu import LEAST_TERMS
 
     x, w, noise, sign = operands.integer_operands(case)
     groups = Groups.of(case.pairs, case.rows, case.rank, least_terms=LEAST_TERMS)

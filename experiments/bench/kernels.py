@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.bench import kernel_generation
-from experiments.bench.kernel_work import Work, bound, works
-from experiments.bench.timing import machine, queued_ms
-from experiments.common.run import print_summary
+from eggroll.experiments.bench import kernel_generation
+from eggroll.experiments.bench.kernel_work import Work, bound, works
+from eggroll.experiments.bench.timing import machine, queued_ms
+from eggroll.experiments.common.run import print_summary
 
 OPS = ("lowrank_dot", "lowrank_update", "int8_dot", "together", "generation")
 GOALS = {"paper_values": 0.97, "paper_keys": 0.95, "forward_and_update": 0.90, "decode": 0.95}

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 
 import eggroll
-from experiments.bench.cases import mlp
-from experiments.bench.timing import machine
-from experiments.common.memory import peak_mib
-from experiments.common.run import print_summary
+from eggroll.experiments.bench.cases import mlp
+from eggroll.experiments.bench.timing import machine
+from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.run import print_summary
 
 CASES = {"mlp": 1 << 18, "toy": 1 << 20}  # members
 
@@ -44,7 +44,7 @@ def run(config: Populations) -> None:
     rows = {}
     print(f"{'case':<6}{'members':>10}{'chunk':>8}{'seconds':>9}{'members/s':>12}{'peak MiB':>10}{'start MiB':>11}")
     for name in CASES:
-        command = [sys.executable, "-m", "experiments.bench", "populations", "--case", name]
+        command = [sys.executable, "-m", "eggroll.experiments.bench", "populations", "--case", name]
         command += ["--memory-budget", str(config.memory_budget)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows[name] = row = json.loads(done.stdout.splitlines()[-1])

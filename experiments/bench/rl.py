@@ -12,8 +12,8 @@ import subprocess
 import sys
 from typing import Any
 
-from experiments.bench.timing import machine
-from experiments.common.run import print_summary
+from eggroll.experiments.bench.timing import machine
+from eggroll.experiments.common.run import print_summary
 
 LIBRARIES = ("ours", "evosax")
 COLUMNS = ("seconds", "generations", "members_per_second", "peak_mib", "growth_mib")
@@ -81,7 +81,7 @@ def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
     argument = json.dumps(settings | {"library": library, "seed": seed})
-    command = [sys.executable, "-m", "experiments.bench.rl_sides", argument]
+    command = [sys.executable, "-m", "eggroll.experiments.bench.rl_sides", argument]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-import envs
-from experiments.common.memory import peak_mib
-from experiments.common.run import print_summary
-from experiments.evolution import make_strategy
-from experiments.rl import make_task
-from experiments.rl_config import Config
-from experiments.task import Evaluation, Task
+from eggroll import envs
+from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.run import print_summary
+from eggroll.experiments.rl.__main__ import make_task
+from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.evolution import make_strategy
+from eggroll.experiments.rl.problem import Evaluation, Task
 
 Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation -> mean parameters and statistics after it
 

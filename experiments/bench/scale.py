@@ -21,9 +21,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eggroll
-from experiments.bench.collectives import collective_bytes
-from experiments.bench.timing import machine
-from experiments.common.run import print_summary
+from eggroll.experiments.bench.collectives import collective_bytes
+from eggroll.experiments.bench.timing import machine
+from eggroll.experiments.common.run import print_summary
 
 
 @dataclasses.dataclass(frozen=True)

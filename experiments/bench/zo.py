@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import eggroll
-import zo
-from eggroll.population import PopulationLayout, evaluate
-from experiments.bench.timing import interleaved_ms, machine
-from experiments.common.run import print_summary
+from eggroll import zo
+from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.common.run import print_summary
+from eggroll.population.evaluate import evaluate
+from eggroll.population.layout import PopulationLayout
 
 SETTINGS: dict[str, dict[str, Any]] = {"fzoo": {"directions": 8}, "spsa15": {"directions": 8}}
 SETTINGS["grzo"] = {"directions": 8, "chunk_directions": None}  # 8 examples, each with a share of the tokens

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from eggroll.progress import progress_line
+from eggroll.runs.progress import progress_line
 
 STEPS_AT_A_TIME = 20
 

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from eggroll.mesh import AXES
+from eggroll.devices.mesh import AXES
 
 
 def parse_mesh(text: str | None) -> Mesh | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eggroll.processes import is_first, join
+from eggroll.devices.processes import is_first, join
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 SUMMARY = "summary.json"  # of a seed, with the options that gave it; it is written last

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.run import SUMMARY
+from eggroll.experiments.common.run import SUMMARY
 
 
 def finished_seeds(folder: Path, seeds: Sequence[int], *, options: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -39,7 +39,7 @@ def run_seeds(command: Sequence[str], folder: Path, seeds: Sequence[int]) -> Non
     """Run seeds, those in a row in one process, which compiles once.
 
     Args:
-        command: module and options, such as ["experiments.rl", "--env", "CartPole-v1"], without seeds and folder.
+        command: module and options, such as ["eggroll.experiments.rl", "--env", "CartPole-v1"], without seeds and folder.
         folder: gets a folder `seed-<seed>` for each; the errors of a process are in `errors.txt`, in the folder of its seed or,
             of several, in `folder`.
         seeds: which, in order.

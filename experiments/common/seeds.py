@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from eggroll.processes import is_first, wait_for_all
-from experiments.common.run import SUMMARY, run_folder
+from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.experiments.common.run import SUMMARY, run_folder
 
 _OF_A_RUN = ("journal.bin", "checkpoints", "samples")  # what a run goes on from, and what it adds to
 

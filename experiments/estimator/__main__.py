@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import tyro
 
-from experiments.common.run import jsonable, print_summary, run_folder
-from experiments.estimator.figure import draw_figure
-from experiments.estimator.studies import Curve, bias_by_rank, cosine_by_sigma, error_by_population
+from eggroll.experiments.common.run import jsonable, print_summary, run_folder
+from eggroll.experiments.estimator.figure import draw_figure
+from eggroll.experiments.estimator.studies import Curve, bias_by_rank, cosine_by_sigma, error_by_population
 
 
 @dataclasses.dataclass(frozen=True)

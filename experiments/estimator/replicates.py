@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.estimator import gradient, pair_coefficients
-from eggroll.plan import Perturbation, make_plan
-from eggroll.population import PopulationLayout, evaluate
-from experiments.estimator.objectives import Objective
+from eggroll.experiments.estimator.objectives import Objective
+from eggroll.lazy.planning import Perturbation, make_plan
+from eggroll.population.evaluate import evaluate
+from eggroll.population.layout import PopulationLayout
+from eggroll.update.estimator import gradient, pair_coefficients
 
 
 def replicator(

@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array
 
 from eggroll import Dense, LowRank
-from eggroll.noise import Distribution
-from eggroll.plan import Perturbation
-from experiments.estimator.objectives import cubic, curved, curved_cosine, network
-from experiments.estimator.replicates import mean_and_error, power_law, replicator
+from eggroll.experiments.estimator.objectives import cubic, curved, curved_cosine, network
+from eggroll.experiments.estimator.replicates import mean_and_error, power_law, replicator
+from eggroll.lazy.planning import Perturbation
+from eggroll.noise.addresses import Distribution
 
 
 class Point(NamedTuple):

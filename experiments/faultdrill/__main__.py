@@ -17,10 +17,10 @@ from typing import Any
 
 import tyro
 
-from experiments.common.run import print_summary, run_folder
-from experiments.faultdrill.damages import damage_apart
-from experiments.faultdrill.kills import drill
-from experiments.faultdrill.training import work
+from eggroll.experiments.common.run import print_summary, run_folder
+from eggroll.experiments.faultdrill.damages import damage_apart
+from eggroll.experiments.faultdrill.kills import drill
+from eggroll.experiments.faultdrill.training import work
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eggroll.checkpoint import Checkpoints
-from eggroll.fingerprint import fingerprint
+from eggroll.experiments.faultdrill.training import Statistics, make
 from eggroll.journal import JournalError, Reader
-from experiments.faultdrill.training import Statistics, make
+from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.fingerprint import fingerprint
 
 
 def damage_apart(folder: Path, *, damages: int, seed: int) -> dict[str, int]:
     """`damage` in a process of its own: tasks that orbax abandons on damaged files complain there, some of them late."""
-    command = [sys.executable, "-m", "experiments.faultdrill.damages", str(folder), str(damages), str(seed)]
+    command = [sys.executable, "-m", "eggroll.experiments.faultdrill.damages", str(folder), str(damages), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"damaging the files ended with {done.returncode}: {done.stderr[-2000:]}")

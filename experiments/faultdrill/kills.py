@@ -43,7 +43,7 @@ class Drill:
         command = [
             sys.executable,
             "-m",
-            "experiments.faultdrill.training",
+            "eggroll.experiments.faultdrill.training",
             str(folder),
             str(generations),
             str(checkpoint_every),

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 
 import eggroll
-from eggroll.durable import DurableRun
-from eggroll.fingerprint import fingerprint
-from eggroll.training import Record, train
+from eggroll.journal.fingerprint import fingerprint
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.training import Record, train
 
-RECIPE = "experiments.faultdrill.training:make"
+RECIPE = "eggroll.experiments.faultdrill.training:make"
 
 
 class Statistics:

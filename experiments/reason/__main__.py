@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import eggroll
-from eggroll.processes import is_first, local
-from experiments.common.memory import peak_mib
-from experiments.common.run import INTERRUPTED, SUMMARY, join_processes, leave, print_summary, write_json
-from experiments.common.seeds import begin, seed_folder, summary_of
-from experiments.models import hf
-from experiments.reason.config import Config, parse, remade
-from experiments.reason.evolution import Evolution
-from experiments.reason.inputs import Inputs, load, plan, prepare, sampling_of
-from experiments.reason.policy import PolicyGradient
-from experiments.reason.progress import Progress
-from experiments.reason.validation import Validation
+from eggroll.devices.processes import is_first, local
+from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.run import INTERRUPTED, SUMMARY, join_processes, leave, print_summary, write_json
+from eggroll.experiments.common.seeds import begin, seed_folder, summary_of
+from eggroll.experiments.reason.baseline import PolicyGradient
+from eggroll.experiments.reason.config import Config, parse, remade
+from eggroll.experiments.reason.evolution import Evolution
+from eggroll.experiments.reason.inputs import Inputs, load, plan, prepare, sampling_of
+from eggroll.experiments.reason.progress import Progress
+from eggroll.experiments.reason.validation import Validation
+from eggroll.llm import hf
 
 STOPPED = {  # by Ctrl-C
     "eggroll": "stopped; the same command with --resume goes on after the last whole generation.",
@@ -57,7 +57,7 @@ class Experiment:
         folder = seed_folder(config, seed, default=f"reason-{config.algorithm}-{config.task.replace('/', '-')}")
         begin(folder, resume=config.resume)
         progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples)
-        recipe = {"function": "experiments.reason.__main__:remake", "options": config.options() | {"seed": seed}}
+        recipe = {"function": "eggroll.experiments.reason.__main__:remake", "options": config.options() | {"seed": seed}}
         start = time.perf_counter()
         improved = self.runs.train(seed=seed, folder=folder, progress=progress, recipe=recipe)
         params = local(improved.params)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import tyro
 
 import eggroll
-from experiments.baselines.grpo import GRPO
-from experiments.common.run import jsonable
-from experiments.decoding import check_sampling
-from experiments.reason.int8 import Int8
-from experiments.reason.start import Start
+from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.reason.grpo import GRPO
+from eggroll.experiments.reason.int8 import Int8
+from eggroll.experiments.reason.warm_start import Start
+from eggroll.llm.decoding import check_sampling
 
 _POSITIVE = ("seeds", "prompts", "samples", "rank", "noise_reuse", "check_every", "validation_size", "test_size", "room")
 # What a run may be continued with other values of, because no bit of its parameters depends on it.

@@ -14,17 +14,18 @@ import numpy as np
 import optax
 
 import eggroll
-from eggroll.durable import DurableRun
+from eggroll.devices.processes import from_first, is_first, local
+from eggroll.envs import tasks
+from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.reason.config import Config
+from eggroll.experiments.reason.figure import draw
+from eggroll.experiments.reason.problem import Problem, Sampling, key_data
+from eggroll.experiments.reason.progress import Improved, Progress
 from eggroll.journal import Reader, replay
-from eggroll.processes import from_first, is_first, local
-from eggroll.training import Record, train
-from envs import tasks
-from experiments.common.mesh import parse_mesh
-from experiments.decoding import Completions
-from experiments.reason.config import Config
-from experiments.reason.figure import draw
-from experiments.reason.problem import Problem, Sampling, key_data
-from experiments.reason.progress import Improved, Progress
+from eggroll.llm.decoding import Completions
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.training import Record, train
+from eggroll.update.shaping import Shaping
 
 
 class Questions(NamedTuple):
@@ -151,7 +152,7 @@ def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
     )
 
 
-def _within(group: int) -> eggroll.shaping.Shaping:
+def _within(group: int) -> Shaping:
     def group_relative(fitness: jax.Array) -> jax.Array:
         return eggroll.group_relative(fitness, group_size=group)
 

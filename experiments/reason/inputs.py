@@ -4,17 +4,17 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from eggroll.chunking import free_bytes
-from envs import tasks
-from experiments.data.tokens import ByteTokenizer, Tokenizer, tokenizer_of
-from experiments.models import hf
-from experiments.models.families import family_of
-from experiments.models.int8 import quantise
-from experiments.models.shards import CONFIG, read_object
-from experiments.reason.config import Config
-from experiments.reason.plan import MemoryPlan, memory_plan
-from experiments.reason.problem import Problem, Sampling, Template, check_template, read_by_model
-from experiments.reason.start import warm_start
+from eggroll.devices.chunking import free_bytes
+from eggroll.envs import tasks
+from eggroll.experiments.reason.config import Config
+from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, read_by_model
+from eggroll.experiments.reason.warm_start import warm_start
+from eggroll.llm import hf
+from eggroll.llm.int8 import quantise
+from eggroll.llm.memory import MemoryPlan, memory_plan
+from eggroll.llm.models.families import family_of
+from eggroll.llm.shards import CONFIG, read_object
+from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 
 CHAT = "chat"  # the template that is in the checkpoint
 MARGIN = 1.25  # of training's prompts beside the longest held-out one
@@ -63,7 +63,7 @@ def _template(config: Config) -> Template:
         return config.template.replace("\\n", "\n")  # as a shell hands it over
     if config.model is None:
         raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
-    from experiments.reason.chat import Chat  # jinja2 is needed for nothing else
+    from eggroll.llm.chat import Chat
 
     return Chat(config.model)
 

@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 import eggroll
-from experiments.models.int8 import INTEGERS, SCALE, kinds
+from eggroll.llm.int8 import INTEGERS, SCALE, kinds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from envs import tasks
-from experiments.data.tokens import Tokenizer
-from experiments.decoding import Completions, Prompts, complete, pad_prompts
-from experiments.models import hf
-from experiments.models.decoder import Decoder
-from experiments.models.generator import Generator
+from eggroll.envs import tasks
+from eggroll.llm import hf
+from eggroll.llm.decoder import Decoder
+from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
+from eggroll.llm.generator import Generator
+from eggroll.llm.tokenizers import Tokenizer
 
 Template = str | Callable[[str], str]  # a text with "{prompt}", or the function that makes of a prompt what the model reads
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import eggroll
-from eggroll.processes import from_first, is_first, local
-from eggroll.training import Record
-from experiments.reason.validation import Check, Validation
+from eggroll.devices.processes import from_first, is_first, local
+from eggroll.experiments.reason.validation import Check, Validation
+from eggroll.runs.training import Record
 
 
 class Improved(NamedTuple):
@@ -21,7 +21,7 @@ class Improved(NamedTuple):
 
 
 class Progress:
-    """Callback of the training loop, and what a run carries beside its state (`eggroll.durable.Carried`).
+    """Callback of the training loop, and what a run carries beside its state (`eggroll.runs.durable.Carried`).
 
     Args:
         validation: of unperturbed parameters.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from envs import tasks
-from experiments.reason.problem import Problem, Sampling, key_data
+from eggroll.envs import tasks
+from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 
 AT_A_TIME = 128  # problems of a program
 

@@ -4,11 +4,11 @@ import functools
 
 from jax import Array
 
-from kernels import hopper
-from kernels.factors import Values
-from kernels.int8_dot import config as limits
-from kernels.int8_dot import reference
-from kernels.int8_dot.config import Config
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Values
+from eggroll.kernels.int8_dot import config as limits
+from eggroll.kernels.int8_dot import reference
+from eggroll.kernels.int8_dot.config import Config
 
 
 def int8_dot(
@@ -48,6 +48,6 @@ def int8_dot(
     options: dict = dict(sign=sign, bits=bits, shift=shift)
     if hopper.chosen("int8_dot", implementation, check) == "reference":
         return reference.int8_dot(x, w, noise, **options)
-    from kernels.int8_dot import mosaic_gpu  # Pallas is imported where it is used
+    from eggroll.kernels.int8_dot import mosaic_gpu  # Pallas is imported where it is used
 
     return mosaic_gpu.int8_dot(x, w, noise, config=config, **options)

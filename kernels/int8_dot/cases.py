@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels.int8_dot.config import Config
+from eggroll.kernels.int8_dot.config import Config
 
 
 class Case(NamedTuple):

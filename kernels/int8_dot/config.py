@@ -4,9 +4,9 @@ import dataclasses
 
 from jax import Array
 
-from kernels import hopper
-from kernels.factors import Noise, Values
-from kernels.groups import Groups
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Noise, Values
+from eggroll.kernels.groups import Groups
 
 LEAST_TERMS = 32  # int8 values that one instruction contracts
 STEP = 128  # int8 values of a row that are contracted at a time

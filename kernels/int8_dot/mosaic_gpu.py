@@ -17,12 +17,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import mosaic
-from kernels.factors import Values
-from kernels.groups import Groups
-from kernels.hopper import ROWS
-from kernels.int8_dot.config import LEAST_TERMS, STEP, Config, choose, digits
-from kernels.int8_dot.reference import rescaled, rounded
+from eggroll.kernels import mosaic
+from eggroll.kernels.factors import Values
+from eggroll.kernels.groups import Groups
+from eggroll.kernels.hopper import ROWS
+from eggroll.kernels.int8_dot.config import LEAST_TERMS, STEP, Config, choose, digits
+from eggroll.kernels.int8_dot.reference import rescaled, rounded
 
 INT8 = jnp.int8
 

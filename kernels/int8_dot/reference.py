@@ -9,7 +9,7 @@ Noise is rounded to nearest, halves away from zero, so the members of a pair mir
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.factors import Values
+from eggroll.kernels.factors import Values
 
 LARGEST = 127
 

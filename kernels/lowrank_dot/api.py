@@ -4,11 +4,11 @@ import functools
 
 from jax import Array
 
-from kernels import hopper
-from kernels.factors import Noise
-from kernels.lowrank_dot import config as limits
-from kernels.lowrank_dot.config import Config
-from kernels.lowrank_dot.reference import population_dot
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Noise
+from eggroll.kernels.lowrank_dot import config as limits
+from eggroll.kernels.lowrank_dot.config import Config
+from eggroll.kernels.lowrank_dot.reference import population_dot
 
 
 def lowrank_dot(
@@ -45,6 +45,6 @@ def lowrank_dot(
     check = functools.partial(limits.check, x, w, noise, rank=rank)
     if hopper.chosen("lowrank_dot", implementation, check) == "reference":
         return population_dot(x, w, noise, scale=scale, rank=rank)
-    from kernels.lowrank_dot import mosaic_gpu  # Pallas is imported where it is used
+    from eggroll.kernels.lowrank_dot import mosaic_gpu  # Pallas is imported where it is used
 
     return mosaic_gpu.lowrank_dot(x, w, noise, scale=scale, rank=rank, config=config)

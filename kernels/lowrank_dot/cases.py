@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels.lowrank_dot.config import Config
+from eggroll.kernels.lowrank_dot.config import Config
 
 
 class Case(NamedTuple):

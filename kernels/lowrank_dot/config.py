@@ -5,9 +5,9 @@ from typing import Literal
 
 from jax import Array
 
-from kernels import hopper
-from kernels.factors import Noise, Values
-from kernels.groups import Groups
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Noise, Values
+from eggroll.kernels.groups import Groups
 
 RANKS = range(1, 17)
 

@@ -20,11 +20,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import mosaic
-from kernels.factors import WORD, Noise, Signs, Values, values_of
-from kernels.groups import CHUNK, Groups
-from kernels.hopper import ROWS, STEP
-from kernels.lowrank_dot.config import Config, choose
+from eggroll.kernels import mosaic
+from eggroll.kernels.factors import WORD, Noise, Signs, Values, values_of
+from eggroll.kernels.groups import CHUNK, Groups
+from eggroll.kernels.hopper import ROWS, STEP
+from eggroll.kernels.lowrank_dot.config import Config, choose
 
 BF16 = jnp.bfloat16
 

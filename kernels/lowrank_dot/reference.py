@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.factors import Noise, values_of
+from eggroll.kernels.factors import Noise, values_of
 
 
 def lowrank_product(

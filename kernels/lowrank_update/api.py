@@ -5,11 +5,11 @@ import functools
 import jax
 from jax import Array
 
-from kernels import hopper
-from kernels.factors import Noise
-from kernels.lowrank_update import config as limits
-from kernels.lowrank_update.config import Config
-from kernels.lowrank_update.reference import population_step, population_update
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Noise
+from eggroll.kernels.lowrank_update import config as limits
+from eggroll.kernels.lowrank_update.config import Config
+from eggroll.kernels.lowrank_update.reference import population_step, population_update
 
 
 def lowrank_update(
@@ -47,7 +47,7 @@ def lowrank_update(
     options: dict = dict(rank=rank, rows=rows, columns=columns)
     if hopper.chosen("lowrank_update", implementation, check) == "reference":
         return population_update(coefficients, noise, **options)
-    from kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
+    from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
     return mosaic_gpu.lowrank_update(coefficients, noise, config=config, **options)
 
@@ -91,7 +91,7 @@ def lowrank_step(
 
     if hopper.chosen("lowrank_step", implementation, check) == "reference":
         return population_step(w, coefficients, noise, key=words, rank=rank)
-    from kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
+    from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
     sizes: dict = dict(rank=rank, rows=w.shape[0], columns=w.shape[1])
     return mosaic_gpu.lowrank_update(coefficients, noise, config=config, moved=(w, words), **sizes)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels.lowrank_update.config import Config
+from eggroll.kernels.lowrank_update.config import Config
 
 
 class Case(NamedTuple):

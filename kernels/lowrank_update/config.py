@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from kernels import hopper
-from kernels.factors import Noise, Values
+from eggroll.kernels import hopper
+from eggroll.kernels.factors import Noise, Values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels import mosaic
-from kernels.factors import WORD, Noise, Values, signs_of
-from kernels.hopper import ROWS, STEP
-from kernels.lowrank_update.config import Config, choose
-from kernels.lowrank_update.reference import rounded
+from eggroll.kernels import mosaic
+from eggroll.kernels.factors import WORD, Noise, Values, signs_of
+from eggroll.kernels.hopper import ROWS, STEP
+from eggroll.kernels.lowrank_update.config import Config, choose
+from eggroll.kernels.lowrank_update.reference import rounded
 
 BF16 = jnp.bfloat16
 PIECE = 32  # columns of the result that are stored at a time

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
-from kernels.factors import Noise, values_of
+from eggroll.kernels.factors import Noise, values_of
 
 
 def lowrank_update(coefficients: Array, left: Array, right: Array) -> Array:

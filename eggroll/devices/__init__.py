@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, sharded evaluation and gradient, chunks that fit the memory."""

@@ -1,0 +1,178 @@
+"""Evaluation and gradient over a mesh of devices, with `jax.shard_map`.
+
+    evaluate    every device runs `population.evaluate` on its own pairs (and its share of the batch)
+    gradient    every device runs `estimator.gradient` on its own pairs; g = psum of the parts
+
+Noise is drawn from its address on the device that needs it: scalars per member and the gradient are all that crosses. Where
+the devices do not divide the pairs, the last ones evaluate pairs past P; their results are cut off, their coefficients are 0.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from eggroll.devices.mesh import Placement
+from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.population import evaluate as population
+from eggroll.population.layout import PopulationLayout
+from eggroll.update import estimator
+
+OVER_SHARES: dict[str, Callable] = {  # how a reduction of aux joins the shares of the batch
+    "sum": jax.lax.psum,
+    "mean": jax.lax.pmean,
+    "all": jax.lax.pmean,
+    "max": jax.lax.pmax,
+    "min": jax.lax.pmin,
+}
+
+
+def evaluate_fitness(
+    function: Callable, plan: Plan, params: Any, *, placement: Placement | None, aux: Any, **options: Any
+) -> Any:
+    """Evaluate a function from `fitness.normalised`; the batch is split over "data".
+
+    Args:
+        function: returns (fitness, aux, member_state) of one member.
+        plan: the plan of `params`.
+        params: unperturbed parameters.
+        placement: where to run; None: on one device.
+        aux: its reductions, names out of `metrics.REDUCTIONS`.
+        **options: the other arguments of `population.evaluate`.
+
+    Returns:
+        The results with leading axes [P, 2]; the fitness, averaged over the shares of the batch, is known to every device.
+    """
+
+    def join(results: Any) -> Any:
+        fitness, values, member_state = results
+        if placement is None or placement.axis("data") is None:
+            return results
+        joined = jax.tree.map(lambda name, tree: jax.tree.map(lambda x: OVER_SHARES[name](x, "data"), tree), aux, values)
+        return jax.lax.pmean(fitness, "data"), joined, member_state
+
+    fitness, values, member_state = evaluate(function, plan, params, placement=placement, join=join, split=True, **options)
+    if placement is not None:
+        fitness = jax.lax.with_sharding_constraint(fitness, placement.replicated)
+    return fitness, values, member_state
+
+
+def evaluate(
+    function: Callable,
+    plan: Plan,
+    params: Any,
+    *,
+    placement: Placement | None,
+    layout: PopulationLayout,
+    batch: Any = None,
+    member_state: Any = None,
+    split: bool = False,
+    join: Callable = lambda results: results,
+    **scalars: Any,
+) -> Any:
+    """`population.evaluate` over a mesh.
+
+    Args:
+        function: `function(params, batch, key, member_state) -> pytree`, one member.
+        plan: the plan of `params`.
+        params: unperturbed parameters.
+        placement: where to run; None: on one device.
+        layout: the whole population; its chunks are those of one device.
+        batch: pytree.
+        member_state: pytree with leading axes [P, 2], or None.
+        split: every device along "data" takes its share of the batch; otherwise all of it.
+        join: what a device does with its results, the collectives over "data".
+        **scalars: keys, generation and sigma.
+
+    Returns:
+        The results with leading axes [P, 2], which lie over "population".
+    """
+    if placement is None or not placement.manual:
+        options = {"layout": layout, "batch": batch, "member_state": member_state, **scalars}
+        return join(population.evaluate(function, plan, params, **options))
+    if plan.is_integer:
+        scalars["sigma"] = None
+    local = dataclasses.replace(placement.local_layout, chunk_pairs=layout.chunk_pairs)
+    devices = placement.size("population")
+    padded = local.num_pairs * devices
+    if layout.members_per_batch in (1, 2):
+        batch = _repeat_last(batch, 2 * padded // layout.members_per_batch)
+    member_state = _repeat_last(member_state, padded)
+
+    def on_device(first_pair, params, batch, member_state, scalars):
+        options = {"layout": local, "first_pair": first_pair[0], "batch": batch, "member_state": member_state, **scalars}
+        return join(population.evaluate(function, plan, params, **options))
+
+    members, everywhere = PartitionSpec(placement.axis("population")), PartitionSpec()
+    in_specs = (members, everywhere, placement.batch_spec(split=split, padded=True), members, everywhere)
+    first_pairs = local.num_pairs * jnp.arange(devices, dtype=jnp.int32)
+    results = _over_devices(placement, on_device, in_specs, members)(first_pairs, params, batch, member_state, scalars)
+    return results if padded == layout.num_pairs else jax.tree.map(lambda x: x[: layout.num_pairs], results)
+
+
+def gradient(plan: Plan, coefficients: Array, *, placement: Placement | None, **scalars: Any) -> Any:
+    """`estimator.gradient` over a mesh: the pairs are spread over "population" and "data".
+
+    Args:
+        plan: the plan the population was perturbed by.
+        coefficients: float32 [P], or integers of int8 parameters.
+        placement: where to run; None: on one device.
+        **scalars: key, generation and sigma.
+
+    Returns:
+        float32 or int32 pytree like the parameters; with `shard_optimizer` its leaves lie over "population".
+    """
+    if placement is None or not placement.manual:
+        return estimator.gradient(plan, coefficients, **scalars)
+    num_pairs, devices = coefficients.shape[0], math.prod(map(placement.size, placement.manual))
+    each = -(-num_pairs // devices)
+    specs = [_gradient_spec(placement, leaf) for leaf in plan.leaves]
+
+    def on_device(first_pair, coefficients, scalars):
+        part = estimator.gradient(plan, coefficients, first_pair=first_pair[0], num_pairs=num_pairs, **scalars)
+        parts = zip(plan.leaves, jax.tree.leaves(part), specs, strict=True)
+        return [part if leaf.role == "frozen" else _joined(placement, part, spec) for leaf, part, spec in parts]
+
+    spread = PartitionSpec(placement.manual)
+    run = _over_devices(placement, on_device, (spread, spread, PartitionSpec()), specs)
+    first_pairs = each * jnp.arange(devices, dtype=jnp.int32)
+    return jax.tree.unflatten(plan.tree, run(first_pairs, pad_coefficients(coefficients, each * devices), scalars))
+
+
+def pad_coefficients(coefficients: Array, size: int) -> Array:
+    """[P] to [size]: pairs past P weigh nothing."""
+    return jnp.pad(coefficients, (0, size - coefficients.shape[0]))
+
+
+def _gradient_spec(placement: Placement, leaf: LeafPlan) -> PartitionSpec:
+    shared = placement.shard_optimizer and leaf.role != "frozen"
+    return placement.share_spec(leaf.shape) if shared else PartitionSpec()
+
+
+def _joined(placement: Placement, part: Array, spec: PartitionSpec) -> Array:
+    """The sum of the devices' parts, all of it or (psum_scatter) this device's share."""
+    if "population" not in spec:
+        return jax.lax.psum(part, placement.manual)
+    part = jax.lax.psum_scatter(part, "population", scatter_dimension=spec.index("population"), tiled=True)
+    return jax.lax.psum(part, "data") if placement.axis("data") else part
+
+
+def _over_devices(placement: Placement, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    # check_vma would refuse the user's own scans, whose initial carry is the same on every device.
+    shard = functools.partial(jax.shard_map, mesh=placement.mesh, axis_names=set(placement.manual), check_vma=False)
+    return shard(function, in_specs=in_specs, out_specs=out_specs)
+
+
+def _repeat_last(tree: Any, size: int) -> Any:
+    """Lengthen the leading axis of every leaf to `size`."""
+
+    def repeat(leaf: Array) -> Array:
+        return leaf if leaf.shape[0] == size else leaf[jnp.minimum(jnp.arange(size), leaf.shape[0] - 1)]
+
+    return jax.tree.map(repeat, tree)

@@ -1,0 +1,152 @@
+"""Checkpoints of a run through orbax: asynchronous, written whole or not at all, the last few and the best kept.
+
+Of several processes every one makes the same calls on the same folder.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.journal.fingerprint import fingerprint
+from eggroll.state import ESState
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: made if missing.
+        config: JSON values that decide what the run is; a folder with another one is refused. None: whatever is there.
+        keep: checkpoints kept, the last ones; the one with the best score is kept besides.
+
+    Raises:
+        ModuleNotFoundError: orbax-checkpoint is not installed.
+        ValueError: the folder has the checkpoints of a run with another config; the message names the fields.
+    """
+
+    def __init__(self, folder: str | Path, *, config: Mapping[str, Any] | None, keep: int = 3):
+        import orbax.checkpoint as ocp
+
+        if not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
+        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of every save
+        self._folder = Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if config is not None:
+            _check_config(self._folder / "config.json", dict(config))
+        policies = ocp.checkpoint_managers
+        score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
+        kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
+        if is_first():
+            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
+                shutil.rmtree(unfinished)
+        wait_for_all("eggroll checkpoints")
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score)
+        self._ocp, self._manager = ocp, ocp.CheckpointManager(self._folder / "states", options=options)
+
+    @property
+    def generations(self) -> list[int]:
+        """Generations that have a whole checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best(self) -> int | None:
+        """The generation with the best score; None where there is no checkpoint."""
+        return self._manager.best_step()
+
+    def save(self, state: ESState, carried: Any = None, *, score: float | None = None) -> None:
+        """Begin to write a checkpoint; it is whole after `wait`, `close`, or the next `save`.
+
+        Args:
+            state: any generation that has none yet.
+            carried: pytree of arrays that belongs to the state.
+            score: higher is better; None: never the best.
+        """
+        metrics = {"score": float("-inf") if score is None else float(score)}
+        stored, args = _storable(state, carried), self._ocp.args
+        check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params)})
+        saved = args.Composite(state=args.StandardSave(stored), check=check)
+        self._manager.save(int(state.generation), args=saved, metrics=metrics)
+
+    def restore(self, like: ESState, carried: Any = None, *, generation: int | None = None) -> tuple[ESState, Any] | None:
+        """Read a checkpoint.
+
+        Args:
+            like: a state with the structure, dtypes and shardings to restore, such as the initial one.
+            carried: the same for what is carried.
+            generation: which; None: the last whole one.
+
+        Returns:
+            `(state, carried)`, or None when there is no checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is damaged or of another model.
+        """
+        if generation is None and not self.generations:
+            return None
+        chosen = self.generations[-1] if generation is None else generation
+        wanted = jax.tree.map(_abstract, _storable(like, carried))
+        args = self._ocp.args
+        try:
+            wanted = args.Composite(state=args.StandardRestore(wanted), check=args.JsonRestore())
+            restored = self._manager.restore(chosen, args=wanted)
+            stored = restored["state"]
+            if fingerprint(stored) != restored["check"]["all"]:
+                raise ValueError("its bytes are not those that were written")
+        except Exception as error:  # orbax and tensorstore have no common error for damage
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
+        key = jax.random.wrap_key_data(jax.numpy.asarray(stored["state"]["key"]), impl=jax.random.key_impl(like.key))
+        return ESState(**{**stored["state"], "key": key}), stored["carried"]
+
+    def fingerprints(self, generation: int) -> dict[str, str]:
+        """Return the fingerprints of the whole ("all") and of the parameters ("params") as they were saved."""
+        args = self._ocp.args
+        return self._manager.restore(generation, args=args.Composite(check=args.JsonRestore()))["check"]
+
+    def wait(self) -> None:
+        """Wait until what was begun is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and close."""
+        self._manager.close()
+
+
+def _storable(state: ESState, carried: Any) -> dict[str, Any]:
+    stored = {"state": state._asdict() | {"key": jax.random.key_data(state.key)}, "carried": carried}
+    if jax.process_count() == 1:
+        return stored
+    # orbax takes arrays of all processes or of the host, not those that every process has for itself.
+    return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
+
+
+def _abstract(leaf: Any) -> Any:
+    """What to restore: on the devices that `leaf` is on, or in the host's memory."""
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.empty_like(leaf)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Write the config, or compare it with the one that is there."""
+    wanted = json.loads(json.dumps(config))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+        if names:
+            differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {wanted.get(name)!r})" for name in names)
+            raise ValueError(f"{path.parent} has a run with other settings: {differing}.")
+        return
+    if not is_first():
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,41 @@
+"""Call an unmodified function with lazy perturbed parameters.
+
+function -> flat jaxpr without derivative rules (`forward_only`) -> evaluated with the rules of `views` and `products`
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from eggroll.lazy import conditionals, products, views  # noqa: F401  (registers the rules)
+from eggroll.lazy.forward_only import forward_only
+from eggroll.lazy.perturbed import interpret_with_rules, is_perturbed, plain
+
+
+def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
+    """Call `function(params, *args)`, where leaves of `params` may be `PerturbedArray`.
+
+    Args:
+        function: any JAX function of a parameter pytree.
+        params: the pytree, each leaf an array or a lazy one (`PerturbedArray`, `OffGrid`).
+        *args: further pytrees of arrays.
+
+    Returns:
+        What the function returns, plain arrays.
+
+    Raises:
+        ValueError: a perturbed leaf is used in a way that has no rule.
+    """
+    shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
+    flat, out_tree, in_loops = forward_only(function, shapes, *args)
+    leaves = jax.tree.leaves((params, *args), is_leaf=is_perturbed)
+    # Packed signs are unpacked once where a loop would do it in every turn, as in one over the tokens of a text.
+    pairs = zip(leaves, in_loops, strict=True)
+    leaves = [leaf.ready_for_loops() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
+    outputs = interpret_with_rules(flat)(*leaves)
+    return jax.tree.unflatten(out_tree, [plain(output, "its result") for output in outputs])
+
+
+def _plain_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_perturbed(leaf) else leaf

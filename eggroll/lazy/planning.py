@@ -1,0 +1,164 @@
+"""The plan: which noise every parameter gets, and why.
+
+The role of a leaf is read from how the function uses it, by one abstract trace (no arithmetic): a leaf that is only contracted,
+looked up or convolved, always over the same split of its axes, gets low-rank noise over (contracted axes) x (other axes); any
+other leaf gets dense noise, and the plan says why. Rules on the parameter paths override ranks, distributions and scales.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll.lazy import kernels
+from eggroll.lazy.interpret import apply_perturbed
+from eggroll.lazy.perturbed import Observer, UnsupportedUse, Use, perturb, probe
+from eggroll.lazy.quantised import OffGrid
+from eggroll.noise import addresses
+from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.rules import (
+    Dense,
+    Flipout,
+    Frozen,
+    Perturbation,
+    Spec,
+    check_params,
+    match_rules,
+    paths,
+    quantised_leaves,
+)
+
+
+def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> Plan:
+    """Read how `function(params, *args)` uses its parameters and decide each one's noise.
+
+    Args:
+        function: the one-member function; it is traced once, abstractly.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`.
+        *args: one member's further arguments.
+        perturbation: a spec for all leaves, or rules `[(pattern, spec), ...]` on the paths: `re.fullmatch`, first match wins.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: an unused rule, a leaf without a rule, a leaf that cannot be perturbed, no perturbed leaf at all.
+    """
+    check_params(params, perturbation)
+    leaf_paths, leaves = paths(params), jax.tree.leaves(params)
+    specs = match_rules(perturbation, leaf_paths)
+    grid = quantised_leaves(params, perturbation)
+    seen = read_uses(function, params, *args, quantised=grid)
+    planned = [
+        _plan_leaf(path, leaf, spec, seen.uses.get(path, []), converted=seen.widest(path) if on_grid else None)
+        for path, leaf, spec, on_grid in zip(leaf_paths, leaves, specs, grid, strict=True)
+    ]
+    if all(leaf.role == "frozen" for leaf in planned):
+        raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
+    rehearsed = _rehearsed(function, planned, params, args)
+    return Plan(tuple(map(_with_implementation, rehearsed)), jax.tree.structure(params))
+
+
+def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
+    """Trace the function once with the planned lazy values; a leaf whose use turns out to have no rule gets dense noise."""
+
+    def perturbed(planned, params, *args):
+        leaves, tree = jax.tree.flatten(params)
+        lazy = [_placeholder(own, leaf) for own, leaf in zip(planned, leaves, strict=True)]
+        return apply_perturbed(function, jax.tree.unflatten(tree, lazy), *args)
+
+    while True:
+        try:
+            jax.eval_shape(functools.partial(perturbed, planned), params, *args)
+            return planned
+        except UnsupportedUse as error:
+            reason = f"used in {error.where}, which has no low-rank rule"
+            planned = [_as_dense(leaf, reason) if leaf.path == error.path else leaf for leaf in planned]
+
+
+def _with_implementation(leaf: LeafPlan) -> LeafPlan:
+    if leaf.role != "low-rank":
+        return leaf
+    side_by_side = len(leaf.rows) == 1 and leaf.columns == (leaf.rows[0] + 1,)  # as [m, n], which the kernels read
+    covered = side_by_side and not leaf.quantised
+    return dataclasses.replace(leaf, implementation=kernels.chosen(leaf, covered=covered))
+
+
+def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
+    return dataclasses.replace(leaf, role="dense", reason=reason, stack=(), rows=(), columns=())
+
+
+def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
+    if planned.quantised and planned.role == "dense":
+        return OffGrid(leaf.astype(planned.noise_dtype), planned.path)
+    if not planned.factored:
+        return leaf
+    stack = planned.sizes(planned.stack)
+    factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
+    assert isinstance(factors, addresses.Factors)
+    scale = jnp.zeros(stack, jnp.int32 if planned.integer else jnp.float32)
+    options = planned.where | {
+        "shared": leaf.astype(planned.noise_dtype) if planned.role == "flipout" else None,
+        "integer": planned.integer,
+    }
+    return perturb(leaf, factors, scale=scale, quantised=planned.converted, **options)
+
+
+def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[bool]) -> Observer:
+    """Trace `function(params, *args)` abstractly; return what every parameter was used for. `quantised`: of every leaf."""
+    observer = Observer()
+    leaf_paths = paths(params)
+
+    def observed(params, *args):
+        leaves, tree = jax.tree.flatten(params)
+        probes = [
+            probe(leaf, path=path, observer=observer, quantised=on_grid)
+            for leaf, path, on_grid in zip(leaves, leaf_paths, quantised, strict=True)
+        ]
+        return apply_perturbed(function, jax.tree.unflatten(tree, probes), *args)
+
+    jax.eval_shape(observed, params, *args)
+    return observer
+
+
+def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use], *, converted: Any) -> LeafPlan:
+    planned = LeafPlan(path, tuple(leaf.shape), leaf.dtype, "dense", spec, "", converted=converted)
+    if isinstance(spec, Frozen):
+        return dataclasses.replace(planned, role="frozen", reason="by rule")
+    if not uses:
+        return dataclasses.replace(planned, role="frozen", reason="not used by the function")
+    if isinstance(spec, Dense):
+        return dataclasses.replace(planned, reason="by rule")
+    stack, rows, columns, reason = _split(leaf.shape, uses)
+    if reason:
+        return dataclasses.replace(planned, reason=reason)
+    note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
+    note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
+    role = "flipout" if isinstance(spec, Flipout) else "low-rank"
+    planned = dataclasses.replace(planned, role=role, reason=note, stack=stack, rows=rows, columns=columns)
+    if planned.integer:
+        planned.integer.check_width(path, max(math.prod(planned.sizes(tuple(use.contracted))) for use in uses))
+    return planned
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return f"axes {','.join(map(str, axes))}" if len(axes) > 1 else f"axis {axes[0]}"
+
+
+def _split(shape: Sequence[int], uses: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+    """Return (stack, rows, columns, reason for dense noise or "")."""
+    unsupported = [use.unsupported for use in uses if use.unsupported]
+    if unsupported:
+        return (), (), (), unsupported[0]
+    first = uses[0]
+    if any({use.contracted, use.free} != {first.contracted, first.free} or use.stacked != first.stacked for use in uses):
+        return (), (), (), "used with different splits of its axes"
+    stack, rows, columns = (tuple(sorted(axes)) for axes in (first.stacked, first.contracted, first.free))
+    if math.prod(shape[a] for a in rows) == 1 or math.prod(shape[a] for a in columns) == 1:
+        return (), (), (), "a vector" if len(shape) == 1 else "one row or column: a vector"
+    return stack, rows, columns, ""

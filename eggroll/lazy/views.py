@@ -1,0 +1,173 @@
+"""View rules of `PerturbedArray`: transpose, cast, reshape, slice and squeeze act on base and factors alike.
+
+A view that would mix rows, columns and stacked axes has no rule; the plan then gives the parameter dense noise.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from eggroll.lazy.perturbed import PerturbedArray, Tag, register, view
+from eggroll.lazy.quantised import converted
+
+
+@register(jax.lax.transpose_p)
+def _transpose(value: PerturbedArray, *, permutation):
+    def operation(array, component):
+        own = value.positions(component)
+        order = [own.index(axis) for axis in permutation if axis in own]
+        return jnp.transpose(array, order + list(range(len(own), array.ndim)))
+
+    return view(value, [value.tags[axis] for axis in permutation], operation)
+
+
+@register(jax.lax.convert_element_type_p)
+def _convert_element_type(value: PerturbedArray, *, new_dtype, weak_type, sharding):
+    if value.layout.quantised is not None:
+        return converted(value, new_dtype)
+    kinds = jnp.floating, jnp.integer
+    if not any(jnp.issubdtype(new_dtype, kind) and jnp.issubdtype(value.base.dtype, kind) for kind in kinds):
+        params = dict(new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)
+        return PerturbedArray.default(jax.lax.convert_element_type_p, [value], params)
+    return view(value, value.tags, lambda array, component: array.astype(new_dtype))
+
+
+@register(jax.lax.copy_p)
+def _copy(value: PerturbedArray):
+    return value
+
+
+@register(jax.lax.squeeze_p)
+def _squeeze(value: PerturbedArray, *, dimensions):
+    def operation(array, component):
+        own = value.positions(component)
+        return jnp.squeeze(array, [own.index(axis) for axis in dimensions if axis in own])
+
+    return view(value, [tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
+
+
+@register(jax.lax.mul_p)
+def _times_scalar(value: PerturbedArray, factor: ArrayLike, **params):
+    return _scaled(jax.lax.mul_p, value, factor, [value, factor], params)
+
+
+@register(jax.lax.mul_p)
+def _scalar_times(factor: ArrayLike, value: PerturbedArray, **params):
+    return _scaled(jax.lax.mul_p, value, factor, [factor, value], params)
+
+
+@register(jax.lax.div_p)
+def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params):
+    return _scaled(jax.lax.div_p, value, divisor, [value, divisor], params)
+
+
+def _scaled(primitive, value: PerturbedArray, factor: ArrayLike, operands, params):
+    if jnp.ndim(factor) != 0 or jnp.issubdtype(value.base.dtype, jnp.integer):
+        return PerturbedArray.default(primitive, operands, params)
+
+    def operation(array, component):
+        if component in ("left", "right", "shared"):
+            return array
+        factors = jnp.broadcast_to(jnp.asarray(factor).astype(array.dtype), array.shape)
+        return primitive.bind(array, factors, **params)
+
+    return view(value, value.tags, operation)
+
+
+@register(jax.lax.split_p)
+def _split(value: PerturbedArray, *, sizes, axis):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = []
+    for start, size in zip(starts, sizes, strict=True):
+        limits = list(value.base.shape)
+        begin = [0] * len(limits)
+        begin[axis], limits[axis] = start, start + size
+        parts.append(_slice(value, start_indices=tuple(begin), limit_indices=tuple(limits), strides=None))
+    return parts
+
+
+@register(jax.lax.slice_p)
+def _slice(value: PerturbedArray, *, start_indices, limit_indices, strides):
+    steps = [1] * value.base.ndim if strides is None else strides
+
+    def operation(array, component):
+        own = value.positions(component)
+        return array[tuple(slice(start_indices[a], limit_indices[a], steps[a]) for a in own)]
+
+    return view(value, value.tags, operation)
+
+
+@register(jax.lax.dynamic_slice_p)
+def _dynamic_slice(value: PerturbedArray, *starts: ArrayLike, slice_sizes):
+    def operation(array, component):
+        own = value.positions(component)
+        rest = list(array.shape[len(own) :])
+        zeros = [jnp.zeros_like(starts[0])] * len(rest)
+        return jax.lax.dynamic_slice(array, [starts[a] for a in own] + zeros, [slice_sizes[a] for a in own] + rest)
+
+    return view(value, value.tags, operation)
+
+
+@register(jax.lax.reshape_p)
+def _reshape(value: PerturbedArray, *, new_sizes, dimensions, sharding):
+    tags = _reshaped_tags(value, new_sizes) if dimensions is None else None
+    if tags is None:
+        params = dict(new_sizes=new_sizes, dimensions=dimensions, sharding=sharding)
+        return PerturbedArray.default(jax.lax.reshape_p, [value], params)
+    return _resized(value, tags, new_sizes)
+
+
+@register(jax.lax.broadcast_in_dim_p)
+def _broadcast_in_dim(value: PerturbedArray, *, shape, broadcast_dimensions, sharding):
+    if math.prod(shape) != value.base.size:
+        params = dict(shape=shape, broadcast_dimensions=broadcast_dimensions, sharding=sharding)
+        return PerturbedArray.default(jax.lax.broadcast_in_dim_p, [value], params)
+    tags: list[Tag] = [()] * len(shape)
+    for axis, target in enumerate(broadcast_dimensions):
+        tags[target] = value.tags[axis]
+    return _resized(value, tags, shape)
+
+
+def _resized(value: PerturbedArray, tags: Sequence[Tag], sizes: Sequence[int]) -> PerturbedArray:
+    def operation(array, component):
+        own = value.positions(component)
+        new = [sizes[axis] for axis in value.positions(component, tags)]
+        return array.reshape(*new, *array.shape[len(own) :])
+
+    return view(value, tags, operation)
+
+
+def _reshaped_tags(value: PerturbedArray, new_sizes: Sequence[int]) -> list[Tag] | None:
+    """Tags after a reshape, or None where it would mix row, column and stacked axes."""
+    old = value.base.shape
+    tags: list[Tag] = [()] * len(new_sizes)
+    for sources, targets in _reshape_groups(old, new_sizes):
+        merged = tuple(sorted({source for axis in sources for source in value.tags[axis]}))
+        if not value.observed and len({_owner(value, (source,)) for source in merged}) > 1:
+            return None
+        for axis in targets:
+            tags[axis] = merged
+    return tags
+
+
+def _owner(value: PerturbedArray, tag: Tag) -> tuple[bool, bool]:
+    return value.layout.owns("left", tag), value.layout.owns("right", tag)
+
+
+def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of old and new axes with equal products; axes of size 1 belong to no run."""
+    old_axes = [axis for axis, size in enumerate(old) if size != 1]
+    new_axes = [axis for axis, size in enumerate(new) if size != 1]
+    groups = []
+    while old_axes and new_axes:
+        sources, targets = [old_axes.pop(0)], [new_axes.pop(0)]
+        while (left := math.prod(old[a] for a in sources)) != (right := math.prod(new[a] for a in targets)):
+            if left < right:
+                sources.append(old_axes.pop(0))
+            else:
+                targets.append(new_axes.pop(0))
+        groups.append((sources, targets))
+    return groups

@@ -1,0 +1,1 @@
+"""Language models: checkpoints, tokenizers, chat templates, population decoding. Nothing in the engine imports this."""

@@ -1,0 +1,1 @@
+"""Decoder architectures as plain functions of a parameter pytree."""

@@ -1,0 +1,1 @@
+"""Noise: its addresses, how it is drawn, which parameter gets which (rules and plan)."""

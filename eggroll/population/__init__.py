@@ -1,0 +1,1 @@
+"""The population: its layout, one member's parameters, the evaluation of all members, their fitness."""

@@ -1,0 +1,200 @@
+"""`Population`: the members of one generation as addresses, for fitness that is computed outside JAX (ask and tell)."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from eggroll.lazy.perturbed import perturb
+from eggroll.lazy.quantised import OffGrid, off_grid
+from eggroll.noise import integer
+from eggroll.noise.draws import Flipped, built_noise, draw_pair
+from eggroll.noise.plan import LeafPlan, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """The members of one generation; made by `EvolutionStrategy.ask`. Nothing is built until it is asked for."""
+
+    size: int  # N
+    _: dataclasses.KW_ONLY
+    _apply: Callable
+    _member: Callable
+
+    def apply(self, function: Callable, batch: Any = None) -> Any:
+        """Apply `function(params, batch)` under every member's perturbation.
+
+        Args:
+            function: any JAX function; pass the same object every generation, it is compiled once per object.
+            batch: pytree, shared by the members or not as the strategy's `members_per_batch` says.
+
+        Returns:
+            The results with a leading axis of N.
+
+        Raises:
+            ValueError: the batch lacks its leading axis, or the function uses a parameter against the plan.
+        """
+        return self._apply(function, batch)
+
+    def member(self, index: Array | int) -> Any:
+        """Build the parameters of one member; vmap it for a materialised population.
+
+        Args:
+            index: in [0, N); 2 p is pair p with sign +1, 2 p + 1 with sign -1.
+
+        Returns:
+            A pytree like the parameters.
+
+        Raises:
+            ValueError: no plan yet, or a known index outside the population.
+        """
+        if isinstance(index, int) and not 0 <= index < self.size:
+            raise ValueError(f"index must be in [0, {self.size}), got {index}.")
+        return self._member(index)
+
+
+def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, generation: Array, sigma: Array | None) -> Any:
+    """Build the parameters of one member.
+
+    Args:
+        plan: the plan of `params`.
+        params: unperturbed parameters.
+        index: int32, in [0, N).
+        key: the run's key.
+        generation: int32, generation // noise_reuse.
+        sigma: float32, standard deviation of the perturbation; None for int8 parameters.
+
+    Returns:
+        A pytree like `params`.
+    """
+    pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
+    sign = 1 - 2 * is_minus if plan.is_integer else 1.0 - 2.0 * is_minus.astype(jnp.float32)
+    return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)
+
+
+def of_params_and_batch(function: Callable) -> Callable:
+    """Turn `function(params, batch)` into what a population is evaluated with."""
+
+    def one(params: Any, batch: Any, key: Array, member_state: Any) -> Any:
+        return function(params, batch)
+
+    return one
+
+
+def by_member(run: Callable) -> Callable:
+    """Let results with leading axes [P, 2] have one of N."""
+    return lambda *given: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), run(*given))
+
+
+def checked_coefficients(coefficients: Any, *, population_size: int) -> Array:
+    """Return coefficients of pairs as float32 [P]; ValueError for another shape."""
+    coefficients = jnp.asarray(coefficients, jnp.float32)
+    if coefficients.shape != (population_size // 2,):
+        raise ValueError(f"coefficients must have shape ({population_size // 2},), got {coefficients.shape}.")
+    return coefficients
+
+
+def checked_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
+    """Return told fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
+
+    Args:
+        fitness: [2 S] or [2 S, K] floats.
+        pairs: [S] ints, or None for all.
+        population_size: N.
+        integers: keep integers as they are.
+
+    Raises:
+        ValueError: pairs outside the population or repeated, or a fitness of another length.
+    """
+    num_pairs = population_size // 2
+    chosen = np.arange(num_pairs) if pairs is None else np.asarray(pairs)
+    if chosen.ndim != 1 or not chosen.size or not np.isin(chosen, np.arange(num_pairs)).all():
+        raise ValueError(f"pairs must be integers in [0, {num_pairs}), at least one, got {pairs!r}.")
+    if np.unique(chosen).size != chosen.size:
+        raise ValueError(f"pairs must name every pair once, got {pairs!r}.")
+    fitness, size = jnp.asarray(fitness), 2 * chosen.size
+    whole = integers and jnp.issubdtype(fitness.dtype, jnp.signedinteger)
+    fitness = fitness.astype(jnp.int32 if whole else jnp.float32)
+    if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
+        raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
+    return fitness, jnp.asarray(chosen, jnp.int32)
+
+
+def member_params(
+    plan: Plan,
+    params: Any,
+    pair_noise: list[Any],
+    *,
+    sign: Array,
+    sigma: Array | None,
+    lazy: bool = True,
+    in_loop: bool = False,
+) -> Any:
+    """Parameters of one member: theta + sign sigma E.
+
+    Args:
+        plan: the plan.
+        params: the parameters.
+        pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
+        sign: +1 or -1, int32 for integer noise.
+        sigma: standard deviation; None for integer noise, whose spec says it.
+        lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle), quantised ones as floats.
+        in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
+
+    Returns:
+        A pytree like `params`.
+    """
+
+    def member_leaf(planned, leaf, drawn):
+        if planned.role == "frozen":
+            return leaf
+        if planned.integer:
+            return _integer_leaf(planned, leaf, drawn, sign, lazy=lazy)
+        amplitude = sign * sigma * planned.spec.sigma_multiplier
+        if planned.role == "dense":
+            once = leaf.ndim == 1 and (in_loop or planned.spec.distribution == "normal")
+            total = _dense_sum(leaf, drawn, amplitude, once=once, dtype=planned.noise_dtype)
+            return OffGrid(total, planned.path) if planned.quantised and lazy else total
+        scale = amplitude / math.sqrt(planned.spec.rank)
+        if not lazy:
+            built = scale * built_noise(planned, drawn).astype(jnp.float32)
+            return off_grid(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
+        scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
+        shared, factors = drawn if isinstance(drawn, Flipped) else (None, drawn)
+        return perturb(leaf, factors, scale=scale, shared=shared, quantised=planned.converted, **planned.where)
+
+    leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
+    return jax.tree.unflatten(plan.tree, leaves)
+
+
+def _integer_leaf(planned: LeafPlan, leaf: Array, drawn: Any, sign: Array, *, lazy: bool) -> Any:
+    assert planned.integer is not None
+    if planned.role == "dense":
+        return integer.saturated(leaf.astype(jnp.int32) + planned.integer.rounded(drawn.astype(jnp.int32) * sign))
+    if not lazy:
+        raise ValueError(
+            f"int8 parameter '{planned.path}' of one member cannot be built: its perturbation is finer than an integer; "
+            "use Population.apply."
+        )
+    scale = jnp.broadcast_to(sign, planned.sizes(planned.stack))
+    return perturb(leaf, drawn, scale=scale, integer=planned.integer, **planned.where)
+
+
+def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:
+    """Leaf + amplitude * drawn, added in float32 and rounded to `dtype`.
+
+    `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
+    the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is dear for
+    normal noise and inside a loop over chunks; it is cheap otherwise (measured, experiments/LOG.md).
+    """
+    wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
+    if not once or jax.default_backend() != "cpu":
+        return (wide + amplitude * drawn).astype(dtype)
+    weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
+    total = jnp.einsum("k,kn->n", weights, jnp.stack([wide, drawn]), precision=jax.lax.Precision.HIGHEST)
+    return total.astype(dtype)

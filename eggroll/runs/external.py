@@ -1,0 +1,92 @@
+"""`External`: a strategy whose fitness is computed outside JAX, in the form that `train` and `DurableRun` take.
+
+    ask -> function(params, inputs) of every member -> score(outputs, known) on the host -> tell
+
+What is scored may come from anywhere: texts judged by a Python function, a simulator, a server (docs/external.md). A run with
+it has the progress line, the journal, checkpoints and resuming of any other run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from eggroll.population.metrics import Metrics
+from eggroll.noise.plan import Plan
+from eggroll.devices.processes import (from_first, whole)
+from eggroll.state import ESState
+from eggroll.strategy import EvolutionStrategy
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+    """A strategy with the score of its members computed by Python.
+
+    Args:
+        es: made with `fitness=None`.
+        function: `function(params, inputs) -> outputs` of one member, any JAX code; inputs as the strategy's
+            `members_per_batch` says.
+        score: `score(outputs, known) -> fitness`, or `(fitness, aux)`: outputs are NumPy arrays with a leading axis of N,
+            fitness is [N] or [N, K], higher is better, aux is anything and stays as it is. Of several processes the first one
+            scores, and the others take its fitness; their aux is None.
+
+    Raises:
+        ValueError: the strategy has a fitness of its own.
+    """
+
+    es: EvolutionStrategy
+    function: Callable
+    score: Callable
+
+    def __post_init__(self) -> None:
+        if self.es.fitness is not None:
+            raise ValueError("es must have fitness=None: External computes it with function and score.")
+
+    def init(self, params: Any, *, key: Array) -> ESState:
+        """As `EvolutionStrategy.init`."""
+        return self.es.init(params, key=key)
+
+    def plan(self, state: ESState, batch: Any = None) -> Plan:
+        """As `EvolutionStrategy.plan`, of `function`; `batch` is `(inputs, known)`."""
+        return self.es.plan(state, batch[0] if batch else None, function=self.function)
+
+    def step(self, state: ESState, batch: Any) -> tuple[ESState, Metrics]:
+        """Run one generation.
+
+        Args:
+            state: from `init` or the last `step`.
+            batch: `(inputs, known)`: what `function` gets, and what `score` gets beside the outputs.
+
+        Returns:
+            `(state, metrics)`; `metrics.aux` is what `score` returned beside the fitness.
+
+        Raises:
+            ValueError: the fitness has another length than the population.
+        """
+        inputs, known = batch
+        outputs = jax.tree.map(whole, self.es.ask(state).apply(self.function, inputs))
+        aux = None
+
+        def fitness() -> np.ndarray:
+            nonlocal aux
+            result = self.score(outputs, known)
+            value, aux = result if isinstance(result, tuple) else (result, None)
+            return np.asarray(value)
+
+        state, metrics = self.es.tell(state, from_first(fitness))
+        return state, metrics._replace(aux=aux)
+
+    def replay(self, state: ESState, coefficients: Any) -> ESState:
+        """As `EvolutionStrategy.replay`."""
+        return self.es.replay(state, coefficients)
+
+    # What the journal and the training loop ask of a strategy.
+    population_size = property(lambda self: self.es.population_size)
+    noise_reuse = property(lambda self: self.es.noise_reuse)
+    precision = property(lambda self: self.es.precision)
+    sigma = property(lambda self: self.es.sigma)
+    shaping = property(lambda self: self.es.shaping)
+    perturbation = property(lambda self: self.es.perturbation)

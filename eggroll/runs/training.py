@@ -1,0 +1,225 @@
+"""The training loop: generations until a target, with a progress line, metrics on disk and a plot.
+
+    state, history = train(es, state, batch, generations=200, target=-0.01, run_folder="runs/first")
+
+Owns the loop and the record of a generation; the mathematics is `strategy`'s, the look of the progress line `progress`'s and
+that of the figure `plot`'s.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.plot import plot_history
+from eggroll.devices.processes import (is_first, told_of_lost_process)
+from eggroll.runs.progress import progress_line
+from eggroll.state import ESState
+from eggroll.strategy import EvolutionStrategy
+
+SCORES = ("held_out_return", "held_out_fitness")
+ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are not one number
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one generation reported, on the host; its numbers are those of `Metrics`."""
+
+    generation: int
+    sigma: float
+    mean_fitness: float
+    best_fitness: float
+    std_fitness: float
+    invalid: int
+    tied_pairs: float
+    pair_correlation: float
+    effective_rank: float
+    skipped: bool
+    gradient_norm: float
+    moved: float
+    seconds: float  # wall time of the generation, compilation included
+    members_per_second: float
+    aux: Any = None  # reduced over the population, still on the device, not written
+    coefficients: Any = None  # float32 [P], still on the device, not written
+    leaf_norms: tuple[float, ...] = ()  # gradient norm of every leaf in the order of the plan
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
+
+    def to_json(self) -> str:
+        """One line of JSON, without aux and coefficients; NaN and infinities become null."""
+        fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
+        fields |= {name: float(value) for name, value in self.extra.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        norms = [norm if math.isfinite(norm) else None for norm in self.leaf_norms]
+        return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)
+
+
+Callback = Callable[[ESState, Record], bool | None]
+
+
+def train(
+    es: EvolutionStrategy,
+    state: ESState,
+    batches: Any = None,
+    *,
+    generations: int | None = None,
+    budget: tuple[str, float] | None = None,
+    target: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    run_folder: str | Path | None = None,
+    durable: DurableRun | None = None,
+    progress: bool | None = None,
+    words: Callable[[Record], str] | None = None,
+    plot: Callable[[Sequence[Record], Path], None] | None = None,
+) -> tuple[ESState, list[Record]]:
+    """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
+
+    Args:
+        es: the strategy.
+        state: from `es.init` or an earlier `train`, which is continued.
+        batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
+        generations: how many to run at most, counted from here; None: the budget decides.
+        budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback keeps (environment steps, tokens),
+            is at least `amount`. The progress line then counts it.
+        target: stop once the mean fitness of the population is at least this.
+        callbacks: each is called as `callback(state, record)` after every generation; True stops. It may add
+            held-out scores to `record.extra`.
+        run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; made if missing. A run
+            from generation 0 replaces them, a continued run appends.
+        durable: keeps every generation in a journal and makes checkpoints; the caller closes it. A callback that puts a
+            `held_out_return` or `held_out_fitness` into `record.extra` decides which checkpoint is the best.
+        progress: show the progress line; None: when standard error is a terminal and rich is installed.
+        words: what the progress line says of a generation; None: best and mean fitness, members per second.
+        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`.
+
+    Returns:
+        `(state, history)`, one `Record` per generation run.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: another process of this run was lost.
+    """
+    _check(generations, budget, target, callbacks)
+    next_batch = _batch_source(batches)
+    first = int(state.generation)
+    history: list[Record] = []
+    with contextlib.ExitStack() as stack:
+        metrics_file = None
+        if run_folder is not None and is_first():
+            metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
+            stack.callback(plot or _plot_fitness, history, Path(run_folder))
+        name, total = budget or ("generations", generations or 0)
+        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
+        for generation in itertools.count(first) if generations is None else range(first, first + generations):
+            try:
+                batch = next_batch(generation)
+            except StopIteration:
+                break
+            state, record = _run_generation(es, state, batch)
+            history.append(record)
+            if is_first():
+                _warn_of_invalid(history, es.population_size)
+            stops = [bool(callback(state, record)) for callback in callbacks]
+            spent = _is_spent(budget, record)
+            _write(metrics_file, record)
+            if durable is not None:
+                durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
+            show(record.extra[name] if budget else len(history), (words or _words)(record))
+            if any(stops) or spent or (target is not None and record.mean_fitness >= target):
+                break
+    return state, history
+
+
+def _check(generations: Any, budget: Any, target: Any, callbacks: Any) -> None:
+    if generations is None and budget is None:
+        raise ValueError("generations or budget must be given: without either the run would not end.")
+    if generations is not None and (not isinstance(generations, int) or generations < 1):
+        raise ValueError(f"generations must be an integer >= 1, got {generations!r}.")
+    if budget is not None and not (isinstance(budget, tuple) and len(budget) == 2 and budget[1] > 0):
+        raise ValueError(f"budget must be (name, amount > 0), got {budget!r}.")
+    if target is not None and not (isinstance(target, int | float) and not math.isnan(target)):
+        raise ValueError(f"target must be a number or None, got {target!r}.")
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"callbacks must be a sequence of functions (state, record), got {callbacks!r}.")
+
+
+def _is_spent(budget: tuple[str, float] | None, record: Record) -> bool:
+    if budget is None:
+        return False
+    name, amount = budget
+    if name not in record.extra:
+        raise ValueError(f"budget names {name!r}, which no callback put into record.extra.")
+    return record.extra[name] >= amount
+
+
+def _batch_source(batches: Any) -> Callable[[int], Any]:
+    if isinstance(batches, Iterator):
+        return lambda generation: next(batches)
+    return batches if callable(batches) else lambda generation: batches
+
+
+def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[ESState, Record]:
+    start = time.perf_counter()
+    with told_of_lost_process(f"generation {int(state.generation)}"):
+        state, metrics = es.step(state, batch)
+        # One transfer: it is also what waits for the generation to finish.
+        scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
+    seconds = time.perf_counter() - start
+    numbers = {name: value.item() for name, value in scalars.items()}
+    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}
+    return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
+
+
+def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
+    plot_history(history, folder / "fitness.png")
+
+
+def _words(record: Record) -> str:
+    fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
+    return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
+
+
+def _warn_of_invalid(history: list[Record], population_size: int) -> None:
+    record = history[-1]
+    if record.skipped:
+        warnings.warn(
+            f"generation {record.generation} was skipped: the fitness of all {population_size} members, "
+            "or the gradient, was not finite.",
+            stacklevel=3,
+        )
+    elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
+        warnings.warn(
+            f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation} "
+            "(said once, see `invalid` in the history).",
+            stacklevel=3,
+        )
+
+
+def open_metrics(folder: Path, first: int) -> IO[str]:
+    """Open `metrics.jsonl` after the line of the last generation before `first`; lines of a lost continuation go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    kept = []
+    if first > 0 and path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                if json.loads(line)["generation"] < first:
+                    kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+    return open(path, "a")
+
+
+def _write(metrics_file: IO[str] | None, record: Record) -> None:
+    if metrics_file is not None:
+        metrics_file.write(record.to_json() + "\n")
+        metrics_file.flush()

@@ -1,0 +1,1 @@
+"""From fitness to new parameters: shaping, gradient estimate, optimizer step, rounding."""

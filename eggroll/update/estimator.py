@@ -1,0 +1,226 @@
+"""The estimator: noise addresses and shaped fitness to a gradient.
+
+    g = 1 / (N sigma) sum_i s_i f_i E_i = 1 / (2 P sigma) sum_p (f_p+ - f_p-) E_p
+
+Pairs are folded first, then every matrix leaf is one float32 matrix product over K = P r, the noise drawn again from its
+address. Exactly unbiased for a linear fitness at any rank (EGGROLL, arXiv 2511.16652, Eq. 6, with the 1/sigma kept).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll.kernels.factors import Signs, Values
+from eggroll.kernels.lowrank_update import api as update_kernel
+from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
+from eggroll.noise import addresses, integer
+from eggroll.noise.addresses import Factors
+from eggroll.noise.draws import LeafKeys, draw, draw_shared, from_matrix, leaf_keys
+from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.update.shaping import Shaping, integer_coefficients, shaped_fitness
+
+NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
+
+
+def pair_coefficients(shaped: Array) -> Array:
+    """Fold antithetic pairs: [N] shaped fitness -> [P] differences f_p+ - f_p-."""
+    pairs = shaped.reshape(-1, 2)
+    return pairs[:, 0] - pairs[:, 1]
+
+
+def coefficients_of(plan: Plan, shaping: str | Shaping, fitness: Array) -> Array:
+    """Shape raw fitness [N] or [N, K] and fold pairs: [P], whole numbers for int8 parameters."""
+    if plan.is_integer:
+        assert isinstance(shaping, str)
+        return integer_coefficients(shaping, fitness, largest_noise=_largest_noise(plan))
+    return pair_coefficients(shaped_fitness(shaping, fitness))
+
+
+def _largest_noise(plan: Plan) -> int:
+    return max(leaf.integer.largest for leaf in plan.leaves if leaf.integer)
+
+
+def check_sums(plan: Plan, *, num_pairs: int) -> None:
+    """Raise ValueError unless sums over the pairs of int8 parameters' noise fit int32."""
+    if plan.is_integer and num_pairs * _largest_noise(plan) > integer.INT32:
+        raise ValueError(
+            f"population_size {2 * num_pairs} could overflow the int32 sums over pairs, each up to {_largest_noise(plan)}: "
+            f"it must be at most {2 * (integer.INT32 // _largest_noise(plan))}."
+        )
+
+
+def of_all_pairs(plan: Plan, coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
+    """Spread the coefficients [S] of some pairs to [P].
+
+    The others get 0 and these grow by P / S, which leaves the mean of the estimate as it was: every pair's share of it has the
+    same mean. Those of int8 parameters do not grow, their update goes by the ratio of sums to their spread.
+    """
+    share = 1.0 if plan.is_integer else num_pairs / pairs.shape[0]
+    return jnp.zeros(num_pairs, jnp.float32).at[pairs].set(coefficients * share, unique_indices=True)
+
+
+def gradient(
+    plan: Plan,
+    coefficients: Array,
+    *,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | float | None,
+    first_pair: Array | int = 0,
+    num_pairs: int | None = None,
+    first_index: Array | int = 0,
+    first_word: Array | int = 0,
+) -> Any:
+    """Estimate the gradient of the expected fitness (ascent direction), or some pairs' part of it.
+
+    Of int8 parameters it is the exact sum over the pairs, int32, of products of factors (or of their signs) without a scale.
+
+    Args:
+        plan: the plan the population was perturbed by.
+        coefficients: float32 [P], differences of shaped fitness from `pair_coefficients`; for int8 parameters int8 or int32
+            (`shaping.integer_coefficients`).
+        noise_key: the run's key.
+        noise_generation: generation // noise_reuse.
+        sigma: standard deviation the population was perturbed with; not used for int8 parameters.
+        first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
+        num_pairs: P of the whole population; None: the coefficients are of all pairs.
+        first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
+        first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`draws.draw`).
+
+    Returns:
+        float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.
+    """
+    keys = leaf_keys(plan.leaves, noise_key, noise_generation)
+    first = first_pair, {"first_index": first_index, "first_word": first_word}
+    leaves = [_leaf_sum(leaf, key, coefficients, *first) for leaf, key in zip(plan.leaves, keys, strict=True)]
+    count = 2 * (num_pairs or coefficients.shape[0])
+    shared = draw_shared(plan, noise_key, noise_generation, first_index=first_index)
+    scaled = [_scaled(*of_leaf, count, sigma) for of_leaf in zip(plan.leaves, leaves, shared, strict=True)]
+    return jax.tree.unflatten(plan.tree, scaled)
+
+
+def leaf_gradient(leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
+    """The gradient of one parameter, float32; `where` as for `gradient`."""
+    return gradient(Plan((leaf,), jax.tree.structure(0)), coefficients, **where)
+
+
+def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
+    """sum_p d_p E_p, without the 1 / sqrt(r) and without what all pairs share."""
+    dtype = jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
+    if leaf.role == "frozen":
+        return jnp.zeros(leaf.shape, dtype)
+    num_pairs = coefficients.shape[0]
+    chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
+    total = jnp.zeros(_sum_shape(leaf), dtype)
+    for_all = num_pairs // chunk * chunk
+
+    def add_chunk(total, start):
+        pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
+        own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
+        return total + _weighted_noise(leaf, key, pairs, own, first), None
+
+    if for_all == chunk:
+        total = add_chunk(total, jnp.int32(0))[0]
+    else:
+        total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
+    if for_all < num_pairs:
+        rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
+        total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first)
+    return total
+
+
+def _scaled(leaf: LeafPlan, total: Array, shared: Array | None, members: int, sigma: Array | float | None) -> Array:
+    """Turn the sum over pairs into the gradient of the leaf."""
+    if leaf.role == "frozen":
+        return total
+    if leaf.integer:
+        return from_matrix(leaf, total) if leaf.role == "low-rank" else total
+    leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
+    if leaf.factored:
+        total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
+    if shared is not None:
+        total *= shared.astype(jnp.float32)
+    return total / (members * leaf_sigma)
+
+
+def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
+    if leaf.role == "dense":
+        return leaf.shape
+    sides = (math.prod(leaf.sizes(leaf.rows)), math.prod(leaf.sizes(leaf.columns)))
+    return (*leaf.sizes(leaf.stack), *sides)
+
+
+def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first: dict[str, Any]) -> Array:
+    """`_leaf_sum` over some pairs."""
+    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, **first)[0])(pairs)
+    if leaf.integer:
+        return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
+    if isinstance(drawn, addresses.Factors):
+        if leaf.implementation != "reference":
+            return summed_by_kernel(coefficients, drawn)
+        return lowrank_update(coefficients, *drawn.unpacked(leaf.noise_dtype))
+    return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
+
+
+def _integer_sum(coefficients: Array, drawn: addresses.Factors | Array) -> Array:
+    if isinstance(drawn, addresses.Factors):
+        return integer_lowrank_update(coefficients, *drawn.unpacked(jnp.int8))
+    return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
+
+
+def deviations(plan: Plan, coefficients: Array) -> Any:
+    """Standard deviations of the sums of int8 parameters if the coefficients had nothing to do with the noise.
+
+    Args:
+        plan: the plan the population was perturbed by.
+        coefficients: int8 or int32 [P].
+
+    Returns:
+        A pytree like the parameters of int32 scalars, in sixteenths: 16 sqrt(sum_p d_p^2) times that of one pair's noise.
+    """
+    root = integer.square_root(jnp.square(coefficients.astype(jnp.int32)).sum())
+    of_one_pair = [round(256 * leaf.integer.deviation) if leaf.integer else 0 for leaf in plan.leaves]
+    return jax.tree.unflatten(plan.tree, [integer.times(root, deviation, 8) for deviation in of_one_pair])
+
+
+def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: int) -> float:
+    """Convert a step size of the EGGROLL paper's code to one for `optax.sgd` here.
+
+    That code steps by lr sigma / sqrt(N) sum_i s_i f_i E_i, which is lr sigma^2 sqrt(N) times this library's gradient.
+
+    Args:
+        learning_rate: the paper's `lr_scale`, with z-scored fitness.
+        sigma: standard deviation of the perturbation.
+        population_size: N.
+
+    Returns:
+        learning_rate * sigma^2 * sqrt(population_size).
+    """
+    return learning_rate * sigma**2 * population_size**0.5
+
+
+def summed_by_kernel(coefficients: Array, factors: Factors) -> Array:
+    """sum_p coefficients[p] left[p]^T right[p] of every layer, by the kernel.
+
+    Args:
+        coefficients: float32 [P].
+        factors: [P, *stack, r, m] and [P, *stack, r, n], packed or not.
+
+    Returns:
+        float32 [*stack, m, n].
+    """
+    sizes: dict = dict(rank=factors.rank, rows=factors.m, columns=factors.n, implementation="mosaic_gpu")
+    packed = factors.words is not None
+    arrays = [a for a in (factors.words, factors.left, factors.right) if a is not None]
+    trailing = 1 if packed else 2
+    stack = arrays[0].shape[1 : arrays[0].ndim - trailing]
+
+    def layer(parts):
+        return update_kernel.lowrank_update(coefficients, Signs(*parts) if packed else Values(*parts), **sizes)
+
+    layers = [jnp.moveaxis(a.reshape(a.shape[0], -1, *a.shape[a.ndim - trailing :]), 1, 0) for a in arrays]
+    total = jax.lax.map(layer, layers) if stack else layer([a[0] for a in layers])
+    return total.reshape(*stack, factors.m, factors.n)

@@ -1,0 +1,1 @@
+"""Byte corpora and the entropies they are compared with."""

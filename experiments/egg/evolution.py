@@ -1,0 +1,173 @@
+"""Pretraining EGG by evolution strategies: integers from the bytes to the updated weights."""
+
+import contextlib
+import functools
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import eggroll
+from eggroll.devices.processes import is_first, local
+from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.egg.config import Config
+from eggroll.experiments.egg.data.corpus import Corpus, streams
+from eggroll.experiments.egg.data.references import Reference
+from eggroll.experiments.egg.figure import plot_bits
+from eggroll.experiments.egg.models import egg
+from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS, UNITS_PER_BIT
+from eggroll.experiments.egg.models.sampling import sample
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.training import Record, train
+
+VALIDATION_STREAMS, SHORTEST_STREAM = 1024, 64
+PROMPT = b"import "
+
+
+class Trained(NamedTuple):
+    """What a run gave."""
+
+    params: egg.Params
+    validation_bits: float  # bits per byte of the unperturbed parameters
+    generations: int
+    generation_seconds: float  # median of this process, 0 where it had nothing to do
+
+
+def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
+    """Make the strategy; its batch is a piece of every stream, uint8 [streams, bytes_per_update + 1]."""
+    model = config.model
+
+    def fitness(params: Any, text: Array, key: Array, state: Array) -> tuple[Array, Array]:
+        state, scores = egg.sequence(params, state, text, model)
+        return jnp.sum(scores), state
+
+    return eggroll.EvolutionStrategy(
+        fitness,
+        population_size=config.population_size,
+        sigma=None,
+        optimizer=eggroll.threshold(config.alpha_of, steps=max(10_000, config.generations)),
+        perturbation=eggroll.Integer(config.rank, config.distribution, config.shift, config.update),
+        shaping=config.shaping,
+        members_per_batch=config.group,
+        chunk_size=config.chunk_size,
+        mesh=parse_mesh(config.mesh),
+    )
+
+
+def start(config: Config, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    """Make the strategy, with its plan, and the initial state."""
+    es = make_strategy(config)
+    state = es.init(egg.init(config.model, key=init_key), key=run_key, member_state=egg.init_state(config.model))
+    es.plan(state, jax.ShapeDtypeStruct((config.streams, config.bytes_per_update + 1), jnp.uint8))
+    return es, state
+
+
+def held_out(corpus: Corpus, limit: int) -> np.ndarray:
+    """Return at most `limit` bytes of held-out text as contiguous streams side by side, uint8 [streams, T + 1]."""
+    size = min(len(corpus.validation), limit)
+    groups = min(VALIDATION_STREAMS, max(1, size // SHORTEST_STREAM))
+    return streams(corpus, 0, groups=groups, length=min(size // groups, MAX_TOKENS), part="validation")
+
+
+class Validation:
+    """Bits per byte of unperturbed parameters on held-out text, many contiguous streams side by side."""
+
+    def __init__(self, corpus: Corpus, config: Config):
+        self._text = held_out(corpus, config.validation_bytes)
+        self._config = config
+
+    def __call__(self, params: egg.Params) -> float:
+        """Return the bits per byte."""
+        scores = np.asarray(_scores(params, self._text, self._config.model), np.int64)
+        return float(-scores.sum() / UNITS_PER_BIT[self._config.rounding] / (self._text.size - len(self._text)))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(params: egg.Params, text: Array, model: egg.Config) -> Array:
+    """Sum of the log-likelihoods of every stream."""
+
+    def score(text: Array) -> Array:
+        return jnp.sum(egg.sequence(params, egg.init_state(model), text, model)[1])
+
+    return jax.vmap(score)(text)
+
+
+class _Checks:
+    """Callback of the training loop: puts bits per byte into the record; checks, and draws text, every now and then."""
+
+    def __init__(self, config: Config, validation: Validation, folder: Path):
+        self._config, self._validation, self._folder = config, validation, folder
+        self._per_byte = config.bytes_per_update * UNITS_PER_BIT[config.rounding]
+        self.bits: float | None = None
+
+    def __call__(self, state: eggroll.ESState, record: Record) -> None:
+        """Add to the record's numbers."""
+        config, done = self._config, record.generation + 1
+        record.extra["mean_bits"] = -record.mean_fitness / self._per_byte
+        record.extra["best_bits"] = -record.best_fitness / self._per_byte
+        if done % config.validation_every and done != config.generations:
+            return
+        params = local(state.params)
+        self.bits = self._validation(params)
+        record.extra.update(validation_bits=self.bits, held_out_fitness=-self.bits)  # the latter picks the best checkpoint
+        speed = f"{record.members_per_second * config.bytes_per_update:,.0f} bytes/s"
+        print(f"generation {done}: validation {self.bits:.4f} bits/byte, {speed}", flush=True)
+        if config.sample_length and is_first():
+            self._sample(params, done)
+
+    def _sample(self, params: egg.Params, generation: int) -> None:
+        options: dict[str, Any] = {"length": self._config.sample_length, "temperature": self._config.temperature}
+        text = PROMPT + sample(params, self._config.model, PROMPT, **options)
+        (self._folder / "samples").mkdir(exist_ok=True)
+        (self._folder / "samples" / f"{generation:06d}.txt").write_bytes(text)
+        print("    " + text.decode(errors="replace").replace("\n", "\n    "), flush=True)
+
+    def words(self, record: Record) -> str:
+        """The changing part of the progress line."""
+        checked = "" if self.bits is None else f"  validation {self.bits:.3f}"
+        speed = f"{record.members_per_second:,.0f} members/s  {record.members_per_second * self._config.bytes_per_update:,.0f}"
+        return f"best {record.extra['best_bits']:.3f}  mean {record.extra['mean_bits']:.3f}{checked} bits/byte  {speed} bytes/s"
+
+
+def pretrain(
+    config: Config,
+    corpus: Corpus,
+    references: list[Reference],
+    *,
+    init_key: Array,
+    run_key: Array,
+    folder: Path,
+    recipe: dict[str, Any],
+) -> Trained:
+    """Run the generations, from where the folder is if so configured; metrics, figure, samples, journal, checkpoints go there.
+
+    Raises:
+        ValueError: the folder has a run with other settings, or files that are damaged; or the corpus file vanished.
+    """
+    es, initial = start(config, init_key=init_key, run_key=run_key)
+    options = config.options() | {"corpus": corpus.fingerprint}
+    validation = Validation(corpus, config)
+    checks = _Checks(config, validation, folder)
+    run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
+    with contextlib.closing(run):
+        state, history = run.state, list[Record]()
+        if int(state.generation) < config.generations:
+            state, history = train(
+                es,
+                state,
+                lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
+                generations=config.generations - int(state.generation),
+                callbacks=[checks],
+                run_folder=folder,
+                durable=run,
+                words=checks.words,
+                plot=lambda _, path: plot_bits(path, references),
+            )
+    params = local(state.params)
+    bits = validation(params) if checks.bits is None else checks.bits
+    seconds = statistics.median(record.seconds for record in history) if history else 0.0
+    return Trained(params, bits, int(state.generation), seconds)

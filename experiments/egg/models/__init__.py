@@ -1,0 +1,1 @@
+"""Byte-level recurrent models, integer and floating."""

@@ -1,1 +1,0 @@
-"""Plain models that the experiments evolve."""

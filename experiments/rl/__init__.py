@@ -1,0 +1,1 @@
+"""Evolving reinforcement-learning policies: `python -m experiments.rl --help`."""

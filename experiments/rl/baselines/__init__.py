@@ -1,0 +1,1 @@
+"""PPO and uniform random actions, compared at equal steps."""

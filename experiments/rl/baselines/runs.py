@@ -1,0 +1,78 @@
+"""The baselines as `experiments.rl` runs them: with the `train` method that `experiments.evolution.Evolution` has."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from eggroll import envs
+from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.rl.baselines.ppo import Metrics, make_trainer
+from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
+from eggroll.runs.progress import progress_line
+
+
+class PPORuns:
+    """PPO on a task; compiled once, run with any number of keys."""
+
+    def __init__(self, config: Config, task: Task, evaluation: Evaluation, *, critic: nn.Module):
+        self._trainer = make_trainer(
+            config.ppo,
+            task.environment,
+            actor=task.network,
+            critic=critic,
+            env_steps=config.env_steps,
+            normalise=task.normalise,
+        )
+        self._start, self._advance = jax.jit(self._trainer.start), jax.jit(self._trainer.advance)
+        self._config, self._evaluation = config, evaluation
+
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
+        """Run PPO; `metrics.jsonl` in `folder` gets a line per update. Its initial parameters come from `run_key`."""
+        config = self._config
+        every = config.env_steps / config.checks
+        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        run, rows = self._start(run_key), []
+        with open(folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
+            for update in range(self._trainer.updates):
+                start = time.perf_counter()
+                run, metrics = self._advance(run)
+                rows.append(_row(metrics, update, env_steps=(update + 1) * config.ppo.steps_per_update))
+                rows[-1]["seconds"] = time.perf_counter() - start
+                learner = run.learner
+                actor = learner.params["actor"]
+                rows[-1] |= checks(actor, learner.statistics, env_steps=rows[-1]["env_steps"])
+                file.write(json.dumps(jsonable(rows[-1])) + "\n")
+                file.flush()
+                show(rows[-1]["env_steps"], f"update {update}  mean return {rows[-1]['mean_return']:.4g}")
+                if checks.met:
+                    break
+        return Trained(
+            actor,
+            learner.statistics,
+            generations=len(rows),
+            generation_seconds=statistics.median(row["seconds"] for row in rows),
+            env_steps=rows[-1]["env_steps"],
+            invalid=sum(row["invalid"] for row in rows),
+        )
+
+
+def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:
+    """One line of metrics; fetching them is what waits for the update to finish."""
+    numbers = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+    return {"update": update, "env_steps": env_steps} | numbers
+
+
+class RandomRuns:
+    """The random policy, which learns nothing."""
+
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
+        """Return a run of no steps, without parameters."""
+        nothing = envs.initial_statistics(())
+        return Trained(None, nothing, generations=0, generation_seconds=0.0, env_steps=0, invalid=0)

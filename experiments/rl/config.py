@@ -1,0 +1,127 @@
+"""Options of `experiments.rl`, their checks, and the presets that give other defaults."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.rl.baselines.ppo import PPO
+from eggroll.experiments.rl.presets import SMALL, paper_settings
+from eggroll.update.shaping import SHAPINGS
+
+TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a policy on an environment with evolution strategies or a baseline."""
+
+    env: str = "CartPole-v1"
+    """Name of an environment: of gymnax, or suite/name, such as brax/ant."""
+    algorithm: Literal["eggroll", "openes", "ppo", "random"] = "eggroll"
+    """Low-rank evolution strategies, dense ones, PPO, or uniformly random actions."""
+    preset: Literal["small", "paper"] = "small"
+    """Defaults of the options below for this environment: for a small machine, or the EGGROLL paper's."""
+    seed: int = 0
+    """Seed of the whole run; the same seed gives the same run."""
+    seeds: int = 1
+    """Runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
+    population_size: int = 256
+    """Members evaluated per generation, even."""
+    env_steps: int = 1_000_000
+    """Environment steps of training: it ends with the generation (of PPO: the update) that spends them."""
+    generations: int | None = None
+    """Generations at most, of evolution strategies. None: env_steps alone decides."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbation of one weight."""
+    sigma_decay: float = 1.0
+    """Factor of sigma per generation."""
+    rank: int = 1
+    """Rank of the perturbation of a matrix; openes has none."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer of the evolution strategies."""
+    learning_rate: float = 0.05
+    """Its step size; that of sgd is in the paper's scale (`eggroll.paper_learning_rate`)."""
+    learning_rate_decay: float = 1.0
+    """Factor of the step size per generation."""
+    shaping: str = "centered_ranks"
+    """Fitness shaping: centered_ranks, z_score, group_relative or pair_sign."""
+    episodes: int = 1
+    """Episodes per member; its fitness is their mean return."""
+    chunk_size: int | None = None
+    """Members evaluated at a time, even. None: all, or as many as half of the free memory holds, which is said."""
+    hidden_sizes: tuple[int, ...] = (32, 32)
+    """Widths of the policy's hidden layers, and of PPO's value network."""
+    activation: Literal["tanh", "relu_layer_norm"] = "tanh"
+    """Activation of the hidden layers."""
+    sampled_actions: bool = False
+    """Sample actions, in training and in evaluation, else take the most likely. PPO always samples in training; its continuous
+    actions are never sampled in evaluation."""
+    normalise: bool = True
+    """Normalise observations by their running mean and standard deviation."""
+    max_steps: int | None = None
+    """Truncate episodes after so many steps. None: as the environment has it."""
+    target: float | None = None
+    """Stop when the unperturbed parameters reach this mean return in a held-out check. None: 495 for CartPole-v1, -85 for
+    Acrobot-v1, -180 for Pendulum-v1, never for others; inf: never."""
+    checks: int = 20
+    """Held-out checks, spread evenly over env_steps."""
+    evaluation_episodes: int = 100
+    """Episodes of a held-out check, and of the final evaluation, whose episodes are fresh."""
+    ppo: PPO = dataclasses.field(default_factory=PPO)
+    """Settings of PPO."""
+    mesh: str | None = None
+    """Devices of evolution strategies, such as population=4. None: all where the run has several processes, else one."""
+    checkpoint_every: int = 50
+    """Generations between checkpoints; the journal has every generation."""
+    resume: bool = False
+    """Go on from what is in the run folder; evolution strategies only. Otherwise its files are replaced."""
+    render: bool = False
+    """Write one episode of the trained policy as policy.gif, where the suite can be drawn."""
+    folder: Path | None = None
+    """Run folder, with a folder per seed in it when there are several. None: runs/rl-<env>-<algorithm>-<seed>."""
+
+    @property
+    def known_target(self) -> float | None:
+        """The target, with the defaults of the environments that have one."""
+        return TARGETS.get(self.env) if self.target is None else self.target
+
+    def options(self) -> dict[str, Any]:
+        """The options that decide what a seed gives, as JSON holds them: all but the seeds and the folder."""
+        apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "render")
+        return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
+
+    def check(self) -> None:
+        """Raise ValueError for what no part below would refuse in one sentence."""
+        for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+        if self.resume and self.algorithm == "ppo":
+            raise ValueError("resume is for eggroll and openes; ppo starts anew.")
+        if self.mesh and self.algorithm not in ("eggroll", "openes"):
+            raise ValueError(f"mesh is for eggroll and openes, not for {self.algorithm}.")
+        for name in ("sigma", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
+        for name in ("sigma_decay", "learning_rate_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
+        if self.shaping not in SHAPINGS:
+            raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
+        if any(size < 1 for size in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
+
+
+def parse(arguments: Sequence[str] | None) -> Config:
+    """Read the command line: a preset gives defaults, options given beside it win.
+
+    Raises:
+        ValueError: the preset has nothing for this environment.
+    """
+    config = tyro.cli(Config, args=arguments, prog="python -m experiments.rl")
+    settings = paper_settings(config.env) if config.preset == "paper" else SMALL.get(config.env, {})
+    return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **settings))

@@ -1,0 +1,150 @@
+"""Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import eggroll
+from eggroll import envs
+from eggroll.devices.processes import local
+from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.training import Record, train
+
+MANY_EPISODES = 4096  # fewer side by side are not worth the two compilations that measure their memory
+
+
+def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
+    """Make the strategy; its batch is the observation statistics, its aux the sums that update them."""
+
+    def fitness(params: Any, known: envs.ObservationStatistics, key: Array) -> tuple[Array, envs.ObservationSums]:
+        played = task.play(params, known, key, episodes=config.episodes)
+        return played.total_reward.mean(), jax.tree.map(lambda x: x.sum(axis=0), played.sums)
+
+    many = config.population_size * config.episodes >= MANY_EPISODES
+    return eggroll.EvolutionStrategy(
+        fitness,
+        population_size=config.population_size,
+        sigma=config.sigma if config.sigma_decay == 1 else optax.exponential_decay(config.sigma, 1, config.sigma_decay),
+        optimizer=make_optimizer(config),
+        perturbation=eggroll.Dense() if config.algorithm == "openes" else eggroll.LowRank(rank=config.rank),
+        shaping=config.shaping,
+        chunk_size=config.chunk_size,
+        memory_budget="device" if many and config.chunk_size is None else None,
+        aux="sum",
+        mesh=parse_mesh(config.mesh),
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma."""
+    if config.optimizer != "sgd":
+        rate, decay = config.learning_rate, config.learning_rate_decay
+        return {"adam": optax.adam, "adamw": optax.adamw}[config.optimizer](_decaying(rate, decay))
+    rate = eggroll.paper_learning_rate(config.learning_rate, sigma=config.sigma, population_size=config.population_size)
+    return optax.sgd(_decaying(rate, config.learning_rate_decay * config.sigma_decay**2))
+
+
+def _decaying(rate: float, decay: float) -> Any:
+    return rate if decay == 1 else optax.exponential_decay(rate, 1, decay)
+
+
+class _Progress:
+    """Callback of the training loop: keeps the observation statistics, counts, checks the unperturbed parameters.
+
+    It is what a run carries beside its state (`eggroll.runs.durable.Carried`).
+    """
+
+    def __init__(self, task: Task, checks: HeldOutChecks):
+        self.statistics = envs.initial_statistics(task.environment.observation_shape)
+        self.env_steps, self.invalid = 0, 0
+        self.checks = checks
+
+    def batch(self, generation: int) -> envs.ObservationStatistics:
+        """The batch of a generation: statistics of all generations before it."""
+        return self.statistics
+
+    def __call__(self, state: eggroll.ESState, record: Record) -> bool:
+        """Merge the generation's sums, count, check; tell whether the target is met."""
+        self.statistics = envs.merge(self.statistics, local(record.aux))
+        self.env_steps += int(record.aux.number)
+        self.invalid += record.invalid
+        record.extra["env_steps"] = self.env_steps
+        record.extra.update(self.checks(local(state.params), self.statistics, env_steps=self.env_steps))
+        return self.checks.met
+
+    def save(self) -> dict[str, Any]:
+        """As arrays."""
+        counts = np.array([self.env_steps, self.invalid, self.checks.done, self.checks.met], np.int64)
+        return {"counts": counts, "statistics": jax.device_get(self.statistics._asdict())}
+
+    def load(self, saved: Any) -> None:
+        """From arrays."""
+        self.env_steps, self.invalid, self.checks.done, met = (int(count) for count in saved["counts"])
+        self.checks.met = bool(met)
+        self.statistics = envs.ObservationStatistics(**jax.tree.map(jnp.asarray, saved["statistics"]))
+
+
+class Evolution:
+    """Trains a task; compiled once, run with any number of keys."""
+
+    def __init__(self, config: Config, task: Task, evaluation: Evaluation):
+        self._config, self._task, self._evaluation = config, task, evaluation
+        self._es = make_strategy(config, task)
+
+    def start(self, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+        """Return the strategy, with its plan, and the initial state."""
+        state = self._es.init(self._task.init_params(key=init_key), key=run_key)
+        self._es.plan(state, envs.initial_statistics(self._task.environment.observation_shape))
+        return self._es, state
+
+    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: dict[str, Any]) -> Trained:
+        """Run the generations, from where the folder is if so configured; metrics, figure, journal and checkpoints go there.
+
+        Raises:
+            ValueError: the folder has a run with other settings, or files that are damaged.
+        """
+        config = self._config
+        es, initial = self.start(init_key=init_key, run_key=run_key)
+        every = config.env_steps / config.checks
+        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        progress = _Progress(self._task, checks)
+        run = DurableRun(
+            folder,
+            es,
+            initial,
+            config=config.options(),
+            carried=progress,
+            checkpoint_every=config.checkpoint_every,
+            recipe=recipe,
+        )
+        state, done = run.state, int(run.state.generation)
+        history: list[Record] = []
+        if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
+            state, history = train(
+                es,
+                state,
+                progress.batch,
+                generations=None if config.generations is None else config.generations - done,
+                budget=("env_steps", config.env_steps),
+                callbacks=[progress],
+                run_folder=folder,
+                durable=run,
+            )
+        run.close()
+        return Trained(
+            local(state.params),
+            progress.statistics,
+            generations=int(state.generation),
+            generation_seconds=statistics.median(record.seconds for record in history) if history else 0.0,
+            env_steps=progress.env_steps,
+            invalid=progress.invalid,
+        )

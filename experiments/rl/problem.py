@@ -1,0 +1,94 @@
+"""A policy network acting in an environment: what every reinforcement-learning algorithm here trains and is judged by."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll import envs
+from eggroll.envs.rollout import Policy
+from eggroll.experiments.rl.baselines.uniform import play_uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A policy network acting in an environment."""
+
+    environment: envs.Environment
+    network: nn.Module
+    sampled: bool  # whether actions are sampled: by evolution strategies, and in evaluation
+    normalise: bool
+
+    def policy(self, params: Any) -> Policy:
+        """The policy with `params`, as `envs.run_episode` takes it."""
+        return envs.network_policy(self.environment, functools.partial(self.network.apply, params), sampled=self.sampled)
+
+    def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int) -> envs.Episode:
+        """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
+        known = statistics if self.normalise else None
+        return envs.run_episodes(self.environment, self.policy(params), key=key, episodes=episodes, statistics=known)
+
+    def init_params(self, *, key: Array) -> Any:
+        """Draw initial parameters of the policy."""
+        return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+
+
+class Trained(NamedTuple):
+    """What a run of any algorithm ends with."""
+
+    params: Any  # of the policy network; None: the random policy
+    statistics: envs.ObservationStatistics
+    generations: int  # PPO: updates
+    generation_seconds: float  # median
+    env_steps: int
+    invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+
+
+class Evaluation:
+    """Mean returns over fresh episodes, compiled once for all seeds of a task."""
+
+    def __init__(self, task: Task, *, episodes: int):
+        self.task = task
+        self._play: Callable = jax.jit(functools.partial(task.play, episodes=episodes))
+        self._uniform: Callable = jax.jit(functools.partial(play_uniform, task.environment, episodes=episodes))
+
+    def mean_return(self, params: Any, statistics: envs.ObservationStatistics, *, key: Array) -> float:
+        """Mean return of `params`."""
+        return float(self._play(params, statistics, key).total_reward.mean())
+
+    def random_return(self, *, key: Array) -> float:
+        """Mean return of uniformly drawn actions."""
+        return float(self._uniform(key=key).total_reward.mean())
+
+
+class HeldOutChecks:
+    """Judges the parameters of one run on held-out episodes, at even distances of its environment steps.
+
+    Args:
+        evaluation: of the task.
+        key: of all checks.
+        every: environment steps between them.
+        target: mean return to reach; None: never.
+    """
+
+    def __init__(self, evaluation: Evaluation, *, key: Array, every: float, target: float | None):
+        self.met = False  # whether the last check reached the target
+        self.done = 0  # the number of the last check
+        self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
+
+    def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
+        """Check if one is due; return {"held_out_return": mean return}, or {} when none is."""
+        due = math.floor(env_steps / self._every)
+        if due <= self.done:
+            return {}
+        self.done = due
+        key = jax.random.fold_in(self._key, due)
+        mean_return = self._evaluation.mean_return(params, statistics, key=key)
+        self.met = self._target is not None and mean_return >= self._target
+        return {"held_out_return": mean_return}

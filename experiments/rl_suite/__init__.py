@@ -1,1 +1,0 @@
-"""Several tasks, algorithms and seeds at equal budgets, compared: `python -m experiments.rl_suite --help`."""

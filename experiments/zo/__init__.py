@@ -1,0 +1,1 @@
+"""Zeroth-order fine-tuning: `python -m experiments.zo --help`."""

@@ -1,0 +1,95 @@
+"""Padded arrays of a task's questions, and batches of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.zo.data.tasks import Task
+from eggroll.llm.tokenizers import Tokenizer
+
+
+class Examples(NamedTuple):
+    """Questions as arrays: N of them, C candidates each (1 for generation), T tokens, padded on the right with 0."""
+
+    tokens: Any  # int32 [N, C, T]: prompt and candidate
+    mask: Any  # bool [N, C, T]: not padding
+    targets: Any  # bool [N, C, T]: the candidate's tokens
+    labels: Any  # int32 [N]: the right candidate
+
+
+def load(path: str | Path, task: Task, tokenizer: Tokenizer, *, max_length: int) -> Examples:
+    """Read a JSONL file; arguments and errors are those of `encode` and `read_records`."""
+    return encode(read_records(path), task, tokenizer, max_length=max_length)
+
+
+def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_length: int) -> Examples:
+    """Turn records into arrays.
+
+    Args:
+        records: at least one.
+        task: says which text they become.
+        tokenizer: turns text into tokens.
+        max_length: most tokens of an example; a longer prompt loses its beginning, the same for all of its candidates.
+
+    Returns:
+        Examples as long as the longest of them.
+
+    Raises:
+        ValueError: a record that does not fit the task, a prompt or candidate without tokens, a candidate that fills
+            max_length.
+    """
+    rows, labels = [], []
+    for record in records:
+        question = task.question(record)
+        targets = [tokenizer.encode(candidate) for candidate in question.candidates]
+        for candidate, target in zip(question.candidates, targets, strict=True):
+            if not target:
+                raise ValueError(f"{record.place}: the tokenizer turns {candidate!r}, a text to be predicted, into no tokens.")
+        context = _context(record, question.prompt, targets, tokenizer, max_length)
+        rows.append([(context, target) for target in targets])
+        labels.append(question.label)
+    length = max(len(context) + len(target) for row in rows for context, target in row)
+    tokens = np.zeros((len(rows), len(rows[0]), length), np.int32)
+    mask, targets_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    for n, row in enumerate(rows):
+        for c, (context, target) in enumerate(row):
+            end = len(context) + len(target)
+            tokens[n, c, :end] = context + target
+            mask[n, c, :end] = True
+            targets_mask[n, c, len(context) : end] = True
+    return Examples(tokens, mask, targets_mask, np.array(labels, np.int32))
+
+
+def _context(record: Record, prompt: str, targets: list[list[int]], tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """What comes before every candidate: the tokenizer's prefix and the end of the prompt."""
+    longest = max(map(len, targets))
+    room = max_length - len(tokenizer.prefix) - longest
+    if room < 1:
+        raise ValueError(f"{record.place}: a text to be predicted has {longest} tokens, no room for a prompt in {max_length}.")
+    context = [*tokenizer.prefix, *tokenizer.encode(prompt)[-room:]]
+    if not context:
+        raise ValueError(f"{record.place}: the tokenizer turns the prompt {prompt!r} into no tokens.")
+    return context
+
+
+def batch_of(examples: Examples, step: int, *, size: int, seed: int = 0) -> Examples:
+    """Return the batch of a step, a pure function of its arguments: every epoch is a new order, its remainder is left out.
+
+    Args:
+        examples: all of them.
+        step: from 0.
+        size: examples in a batch.
+        seed: of the orders.
+
+    Raises:
+        ValueError: size is not between 1 and the number of examples.
+    """
+    number = len(examples.labels)
+    if not 1 <= size <= number:
+        raise ValueError(f"the batch size must be between 1 and the number of examples, {number}, got {size}.")
+    epoch, batch = divmod(int(step), number // size)
+    order = np.random.default_rng([seed, epoch]).permutation(number)[batch * size : (batch + 1) * size]
+    return Examples(*(array[order] for array in examples))

@@ -1,0 +1,72 @@
+"""A task that ships: short reviews made of word lists, whose label is the adjective's, turned round by a negation.
+
+"to be honest, the music was not dull this time"   ->   1
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from eggroll.experiments.zo.data.tasks import Classification
+
+TASK = Classification("{text} It was", {"0": " poor", "1": " good"})
+
+_OPENINGS = ("", "i think ", "we found that ", "to be honest, ", "in the end, ", "my friends said ")
+_NOUNS = ("film", "story", "music", "food", "hotel", "game", "book", "cast", "service", "camera", "meal", "show")
+_PLAIN = ("", "very ", "really ", "quite ", "so ", "rather ")
+_NEGATED = ("not ", "never ")  # a quarter, so that the adjective alone is right in three of four
+_GOOD = ("great", "lovely", "clever", "warm", "superb", "charming", "fresh", "bright", "moving", "solid", "funny", "elegant")
+_BAD = ("awful", "dull", "boring", "cold", "weak", "clumsy", "stale", "bleak", "silly", "broken", "noisy", "ugly")
+_TAILS = ("", " this time", " in every way", " as we expected", " from start to end", " for me", " on the whole", " again")
+_PARTS = (_OPENINGS, _NOUNS, _PLAIN + _NEGATED, _GOOD + _BAD, _TAILS)
+
+
+def sentences(*, short: bool = False) -> list[tuple[str, int]]:
+    """All sentences with their labels, 0 or 1; half of them each. Short ones have no opening and end in the adjective."""
+    openings, *middle, tails = _PARTS
+    return [
+        (f"{opening}the {noun} was {modifier}{adjective}{tail}", int((adjective in _GOOD) != (modifier in _NEGATED)))
+        for opening, noun, modifier, adjective, tail in itertools.product(
+            openings[:1] if short else openings, *middle, tails[:1] if short else tails
+        )
+    ]
+
+
+def write(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    train: int = 1000,
+    validation: int = 200,
+    test: int = 1000,
+    short: bool = False,
+) -> dict[str, Path]:
+    """Write train.jsonl, validation.jsonl and test.jsonl; no sentence is in two of them.
+
+    Args:
+        folder: made where it is missing.
+        seed: of the choice of sentences.
+        train, validation, test: number of sentences.
+        short: only sentences without opening that end in the adjective, of which there are 2304.
+
+    Returns:
+        Path by name of the split.
+
+    Raises:
+        ValueError: more sentences than there are, or fewer than 1 in a split.
+    """
+    everything, sizes = sentences(short=short), {"train": train, "validation": validation, "test": test}
+    if min(sizes.values()) < 1 or sum(sizes.values()) > len(everything):
+        raise ValueError(f"every split needs 1 sentence or more, and all together at most {len(everything)}, got {sizes}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = iter(np.random.default_rng(seed).permutation(len(everything)))
+    files = {}
+    for name, size in sizes.items():
+        chosen = (everything[i] for i in itertools.islice(order, size))
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in chosen]
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(lines), encoding="utf-8")
+    return files

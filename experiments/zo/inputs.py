@@ -1,0 +1,77 @@
+"""What `experiments.zo` starts from: the model and the task that the options name, read from files."""
+
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.zo.config import Config
+from eggroll.experiments.zo.data import sentiment
+from eggroll.experiments.zo.data.examples import Examples, encode
+from eggroll.experiments.zo.problem import FineTuning
+from eggroll.experiments.zo.warm_start import warm_start
+from eggroll.llm import hf
+from eggroll.llm.tokenizers import tokenizer_of
+
+SPLITS = ("train", "validation", "test")
+
+
+class Loaded(NamedTuple):
+    """A model with its task."""
+
+    source: Path  # the folder of the checkpoint
+    config: hf.Config
+    params: Any
+    task: FineTuning
+
+
+def load(config: Config, folder: Path) -> Loaded:
+    """Read the model and the task; the shipped task is written to `folder`.
+
+    Raises:
+        ValueError, OSError: a file is missing, damaged, or does not fit; the message names it.
+    """
+    records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
+    source = config.model or warm_start(config.start)
+    if not source.is_dir():
+        raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
+    model, decoder, params = hf.load(source, config.dtype if config.model else "float32")
+    tokenizer = tokenizer_of(source, words=model.vocab_size)
+    everything = [record for split in records for record in split]
+    examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
+    ends = np.cumsum([0, *map(len, records)])
+    parts = [Examples(*(array[first:end] for array in examples)) for first, end in itertools.pairwise(ends)]
+    if config.batch_size > len(records[0]):
+        raise ValueError(f"batch_size must be at most the {len(records[0])} training examples, got {config.batch_size}.")
+    return Loaded(source, model, params, FineTuning(decoder, *parts))
+
+
+def _shipped(folder: Path, *, short: bool) -> Path:
+    if is_first():
+        sentiment.write(folder, short=short)
+    wait_for_all("data")
+    return folder
+
+
+def read_splits(data: Path) -> list[list[Record]]:
+    """Records for training, validation and test: three files of a folder, or 80, 10 and 10 % of one file.
+
+    Raises:
+        ValueError, OSError: a file is missing, damaged, or too short.
+    """
+    if data.is_dir():
+        missing = [f"{name}.jsonl" for name in SPLITS if not (data / f"{name}.jsonl").is_file()]
+        if missing:
+            raise ValueError(f"data {data} has no {', '.join(missing)}.")
+        return [read_records(data / f"{name}.jsonl") for name in SPLITS]
+    if not data.is_file():
+        raise ValueError(f"data must be a JSONL file or a folder with train, validation and test, got {data}.")
+    records = read_records(data)
+    if len(records) < 10:
+        raise ValueError(f"data {data} has {len(records)} records, 10 are needed to split one file.")
+    mixed = [records[index] for index in np.random.default_rng(0).permutation(len(records))]
+    held = len(records) // 10
+    return [mixed[2 * held :], mixed[:held], mixed[held : 2 * held]]

@@ -1,0 +1,180 @@
+"""Several processes are one run: 2 and 4 real processes over loopback (gloo) against one, a death among them, wrong use."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from eggroll import launch
+from eggroll.devices import processes
+from eggroll.devices.processes import LAUNCHED
+from eggroll.experiments.common.mesh import parse_mesh
+
+ROOT = Path(__file__).parents[3]
+
+
+def start(count, folder, check):
+    """Launch the processes; return what the command ended with and what it said."""
+    command = [
+        sys.executable,
+        "-m",
+        "eggroll.launch",
+        str(count),
+        str(ROOT / "tests" / "eggroll" / "devices" / "process_runs.py"),
+        str(folder),
+        check,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    code, said = start(1, folder, "same")
+    assert code == 0, said
+    return np.load(folder / "same.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.heavy)])
+def test_several_processes_are_the_run_of_one(alone, tmp_path, count):
+    code, said = start(count, tmp_path, "same")
+    assert code == 0, said
+    found = np.load(tmp_path / "same.npz")
+    assert found["resumed"] and alone["resumed"]
+    for name in set(alone.files) - {"resumed"}:
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-5, atol=1e-5 * np.abs(alone[name]).max(), err_msg=name)
+    np.testing.assert_allclose(found["mean"], alone["mean"], rtol=1e-6)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5  # written by one of them
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_and_the_next_start_resumes(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    assert start(2, tmp_path / "whole", "killed")[0] == 0
+    (tmp_path / "parts" / "deadly").touch()
+    code, said = start(2, tmp_path / "parts", "killed")
+    assert code == 1 and "process 1 of 2 was killed by SIGKILL; the others were ended" in said.splitlines()[-1]
+    assert start(2, tmp_path / "parts", "killed")[0] == 0
+    whole, parts = (json.loads((tmp_path / name / "killed.json").read_text()) for name in ("whole", "parts"))
+    assert parts["fingerprint"] == whole["fingerprint"] and whole["generations"] == 9
+    assert 3 <= parts["generations"] <= 4  # generation 5 was recorded by the first process, or was not yet
+
+
+@pytest.mark.slow
+def test_processes_with_different_keys_are_told(tmp_path):
+    assert start(2, tmp_path, "different")[0] == 0
+    for index in (0, 1):
+        assert "the processes of this run have different values" in (tmp_path / f"different-{index}").read_text()
+
+
+def test_a_first_process_that_is_not_there_is_told():
+    with pytest.raises(RuntimeError, match=r"the first process of this run was not found at 127.0.0.1:9 within 1 s"):
+        processes.join(coordinator_address="127.0.0.1:9", num_processes=2, process_id=1, timeout=1)
+
+
+def test_a_process_alone_has_nobody_to_meet(monkeypatch):
+    for name in (*LAUNCHED, *processes.SCHEDULED):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.join() is False and processes.is_first()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert processes.join() is False
+    assert processes.join(coordinator_address="localhost:1234", num_processes=1, process_id=0) is False
+    processes.wait_for_all("nobody")
+
+
+def test_slurm_and_open_mpi_are_recognised(monkeypatch):
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: called.append(options))
+    for name in processes.SCHEDULED:
+        with monkeypatch.context() as context:
+            context.setenv(name, "4")
+            processes.join(timeout=7)
+    assert [options["initialization_timeout"] for options in called] == [7, 7]
+    assert "num_processes" not in called[0]  # jax reads the rest from the scheduler
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(num_processes=2), "missing: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        (dict(coordinator_address="a:1", num_processes="two", process_id=0), "must be integers"),
+        (dict(coordinator_address="a:1", num_processes=2, process_id=2), "process 2 of 2 at 'a:1': need 0 <= process < number"),
+        (dict(coordinator_address="host", num_processes=2, process_id=1), "an address host:port"),
+    ],
+)
+def test_incomplete_or_wrong_processes_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        processes.join(**options)
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"], ["two", "-m", "x"], ["0", "-m", "x"]])
+def test_launch_says_how_it_is_used(arguments):
+    with pytest.raises(SystemExit, match=r"usage: python -m eggroll.launch PROCESSES"):
+        launch.main(arguments)
+
+
+def test_ending_the_launcher_ends_its_processes(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text("import os, time\nopen(os.environ['JAX_PROCESS_ID'], 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    command, environment = [sys.executable, "-m", "eggroll.launch", "2", str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    numbers, deadline = [tmp_path / str(index) for index in (0, 1)], time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in numbers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.terminate()
+    assert launcher.wait(30) == 143
+    for path in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+def test_launch_ends_the_others_when_one_fails(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text("import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\ntime.sleep(60)\n")
+    assert launch.launch(3, [str(script)]).startswith("process 1 of 3 ended with 3; the others were ended.")
+    script.write_text("")
+    assert launch.launch(2, [str(script)]) is None
+
+
+def test_launch_that_is_interrupted_says_one_sentence(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "launch", interrupted)
+    with pytest.raises(SystemExit, match="stopped: the processes were ended"):
+        launch.main(["2", "-m", "x"])
+
+
+def test_lost_processes_are_told_only_where_there_are_several():
+    with pytest.raises(ValueError, match=r"^Gloo failed$"), processes.told_of_lost_process("generation 3"):
+        raise ValueError("Gloo failed")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("members=2", "mesh must be such as population=4,data=2"),
+        ("population", "mesh must be such as"),
+        ("population=0", "mesh must be such as"),
+        ("population=1,population=1", "has 1 devices"),
+        ("population=512", "mesh 'population=512' has 512 devices, this run has "),
+    ],
+)
+def test_wrong_meshes_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_mesh(text)
+
+
+def test_meshes_of_the_command_line():
+    assert parse_mesh(None) is None
+    assert dict(parse_mesh("population=1,data=1").shape) == {"population": 1, "data": 1}

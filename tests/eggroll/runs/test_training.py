@@ -1,0 +1,211 @@
+"""The training loop: what it runs, when it stops, what it writes, what it says."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+from eggroll.runs.training import (Record, train)
+
+PARAMS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 10}
+
+
+def fitness(params, batch, key):
+    """Highest, 0, where ones times w equals the batch."""
+    return -jnp.square(jnp.ones((1, 4), jnp.float32) @ params["w"] - batch).mean()
+
+
+def sometimes_nan(params, batch, key):
+    """NaN for a share `batch` of the pairs."""
+    return jnp.where(jax.random.uniform(key) < batch, jnp.nan, params["w"].sum())
+
+
+@functools.cache  # compiled once for all tests
+def make(function=fitness, aux=None):
+    es = eggroll.EvolutionStrategy(
+        function, population_size=32, sigma=0.1, optimizer=optax.sgd(0.05), shaping="z_score", aux=aux
+    )
+    return es, es.init(PARAMS, key=jax.random.key(3))
+
+
+def assert_equal(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_is_the_loop_of_steps_exactly():
+    es, state = make()
+    batch = jnp.float32(1.0)
+    trained, history = train(es, state, batch, generations=5)
+    means = []
+    for _ in range(5):
+        state, metrics = es.step(state, batch)
+        means.append(float(metrics.mean_fitness))
+    assert_equal(trained.params, state.params)
+    assert [record.mean_fitness for record in history] == means
+    assert [record.generation for record in history] == [0, 1, 2, 3, 4]
+
+
+def test_continued_run_equals_one_run():
+    es, state = make()
+    whole, _ = train(es, state, jnp.float32(1.0), generations=6)
+    half, _ = train(es, state, jnp.float32(1.0), generations=2)
+    rest, history = train(es, half, jnp.float32(1.0), generations=4)
+    assert_equal(whole.params, rest.params)
+    assert history[0].generation == 2
+
+
+def test_batch_function_gets_the_generation_and_an_iterator_ends_training():
+    es, state = make()
+    asked = []
+
+    def batch(generation):
+        asked.append(generation)
+        return jnp.float32(generation)
+
+    by_function, _ = train(es, state, batch, generations=3)
+    assert asked == [0, 1, 2]
+    by_iterator, history = train(es, state, (jnp.float32(i) for i in range(3)), generations=10)
+    assert len(history) == 3
+    assert_equal(by_function.params, by_iterator.params)
+
+
+def test_stops_at_the_target_and_not_before():
+    es, state = make()
+    _, everything = train(es, state, jnp.float32(1.0), generations=8)
+    means = [record.mean_fitness for record in everything]
+    assert means[4] > max(means[:4])  # else the target says nothing
+    _, history = train(es, state, jnp.float32(1.0), generations=8, target=means[4])
+    assert len(history) == 5
+
+
+def test_a_callback_stops_and_all_callbacks_run():
+    es, state = make()
+    seen = []
+    callbacks = [lambda state, record: record.generation == 1, lambda state, record: seen.append(int(state.generation))]
+    _, history = train(es, state, jnp.float32(1.0), generations=8, callbacks=callbacks)
+    assert len(history) == 2 and seen == [1, 2]
+
+
+def test_writes_metrics_and_a_figure(tmp_path):
+    es, state = make()
+
+    def held_out(state, record):
+        record.extra["held_out"] = float("nan") if record.generation == 0 else 0.5
+
+    folder = tmp_path / "new" / "run"
+    state, history = train(es, state, jnp.float32(1.0), generations=3, callbacks=[held_out], run_folder=folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2]
+    assert [line["mean_fitness"] for line in lines] == [record.mean_fitness for record in history]
+    assert [line["held_out"] for line in lines] == [None, 0.5, 0.5]
+    assert "aux" not in lines[0] and "extra" not in lines[0]
+    assert (folder / "fitness.png").read_bytes().startswith(b"\x89PNG")
+    train(es, state, jnp.float32(1.0), generations=2, run_folder=folder)
+    continued = [json.loads(line)["generation"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert continued == [0, 1, 2, 3, 4]
+
+
+def test_metrics_are_on_disk_while_training_runs(tmp_path):
+    es, state = make()
+
+    def interrupt(state, record):
+        if record.generation == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(es, state, jnp.float32(1.0), generations=5, callbacks=[interrupt], run_folder=tmp_path)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "fitness.png").exists()
+
+
+def test_aux_reaches_callbacks():
+    def with_aux(params, batch, key):
+        return params["w"].sum(), {"members": jnp.float32(1)}
+
+    es, state = make(with_aux, aux="sum")
+    _, history = train(es, state, generations=1)
+    assert int(history[0].aux["members"]) == 32
+
+
+def test_one_transfer_per_generation(monkeypatch):
+    es, state = make()
+    transfers, device_get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: transfers.append(1) or device_get(tree))
+    train(es, state, jnp.float32(1.0), generations=4)
+    assert len(transfers) == 4
+
+
+def test_skipped_generations_warn_and_change_nothing(tmp_path):
+    es, state = make(sometimes_nan)
+    with pytest.warns(UserWarning, match="skipped: the fitness of all 32 members") as caught:
+        trained, history = train(es, state, jnp.float32(2.0), generations=2, run_folder=tmp_path)
+    assert [str(w.message)[:12] for w in caught] == ["generation 0", "generation 1"]
+    assert [record.skipped for record in history] == [True, True]
+    assert_equal(trained.params, state.params)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["mean_fitness"] is None
+
+
+def test_some_invalid_members_warn_once():
+    es, state = make(sometimes_nan)
+    with pytest.warns(UserWarning, match="of 32 members was not finite") as caught:
+        _, history = train(es, state, jnp.float32(0.5), generations=4)
+    assert len(caught) == 1 and sum(record.invalid > 0 for record in history) > 1
+
+
+def test_quiet_when_not_a_terminal(capfd):
+    es, state = make()
+    train(es, state, jnp.float32(1.0), generations=2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_line_on_standard_error(capfd):
+    pytest.importorskip("rich")
+    es, state = make()
+    train(es, state, jnp.float32(1.0), generations=2, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "2/2" in err and "members/s" in err
+
+
+def test_quiet_without_rich_unless_asked(capfd, monkeypatch):
+    for module in ("rich", "rich.console", "rich.progress"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    es, state = make()
+    train(es, state, jnp.float32(1.0), generations=1)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ModuleNotFoundError, match="rich"):
+        train(es, state, jnp.float32(1.0), generations=1, progress=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(generations=0), ValueError, "generations must be an integer >= 1, got 0"),
+        (dict(generations=2.5), ValueError, "generations must be an integer"),
+        (dict(generations=1, target="high"), ValueError, "target must be a number or None, got 'high'"),
+        (dict(generations=1, target=float("nan")), ValueError, "target must be a number"),
+        (dict(generations=1, callbacks=print), TypeError, "callbacks must be a sequence of functions"),
+        (dict(generations=1, callbacks=[3]), TypeError, "callbacks must be a sequence of functions"),
+    ],
+)
+def test_bad_arguments(options, error, words):
+    es, state = make()
+    with pytest.raises(error, match=words):
+        train(es, state, jnp.float32(1.0), **options)
+
+
+def test_record_writes_null_for_what_is_not_finite():
+    numbers = {field.name: 0.0 for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING}
+    del numbers["extra"]
+    numbers |= {"mean_fitness": float("nan"), "best_fitness": float("inf"), "skipped": True}
+    record = Record(**numbers, aux=object(), leaf_norms=(1.0, float("nan")))
+    line = json.loads(record.to_json())
+    assert line["mean_fitness"] is None and line["best_fitness"] is None and line["skipped"] is True
+    assert line["leaf_norms"] == [1.0, None]

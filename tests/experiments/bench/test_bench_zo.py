@@ -1,0 +1,42 @@
+"""The benchmark of zeroth-order steps, in small: it runs and its JSON has what it promises."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from eggroll.experiments.bench import populations, zo
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+def test_numbers_of_a_small_run(capsys):
+    zo.run(zo.ZO(blocks=2, width=8, tokens=8, directions=(1, 2), matrix=64, repeats=2))
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(summary["offload_ratios"]) == {"1", "2"} and summary["offload_ratio"] == summary["offload_ratios"]["2"]
+    assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15", "grzo"}
+    assert summary["lowrank_batched_speedup"] > 0
+
+
+def test_the_forms_of_the_large_matrix_compute_the_same():
+    forms = zo._batched(zo.ZO(matrix=64))
+    batched, separate = forms["batched"](), forms["separate"]()
+    np.testing.assert_allclose(np.ravel(batched), np.ravel(jax.device_get(separate)), rtol=1e-4, atol=1e-4)
+
+
+def test_forwards_are_counted():
+    assert {name: zo._forwards(tuner) for name, tuner in zo._recipes().items()} == {
+        "mezo": 2,
+        "adamezo": 2,
+        "lozo": 2,
+        "lozo_m": 2,
+        "fzoo": 9,
+        "spsa15": 17,
+        "grzo": 2,
+    }
+
+
+def test_unknown_populations_are_refused():
+    with pytest.raises(SystemExit, match="case must be one of mlp, toy, got 'huge'"):
+        populations.run(populations.Populations(case="huge"))

@@ -1,0 +1,61 @@
+"""A small run of `experiments.reason` in a process of its own, which can end itself in the middle of something.
+
+python -m tests.reason_runs none|score|checkpoint|clock OPTIONS
+
+score: in the sixth call of the reward; checkpoint: while one is written; clock: it is too slow in process 1.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from eggroll.experiments.reason import __main__ as reason
+from eggroll.journal.checkpoint import Checkpoints
+
+TINY = ["--start.steps", "2", "--start.width", "16", "--start.layers", "1", "--start.batch-size", "4"]
+TINY += ["--population-size", "4", "--prompts", "2", "--room", "4", "--validation-size", "4", "--test-size", "4"]
+TINY += ["--check-every", "2", "--examples", "1", "--task-options", "train=40", "validation=8", "test=8"]
+# Calls of the reward: two checks before training; of the generations one each; a check after every second one.
+IN_GENERATION_2 = 6
+
+
+def letters(prompts, completions, **_):
+    """A reward that a model which has learned nothing gets some of."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+class Ending:
+    """The reward `letters`, with something else in one of its calls."""
+
+    def __init__(self, at, end):
+        self.calls, self._at, self._end = 0, at, end
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        if self.calls == self._at:
+            self._end()
+        return letters(prompts, completions, **columns)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_die(save):
+    def saved(*given, **options):
+        save(*given, **options)
+        die()
+
+    return saved
+
+
+if __name__ == "__main__":
+    moment, *options = sys.argv[1:]
+    sys.modules["eggroll.envs.tasks.arithmetic"].answer_matches = Ending(IN_GENERATION_2 if moment == "score" else 0, die)
+    if moment == "checkpoint":
+        Checkpoints.save = save_and_die(Checkpoints.save)
+    if moment == "clock" and os.environ["JAX_PROCESS_ID"] == "1":
+        clock = time.perf_counter
+        time.perf_counter = lambda: 0.01 * clock()
+    reason.main([*TINY, *options])

@@ -1,0 +1,243 @@
+"""Improving a model on verifiable rewards: from the command to the files, resuming, replaying, options, and what is refused."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eggroll.envs import tasks
+from eggroll.experiments.reason import __main__ as reason
+from eggroll.experiments.reason.config import parse
+from eggroll.experiments.reason.evolution import Evolution
+from eggroll.experiments.reason.inputs import load, prepare, sampling_of
+from eggroll.journal import __main__ as journal
+from eggroll.llm import hf
+from eggroll.llm.decoding import Completions
+from eggroll.llm.shards import CONFIG
+from tests.experiments.reason.reason_runs import TINY, letters
+
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),  # optax.adam relies on the former
+    pytest.mark.filterwarnings("ignore:no completion until generation"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One working folder for all tests: the small model is made once."""
+    return tmp_path_factory.mktemp("reason")
+
+
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
+def signal(monkeypatch):
+    """A reward that a model which has learned nothing gets some of."""
+    monkeypatch.setattr(sys.modules["eggroll.envs.tasks.arithmetic"], "answer_matches", letters)
+
+
+def run(capsys, *options):
+    reason.main([*TINY, *options])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def weights(path):
+    return hf.load(path / "model")[2]
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
+    whole = run(capsys, "--generations", "4", "--folder", "out/whole")
+    run(capsys, "--generations", "3", "--folder", "out/parts")
+    parts = run(capsys, "--generations", "4", "--folder", "out/parts", "--resume")
+    assert whole["generations"] == parts["generations"] == 4 and whole["algorithm"] == "eggroll"
+    out = folder / "out"
+    for name in ("metrics.jsonl", "curves.png", "journal.bin", "summary.json", "model/config.json", "checkpoints"):
+        assert (out / "whole" / name).exists(), name
+    assert (out / "whole/journal.bin").stat().st_size == (out / "parts/journal.bin").stat().st_size
+    assert equal(weights(out / "whole"), weights(out / "parts"))
+    lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2, 3]
+    assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
+    assert parts["validation_accuracy"] == max(line.get("validation_accuracy", -1) for line in lines)  # the best is exported
+    assert all(line["tokens"] > 0 and line["moved"] > 0 for line in lines)
+    journal.main(["verify", str(out / "whole")])  # rebuilt from scalars by the recipe in its header
+    assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--int8.threshold", "1", "--precision", "stochastic"],
+        pytest.param(["--start.architecture", "rwkv7"], marks=[pytest.mark.heavy, pytest.mark.slow]),
+    ],
+)
+def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
+    options, out = ["--weights", "int8", *more], folder / f"out/int8-{len(more)}"
+    run(capsys, *options, "--generations", "3", "--folder", f"{out}/whole")
+    run(capsys, *options, "--generations", "2", "--folder", f"{out}/parts")
+    summary = run(capsys, *options, "--generations", "3", "--folder", f"{out}/parts", "--resume")
+    assert summary["generations"] == 3 and equal(weights(out / "whole"), weights(out / "parts"))
+    lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2] and all(line["moved"] > 0 for line in lines)
+    matrices = [leaf for leaf in jax.tree.leaves(weights(out / "whole")["blocks"]) if leaf.ndim == 3]
+    assert matrices and all(leaf.dtype == jnp.float32 for leaf in matrices)
+    journal.main(["verify", f"{out}/whole"])
+    assert "rebuilt bit for bit" in capsys.readouterr().out
+    summary = run(capsys, *options, "--plan", "--memory-budget", "1000000")
+    assert summary["model"].endswith("float32, int8 matrices")
+
+
+def test_grpo_in_the_same_frame(folder, capsys, signal):
+    options = ["--algorithm", "grpo", "--grpo.prompts", "2", "--grpo.samples", "2", "--generations", "2", "--seeds", "2"]
+    summary = run(capsys, *options, "--folder", "out/grpo")
+    assert [row["generations"] for row in summary["seeds"]] == [2, 2] and summary["training_seconds"] > 0
+    assert not equal(weights(folder / "out/grpo/seed-0"), weights(folder / "out/grpo/seed-1"))
+    lines = (folder / "out/grpo/seed-1/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["generation"] for line in lines] == [0, 1] and "validation_accuracy" in json.loads(lines[1])
+
+
+def evolution_of(*options):
+    config = parse([*TINY, *options])
+    config.check()
+    problem = load(config, prepare(config))
+    return Evolution(config, problem, sampling_of(config, problem))
+
+
+@pytest.mark.parametrize(("group", "shape"), [([], (4, 9)), (["--group", "2"], (2, 4, 9)), (["--group", "4"], (4, 9))])
+def test_groups_get_problems_of_their_own(group, shape):
+    evolution = evolution_of(*group, "--temperature", "1", "--samples", "2", "--prompt-length", "9")
+    (prompts, key), rows = evolution.questions(3, seed=0)
+    assert prompts.tokens.shape == shape and key.shape == (*shape[:-2], 2)
+    assert [len(own) for own in rows] == [4] * len(rows) and rows[0][0] == rows[0][1] != rows[0][2]
+    assert len({row.prompt for own in rows for row in own}) == 2 * len(rows)
+    state = evolution.start(seed=0)
+    state, metrics = evolution.strategy.step(state, evolution.questions(0, seed=0))
+    assert metrics.fitness.shape == (4, 2) and int(state.generation) == 1
+
+
+def answered(rows, right):
+    """Completions of one member after the other: the answer of its problem, or nothing."""
+    tokens, length = np.zeros((len(rows), 4), np.int32), np.zeros(len(rows), np.int32)
+    for index, (row, good) in enumerate(zip(rows, right, strict=True)):
+        text = (row.columns["answer"] if good else "").encode() + b"\n"
+        tokens[index, : len(text)], length[index] = list(text), len(text)
+    return Completions(tokens, length, np.ones(len(rows), bool))
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], [[0.5, 0], [1, 0.5]]), (["--pass-k", "2"], [[1, 0], [1, 1]])])
+def test_fitness_is_the_reward_of_the_right_problem(option, expected):
+    evolution = evolution_of("--population-size", "2", "--temperature", "1", "--samples", "2", *option)
+    _, rows = evolution.questions(0, seed=0)
+    right = np.array([[[1, 0], [0, 0]], [[1, 1], [0, 1]]])
+    outputs = answered([*rows[0], *rows[0]], right.reshape(-1))
+    outputs = Completions(outputs.tokens.reshape(2, 4, 4), outputs.length.reshape(2, 4), outputs.ended.reshape(2, 4))
+    fitness, told = evolution._score(outputs, rows)
+    np.testing.assert_array_equal(fitness, expected)
+    assert told.tokens == outputs.length.sum() and told.scores.above_minimum == 4
+    shuffled = [[row for row in rows[0][::-1]]]  # control: problems of another order
+    assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
+    runs = [
+        run(capsys, "--generations", "2", "--folder", f"out/mesh-{name}", *mesh)
+        for name, mesh in (("without", []), ("with", ["--mesh", "population=1"]))
+    ]
+    assert runs[0]["tokens"] == runs[1]["tokens"]
+
+
+def test_nothing_ever_scores_says_so(capsys):
+    with pytest.warns(UserWarning, match="no completion until generation 2 scored more than 0"):
+        run(capsys, "--generations", "2", "--folder", "out/silent")
+
+
+def failing(prompts, completions, **_):
+    raise ZeroDivisionError("no")
+
+
+def test_a_reward_that_fails_is_told_once_and_counted(capsys, monkeypatch):
+    def broken(config, inputs):
+        problem = load(config, inputs)
+        object.__setattr__(problem, "scorer", tasks.Scorer(failing, workers=0))
+        return problem
+
+    monkeypatch.setattr(reason, "load", broken)
+    with pytest.warns(UserWarning) as told:
+        summary = run(capsys, "--generations", "2", "--folder", "out/failing")
+    assert sum("a reward failed and scored 0" in str(one.message) for one in told) == 1
+    assert summary["failed_rewards"] == 2 * 4 * 2
+
+
+def test_plan_reads_no_weights(capsys, monkeypatch):
+    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("weights were read"))
+    summary = run(capsys, "--plan", "--memory-budget", "1000000")
+    assert summary["members"] % 2 == 0 < summary["members"] and summary["budget"] == 1_000_000
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
+    config = parse(TINY)
+    source = load(config, prepare(config))
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source.params)
+    hf.save(folder / "low", source.config, low)
+    given = ["--model", "low", "--dtype", "bfloat16", "--anchor", "0.1", "--freeze", "resident/.*"]
+    run(capsys, *given, "--generations", "2", "--folder", "out/low")
+    after = weights(folder / "out/low")
+    assert equal(after["resident"], hf.load(folder / "low")[2]["resident"]) and not equal(after, hf.load(folder / "low")[2])
+    assert json.loads((folder / "out/low/model" / CONFIG).read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--population-size", "7"], "population_size must be a multiple of group, an even number, got 7 and 7."),
+        (["--group", "3"], "population_size must be a multiple of group, an even number, got 4 and 3."),
+        (["--samples", "2"], "samples must be 1 where completions are greedy, got 2; give a temperature."),
+        (["--pass-k", "2"], "pass_k must be between 1 and samples, 1, got 2."),
+        (["--sigma", "0"], "sigma must be a finite number > 0, got 0.0."),
+        (["--task", "sums"], "name must be a task,"),
+        (["--task-options", "digits"], "task_options must be such as digits=3, got 'digits'."),
+        (["--task-options", "digit=3"], "unexpected keyword argument 'digit'"),
+        (["--template", "Q:"], "template must have {prompt}"),
+        (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
+        (["--prompt-length", "2"], "prompt_length must be at least"),
+        (["--room", "40000"], "do not fit the model's context of 32768 tokens."),
+        (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
+        (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
+        (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),
+        (["--algorithm", "grpo", "--resume"], "resume, mesh and pass_k are for eggroll, not for grpo."),
+        (["--algorithm", "grpo", "--grpo.samples", "1"], "samples must be an integer >= 2, got 1."),
+        (["--weights", "int8", "--int8.sigma", "0"], "int8.sigma must be a finite number > 0, got 0.0."),
+        (["--weights", "int8", "--int8.learning-rate", "inf"], "int8.learning_rate must be a finite number > 0, got inf."),
+        (["--weights", "int8", "--int8.threshold", "-1"], "int8.threshold must be a finite number >= 0 or None, got -1.0."),
+        (["--weights", "int8", "--algorithm", "grpo"], "weights int8 are for eggroll, not for grpo"),
+        (["--start.width", "17"], "start.width must be a multiple of 16, got 17."),
+        (["--mesh", "members=2"], "mesh must be such as population=4,data=2"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reason.main([*TINY, "--generations", "1", "--folder", "out/wrong", *options])
+    text = str(stopped.value)
+    assert text.startswith("error: ") and sentence in text and "\n" not in text
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+def test_other_settings_are_refused_on_resume(capsys):
+    run(capsys, "--generations", "2", "--folder", "out/other")
+    with pytest.raises(SystemExit, match="other settings: sigma"):
+        reason.main([*TINY, "--generations", "3", "--folder", "out/other", "--resume", "--sigma", "0.5"])

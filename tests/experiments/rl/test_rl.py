@@ -1,0 +1,271 @@
+"""The reinforcement-learning experiment from its command line to its artefacts."""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eggroll import envs
+from eggroll.devices import chunking
+from eggroll.envs import Continuous, MultiDiscrete, PerAgent
+from eggroll.experiments.common.checkpoint import load_checkpoint
+from eggroll.experiments.common.run import print_summary, run_folder
+from eggroll.experiments.rl import __main__ as rl
+from eggroll.experiments.rl import evolution
+from eggroll.experiments.rl.baselines.uniform import uniform_action
+from eggroll.experiments.rl.config import Config, parse
+from eggroll.experiments.rl.evolution import make_optimizer, make_strategy
+from eggroll.experiments.rl.presets import PAPER
+from eggroll.journal import __main__ as journal
+from eggroll.noise import addresses
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")  # optax.adam relies on the former
+SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "50"]
+LIMITS = np.array([-1, -2, -np.inf], np.float32), np.array([3, -1, np.inf], np.float32)
+SMALL += ["--env-steps", "3000", "--checks", "20", "--target", "501"]
+
+
+def run(capsys, *arguments):
+    """Summary of the experiment with these options."""
+    rl.main(arguments)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Summary and folder of one small run."""
+    folder = tmp_path_factory.mktemp("rl")
+    out = io.StringIO()
+    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(out):
+        rl.main([*SMALL, "--folder", str(folder)])
+    return json.loads(out.getvalue().splitlines()[-1]), folder
+
+
+def test_summary_and_artefacts(small_run):
+    summary, folder = small_run
+    names = ["env", "algorithm", "mean_return", "random_return", "generations", "env_steps", "invalid"]
+    assert list(summary) == [*names, "seconds", "generation_seconds", "peak_mib"] and 15 < summary["random_return"] < 35
+    assert (summary["env"], summary["algorithm"], summary["generations"]) == ("CartPole-v1", "eggroll", 4)
+    assert 1 <= summary["mean_return"] <= 500 and summary["seconds"] > 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    checks, steps = ["held_out_return" in line for line in lines], [0] + [line["env_steps"] for line in lines]
+    assert checks == [before // 150 < after // 150 for before, after in itertools.pairwise(steps)] and any(checks)
+    # One reward per step in CartPole: the steps of a generation are the sum of its members' returns.
+    assert summary["env_steps"] == pytest.approx(sum(16 * line["mean_fitness"] for line in lines))
+    assert (folder / "fitness.png").exists()
+
+
+def test_the_same_seed_is_the_same_run(small_run, capsys, tmp_path):
+    again = run(capsys, *SMALL, "--folder", str(tmp_path))
+    measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
+    assert again | measured == small_run[0] | measured
+    first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[1], tmp_path))
+    assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
+
+
+def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
+    """Two generations, then the rest: the same returns, counts and metrics as in one go."""
+    options = [*SMALL, "--folder", str(tmp_path), "--checkpoint-every", "2"]
+    run(capsys, *options, "--env-steps", "150")  # it stops early; another budget is another run
+    with pytest.raises(SystemExit, match=r"other settings: env_steps \(was 150, is 3000\)"):
+        rl.main([*options, "--resume"])
+    capsys.readouterr()
+    stopped = evolution.train
+    with pytest.MonkeyPatch.context() as patch:
+
+        def two_generations(*args, generations, **more):
+            return stopped(*args, generations=2, **more)
+
+        patch.setattr(evolution, "train", two_generations)
+        assert run(capsys, *options)["generations"] == 2
+    whole = run(capsys, *options, "--resume")
+    measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
+    assert whole | measured == small_run[0] | measured
+    first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[1], tmp_path))
+    assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
+    again = run(capsys, *options, "--resume")  # there is nothing left to do
+    assert again | measured == whole | measured
+    journal.main(["verify", str(tmp_path)])
+    assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
+
+
+def test_a_trained_policy_is_drawn(capsys, tmp_path):
+    run(capsys, *SMALL, "--folder", str(tmp_path), "--render", "--generations", "1")
+    assert (tmp_path / "policy.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_checkpoint_restores_the_policy(small_run):
+    summary, folder = small_run
+    task = rl.make_task(Config(hidden_sizes=(8,)))
+    like = {
+        "params": task.init_params(key=jax.random.key(9)),
+        "statistics": envs.initial_statistics((4,))._asdict(),
+    }
+    restored = load_checkpoint(folder / "checkpoint", like)
+    statistics = envs.ObservationStatistics(**restored["statistics"])
+    assert float(statistics.number) == summary["env_steps"]
+    evaluation_key = jax.random.split(jax.random.key(0), 5)[3]
+    play = jax.jit(functools.partial(task.play, episodes=50))
+    played = play(restored["params"], statistics, evaluation_key)
+    assert float(played.total_reward.mean()) == pytest.approx(summary["mean_return"])
+
+
+def test_statistics_are_gathered_through_the_engine():
+    """The engine's sum over the population equals the sum over members played one by one."""
+    config = Config(population_size=6, hidden_sizes=(4,), episodes=2)
+    task = rl.make_task(config)
+    es = make_strategy(config, task)
+    state = es.init(task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
+    statistics = envs.ObservationStatistics(jnp.float32(9), jnp.full(4, 0.01), jnp.full(4, 0.1))
+    _, metrics = es.step(state, statistics)
+    evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), 0)
+
+    @jax.jit
+    def play(index):
+        key = jax.random.fold_in(evaluation_key, index // 2)
+        return task.play(es.ask(state).member(index), statistics, key, episodes=2)
+
+    members = [play(jnp.int32(index)) for index in range(6)]
+    expected = jax.tree.map(lambda *x: np.sum(x, axis=(0, 1)), *[member.sums for member in members])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), metrics.aux, expected)
+    np.testing.assert_allclose(metrics.fitness, [member.total_reward.mean() for member in members])
+
+
+def test_continuous_sampled_actions_without_normalisation():
+    options = {"env": "Pendulum-v1", "normalise": False, "hidden_sizes": (8,)}
+    returns = []
+    for sampled in (True, False):
+        task = rl.make_task(Config(sampled_actions=sampled, **options))
+        params, statistics = task.init_params(key=jax.random.key(0)), envs.initial_statistics((3,))
+        played = jax.jit(functools.partial(task.play, episodes=4))(params, statistics, jax.random.key(1))
+        assert played.steps.tolist() == [200] * 4 and (played.total_reward < 0).all()
+        returns.append(played.total_reward)
+    assert (returns[0] != returns[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env", "CartPole"], "error: env must name an environment, got 'CartPole'; did you mean CartPole-v1"),
+        (["--episodes", "0"], "error: episodes must be an integer >= 1, got 0."),
+        (["--generations", "-1"], "error: generations must be an integer >= 1, got -1."),
+        (["--checks", "0"], "error: checks must be an integer >= 1, got 0."),
+        (["--evaluation-episodes", "0"], "error: evaluation_episodes must be an integer >= 1, got 0."),
+        (["--learning-rate", "0"], "error: learning_rate must be a finite number > 0, got 0.0."),
+        (["--hidden-sizes", "8", "0"], "error: hidden_sizes must be integers >= 1, got (8, 0)."),
+        (["--population-size", "7"], "error: population_size must be an even integer >= 2"),
+        (["--sigma", "-0.1"], "error: sigma must be a finite number > 0"),
+        (["--rank", "0"], "error: rank must be an integer >= 1, got 0."),
+        (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
+        (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
+        (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
+        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo starts anew."),
+        (
+            ["--shaping", "ranks"],
+            "error: shaping must be one of centered_ranks, z_score, ",
+        ),
+        (["--max-steps", "0"], "error: max_steps must be an integer >= 1, got 0."),
+        (["--preset", "paper", "--env", "Acrobot-v1"], "error: preset paper has no row for env 'Acrobot-v1'; it has"),
+        (
+            ["--algorithm", "ppo", "--ppo.minibatches", "3"],
+            "error: minibatches must divide the 2048 steps of",
+        ),
+    ],
+)
+def test_bad_options_end_with_one_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        rl.main(arguments)
+    assert str(ended.value).startswith(words) and "\n" not in str(ended.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_population_too_large_for_memory_runs_in_chunks(capsys, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(evolution, "MANY_EPISODES", 16)
+    monkeypatch.setattr(chunking, "free_bytes", lambda: 40_000)
+    run(capsys, *SMALL, "--population-size", "256", "--generations", "1", "--folder", str(tmp_path))
+    assert "256 members would need about" in caplog.text
+
+
+def test_random_policy_learns_nothing(capsys, tmp_path):
+    summary = run(capsys, "--algorithm", "random", "--evaluation-episodes", "50", "--folder", str(tmp_path))
+    assert summary["mean_return"] == summary["random_return"] and 15 < summary["mean_return"] < 35
+    assert (summary["algorithm"], summary["generations"], summary["env_steps"]) == ("random", 0, 0)
+
+
+@pytest.mark.parametrize("space", [Continuous((3,), *LIMITS), PerAgent(2, MultiDiscrete((2, 3)))], ids=["box", "agents"])
+def test_uniform_actions_cover_the_space(space):
+    draw = jax.vmap(lambda key: uniform_action(space, key=key))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
+    if isinstance(space, Continuous):
+        assert (drawn[:, 0] >= -1).all() and (drawn[:, 0] <= 3).all() and drawn[:, 2].min() < -2
+        error, std = np.abs(drawn.mean(axis=0)[[0, 2]] - [1, 0]), np.array([4 / 12**0.5, 1])
+        assert (error < 5 * std / 2000**0.5).all()
+    else:
+        assert drawn.shape == (2000, 2, 2)
+        counts = [np.bincount(drawn[:, agent, 1], minlength=3) for agent in range(2)]
+        assert (np.abs(np.array(counts) - 2000 / 3) < 5 * np.sqrt(2000 * 2 / 9)).all()
+
+
+@pytest.mark.parametrize("algorithm", ["openes", "ppo"])
+def test_every_seed_is_a_run_of_its_own(algorithm, capsys, tmp_path):
+    options = ["--ppo.num-envs", "4", "--ppo.rollout-steps", "8", "--env-steps", "64", "--generations", "2"]
+    options = [*SMALL, *options, "--algorithm", algorithm, "--seed", "3", "--seeds", "2", "--folder", str(tmp_path)]
+    summary = run(capsys, *options)
+    rows = summary["seeds"]
+    assert [row["seed"] for row in rows] == [3, 4] and rows[0]["mean_return"] != rows[1]["mean_return"]
+    for name in ("mean_return", "random_return", "env_steps"):
+        assert summary[name] == pytest.approx((rows[0][name] + rows[1][name]) / 2)
+    # PPO stops exactly, evolution after the generation that spends the budget.
+    assert rows[0]["env_steps"] == 64 if algorithm == "ppo" else rows[0]["env_steps"] > 64 and rows[0]["generations"] == 1
+    for seed in (3, 4):
+        folder = tmp_path / f"seed-{seed}"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["env_steps"] == rows[seed - 3]["env_steps"] and (folder / "checkpoint").is_dir()
+
+
+def test_paper_preset_gives_defaults_that_options_override():
+    config = parse(["--env", "CartPole-v1", "--preset", "paper", "--rank", "2"])
+    assert (config.population_size, config.optimizer, config.rank, config.hidden_sizes) == (2048, "sgd", 2, (256,) * 3)
+    assert config.shaping == "z_score" and config.sampled_actions
+    assert parse(["--env", "brax/ant@spring", "--preset", "paper"]).learning_rate == 0.01
+    assert len(PAPER) == 16
+
+
+def test_every_preset_makes_a_configuration_that_checks():
+    for env in PAPER:
+        parse(["--env", env, "--preset", "paper"]).check()
+
+
+def test_sgd_is_in_the_papers_scale_and_follows_sigma():
+    """One step moves by lr sigma_t^2 sqrt(N) g: 0.1 * 0.2^2 * 8 * g at first, times 0.5 * 0.9^2 in the next generation."""
+    options = {"sigma": 0.2, "sigma_decay": 0.9, "learning_rate": 0.1, "learning_rate_decay": 0.5, "population_size": 64}
+    optimizer = make_optimizer(Config(optimizer="sgd", **options))
+    gradient = {"w": jnp.ones(1)}
+    first, state = optimizer.update(gradient, optimizer.init(gradient))
+    second, _ = optimizer.update(gradient, state)
+    assert float(first["w"][0]) == pytest.approx(-0.032) and float(second["w"][0]) == pytest.approx(-0.032 * 0.405)
+
+
+def test_summary_is_one_line_of_json(capsys):
+    print_summary({"a": float("nan"), "b": np.float32(1.5), "c": jnp.arange(2), "d": [float("inf"), None, True], "e": "x"})
+    assert capsys.readouterr().out == '{"a": null, "b": 1.5, "c": [0, 1], "d": [null, null, true], "e": "x"}\n'
+
+
+def test_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("first").resolve() == tmp_path / "runs" / "first"
+    assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
+    assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (2, 3, 4))])
+def test_cartpole_is_solved(seed, capsys, tmp_path):
+    summary = run(capsys, "--seed", str(seed), "--folder", str(tmp_path))
+    assert summary["mean_return"] >= 475 and summary["seconds"] < 60

@@ -1,0 +1,218 @@
+"""DistZO2 (arXiv 2507.03211): what the devices of a mesh share in an offloaded step.
+
+    "population"   perturbed streams over devices: directions, or the two signs of one (perturbation parallelism)
+    "data"         the batch over devices; losses are (total, weight), summed
+    all of them    every device holds, uploads, updates and takes back its 1/N of a block; an all-gather makes it whole
+
+The blocks, and two scalars for every perturbed forward, are all that crosses. On one device this is ZO2.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from eggroll.devices.mesh import put
+from eggroll.noise import addresses
+from eggroll.noise.plan import LeafPlan
+from eggroll.update.estimator import leaf_gradient
+
+AXES = ("population", "data")
+HOST = "pinned_host"
+ALIGNED = 2 * addresses.WORD  # values of a slice are a multiple of it: slices start at an even word of every distribution
+
+SAME = PartitionSpec()  # the same on every device
+SLICES = PartitionSpec(AXES)
+BATCH = PartitionSpec("data")
+OWN = PartitionSpec(*AXES)  # what `own` made
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape", "dtype"])
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """One leaf of a block: flat, padded with zeros, in equal slices over all devices."""
+
+    values: Array  # [N slice]; in a program [slice]
+    shape: tuple[int, ...]  # of the leaf
+    dtype: Any  # that the model computes in
+
+
+def is_sliced(leaf: Any) -> bool:
+    """Whether `leaf` is `Sliced` (for `jax.tree` functions)."""
+    return isinstance(leaf, Sliced)
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of an offloaded run.
+
+    Args:
+        given: a mesh with axes out of `AXES`; None: the first device alone.
+
+    Raises:
+        ValueError: another axis.
+    """
+
+    given: Mesh | None
+
+    def __post_init__(self) -> None:
+        others = [] if self.given is None else sorted(set(self.given.axis_names) - set(AXES))
+        if others:
+            raise ValueError(f"blocks are offloaded over mesh axes {' and '.join(AXES)}, got {', '.join(map(repr, others))}.")
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """With both axes, of one device where the given mesh has none."""
+        if self.given is None:
+            return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+        names = self.given.axis_names
+        ordered = self.given.devices.transpose([names.index(axis) for axis in AXES if axis in names])
+        return Mesh(ordered.reshape([self.size(axis) for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * 2)
+
+    def size(self, axis: str) -> int:
+        """Devices along an axis."""
+        return 1 if self.given is None else self.given.shape.get(axis, 1)
+
+    # --- around the programs ------------------------------------------------------------------------------------------
+
+    def spread(self, function: Callable, ins: Sequence[Any], outs: Any) -> Callable:
+        """`function` on every device; `ins` and `outs` say what it gets and gives: `SAME`, `SLICES`, `BATCH` or `OWN`."""
+        ins = tuple(SAME if spec == BATCH and self.size("data") == 1 else spec for spec in ins)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+    def everywhere(self, tree: Any) -> Any:
+        """Put a tree on every device."""
+        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(self.mesh, SAME)), tree)
+
+    def batch(self, batch: Any) -> Any:
+        """Put the shares of a batch on the devices along "data".
+
+        Raises:
+            ValueError: they do not divide the examples.
+        """
+        parts = self.size("data")
+        for leaf in jax.tree.leaves(batch) if parts > 1 else ():
+            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] % parts:
+                raise ValueError(
+                    f"batch leaves need examples along axis 0 in a multiple of the devices of mesh axis 'data', {parts}, "
+                    f"got shape {jnp.shape(leaf)}."
+                )
+        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(self.mesh, BATCH if parts > 1 else SAME)), batch)
+
+    @property
+    def host(self) -> NamedSharding:
+        """Where slices lie between the steps."""
+        return NamedSharding(self.mesh, SLICES, memory_kind=HOST)
+
+    def stored(self, leaf: np.ndarray, dtype: Any) -> Sliced:
+        """Put one leaf of a block into the host's memory.
+
+        Args:
+            leaf: in the dtype that it travels in.
+            dtype: that the model computes in.
+
+        Raises:
+            RuntimeError: the memory is full; the message names the setting that raises the limit of CUDA.
+        """
+        flat = np.zeros(self.mesh.size * self._slice(leaf.size), leaf.dtype)
+        flat[: leaf.size] = np.ravel(leaf)
+        try:
+            values = jax.make_array_from_callback(flat.shape, self.host, lambda index: flat[index].copy())
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the host's memory for blocks is full ({flat.nbytes / 2**30:.3g} GiB more were wanted); on CUDA it is "
+                "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says more before JAX starts."
+            ) from error
+        return Sliced(values, leaf.shape, jnp.dtype(dtype))
+
+    def _slice(self, size: int) -> int:
+        """Values in a slice of a leaf."""
+        return -(-size // (self.mesh.size * ALIGNED)) * ALIGNED
+
+    # --- in the programs ----------------------------------------------------------------------------------------------
+
+    def whole(self, block: Any) -> Any:
+        """All of a block from its slices, in the dtypes that the model computes in."""
+
+        def gathered(leaf: Sliced) -> Array:
+            flat = jax.lax.all_gather(leaf.values, AXES, tiled=True)
+            return flat[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
+
+        return jax.tree.map(gathered, block, is_leaf=is_sliced)
+
+    def slice_of_gradient(self, leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
+        """This device's slice of the gradient of one leaf, float32 [slice]."""
+        count = self._slice(math.prod(leaf.shape))
+        first, padded = jax.lax.axis_index(AXES) * count, self.mesh.size * count
+        return part_of_gradient(leaf, coefficients, first=first, count=count, padded=padded, **where)
+
+    def slice_of_uniform(self, key: Array, count: int) -> Array:
+        """This device's slice [count] of numbers in [0, 1) that do not depend on the number of devices."""
+        first = jax.lax.axis_index(AXES) * count
+        words = addresses.draw_words([jax.random.key_data(key)], [count], first=first)[0]
+        return (words >> 8).astype(jnp.float32) * 2.0**-24
+
+    def streams(self, directions: int, signs: tuple[float, ...]) -> tuple[Array, Array]:
+        """The streams of this device: directions [a] and the signs of each [a, b], b being 1 where devices share one.
+
+        Streams past the last are evaluated too; `losses` cuts them off.
+        """
+        count, own = self._entries(directions, len(signs)), jnp.asarray(signs, jnp.float32)
+        each = -(-count // self.size("population"))
+        index = jax.lax.axis_index("population") * each + jnp.arange(each, dtype=jnp.int32)
+        if count == directions:
+            return index, jnp.broadcast_to(own, (each, len(signs)))
+        return index // len(signs), own[index % len(signs)][:, None]
+
+    def losses(self, parts: tuple[Array, Array], directions: int, signs: int) -> Array:
+        """Losses [n, S] of all streams, known to every device, from the totals and weights [a, b] of its own."""
+        every = jax.lax.all_gather(self.ratio(parts), "population", tiled=True)
+        return every[: self._entries(directions, signs)].reshape(directions, signs)
+
+    def _entries(self, directions: int, signs: int) -> int:
+        """What "population" is divided into: directions, or streams where there are fewer directions than devices."""
+        return directions if directions >= self.size("population") else directions * signs
+
+    @staticmethod
+    def ratio(parts: tuple[Array, Array]) -> Array:
+        """Loss from the totals and weights of the shares of a batch."""
+        total, weight = jax.lax.psum(parts, "data")
+        return total / weight
+
+
+def own(tree: Any) -> Any:
+    """What belongs to one device, as it leaves a program: with two leading axes, to lie over the mesh."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], tree)
+
+
+def mine(tree: Any) -> Any:
+    """What `own` made, as it comes into a program."""
+    return jax.tree.map(lambda leaf: leaf[0, 0], tree)
+
+
+def part_of_gradient(
+    leaf: LeafPlan, coefficients: Array, *, first: Array | int, count: int, padded: int, **where: Any
+) -> Array:
+    """Values first ... first + count - 1 of the flat gradient of one leaf; dense noise is drawn for them alone.
+
+    Args:
+        leaf: its plan, of one block.
+        coefficients: float32 [n].
+        first: a multiple of `ALIGNED`.
+        count: a multiple of `ALIGNED`.
+        padded: length to which the flat gradient is padded; what lies past its end means nothing.
+        **where: the other arguments of `estimator.gradient`.
+    """
+    if leaf.role == "dense":
+        part = dataclasses.replace(leaf, shape=(count,), stack=())
+        first_word = first // addresses.WORD if leaf.spec.distribution == "rademacher" else first  # type: ignore[union-attr]
+        return leaf_gradient(part, coefficients, first_word=first_word, **where)
+    flat = jnp.ravel(leaf_gradient(leaf, coefficients, **where))
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(flat, (0, padded - flat.size)), first, count)
