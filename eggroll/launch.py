@@ -1,9 +1,9 @@
-"""Starts several processes of one run on this machine.
+"""Start several processes of one run on this machine.
 
     python -m eggroll.launch 4 -m experiments.rl --mesh population=4
 
-What follows the number is what `python` is given. Every process gets one device: on a machine with GPUs the one with its
-number. When one fails the others are ended, and the failure is told.
+Everything after the number is passed to `python`. Every process gets one device: on a machine with GPUs the one with its index.
+When a process fails, the others are terminated and the failure is reported.
 """
 
 import os
@@ -20,14 +20,14 @@ GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 
 
 def launch(count: int, arguments: Sequence[str]) -> str | None:
-    """Run `python *arguments` in `count` processes until all have ended.
+    """Run `python *arguments` in `count` processes until all have exited.
 
     Args:
         count: processes, >= 1.
-        arguments: for python, such as `["-m", "eggroll.experiments.rl"]`.
+        arguments: of python, such as `["-m", "eggroll.experiments.rl"]`.
 
     Returns:
-        None when all ended well, else a sentence that names the process that failed first.
+        None when all succeeded, else an error message that names the process that failed first.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -42,21 +42,21 @@ def launch(count: int, arguments: Sequence[str]) -> str | None:
             codes = [process.poll() for process in running]
             failed = [index for index, code in enumerate(codes) if code]
             if failed:
-                return _sentence(failed[0], count, codes[failed[0]])
+                return _failure(failed[0], count, codes[failed[0]])
             if all(code == 0 for code in codes):
                 return None
             time.sleep(0.05)
     finally:
-        _end(running)
+        _terminate(running)
 
 
-def _sentence(index: int, count: int, code: int | None) -> str:
+def _failure(index: int, count: int, code: int | None) -> str:
     assert code is not None
-    what = f"ended with {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-    return f"process {index} of {count} {what}; the others were ended. What was recorded is kept: a durable run can be resumed."
+    what = f"exited with {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    return f"process {index} of {count} {what}; the others were terminated. A durable run can be resumed."
 
 
-def _end(running: list[subprocess.Popen]) -> None:
+def _terminate(running: list[subprocess.Popen]) -> None:
     for process in running:
         process.terminate()
     deadline = time.monotonic() + GRACE
@@ -73,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if len(given) < 2 or not given[0].isdigit() or int(given[0]) < 1:
         sys.exit("usage: python -m eggroll.launch PROCESSES (SCRIPT | -m MODULE) [ARGUMENTS ...]")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # terminates the processes too
     try:
         failure = launch(int(given[0]), given[1:])
     except KeyboardInterrupt:
-        sys.exit("stopped: the processes were ended. What was recorded is kept: a durable run can be resumed.")
+        sys.exit("interrupted: the processes were terminated. A durable run can be resumed.")
     if failure is not None:
         sys.exit(f"error: {failure}")
 

@@ -35,6 +35,7 @@ from eggroll.population.members import (
     of_params_and_batch,
 )
 from eggroll.population.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
+from eggroll.protocol import AskTell
 from eggroll.settings import check_settings
 from eggroll.state import ESState
 from eggroll.update import estimator
@@ -212,6 +213,10 @@ class EvolutionStrategy:
         self._known_plan("replay")
         return self._move(*place(self.placement, state, coefficients))[0]
 
+    def parameters(self, state: ESState) -> Any:
+        """Return the parameters as the fitness takes them."""
+        return state.params
+
     def _known_plan(self, needed_by: str) -> Plan:
         """Return the plan made before; ValueError when there is none yet."""
         if "plan" not in self._cache:
@@ -308,3 +313,6 @@ class EvolutionStrategy:
         kept = {name: value for name, value in self._cache.items() if name in ("plan", "layout")}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "_"}
         return fields | {"mesh": None, "shard_optimizer": False, "_cache": kept}
+
+
+_: type[AskTell[ESState]] = EvolutionStrategy  # checked by mypy

@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGINE = ["checkout", "kernels", "noise", "lazy", "state", "population", "update", "devices", "settings", "strategy"]
-LAYERS = [*ENGINE, "journal", "runs", "launch", "eggroll", "llm", "zo", "experiments"]  # each imports from those before it
+ARRAYS = ["checkout", "kernels", "noise", "lazy", "state", "population", "protocol", "update", "devices"]
+LAYERS = [
+    *ARRAYS,
+    "settings",
+    "strategy",
+    "journal",
+    "runs",
+    "launch",
+    "eggroll",
+    "llm",
+    "zo",
+    "experiments",
+]  # each imports from those before it
 ONLY = {"envs": {"checkout"}, "kernels": {"checkout"}}  # these know arrays, not populations
 ALLOWED = {room: ONLY.get(room, {*LAYERS[:index]}) for index, room in enumerate(LAYERS)} | ONLY
 ALLOWED["experiments"] = {*LAYERS, "envs"}
+for below in ("journal", "runs", "launch"):  # these know strategies by `eggroll.protocol` only
+    ALLOWED[below] -= {"strategy"}
 MAX_LINES, MAX_KERNEL_LINES = 300, 450
 MAX_FILES, MAX_TEST_FILES = 20, 25
 

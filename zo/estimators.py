@@ -18,6 +18,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.population.metrics import FitnessReport, report_fitness
+
 CURVATURE_POWER = 0.1  # of 1.5-SPSA
 SPREAD_FLOOR = 1e-8  # e of GRZO
 
@@ -107,3 +109,19 @@ def coefficients(estimator: Estimator, plus: Array, other: Array, base: Array, *
     d = estimator.differences(plus, other, base, sigma, valid)
     share = plus.shape[0] / jnp.maximum(valid.sum(), 1).astype(jnp.float32)
     return jnp.where(valid.any(), jnp.where(valid, d * share, 0.0), jnp.nan).astype(jnp.float32)
+
+
+def report_losses(estimator: Estimator, losses: Array, base: Array, *, sigma: Array, rank: int) -> FitnessReport:
+    """Report the losses of a step as minus fitness; the coefficients are -d.
+
+    Args:
+        estimator: out of `ESTIMATORS`.
+        losses: float32 [n, S], of S signs.
+        base: float32 [], l_0; NaN where the estimator does not evaluate it.
+        sigma: float32 [].
+        rank: the largest rank of the perturbations.
+    """
+    plus, other = losses[:, 0], losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
+    found = -coefficients(estimator, plus, other, base, sigma=sigma)
+    report = report_fitness(-jnp.stack([plus, other], axis=1).reshape(-1), found, rank=rank, aux=None)
+    return report._replace(mean_fitness=-base) if estimator.unperturbed else report

@@ -26,6 +26,7 @@ from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.metrics import Metrics, report_fitness
+from eggroll.protocol import Strategy
 from eggroll.state import ESState
 from eggroll.update.parameters import of_trained, update
 from eggroll.update.precision import float32_params, init_masters
@@ -209,6 +210,10 @@ class ZerothOrder:
             raise ValueError("replay needs the plan: call plan(state, batch).")
         return self._move(*place(self.placement, state, given))[0]
 
+    def parameters(self, state: ESState) -> Any:
+        """Return the parameters as the loss takes them."""
+        return state.params
+
     def check_batch(self, batch: Any) -> None:
         """Raise ValueError unless a batch has an example for every direction, where the estimator gives them one each."""
         if not self._per_example:
@@ -281,3 +286,6 @@ class ZerothOrder:
         if name not in self._cache:
             self._cache[name] = jax.jit(function, out_shardings=out_shardings)
         return self._cache[name]
+
+
+_: type[Strategy[ESState]] = ZerothOrder  # checked by mypy

@@ -123,8 +123,8 @@ def smallest(value: int) -> int:
     return int(multihost_utils.process_allgather(mebibytes).min()) << 20
 
 
-def from_first(make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` returns in the first process, for all of them; the others do not call it. Every process has to ask."""
+def broadcast_from_first(make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Call `make` in the first process only and return its result in all of them; every process must call this."""
     if jax.process_count() == 1:
         return make()
     from jax.experimental import multihost_utils
@@ -152,15 +152,15 @@ def check_same(values: np.ndarray, name: str) -> None:
 
 
 @contextlib.contextmanager
-def told_of_lost_process(what: str) -> Iterator[None]:
-    """Say in one sentence that another process is gone, where jax fails because of that; `what` was being done."""
+def report_lost_process(what: str) -> Iterator[None]:
+    """Turn an error of JAX that a lost process caused into a clear one; `what` was being done."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         if jax.process_count() > 1 and _LOST.search(str(error)):
             here = f"process {jax.process_index()} of {jax.process_count()}"
             raise RuntimeError(
-                f"{here} lost another process of this run in {what}; start all of them again, a durable run goes on. "
+                f"{here} lost another process of this run in {what}; restart all of them, a durable run resumes. "
                 f"({str(error).splitlines()[0]})"
             ) from error
         raise
@@ -168,11 +168,11 @@ def told_of_lost_process(what: str) -> Iterator[None]:
 
 def local(tree: Any) -> Any:
     """Arrays of all processes as arrays of this one; every process has to ask. Others stay as they are."""
-    return jax.tree.map(lambda x: x if getattr(x, "is_fully_addressable", True) else jnp.asarray(whole(x)), tree)
+    return jax.tree.map(lambda x: x if getattr(x, "is_fully_addressable", True) else jnp.asarray(gather(x)), tree)
 
 
-def whole(array: Any) -> np.ndarray:
-    """The whole of an array whose parts lie on several processes; every process has to ask for it."""
+def gather(array: Any) -> np.ndarray:
+    """Gather an array sharded over several processes as a NumPy array; every process must call this."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         from jax.experimental import multihost_utils
 

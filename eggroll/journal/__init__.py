@@ -1,6 +1,6 @@
 """The journal: an append-only file of a run's scalars, enough to rebuild its parameters.
 
-`python -m eggroll.journal --help` tells what the command line does with it.
+The command line: `python -m eggroll.journal --help`.
 """
 
 from eggroll.journal.header import Header, JournalError, make_header

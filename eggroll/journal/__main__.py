@@ -1,11 +1,11 @@
 """The journal of a run from the command line.
 
-    python -m eggroll.journal inspect RUN                  what it holds
-    python -m eggroll.journal replay RUN --generation G    rebuilds the parameters after G generations into an .npz file
-    python -m eggroll.journal verify RUN                   rebuilds the parameters of every checkpoint and compares, bit for bit
+    python -m eggroll.journal inspect RUN                  show the contents
+    python -m eggroll.journal replay RUN --generation G    rebuild the parameters after G generations, as an .npz file
+    python -m eggroll.journal verify RUN                   rebuild the parameters of every checkpoint and compare, bit for bit
 
-RUN is a run folder or a journal.bin. To rebuild, the strategy and the initial parameters are made by the recipe in the header,
-a function of the program that wrote it, which is imported: use it on your own runs only.
+RUN is a run folder or a journal.bin. `replay` and `verify` import and call the recipe in the header, a function of the program
+that wrote the journal, to make the strategy and the initial parameters: use them on your own runs only.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import numpy as np
 from eggroll.journal import JournalError, Reader, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.protocol import Strategy
 
-SHOWN = 10  # rows of the table, half from each end
+SHOWN = 10  # rows of the table: the first and the last five
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; what goes wrong ends it with one sentence."""
+    """Run from the command line; exit with a clear error."""
     parser = argparse.ArgumentParser(
         prog="python -m eggroll.journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,17 +65,17 @@ def _inspect(path: Path, options: argparse.Namespace) -> None:
         print(reader.note)
 
 
-def _made(reader: Reader) -> tuple[Any, Any]:
-    """Strategy and initial state, made by the recipe and compared with the header."""
+def _remake(reader: Reader) -> tuple[Strategy, Any]:
+    """Make the strategy and the initial state by the recipe, and compare them with the header."""
     recipe = reader.header.recipe
     if recipe is None:
         raise JournalError(f"{reader.path} has no recipe; rebuild it in Python with eggroll.journal.replay.")
-    es, initial = _named(recipe["function"])(recipe["options"])
+    es, initial = _find(recipe["function"])(recipe["options"])
     reader.header.check(make_header(es, initial))
     return es, initial
 
 
-def _named(function: str) -> Any:
+def _find(function: str) -> Any:
     """Find `module:name`; version 0.1 wrote `experiments.rl:remake` for `eggroll.experiments.rl.__main__:remake`."""
     module, _, name = function.partition(":")
     found = importlib.import_module(f"eggroll.{module}" if module.startswith("experiments.") else module)
@@ -83,27 +84,28 @@ def _named(function: str) -> Any:
 
 def _replay(path: Path, options: argparse.Namespace) -> None:
     reader = Reader(path)
-    es, initial = _made(reader)
+    es, initial = _remake(reader)
     state = replay(es, initial, iter(reader), until=options.generation)
     out = options.out or path.parent / f"replayed-{int(state.generation)}.npz"
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    parameters = es.parameters(state)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
     partial = out.with_suffix(".partial")
-    arrays: Any = {jax.tree_util.keystr(name, simple=True, separator="/"): _plain(leaf) for name, leaf in leaves}
+    arrays: Any = {jax.tree_util.keystr(name, simple=True, separator="/"): _to_numpy(leaf) for name, leaf in leaves}
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
     partial.replace(out)
-    print(f"{out}: parameters after {int(state.generation)} generations, SHA-256 {fingerprint(state.params)}")
+    print(f"{out}: parameters after {int(state.generation)} generations, SHA-256 {fingerprint(parameters)}")
 
 
-def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as .npz holds it: short floats, which NumPy has no name for, as float32."""
+def _to_numpy(leaf: Any) -> np.ndarray:
+    """A leaf as .npz stores it: short floats, which NumPy cannot name, as float32."""
     array = np.asarray(leaf)
     return array if array.dtype.kind in "fiub" else array.astype(np.float32)
 
 
 def _verify(path: Path, options: argparse.Namespace) -> None:
     reader = Reader(path)
-    es, initial = _made(reader)
+    es, initial = _remake(reader)
     checkpoints = Checkpoints(path.parent / "checkpoints", config=None)
     state, different = initial, []
     for generation in checkpoints.generations:

@@ -1,6 +1,6 @@
-"""Checkpoints of a run through orbax: asynchronous, written whole or not at all, the last few and the best kept.
+"""Checkpoints of a run through orbax: asynchronous, atomic, the last few and the best kept.
 
-Of several processes every one makes the same calls on the same folder.
+With several processes, every process makes the same calls on the same folder.
 """
 
 import json
@@ -15,20 +15,20 @@ import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal.fingerprint import fingerprint
-from eggroll.state import ESState
+from eggroll.protocol import S
 
 
 class Checkpoints:
     """The checkpoints in a folder.
 
     Args:
-        folder: made if missing.
-        config: JSON values that decide what the run is; a folder with another one is refused. None: whatever is there.
-        keep: checkpoints kept, the last ones; the one with the best score is kept besides.
+        folder: created if missing.
+        config: JSON values that identify the run; a folder with another config is refused. None: any config is accepted.
+        keep: number of most recent checkpoints to keep, in addition to the one with the best score.
 
     Raises:
         ModuleNotFoundError: orbax-checkpoint is not installed.
-        ValueError: the folder has the checkpoints of a run with another config; the message names the fields.
+        ValueError: the folder belongs to a run with another config; the message names the fields.
     """
 
     def __init__(self, folder: str | Path, *, config: Mapping[str, Any] | None, keep: int = 3):
@@ -36,7 +36,7 @@ class Checkpoints:
 
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of every save
+        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs every step of every save
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         if config is not None:
@@ -45,7 +45,7 @@ class Checkpoints:
         score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
         if is_first():
-            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # a kill while it was written
+            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
                 shutil.rmtree(unfinished)
         wait_for_all("eggroll checkpoints")
         options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score)
@@ -53,20 +53,20 @@ class Checkpoints:
 
     @property
     def generations(self) -> list[int]:
-        """Generations that have a whole checkpoint, in order."""
+        """Generations with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
-        """The generation with the best score; None where there is no checkpoint."""
+        """The generation with the best score; None without checkpoints."""
         return self._manager.best_step()
 
-    def save(self, state: ESState, carried: Any = None, *, score: float | None = None) -> None:
-        """Begin to write a checkpoint; it is whole after `wait`, `close`, or the next `save`.
+    def save(self, state: S, carried: Any = None, *, score: float | None = None) -> None:
+        """Start to write a checkpoint; it is complete after `wait`, `close`, or the next `save`.
 
         Args:
-            state: any generation that has none yet.
-            carried: pytree of arrays that belongs to the state.
+            state: of a generation without a checkpoint.
+            carried: pytree of arrays stored with the state.
             score: higher is better; None: never the best.
         """
         metrics = {"score": float("-inf") if score is None else float(score)}
@@ -75,13 +75,13 @@ class Checkpoints:
         saved = args.Composite(state=args.StandardSave(stored), check=check)
         self._manager.save(int(state.generation), args=saved, metrics=metrics)
 
-    def restore(self, like: ESState, carried: Any = None, *, generation: int | None = None) -> tuple[ESState, Any] | None:
+    def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
         """Read a checkpoint.
 
         Args:
             like: a state with the structure, dtypes and shardings to restore, such as the initial one.
-            carried: the same for what is carried.
-            generation: which; None: the last whole one.
+            carried: the same for the carried arrays.
+            generation: which one; None: the last complete one.
 
         Returns:
             `(state, carried)`, or None when there is no checkpoint.
@@ -92,27 +92,26 @@ class Checkpoints:
         if generation is None and not self.generations:
             return None
         chosen = self.generations[-1] if generation is None else generation
-        wanted = jax.tree.map(_abstract, _storable(like, carried))
         args = self._ocp.args
+        target = args.StandardRestore(jax.tree.map(_abstract, _storable(like, carried)))
         try:
-            wanted = args.Composite(state=args.StandardRestore(wanted), check=args.JsonRestore())
-            restored = self._manager.restore(chosen, args=wanted)
+            restored = self._manager.restore(chosen, args=args.Composite(state=target, check=args.JsonRestore()))
             stored = restored["state"]
             if fingerprint(stored) != restored["check"]["all"]:
-                raise ValueError("its bytes are not those that were written")
-        except Exception as error:  # orbax and tensorstore have no common error for damage
+                raise ValueError("its bytes differ from those written")
+        except Exception as error:  # orbax and tensorstore have no common error for damaged files
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
         key = jax.random.wrap_key_data(jax.numpy.asarray(stored["state"]["key"]), impl=jax.random.key_impl(like.key))
-        return ESState(**{**stored["state"], "key": key}), stored["carried"]
+        return like._replace(**{**stored["state"], "key": key}), stored["carried"]
 
     def fingerprints(self, generation: int) -> dict[str, str]:
-        """Return the fingerprints of the whole ("all") and of the parameters ("params") as they were saved."""
+        """Return the saved fingerprints: of everything ("all") and of the parameters ("params")."""
         args = self._ocp.args
         return self._manager.restore(generation, args=args.Composite(check=args.JsonRestore()))["check"]
 
     def wait(self) -> None:
-        """Wait until what was begun is written."""
+        """Wait until the last `save` is complete."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -120,33 +119,33 @@ class Checkpoints:
         self._manager.close()
 
 
-def _storable(state: ESState, carried: Any) -> dict[str, Any]:
+def _storable(state: S, carried: Any) -> dict[str, Any]:
     stored = {"state": state._asdict() | {"key": jax.random.key_data(state.key)}, "carried": carried}
     if jax.process_count() == 1:
         return stored
-    # orbax takes arrays of all processes or of the host, not those that every process has for itself.
+    # orbax takes global arrays or NumPy arrays, but not arrays local to one process.
     return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
 
 
 def _abstract(leaf: Any) -> Any:
-    """What to restore: on the devices that `leaf` is on, or in the host's memory."""
+    """Target of a restore: with the sharding of `leaf`, or a NumPy array."""
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.empty_like(leaf)
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """Write the config, or compare it with the one that is there."""
-    wanted = json.loads(json.dumps(config))
+    """Write the config, or compare it with the stored one."""
+    given = json.loads(json.dumps(config))
     if path.exists():
         saved = json.loads(path.read_text())
-        names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+        names = [name for name in {**saved, **given} if saved.get(name) != given.get(name)]
         if names:
-            differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {wanted.get(name)!r})" for name in names)
+            differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {given.get(name)!r})" for name in names)
             raise ValueError(f"{path.parent} has a run with other settings: {differing}.")
         return
     if not is_first():
         return
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial.write_text(json.dumps(given, indent=1) + "\n")
     partial.replace(path)

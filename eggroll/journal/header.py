@@ -1,4 +1,4 @@
-"""The header of a journal: which run it is of."""
+"""The header of a journal identifies its run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,48 +9,48 @@ import numpy as np
 
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.noise.plan import LeafPlan
-from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
+from eggroll.protocol import S, Strategy
 
-VERSION = 2  # of the format of the file; 2: the plan says how the noise lies in a parameter
+VERSION = 2  # of the file format; 2: the plan has the axes of the noise in each parameter
 
 
 class JournalError(ValueError):
-    """A journal cannot be read, or belongs to another run; the message says which and where."""
+    """A journal cannot be read, or belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a journal says about its run; JSON values."""
+    """Identity of a run; JSON values."""
 
     key: list  # implementation and words of the run's key
-    config: dict  # options of the strategy
-    plan: list  # a line per parameter
+    config: dict  # settings of the strategy
+    plan: list  # one line per parameter
     fingerprint: str  # SHA-256 of the initial parameters
-    versions: dict  # of the software that wrote it; may differ
-    recipe: dict | None = None  # {"function": "module:name", "options": ...}: what makes (strategy, initial state) again
+    versions: dict  # of the software that wrote the journal; not compared
+    recipe: dict | None = None  # {"function": "module:name", "options": ...}: rebuilds (strategy, initial state)
     version: int = VERSION
 
     def check(self, other: "Header") -> None:
-        """Raise JournalError when `other` is of another run, naming the fields; versions and recipe may differ."""
+        """Raise JournalError when `other` is the header of another run, naming the fields; versions and recipe may differ."""
         for name in ("version", "key", "config", "plan", "fingerprint"):
-            mine, its = getattr(self, name), getattr(other, name)
-            if mine != its:
-                raise JournalError(f"the journal is of another run: its {_difference(name, mine, its)}.")
+            stored, given = getattr(self, name), getattr(other, name)
+            if stored != given:
+                raise JournalError(f"the journal belongs to another run: its {_difference(name, stored, given)}.")
 
 
-def _difference(name: str, mine: Any, its: Any) -> str:
-    if isinstance(mine, dict) and isinstance(its, dict):
-        names = [key for key in {**mine, **its} if mine.get(key) != its.get(key)]
-        return ", ".join(f"{name} {key} is {mine.get(key)!r}, not {its.get(key)!r}" for key in names)
-    return f"{name} differs" if isinstance(mine, list) or name == "fingerprint" else f"{name} is {mine!r}, not {its!r}"
+def _difference(name: str, stored: Any, given: Any) -> str:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        names = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
+        return ", ".join(f"{name} {key} is {stored.get(key)!r}, not {given.get(key)!r}" for key in names)
+    opaque = isinstance(stored, list) or name == "fingerprint"
+    return f"{name} differs" if opaque else f"{name} is {stored!r}, not {given!r}"
 
 
-def make_header(es: EvolutionStrategy, state: ESState, *, recipe: Mapping | None = None) -> Header:
-    """Make the header of a run from its initial state; `es` has its plan already."""
+def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> Header:
+    """Make the header of a run from its initial state; `es` must have its plan."""
     plan = es.plan(state)
     options = {name: getattr(es, name) for name in ("population_size", "noise_reuse", "precision")}
-    options |= {name: _said(getattr(es, name)) for name in ("sigma", "shaping", "perturbation")}
+    options |= {name: _as_json(getattr(es, name)) for name in ("sigma", "shaping", "perturbation")}
     key = [str(jax.random.key_impl(state.key)), np.asarray(jax.random.key_data(state.key)).tolist()]
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
     rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]
@@ -58,12 +58,12 @@ def make_header(es: EvolutionStrategy, state: ESState, *, recipe: Mapping | None
 
 
 def _axes(leaf: LeafPlan) -> str:
-    """How the noise lies in the parameter."""
+    """The axes of the noise in a parameter."""
     return " ".join(f"{name} {list(getattr(leaf, name))}" for name in ("stack", "rows", "columns"))
 
 
-def _said(value: Any) -> Any:
-    """An option as the header holds it; functions, which have no stable text, by their name."""
+def _as_json(value: Any) -> Any:
+    """A setting as a JSON value; functions, which have no stable text, by name."""
     if callable(value):
         return f"function {getattr(value, '__name__', type(value).__name__)}"
     return value if isinstance(value, str | int | float) else repr(value)

@@ -3,10 +3,10 @@
     file     record*            the first is the header, then one per generation, without gaps
     record   magic "EGJ1"  kind u8  length u32  crc32 u32 (of kind, length and payload)  payload      little-endian
     header   JSON, see `header.Header`
-    generation  number i32, sigma f32, pairs u32, encoding u8, coefficients, extra (what `eggroll.durable` carries)
+    generation  number i32, sigma f32, pairs u32, encoding u8, coefficients, extra (the arrays that `runs.durable` carries)
 
 Coefficients take 4 P bytes, or P / 5 when all are one of (-c, 0, c), as with `pair_sign`: three-valued digits, five a byte.
-A record that a kill cut off is the last: it is dropped with a note. Damage before that is an error naming the generation.
+A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation.
 """
 
 import dataclasses
@@ -40,19 +40,19 @@ class Entry(NamedTuple):
 
 
 class Reader:
-    """Reads a journal record by record; nothing is kept.
+    """Reads a journal record by record, without keeping them in memory.
 
     Args:
         path: the file.
 
     Raises:
-        JournalError: there is no file, or it does not start with a readable header of this version.
+        JournalError: the file is missing, or does not start with a readable header of this version.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.note: str | None = None  # what was dropped at the end, once it is reached
-        self.end = 0  # bytes that are sound, once the end is reached
+        self.note: str | None = None  # set at the end: what was dropped there
+        self.end = 0  # bytes of sound records read so far
         try:
             size = path.stat().st_size
         except FileNotFoundError:
@@ -89,7 +89,7 @@ class Reader:
             self._check_rest(file, size, expected or 0)
 
     def _check_rest(self, file: IO[bytes], size: int, expected: int) -> None:
-        """What follows the last sound record is a cut-off record, unless a sound record follows it."""
+        """Bytes after the last sound record are a truncated record, unless a sound record follows them."""
         if self.end == size:
             return
         file.seek(self.end)
@@ -104,7 +104,7 @@ class Reader:
 
 
 def _read_record(file: IO[bytes], size: int) -> tuple[int, bytes] | None:
-    """Kind and payload of the record at the file's position, None when there is no sound one."""
+    """Kind and payload of the record at the file's position; None when it is not sound."""
     head = file.read(_FRAME.size)
     if len(head) < _FRAME.size:
         return None
@@ -124,7 +124,7 @@ def _record(kind: int, payload: bytes) -> bytes:
 
 
 def encode(entry: Entry) -> bytes:
-    """Return the payload of a generation."""
+    """Encode a generation as the payload of its record."""
     values = np.asarray(entry.coefficients, np.float32)
     scale = np.abs(values).max() if values.size else np.float32(0)
     if np.isin(np.abs(values), np.array([0, scale], np.float32)).all():
@@ -150,14 +150,14 @@ def _decode(payload: bytes) -> Entry:
 
 
 class Writer:
-    """Appends generations; what `append` returned from survives a kill of the process.
+    """Appends generations; once `append` returns, the record survives a kill of the process.
 
     Args:
-        path: the file; it is made with the header, or continued where a journal of the same run is there.
+        path: the file; created with the header, or continued if it is a journal of the same run.
         header: of the run.
 
     Raises:
-        JournalError: the file is damaged or of another run; nothing is overwritten.
+        JournalError: the file is damaged or belongs to another run; nothing is overwritten.
     """
 
     def __init__(self, path: Path, header: Header):
@@ -183,10 +183,10 @@ class Writer:
 
         Raises:
             JournalError: it does not follow the last one.
-            OSError: the disk is full or gone; what was there stays readable.
+            OSError: the disk is full or gone; earlier records stay readable.
         """
         if self.next is not None and entry.generation != self.next:
-            raise JournalError(f"the journal goes on with generation {self.next}, got {entry.generation}.")
+            raise JournalError(f"the journal continues with generation {self.next}, got {entry.generation}.")
         record, start = _record(GENERATION, encode(entry)), self._file.tell()
         try:
             written = self._file.write(record)
@@ -198,7 +198,7 @@ class Writer:
         self.next = entry.generation + 1
 
     def sync(self) -> None:
-        """Wait until the disk has it all, so that it survives a loss of power too."""
+        """Flush to disk, so that the records survive a loss of power too."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

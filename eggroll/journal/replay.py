@@ -1,4 +1,4 @@
-"""Seed replay of a journal: a state moved by the recorded coefficients."""
+"""Seed replay of a journal: apply the recorded coefficients to a state."""
 
 from collections.abc import Iterator
 
@@ -6,16 +6,15 @@ import jax
 
 from eggroll.journal.header import JournalError
 from eggroll.journal.records import Entry
-from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
+from eggroll.protocol import S, Strategy
 
 
-def replay(es: EvolutionStrategy, state: ESState, entries: Iterator[Entry], *, until: int | None = None) -> ESState:
+def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | None = None) -> S:
     """Apply the recorded generations.
 
     Args:
         es: the strategy of the run, with its plan.
-        state: at some generation; earlier entries are passed over.
+        state: at any generation; earlier entries are skipped. An offloaded state is consumed.
         entries: from a `Reader`.
         until: stop at this generation; None: at the end.
 

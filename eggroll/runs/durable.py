@@ -3,64 +3,63 @@
     run = DurableRun(folder, es, es.init(params, key=key), config={...})
     state, history = train(es, run.state, batches, generations=..., durable=run)
 
-Every generation is in the journal once `train` goes on to the next; checkpoints shorten the way back. Starting again reads the
-last sound checkpoint and replays the journal from there: no generation is evaluated twice, and the run goes on bit for bit.
-A carried `member_state` is in the checkpoints alone: with it the generations since the last one are evaluated again, and have
-to give what the journal has.
+Every generation is in the journal before `train` starts the next one. A restart reads the last sound checkpoint and replays the
+journal from there: no generation is evaluated twice, and the run continues bit for bit. A carried `member_state` is stored in
+the checkpoints only: with it, the generations since the last checkpoint are evaluated again and must reproduce the journal.
 
-Of several processes all make the same calls on the same folder; the first one writes the journal.
+With several processes, every process makes the same calls on the same folder; the first one writes the journal.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import jax
 import numpy as np
 
+from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
-from eggroll.journal import (Entry, JournalError, Reader, Writer, make_header, replay)
-from eggroll.devices.processes import (is_first, wait_for_all)
-from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
+from eggroll.protocol import S, Strategy
 
 logger = logging.getLogger(__name__)
 
 
 class Carried(Protocol):
-    """What a front end keeps beside the state, such as statistics of observations; it goes into every generation's record."""
+    """What a front end keeps besides the state, such as statistics of observations; stored with every generation."""
 
     def save(self) -> Any:
-        """Return it as a pytree of arrays, always of the same structure, shapes and dtypes."""
+        """Return a pytree of arrays, always of the same structure, shapes and dtypes."""
 
     def load(self, saved: Any) -> None:
-        """Take it back."""
+        """Restore from what `save` returned."""
 
 
-class DurableRun:
-    """The files of a run, and the state to go on from.
+class DurableRun(Generic[S]):
+    """The files of a run, and `state`, from which it continues.
 
     Args:
-        folder: made if missing; `journal.bin` and `checkpoints/` are in it.
-        es: the strategy, its plan made (`es.plan(state, batch)`).
-        initial: the state at generation 0, made as the first time: parameters and key are compared with the journal's.
-        config: JSON values that decide the run; a folder with another config is refused.
-        carried: what belongs to the state beside it; is loaded.
+        folder: created if missing; holds `journal.bin` and `checkpoints/`.
+        es: the strategy, with its plan (`es.plan(state, batch)`).
+        initial: the state at generation 0; its parameters and key are compared with the journal's. An offloaded state is
+            consumed.
+        config: JSON values that identify the run; a folder with another config is refused.
+        carried: what is stored with the state; restored on resume.
         checkpoint_every: generations between checkpoints.
-        keep: last checkpoints kept, besides the best.
+        keep: number of most recent checkpoints to keep, in addition to the best.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
-            `(es, initial)` with the plan made.
+            `(es, initial)`, with the plan.
 
     Raises:
-        ValueError: the folder is of another run, or damaged so that it cannot go on; nothing is overwritten.
+        ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        es: EvolutionStrategy,
-        initial: ESState,
+        es: Strategy[S],
+        initial: S,
         *,
         config: Mapping[str, Any],
         carried: Carried | None = None,
@@ -71,43 +70,45 @@ class DurableRun:
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
-        self._again: dict[int, Entry] = {}  # generations in the journal that are evaluated once more
+        self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
         self._folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
         header = make_header(es, initial, recipe=recipe)
         path = self._folder / "journal.bin"
         if not path.exists() and self.checkpoints.generations:
-            raise JournalError(f"{self._folder} has checkpoints, but its journal.bin is missing; bring it back or start anew.")
+            raise JournalError(
+                f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file or choose another folder."
+            )
         self._journal = Writer(path, header) if is_first() else None
         if self._journal is None and path.exists():
-            Reader(path).header.check(header)  # as the first process does: all refuse together
+            Reader(path).header.check(header)  # every process refuses, as the first one does
         if self._journal is not None and self._journal.note:
             logger.warning(self._journal.note)
         wait_for_all("eggroll journal")
         self.state = self._resume(es, initial, path)
 
-    def _resume(self, es: EvolutionStrategy, initial: ESState, path: Path) -> ESState:
-        seen: list[Entry] = []
+    def _resume(self, es: Strategy[S], initial: S, path: Path) -> S:
+        last: list[Entry] = []
 
-        def remembering() -> Iterator[Entry]:
+        def entries() -> Iterator[Entry]:
             for entry in Reader(path):
-                seen[:] = [entry]
+                last[:] = [entry]
                 yield entry
 
-        state = self._last_sound(initial)
+        state = self._restore_last(initial)
         if jax.tree.leaves(initial.member_state):
-            self._again = {entry.generation: entry for entry in remembering() if entry.generation >= int(state.generation)}
+            self._reevaluated = {entry.generation: entry for entry in entries() if entry.generation >= int(state.generation)}
         else:
-            state = replay(es, state, remembering())
-        reached = seen[0].generation + 1 if seen else 0
+            state = replay(es, state, entries())
+        reached = last[0].generation + 1 if last else 0
         if int(state.generation) > reached:
             raise JournalError(f"{path} ends at generation {reached}, before the checkpoint of {int(state.generation)}.")
-        if seen and self._carried is not None and int(state.generation) == reached:
-            self._carried.load(_unpacked(seen[0].extra, self._carried.save()))
+        if last and self._carried is not None and int(state.generation) == reached:
+            self._carried.load(_unpack(last[0].extra, self._carried.save()))
         return state
 
-    def _last_sound(self, initial: ESState) -> ESState:
-        """The last checkpoint that can be read, or the initial state; what is carried is loaded."""
+    def _restore_last(self, initial: S) -> S:
+        """Restore the last sound checkpoint and what is carried; without one, return the initial state."""
         like = None if self._carried is None else self._carried.save()
         for generation in reversed(self.checkpoints.generations):
             try:
@@ -121,21 +122,21 @@ class DurableRun:
                 return restored[0]
         return initial
 
-    def record(self, state: ESState, metrics: Any, *, score: float | None = None) -> None:
-        """Keep a generation; when this returns, a kill does not lose it.
+    def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
+        """Record a generation; once this returns, a kill does not lose it.
 
         Args:
             state: after the generation.
-            metrics: `Metrics` of the generation, or the `training.Record`.
-            score: of a held-out check, for the best checkpoint; higher is better.
+            metrics: `Metrics` or `training.Record` of the generation.
+            score: held-out score that decides the best checkpoint; higher is better.
         """
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
-        known = self._again.pop(generation, None)
-        if known is not None and not np.array_equal(known.coefficients, coefficients, equal_nan=True):
+        recorded = self._reevaluated.pop(generation, None)
+        if recorded is not None and not np.array_equal(recorded.coefficients, coefficients, equal_nan=True):
             raise JournalError(f"generation {generation}, evaluated again, gave other coefficients than {self._folder} has.")
-        if known is None and self._journal is not None:
-            self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _packed(carried)))
+        if recorded is None and self._journal is not None:
+            self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _pack(carried)))
         if (generation + 1) % self._every == 0:
             if self._journal is not None:
                 self._journal.sync()
@@ -148,11 +149,11 @@ class DurableRun:
         self.checkpoints.close()
 
 
-def _packed(carried: Any) -> bytes:
+def _pack(carried: Any) -> bytes:
     return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(carried))
 
 
-def _unpacked(extra: bytes, like: Any) -> Any:
+def _unpack(extra: bytes, like: Any) -> Any:
     leaves, tree, start = [], jax.tree.structure(like), 0
     for leaf in map(np.asarray, jax.tree.leaves(like)):
         leaves.append(np.frombuffer(extra, leaf.dtype, leaf.size, offset=start).reshape(leaf.shape))

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from jax import Array
 
-from eggroll.population.metrics import Metrics
+from eggroll.devices.processes import broadcast_from_first, gather
 from eggroll.noise.plan import Plan
-from eggroll.devices.processes import (from_first, whole)
+from eggroll.population.metrics import Metrics
+from eggroll.protocol import AskTell, Strategy
 from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class External:
         ValueError: the strategy has a fitness of its own.
     """
 
-    es: EvolutionStrategy
+    es: AskTell[ESState]
     function: Callable
     score: Callable
 
@@ -67,7 +67,7 @@ class External:
             ValueError: the fitness has another length than the population.
         """
         inputs, known = batch
-        outputs = jax.tree.map(whole, self.es.ask(state).apply(self.function, inputs))
+        outputs = jax.tree.map(gather, self.es.ask(state).apply(self.function, inputs))
         aux = None
 
         def fitness() -> np.ndarray:
@@ -76,17 +76,46 @@ class External:
             value, aux = result if isinstance(result, tuple) else (result, None)
             return np.asarray(value)
 
-        state, metrics = self.es.tell(state, from_first(fitness))
+        state, metrics = self.es.tell(state, broadcast_from_first(fitness))
         return state, metrics._replace(aux=aux)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
         """As `EvolutionStrategy.replay`."""
         return self.es.replay(state, coefficients)
 
-    # What the journal and the training loop ask of a strategy.
-    population_size = property(lambda self: self.es.population_size)
-    noise_reuse = property(lambda self: self.es.noise_reuse)
-    precision = property(lambda self: self.es.precision)
-    sigma = property(lambda self: self.es.sigma)
-    shaping = property(lambda self: self.es.shaping)
-    perturbation = property(lambda self: self.es.perturbation)
+    def parameters(self, state: ESState) -> Any:
+        """As `EvolutionStrategy.parameters`."""
+        return self.es.parameters(state)
+
+    @property
+    def population_size(self) -> int:
+        """Of the strategy, as all that follow."""
+        return self.es.population_size
+
+    @property
+    def noise_reuse(self) -> int:
+        """Generations that share the same noise."""
+        return self.es.noise_reuse
+
+    @property
+    def precision(self) -> str:
+        """How parameters shorter than float32 are updated."""
+        return self.es.precision
+
+    @property
+    def sigma(self) -> Any:
+        """Standard deviation of the perturbation."""
+        return self.es.sigma
+
+    @property
+    def shaping(self) -> Any:
+        """How fitness becomes coefficients."""
+        return self.es.shaping
+
+    @property
+    def perturbation(self) -> Any:
+        """Noise of the parameters."""
+        return self.es.perturbation
+
+
+_: type[Strategy[ESState]] = External  # checked by mypy

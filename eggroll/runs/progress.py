@@ -1,4 +1,4 @@
-"""The progress line of long work: how much is done, a bar, a few words that change, time left.
+"""The progress line of a long run: how much is done, a bar, a few changing words, time left.
 
 Drawn by rich on standard error; without rich, or when standard error is not a terminal, nothing is drawn.
 """
@@ -14,11 +14,11 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
 
     Args:
         name: what is counted, such as "generations".
-        total: how many there will be at most.
-        enabled: draw it; None: when standard error is a terminal and rich is installed.
+        total: the most there can be.
+        enabled: draw the line; None: when standard error is a terminal and rich is installed.
 
     Yields:
-        `show(completed, words)`: how many are done, and what to say beside the bar.
+        `show(completed, words)`: how many are done, and the words next to the bar.
 
     Raises:
         ModuleNotFoundError: `enabled` is True and rich is not installed.

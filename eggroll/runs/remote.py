@@ -1,4 +1,4 @@
-"""Fitness computed by any Python code on many machines, through Ray: members travel as addresses, scalars come back.
+"""Fitness computed by Python code on many machines, through Ray: member addresses are sent out, scalars come back.
 
     with RemoteEvaluator(es, score, state, num_workers=8, deadline=60) as workers:
         for generation in range(100):
@@ -6,9 +6,9 @@
             state, metrics = es.tell(state, fitness, pairs=pairs)
             workers.advance(state, metrics)
 
-Every worker has the parameters, draws the noise of a member from its address, builds the member and calls `score(params, key)`.
-After a generation only the pair coefficients travel, and every worker repeats the update. A worker that dies gives its pairs to
-another and is replaced; pairs that are late are dropped, and `tell` keeps the estimate unbiased.
+Every worker holds the parameters, draws the noise of a member from its address, builds the member and calls
+`score(params, key)`. After a generation only the pair coefficients are sent, and every worker repeats the update. When a worker
+dies, its pairs go to another one and it is replaced; late pairs are dropped, and `tell` keeps the estimate unbiased.
 """
 
 import collections
@@ -23,19 +23,18 @@ import numpy as np
 
 from eggroll.noise import addresses
 from eggroll.population.metrics import Metrics
-from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
+from eggroll.protocol import AskTell, State
 
-MANY_DEATHS = 3  # of every worker in one generation: something else is wrong
-MANY_GENERATIONS = 100  # at the same pairs: this worker does not come back
+MANY_DEATHS = 3  # per worker and generation: above this the cause is not the machines
+MANY_GENERATIONS = 100  # spent on the same pairs: above this the worker is considered lost
 MAX_TEXT = 1000  # characters of an error
 Score = Callable[[Any, jax.Array], float]  # score(params of a member, key) -> fitness, one number, higher is better
 
 
 class Worker:
-    """One process: the state, and members of it on demand."""
+    """One process: holds the state, builds and scores members on demand."""
 
-    def __init__(self, es: EvolutionStrategy, score: Score):
+    def __init__(self, es: AskTell, score: Score):
         self._es, self._score = es, score
         self._build: Callable = jax.jit(lambda state, index: es.ask(state).member(index))
         self._state: Any = None
@@ -44,7 +43,7 @@ class Worker:
         """Return once the process has started."""
 
     def load(self, state: Any) -> None:
-        """Take a state whose key is its words: keys do not travel."""
+        """Take a state whose key is given as its words: typed keys cannot be serialised."""
         state = jax.tree.map(jax.numpy.asarray, state)
         self._state = state._replace(key=jax.random.wrap_key_data(state.key, impl="threefry2x32"))
 
@@ -56,12 +55,12 @@ class Worker:
         """Score both members of every pair.
 
         Args:
-            updated: the result of the last `load` or `advance`; Ray raises its error here.
+            updated: the result of the last `load` or `advance`, whose error Ray raises here.
             sigma: of this generation.
-            pairs: their addresses.
+            pairs: indices of the pairs.
 
         Returns:
-            The fitness, NaN where the score raised an error; how often it did; the text of its first error.
+            The fitness, NaN where the score raised an error; the number of errors; the text of the first error.
         """
         state = self._with(sigma)
         key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
@@ -70,12 +69,12 @@ class Worker:
             for index in (2 * pair, 2 * pair + 1):
                 try:
                     fitness.append(float(self._score(self._build(state, index), jax.random.fold_in(key, pair))))
-                except Exception as error:  # the user's code: a member that cannot be scored is the worst
+                except Exception as error:  # the user's code: a member that cannot be scored ranks worst
                     fitness.append(float("nan"))
                     texts.append(f"{type(error).__name__}: {error}"[:MAX_TEXT])
         return fitness, len(texts), texts[0] if texts else ""
 
-    def _with(self, sigma: float) -> ESState:
+    def _with(self, sigma: float) -> Any:
         return self._state._replace(sigma=jax.numpy.float32(sigma))
 
 
@@ -83,15 +82,15 @@ class Worker:
 class Report:
     """What happened in the last generation."""
 
-    dropped: int = 0  # pairs that were late
-    deaths: int = 0  # workers that were lost
+    dropped: int = 0  # late pairs
+    deaths: int = 0  # lost workers
     failed: int = 0  # members whose score raised an error
     error: str = ""  # the first of these errors: type and message
 
 
 @dataclasses.dataclass
 class _Evaluation:
-    """What one call of `evaluate` waits for; a later call does not look at it, so late results go nowhere."""
+    """The work of one call of `evaluate`; later calls ignore it, so late results are discarded."""
 
     generation: int
     waiting: collections.deque[range]
@@ -100,7 +99,7 @@ class _Evaluation:
 
 
 class _Task(NamedTuple):
-    """Pairs that a worker is at, or none while it starts."""
+    """The pairs a worker is evaluating; none while it starts."""
 
     worker: Any
     pairs: range = range(0)
@@ -111,25 +110,25 @@ class RemoteEvaluator:
     """Evaluates populations on Ray workers. Ray must be initialised, or it starts on this machine.
 
     Args:
-        es: the strategy; its plan is made.
+        es: the strategy, with its plan.
         score: `score(params, key) -> float` of one member, any Python code; both members of a pair get the same key. A member
-            on which it raises an error gets the fitness NaN; `report` has the text, and the first is warned of.
+            whose score raises an error gets the fitness NaN; `report` has the text, and the first error is a warning.
         state: the state to evaluate first.
-        num_workers: processes, each with one CPU unless `resources` says otherwise; those that Ray has no room for start later.
-        pairs_per_task: pairs a worker is given at a time.
-        deadline: seconds of a generation after which pairs are dropped, a start of workers included; None: wait for all.
+        num_workers: processes, each with one CPU by default (see `resources`); Ray starts them as resources become free.
+        pairs_per_task: pairs a worker gets at a time.
+        deadline: seconds per generation, start-up of workers included, after which pairs are dropped; None: wait for all.
         resources: options of Ray actors, such as {"num_gpus": 1}.
 
     Raises:
         ModuleNotFoundError: ray is not installed.
-        ValueError: a count is not positive.
+        ValueError: a number is not positive.
     """
 
     def __init__(
         self,
-        es: EvolutionStrategy,
+        es: AskTell,
         score: Score,
-        state: ESState,
+        state: State,
         *,
         num_workers: int,
         pairs_per_task: int = 8,
@@ -154,7 +153,7 @@ class RemoteEvaluator:
         self.resize(num_workers)
 
     def resize(self, num_workers: int) -> None:
-        """Let workers join, with the parameters of now, or leave; ValueError for a number that is not positive."""
+        """Add workers, with the current parameters, or remove some; ValueError for a number that is not positive."""
         _check_positive("num_workers", num_workers)
         while len(self._workers) > num_workers:
             self._remove(self._workers[-1])
@@ -182,24 +181,25 @@ class RemoteEvaluator:
         """Handles of the Ray actors."""
         return tuple(self._workers)
 
-    def evaluate(self, state: ESState) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate the population.
 
         Args:
             state: the state that the workers have: that of the constructor, or the last given to `advance`; sigma may differ.
 
         Returns:
-            `(fitness, pairs)` for `EvolutionStrategy.tell`: float32 [2 S] and the int32 pairs [S] that came in time, sorted.
+            `(fitness, pairs)` for `EvolutionStrategy.tell`: float32 [2 S], and the int32 pairs [S] that were in time, sorted.
 
         Raises:
-            ValueError: the workers have another generation.
-            RuntimeError: every pair was late, the score failed on every member, workers die as fast as they start, or all left.
+            ValueError: the workers are at another generation.
+            RuntimeError: every pair was late, the score failed on every member, workers die as fast as they start, or the
+                evaluator is closed.
         """
         generation, sigma = int(state.generation), float(state.sigma)
         if generation != int(self._state.generation):
             raise ValueError(f"the workers are at generation {int(self._state.generation)}, got {generation}.")
         if not self._workers:
-            raise RuntimeError("the workers have left: this evaluator is closed.")
+            raise RuntimeError("there are no workers: this evaluator is closed.")
         num_pairs, size = self._es.population_size // 2, self._pairs_per_task
         now = _Evaluation(generation, collections.deque(range(num_pairs)[at : at + size] for at in range(0, num_pairs, size)))
         self.report, results = now.report, now.results
@@ -207,37 +207,37 @@ class RemoteEvaluator:
         while len(results) < num_pairs:
             left = end - time.monotonic()
             if left > 0:
-                self._hand_out(now, sigma)
+                self._assign(now, sigma)
             done, _ = self._ray.wait(list(self._running), timeout=None if self.deadline is None else max(0.0, left))
             if not done:
                 break
-            self._take(done[0], now)
+            self._collect(done[0], now)
         now.report.dropped = num_pairs - len(results)
         if not results:
             raise RuntimeError(f"no pair of generation {generation} came within {self.deadline} seconds.")
-        self._tell_of_errors(2 * len(results))
+        self._report_errors(2 * len(results))
         pairs = np.array(sorted(results), np.int32)
         return np.concatenate([results[pair] for pair in pairs.tolist()]).astype(np.float32), pairs
 
-    def _tell_of_errors(self, members: int) -> None:
-        """Warn of the first error of the score, once; raise RuntimeError when every member has one."""
+    def _report_errors(self, members: int) -> None:
+        """Warn of the first error of the score, once; raise RuntimeError when it failed on every member."""
         failed, error = self.report.failed, self.report.error
         if failed == members:
             raise RuntimeError(f"the score failed on all {members} members; the first error was {error}")
         if failed and not self._warned:
-            warnings.warn(f"the score failed on {failed} of {members} members: {error} (said once)", stacklevel=3)
+            warnings.warn(f"the score failed on {failed} of {members} members: {error} (warned once)", stacklevel=3)
             self._warned = True
 
-    def _hand_out(self, now: _Evaluation, sigma: float) -> None:
-        """Give pairs to the workers that have none; a straggler of an earlier generation still has its own."""
+    def _assign(self, now: _Evaluation, sigma: float) -> None:
+        """Give pairs to idle workers; a straggler of an earlier generation is still busy."""
         busy = {task.worker for task in self._running.values()}
         for worker, updated in self._updated.items():
             if now.waiting and worker not in busy:
                 pairs = now.waiting.popleft()
                 self._running[worker.evaluate.remote(updated, sigma, list(pairs))] = _Task(worker, pairs, now)
 
-    def _take(self, reference: Any, now: _Evaluation) -> None:
-        """Take the result of a task; the pairs of a worker that died go back."""
+    def _collect(self, reference: Any, now: _Evaluation) -> None:
+        """Store the result of a task; the pairs of a dead worker are queued again."""
         worker, pairs, evaluation = self._running.pop(reference)
         try:
             result = self._ray.get(reference)
@@ -249,28 +249,28 @@ class RemoteEvaluator:
                 evaluation.waiting.append(pairs)
             return
         if evaluation is None:
-            self._updated[worker] = worker.load.remote(self._state_of_now())
+            self._updated[worker] = worker.load.remote(self._put_state())
         else:
             values, failed, text = result
             evaluation.results.update(zip(pairs, np.reshape(values, (-1, 2)), strict=True))
             evaluation.report.failed += failed
             evaluation.report.error = evaluation.report.error or text
 
-    def _state_of_now(self) -> Any:
-        """Ray's reference to the state on the host, its key as words; stored once a generation."""
+    def _put_state(self) -> Any:
+        """Ray's reference to the state on the host, with its key as words; stored once per generation."""
         if self._stored is None:
             self._stored = self._ray.put(jax.device_get(self._state._replace(key=jax.random.key_data(self._state.key))))
         return self._stored
 
-    def advance(self, state: ESState, metrics: Metrics) -> None:
-        """Tell the workers the coefficients of a generation; one that starts or is replaced gets the state instead.
+    def advance(self, state: State, metrics: Metrics) -> None:
+        """Send the coefficients of a generation to the workers; new workers get the state instead.
 
         Args:
             state: after the generation.
             metrics: of the generation.
 
         Raises:
-            ValueError: the metrics are not of the generation that the workers are at, or the state is not the next.
+            ValueError: the metrics are not of the workers' generation, or the state is not the next one.
         """
         before, done, after = (int(x) for x in (self._state.generation, metrics.generation, state.generation))
         if (done, after) != (before, before + 1):
@@ -284,7 +284,7 @@ class RemoteEvaluator:
             self._updated[worker] = worker.advance.remote(float(metrics.sigma), coefficients)
 
     def close(self) -> None:
-        """Let all workers leave, whatever they are at."""
+        """Stop all workers, even busy ones."""
         while self._workers:
             self._remove(self._workers[-1])
 

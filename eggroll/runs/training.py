@@ -2,8 +2,8 @@
 
     state, history = train(es, state, batch, generations=200, target=-0.01, run_folder="runs/first")
 
-Owns the loop and the record of a generation; the mathematics is `strategy`'s, the look of the progress line `progress`'s and
-that of the figure `plot`'s.
+This file owns the loop and the record of a generation; strategies own the mathematics, `progress` the progress line, `plot` the
+figure.
 """
 
 import contextlib
@@ -19,12 +19,11 @@ from typing import IO, Any
 
 import jax
 
+from eggroll.devices.processes import is_first, report_lost_process
+from eggroll.protocol import S, Strategy
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.plot import plot_history
-from eggroll.devices.processes import (is_first, told_of_lost_process)
 from eggroll.runs.progress import progress_line
-from eggroll.state import ESState
-from eggroll.strategy import EvolutionStrategy
 
 SCORES = ("held_out_return", "held_out_fitness")
 ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are not one number
@@ -32,7 +31,7 @@ ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are no
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one generation reported, on the host; its numbers are those of `Metrics`."""
+    """What one generation reported, on the host; the numbers are those of `Metrics`."""
 
     generation: int
     sigma: float
@@ -62,29 +61,26 @@ class Record:
         return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)
 
 
-Callback = Callable[[ESState, Record], bool | None]
-
-
 def train(
-    es: EvolutionStrategy,
-    state: ESState,
+    es: Strategy[S],
+    state: S,
     batches: Any = None,
     *,
     generations: int | None = None,
     budget: tuple[str, float] | None = None,
     target: float | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callable[[S, Record], bool | None]] = (),
     run_folder: str | Path | None = None,
-    durable: DurableRun | None = None,
+    durable: DurableRun[S] | None = None,
     progress: bool | None = None,
     words: Callable[[Record], str] | None = None,
     plot: Callable[[Sequence[Record], Path], None] | None = None,
-) -> tuple[ESState, list[Record]]:
+) -> tuple[S, list[Record]]:
     """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
 
     Args:
-        es: the strategy.
-        state: from `es.init` or an earlier `train`, which is continued.
+        es: any strategy (`eggroll.protocol.Strategy`).
+        state: from `es.init`, or from an earlier `train` to continue it.
         batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
         generations: how many to run at most, counted from here; None: the budget decides.
         budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback keeps (environment steps, tokens),
@@ -92,19 +88,19 @@ def train(
         target: stop once the mean fitness of the population is at least this.
         callbacks: each is called as `callback(state, record)` after every generation; True stops. It may add
             held-out scores to `record.extra`.
-        run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; made if missing. A run
-            from generation 0 replaces them, a continued run appends.
-        durable: keeps every generation in a journal and makes checkpoints; the caller closes it. A callback that puts a
-            `held_out_return` or `held_out_fitness` into `record.extra` decides which checkpoint is the best.
+        run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; created if missing. A
+            run from generation 0 replaces them, a continued run appends.
+        durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
+            `held_out_fitness` that a callback puts into `record.extra` decides which checkpoint is the best.
         progress: show the progress line; None: when standard error is a terminal and rich is installed.
-        words: what the progress line says of a generation; None: best and mean fitness, members per second.
+        words: text of the progress line for a generation; None: best and mean fitness, members per second.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`.
 
     Returns:
         `(state, history)`, one `Record` per generation run.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it.
+        ValueError, TypeError: a wrong argument; the message names it.
         RuntimeError: another process of this run was lost.
     """
     _check(generations, budget, target, callbacks)
@@ -132,7 +128,7 @@ def train(
             _write(metrics_file, record)
             if durable is not None:
                 durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
-            show(record.extra[name] if budget else len(history), (words or _words)(record))
+            show(record.extra[name] if budget else len(history), (words or _progress_words)(record))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
     return state, history
@@ -166,9 +162,9 @@ def _batch_source(batches: Any) -> Callable[[int], Any]:
     return batches if callable(batches) else lambda generation: batches
 
 
-def _run_generation(es: EvolutionStrategy, state: ESState, batch: Any) -> tuple[ESState, Record]:
+def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
     start = time.perf_counter()
-    with told_of_lost_process(f"generation {int(state.generation)}"):
+    with report_lost_process(f"generation {int(state.generation)}"):
         state, metrics = es.step(state, batch)
         # One transfer: it is also what waits for the generation to finish.
         scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
@@ -182,7 +178,7 @@ def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
     plot_history(history, folder / "fitness.png")
 
 
-def _words(record: Record) -> str:
+def _progress_words(record: Record) -> str:
     fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
 
@@ -198,19 +194,19 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
     elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
         warnings.warn(
             f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation} "
-            "(said once, see `invalid` in the history).",
+            "(warned once; see `invalid` in the history).",
             stacklevel=3,
         )
 
 
 def open_metrics(folder: Path, first: int) -> IO[str]:
-    """Open `metrics.jsonl` after the line of the last generation before `first`; lines of a lost continuation go."""
+    """Open `metrics.jsonl` to append generation `first`; lines from `first` on, of a lost continuation, are dropped."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     kept = []
     if first > 0 and path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that a kill cut off
+            with contextlib.suppress(ValueError):  # a line truncated by a kill
                 if json.loads(line)["generation"] < first:
                     kept.append(line + "\n")
     partial = path.with_suffix(".partial")

@@ -1,4 +1,7 @@
-"""What every fine-tuning run has in common: checks on validation examples, a line of metrics a step, a figure."""
+"""The training loop of backprop baselines, and what every run shares: checks on validation examples, the reader of metrics.
+
+Evolution strategies and zeroth-order methods train with `eggroll.train`.
+"""
 
 import contextlib
 import json
@@ -7,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -17,20 +20,21 @@ from eggroll.runs.progress import progress_line
 from eggroll.runs.training import open_metrics
 
 Row = dict[str, Any]
+Run = TypeVar("Run")  # parameters, optimizer state and the like
 
 
 class Tuned(NamedTuple):
-    """What a run of any recipe ends with."""
+    """Result of a run of any recipe."""
 
     params: Any
     steps: int
     forwards: int  # passes of a batch
     skipped: int  # steps that changed nothing, because no loss was finite
-    forwards_per_second: float  # of the median step; NaN where none was left to do
+    forwards_per_second: float  # of the median step; NaN where no step was left
 
 
 class Checks:
-    """Says when the unperturbed parameters are scored on the validation examples.
+    """The steps after which the unperturbed parameters are scored on the validation examples.
 
     Args:
         steps: of the run.
@@ -41,37 +45,46 @@ class Checks:
         self._steps, self._every = steps, math.ceil(steps / checks)
 
     def due(self, done: int) -> bool:
-        """Whether there is one after so many steps."""
+        """Return whether to check after `done` steps."""
         return done % self._every == 0 or done == self._steps
 
 
-def run_steps(step: Callable[[int], Row], *, first: int, steps: int, folder: Path) -> list[Row]:
-    """Run steps one by one, with a progress line and a line of metrics for each.
+def run_steps(
+    advance: Callable[[Run, int], tuple[Run, Row]],
+    run: Run,
+    *,
+    steps: int,
+    folder: Path,
+    callbacks: Sequence[Callable[[Run, Row], bool | None]] = (),
+) -> tuple[Run, list[Row]]:
+    """Run the steps of a baseline, with a progress line and a line of `metrics.jsonl` for each.
 
     Args:
-        step: does step number `first`, `first` + 1, ... and returns its fields, "loss" and "seconds" among them.
-        first: steps that are done already.
-        steps: of the whole run.
-        folder: of the run.
+        advance: `advance(run, number) -> (next run, row)`; the row has the fields of step `number`, "loss" among them.
+        run: the initial one.
+        steps: how many.
+        folder: gets `metrics.jsonl`.
+        callbacks: each is called as `callback(run, row)` after every step and may add fields to the row; True stops.
+
+    Returns:
+        `(run, rows)`; "generation" and "seconds", without callbacks, are in every row too.
     """
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_metrics(folder, first)) if is_first() else None
+        file = stack.enter_context(open_metrics(folder, 0)) if is_first() else None
         show = stack.enter_context(progress_line("steps", steps, enabled=None if is_first() else False))
-        for number in range(first, steps):
-            rows.append({"generation": number} | step(number))
+        for number in range(steps):
+            start = time.perf_counter()
+            run, row = jax.block_until_ready(advance(run, number))
+            rows.append({"generation": number} | row | {"seconds": time.perf_counter() - start})
+            stops = [bool(callback(run, rows[-1])) for callback in callbacks]
             if file is not None:
                 file.write(json.dumps(jsonable(rows[-1])) + "\n")
                 file.flush()
-            show(number + 1, f"loss {rows[-1]['loss']:.4g}")
-    return rows
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Call, wait for the result, and tell the seconds."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(function())
-    return result, time.perf_counter() - start
+            show(number + 1, f"loss {float(rows[-1]['loss']):.4g}")
+            if any(stops):
+                break
+    return run, rows
 
 
 def rate(seconds: Sequence[float], *, forwards: int) -> float:
@@ -80,7 +93,7 @@ def rate(seconds: Sequence[float], *, forwards: int) -> float:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The lines of a run's metrics, without one that a kill cut off."""
+    """Read the lines of `metrics.jsonl`, without one truncated by a kill; none where there is no such file."""
     path, rows = folder / "metrics.jsonl", list[Row]()
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

@@ -1,6 +1,5 @@
 """Figures of pretraining: bits per byte against the generation, or the population; references are horizontal lines."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.egg.data.references import Reference
 
 
@@ -17,7 +17,7 @@ def plot_bits(folder: Path, references: Sequence[Reference]) -> None:
     Warns:
         UserWarning: matplotlib is not installed, nothing is drawn.
     """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
 
     def draw(axes: Any) -> None:
         steps, bits = [row["generation"] + 1 for row in rows], [row["mean_bits"] for row in rows]

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import eggroll
-from eggroll.devices.processes import from_first, is_first, local
+from eggroll.devices.processes import broadcast_from_first, is_first, local
 from eggroll.envs import tasks
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.reason.config import Config
@@ -117,7 +117,7 @@ class Evolution:
                     plot=lambda history, path: draw(path),
                 )
             run.checkpoints.wait()
-            best = int(from_first(lambda: np.asarray(progress.best_generation)))
+            best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
             kept = self._rebuilt(best, run, folder, initial=initial, progress=progress) if best else state
         if is_first() and best:
             print(f"the parameters of generation {best} were the best on the validation problems", flush=True)

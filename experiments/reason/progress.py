@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import eggroll
-from eggroll.devices.processes import from_first, is_first, local
+from eggroll.devices.processes import broadcast_from_first, is_first, local
 from eggroll.experiments.reason.validation import Check, Validation
 from eggroll.runs.training import Record
 
@@ -53,7 +53,7 @@ class Progress:
 
         Of several processes the first one's clock counts: they have to end with the same generation.
         """
-        self.seconds += float(from_first(lambda: np.asarray(record.seconds)))
+        self.seconds += float(broadcast_from_first(lambda: np.asarray(record.seconds)))
         self.tokens, self.failed = self.tokens + tokens, self.failed + failures
         record.extra.update(seconds_spent=self.seconds, tokens=tokens, failed_rewards=failures)
         record.extra["tokens_per_second"] = tokens / record.seconds

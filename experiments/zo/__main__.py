@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-import eggroll
 from eggroll.devices.processes import is_first
 from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.memory import peak_mib
@@ -23,26 +22,27 @@ from eggroll.experiments.common.seeds import begin, seed_folder, summary_of
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.config import BACKPROP, Config, parse, remade
 from eggroll.experiments.zo.data.examples import Examples
-from eggroll.experiments.zo.evolution import Offloaded, Resident
+from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
 from eggroll.experiments.zo.inputs import load
 from eggroll.experiments.zo.problem import FineTuning, score
 from eggroll.llm import hf
+from eggroll.protocol import Strategy
 
 
-def make_runs(config: Config, task: FineTuning, judge: Any) -> Resident | Offloaded | Backprop:
+def make_runs(config: Config, task: FineTuning, judge: Any) -> Evolution | Backprop:
     """Make what trains: `train(params, key=, seed=, folder=, recipe=)`, compiled once for all seeds."""
     if config.recipe == BACKPROP:
         return Backprop(config, task, judge)
-    return (Offloaded if config.offload else Resident)(config, task, judge)
+    return Evolution(config, task, judge)
 
 
-def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
-    """Make the tuner and the initial state of a run again: the recipe of its journal."""
+def remake(options: dict[str, Any]) -> tuple[Strategy[Any], Any]:
+    """Rebuild the tuner and the initial state of a run: the recipe of its journal."""
     config = remade(options)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(config, Path(folder))
-    return Resident(config, loaded.task, loaded.task.judge()).start(loaded.params, key=jax.random.key(config.seed))
+    return Evolution(config, loaded.task, loaded.task.judge()).start(loaded.params, key=jax.random.key(config.seed))
 
 
 class Experiment:

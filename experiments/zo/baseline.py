@@ -8,7 +8,7 @@ import jax
 import optax
 from jax import Array
 
-from eggroll.experiments.common.loop import Checks, Row, Tuned, rate, run_steps, timed
+from eggroll.experiments.common.loop import Checks, Row, Tuned, rate, run_steps
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.figure import as_row
@@ -45,17 +45,18 @@ class Backprop:
 
     def train(self, params: Any, *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
         """Run the steps; metrics go to the folder."""
-        config, task, run = self._config, self._task, self.start(params)
+        config, task = self._config, self._task
         checks = Checks(steps=self.steps, checks=config.checks)
 
-        def step(number: int) -> Row:
-            nonlocal run
+        def advance(run: Any, number: int) -> tuple[Any, Row]:
             batch = batch_of(task.train, number, size=config.batch_size, seed=seed)
-            (run, loss), seconds = timed(lambda: self.advance(run, batch, key))
-            row = {"loss": float(loss), "seconds": seconds}
-            due = checks.due(number + 1)
-            return row | (as_row(score(functools.partial(self._judge, run[0]), task.validation)) if due else {})
+            run, loss = self.advance(run, batch, key)
+            return run, {"loss": loss}
 
-        rows = run_steps(step, first=0, steps=self.steps, folder=folder)
+        def check(run: Any, row: Row) -> None:
+            if checks.due(row["generation"] + 1):
+                row.update(as_row(score(functools.partial(self._judge, run[0]), task.validation)))
+
+        run, rows = run_steps(advance, self.start(params), steps=self.steps, folder=folder, callbacks=[check])
         speed = rate([row["seconds"] for row in rows], forwards=self.forwards)
         return Tuned(run[0], self.steps, self.steps, 0, speed)

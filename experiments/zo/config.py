@@ -92,7 +92,7 @@ class Config:
     checks: int = 20
     """Scores of the unperturbed parameters on the validation examples while training, spread evenly."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the journal, which offloading has not, has every step."""
+    """Steps between checkpoints; the journal has every step."""
     resume: bool = False
     """Go on from what is in the run folder; not for adam. Otherwise its files are replaced."""
     folder: Path | None = None

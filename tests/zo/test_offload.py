@@ -10,6 +10,7 @@ import pytest
 
 import eggroll
 from eggroll import zo
+from eggroll.journal.fingerprint import fingerprint
 from eggroll.zo.offload import runner
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
@@ -66,7 +67,7 @@ def test_an_offloaded_run_is_the_resident_run(name):
     away, moved, seen = offloaded(own, 20)
     for step in range(20):
         state, metrics = own.step(state, BATCH)
-        np.testing.assert_allclose(seen[step].loss, -metrics.mean_fitness, rtol=2e-5, err_msg=str(step))
+        np.testing.assert_allclose(seen[step].mean_fitness, metrics.mean_fitness, rtol=2e-5, err_msg=str(step))
         if step == 0:
             np.testing.assert_allclose(seen[step].coefficients, metrics.coefficients, rtol=1e-3, atol=2e-6)
     flushed = away.flush(moved)
@@ -103,9 +104,15 @@ def live_bytes():
     return sum(x.nbytes for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
+def bytes_of(lowered):
+    """Arguments, temporaries and outputs of a program."""
+    memory = lowered.compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
 def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
-    """Live arrays whenever a block has arrived, and the program that works on it: 8 against 64 blocks."""
-    upload, found = runner._uploaded, {}
+    """Live arrays whenever a block has arrived, and the programs that work on it: 8 against 64 blocks."""
+    upload, found = runner._upload, {}
     for blocks in (8, 64):
         own, peak = zo.Offload(tuner()), []
         state, _ = own.step(own.init(init(blocks), key=KEY), BATCH)
@@ -117,13 +124,14 @@ def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
             peak.append(live_bytes())
             return arrived
 
-        monkeypatch.setattr(runner, "_uploaded", counted)
+        monkeypatch.setattr(runner, "_upload", counted)
         state, _ = own.step(state, BATCH)
-        monkeypatch.setattr(runner, "_uploaded", upload)
-        _, carry, aux = own._cache["begin"](state._replace(blocks=()), BATCH)
-        arguments = (state._replace(blocks=()), upload(state.blocks[0]), jnp.int32(0), carry, aux)
-        memory = own._cache["visit"].lower(*arguments).compile().memory_analysis()
-        program = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        monkeypatch.setattr(runner, "_upload", upload)
+        carry, aux = own._cache["begin"](state._replace(blocks=()), BATCH)
+        arrived, index = upload(state.blocks[0]), jnp.int32(0)
+        programs = {"update block": (state.pending, state.key, arrived, index)}
+        programs["visit"] = (state._replace(blocks=()), arrived, index, carry, aux)
+        program = [bytes_of(own._cache[name].lower(*arguments)) for name, arguments in programs.items()]
         found[blocks] = (max(peak) - before, program, sum(leaf.nbytes for leaf in jax.tree.leaves(state.blocks)))
     assert abs(found[64][0] - found[8][0]) <= 0.05 * found[8][0] and found[64][1] == found[8][1]
     assert found[64][2] == 8 * found[8][2]  # the blocks themselves did grow
@@ -187,7 +195,7 @@ def test_dropout_within_the_blocks_is_that_of_the_resident_step():
 def test_a_restored_state_needs_the_plan_and_other_shapes_are_refused():
     away, state, _ = offloaded(tuner(), 1)
     fresh = zo.Offload(tuner())
-    with pytest.raises(ValueError, match="flush needs the plan"):
+    with pytest.raises(ValueError, match="a pending update needs the plan"):
         fresh.flush(state)
     fresh.plan(state, BATCH)
     assert float(fresh.flush(state).pending.rate) == 0
@@ -205,7 +213,7 @@ def test_one_bad_direction_and_overflow_are_the_resident_steps_matter():
         away = zo.Offload(own)
         moved, found = away.step(away.init(init(), key=KEY), BATCH)
         assert bool(found.skipped) == bool(metrics.skipped) == skips
-        np.testing.assert_allclose(found.loss, -metrics.mean_fitness, rtol=1e-5)
+        np.testing.assert_allclose(found.mean_fitness, metrics.mean_fitness, rtol=1e-5)
         np.testing.assert_allclose(flat(away.parameters(away.flush(moved))), flat(state.params), atol=1e-4)
 
 
@@ -221,13 +229,39 @@ def test_steps_without_a_finite_loss_change_nothing_and_the_next_goes_on():
     assert not metrics.skipped and float(state.pending.rate) > 0
 
 
-def test_an_unflushed_state_is_neither_saved_nor_evaluated():
-    away, state, _ = offloaded(tuner(), 1)
-    for call in (lambda: away.parameters(state), lambda: away.loss(state, BATCH, key=KEY)):
-        with pytest.raises(ValueError, match=r"an update is pending: (save|evaluate) flush\(state\)"):
-            call()
+def test_a_pending_update_is_in_parameters_and_loss_and_the_state_stays_as_it_is():
+    away, state, _ = offloaded(tuner(), 2)
+    before, stored = away.loss(state, BATCH, key=KEY), fingerprint(state)
+    parameters = away.parameters(state)
+    assert fingerprint(state) == stored and fingerprint(parameters) == fingerprint(away.parameters(state))
     flushed = away.flush(state)
+    assert fingerprint(away.parameters(flushed)) == fingerprint(parameters)
+    assert away.loss(flushed, BATCH, key=KEY) == before
     assert away.flush(flushed) is flushed
+    first = away.loss(away.init(init(), key=KEY), BATCH, key=KEY)
+    assert abs(first - before) > 1e-5  # the control: the updates move the loss
+
+
+@pytest.mark.parametrize("name", ["plain", "short floats", "adamezo"])
+def test_flushing_and_replaying_give_the_bits_of_the_run(name):
+    """Six steps, the third skipped: as they are, with a flush after every step, and replayed from their coefficients."""
+    sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))
+    adam = zo.RebuiltAdam(history=3) if name == "adamezo" else None
+    own = zo.mezo(sick, learning_rate=WARMUP, sigma=1e-2, weight_decay=0.1, directions=2, adam=adam)
+    away = zo.Offload(own, transfer_dtype=jnp.bfloat16 if name == "short floats" else None)
+    states = [away.init(init(), key=KEY, batch=BATCH) for _ in range(3)]
+    for step in range(6):
+        batch = BATCH.at[0, 0].set(-1) if step == 2 else BATCH
+        states[0], metrics = away.step(states[0], batch)
+        states[1] = away.flush(away.step(states[1], batch)[0])
+        states[2] = away.replay(states[2], metrics.coefficients)
+        assert fingerprint(states[2]) == fingerprint(states[0]) and metrics.skipped == (step == 2)
+        expected = fingerprint(away.parameters(states[0]))
+        assert fingerprint(away.parameters(states[1])) == expected
+    wrong = away.replay(away.init(init(), key=KEY), -metrics.coefficients)  # the control
+    assert fingerprint(wrong) != fingerprint(away.replay(away.init(init(), key=KEY), metrics.coefficients))
+    with pytest.raises(ValueError, match=r"coefficients must have shape \(2,\), got \(3,\)"):
+        away.replay(states[0], jnp.zeros(3))
 
 
 @pytest.mark.parametrize(

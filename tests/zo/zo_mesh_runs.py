@@ -40,14 +40,13 @@ def run(on=None, *, offload=False, transfer_dtype=None, steps=STEPS, **options):
     for step in range(steps):
         state, metrics = runner.step(state, BATCH)
         if step == 0:
-            pairs = np.asarray(metrics.losses if offload else metrics.fitness).reshape(-1, 2)
+            pairs = np.asarray(metrics.fitness).reshape(-1, 2)
             scale = float(np.abs(metrics.coefficients).max() / np.abs(pairs[:, 0] - pairs[:, 1]).max())
-        loss = metrics.loss if offload else -metrics.mean_fitness
-        seen.append([float(loss), *np.asarray(metrics.coefficients).tolist()])
+        seen.append([-float(metrics.mean_fitness), *np.asarray(metrics.coefficients).tolist()])
     kept = state.resident if offload else state.params
     replicas = [[np.asarray(part.data).tobytes() for part in leaf.addressable_shards] for leaf in jax.tree.leaves(kept)]
     same = all(len(set(parts)) == 1 for parts in replicas)
-    params = runner.parameters(runner.flush(state)) if offload else state.params
+    params = runner.parameters(state)
     return np.array(seen), flat(params), same, scale
 
 
@@ -104,7 +103,7 @@ def crossing():
     host = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
     state, _ = away.step(state, BATCH)
     small, batch = state._replace(blocks=()), away.devices.batch(BATCH)
-    _, carry, aux = away._cache["begin"](small, batch)
+    carry, aux = away._cache["begin"](small, batch)
     on_device = jax.device_put(state.blocks[0], jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), state.blocks[0]))
     hlo = away._cache["visit"].lower(small, on_device, jnp.int32(0), carry, aux).compile().as_text()
     return {"host": host, "stored": sum(leaf.nbytes for leaf in leaves), "crossing": collective_bytes(hlo)}

@@ -1,10 +1,10 @@
-"""DistZO2 (arXiv 2507.03211): what the devices of a mesh share in an offloaded step.
+"""DistZO2 (arXiv 2507.03211): how the devices of a mesh share an offloaded step.
 
     "population"   perturbed streams over devices: directions, or the two signs of one (perturbation parallelism)
     "data"         the batch over devices; losses are (total, weight), summed
-    all of them    every device holds, uploads, updates and takes back its 1/N of a block; an all-gather makes it whole
+    all of them    every device stores, uploads, updates and downloads its 1/N of a block; an all-gather completes the block
 
-The blocks, and two scalars for every perturbed forward, are all that crosses. On one device this is ZO2.
+Only the blocks and two scalars per perturbed forward cross between devices. On one device this is ZO2.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ALIGNED = 2 * addresses.WORD  # values of a slice are a multiple of it: slices s
 SAME = PartitionSpec()  # the same on every device
 SLICES = PartitionSpec(AXES)
 BATCH = PartitionSpec("data")
-OWN = PartitionSpec(*AXES)  # what `own` made
+OWN = PartitionSpec(*AXES)  # of `add_device_axes`
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape", "dtype"])
@@ -41,11 +41,11 @@ class Sliced:
 
     values: Array  # [N slice]; in a program [slice]
     shape: tuple[int, ...]  # of the leaf
-    dtype: Any  # that the model computes in
+    dtype: Any  # dtype of the model's computation
 
 
 def is_sliced(leaf: Any) -> bool:
-    """Whether `leaf` is `Sliced` (for `jax.tree` functions)."""
+    """Return whether `leaf` is `Sliced` (for `jax.tree` functions)."""
     return isinstance(leaf, Sliced)
 
 
@@ -69,7 +69,7 @@ class Devices:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """With both axes, of one device where the given mesh has none."""
+        """The mesh with both axes, of size 1 where the given mesh lacks them."""
         if self.given is None:
             return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
         names = self.given.axis_names
@@ -80,22 +80,20 @@ class Devices:
         """Devices along an axis."""
         return 1 if self.given is None else self.given.shape.get(axis, 1)
 
-    # --- around the programs ------------------------------------------------------------------------------------------
-
     def spread(self, function: Callable, ins: Sequence[Any], outs: Any) -> Callable:
-        """`function` on every device; `ins` and `outs` say what it gets and gives: `SAME`, `SLICES`, `BATCH` or `OWN`."""
+        """Map `function` over the devices; `ins` and `outs` are specs out of `SAME`, `SLICES`, `BATCH` and `OWN`."""
         ins = tuple(SAME if spec == BATCH and self.size("data") == 1 else spec for spec in ins)
         return jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
-    def everywhere(self, tree: Any) -> Any:
-        """Put a tree on every device."""
+    def replicate(self, tree: Any) -> Any:
+        """Replicate a tree on every device."""
         return jax.tree.map(lambda leaf: put(leaf, NamedSharding(self.mesh, SAME)), tree)
 
     def batch(self, batch: Any) -> Any:
-        """Put the shares of a batch on the devices along "data".
+        """Shard a batch over "data".
 
         Raises:
-            ValueError: they do not divide the examples.
+            ValueError: the number of devices along "data" does not divide the number of examples.
         """
         parts = self.size("data")
         for leaf in jax.tree.leaves(batch) if parts > 1 else ():
@@ -108,18 +106,18 @@ class Devices:
 
     @property
     def host(self) -> NamedSharding:
-        """Where slices lie between the steps."""
+        """Sharding of slices between the steps."""
         return NamedSharding(self.mesh, SLICES, memory_kind=HOST)
 
-    def stored(self, leaf: np.ndarray, dtype: Any) -> Sliced:
+    def store(self, leaf: np.ndarray, dtype: Any) -> Sliced:
         """Put one leaf of a block into the host's memory.
 
         Args:
-            leaf: in the dtype that it travels in.
-            dtype: that the model computes in.
+            leaf: in the dtype of the transfers.
+            dtype: of the model's computation.
 
         Raises:
-            RuntimeError: the memory is full; the message names the setting that raises the limit of CUDA.
+            RuntimeError: the memory is full; the message names the setting that raises CUDA's limit.
         """
         flat = np.zeros(self.mesh.size * self._slice(leaf.size), leaf.dtype)
         flat[: leaf.size] = np.ravel(leaf)
@@ -127,8 +125,8 @@ class Devices:
             values = jax.make_array_from_callback(flat.shape, self.host, lambda index: flat[index].copy())
         except RuntimeError as error:
             raise RuntimeError(
-                f"the host's memory for blocks is full ({flat.nbytes / 2**30:.3g} GiB more were wanted); on CUDA it is "
-                "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says more before JAX starts."
+                f"the host's memory for blocks is full ({flat.nbytes / 2**30:.3g} GiB more were requested); on CUDA it is "
+                "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set higher before JAX starts."
             ) from error
         return Sliced(values, leaf.shape, jnp.dtype(dtype))
 
@@ -136,10 +134,8 @@ class Devices:
         """Values in a slice of a leaf."""
         return -(-size // (self.mesh.size * ALIGNED)) * ALIGNED
 
-    # --- in the programs ----------------------------------------------------------------------------------------------
-
-    def whole(self, block: Any) -> Any:
-        """All of a block from its slices, in the dtypes that the model computes in."""
+    def gather(self, block: Any) -> Any:
+        """Gather a block from its slices, in the dtypes of the model's computation."""
 
         def gathered(leaf: Sliced) -> Array:
             flat = jax.lax.all_gather(leaf.values, AXES, tiled=True)
@@ -154,60 +150,60 @@ class Devices:
         return part_of_gradient(leaf, coefficients, first=first, count=count, padded=padded, **where)
 
     def slice_of_uniform(self, key: Array, count: int) -> Array:
-        """This device's slice [count] of numbers in [0, 1) that do not depend on the number of devices."""
+        """This device's slice [count] of uniform numbers in [0, 1) that do not depend on the number of devices."""
         first = jax.lax.axis_index(AXES) * count
         words = addresses.draw_words([jax.random.key_data(key)], [count], first=first)[0]
         return (words >> 8).astype(jnp.float32) * 2.0**-24
 
     def streams(self, directions: int, signs: tuple[float, ...]) -> tuple[Array, Array]:
-        """The streams of this device: directions [a] and the signs of each [a, b], b being 1 where devices share one.
+        """The streams of this device: directions [a] and their signs [a, b]; b is 1 where devices share a direction.
 
-        Streams past the last are evaluated too; `losses` cuts them off.
+        Padding streams after the last are evaluated too; `losses` drops them.
         """
-        count, own = self._entries(directions, len(signs)), jnp.asarray(signs, jnp.float32)
+        count, values = self._entries(directions, len(signs)), jnp.asarray(signs, jnp.float32)
         each = -(-count // self.size("population"))
         index = jax.lax.axis_index("population") * each + jnp.arange(each, dtype=jnp.int32)
         if count == directions:
-            return index, jnp.broadcast_to(own, (each, len(signs)))
-        return index // len(signs), own[index % len(signs)][:, None]
+            return index, jnp.broadcast_to(values, (each, len(signs)))
+        return index // len(signs), values[index % len(signs)][:, None]
 
     def losses(self, parts: tuple[Array, Array], directions: int, signs: int) -> Array:
-        """Losses [n, S] of all streams, known to every device, from the totals and weights [a, b] of its own."""
+        """Losses [n, S] of all streams on every device, from the totals and weights [a, b] of its own."""
         every = jax.lax.all_gather(self.ratio(parts), "population", tiled=True)
         return every[: self._entries(directions, signs)].reshape(directions, signs)
 
     def _entries(self, directions: int, signs: int) -> int:
-        """What "population" is divided into: directions, or streams where there are fewer directions than devices."""
+        """Number of items sharded over "population": directions, or streams where there are fewer directions than devices."""
         return directions if directions >= self.size("population") else directions * signs
 
     @staticmethod
     def ratio(parts: tuple[Array, Array]) -> Array:
-        """Loss from the totals and weights of the shares of a batch."""
+        """Loss from the totals and weights of the shards of a batch."""
         total, weight = jax.lax.psum(parts, "data")
         return total / weight
 
 
-def own(tree: Any) -> Any:
-    """What belongs to one device, as it leaves a program: with two leading axes, to lie over the mesh."""
+def add_device_axes(tree: Any) -> Any:
+    """Add two leading axes of size 1 to per-device values that leave a program, to be sharded over the mesh."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], tree)
 
 
-def mine(tree: Any) -> Any:
-    """What `own` made, as it comes into a program."""
+def drop_device_axes(tree: Any) -> Any:
+    """Undo `add_device_axes` where the values enter a program."""
     return jax.tree.map(lambda leaf: leaf[0, 0], tree)
 
 
 def part_of_gradient(
     leaf: LeafPlan, coefficients: Array, *, first: Array | int, count: int, padded: int, **where: Any
 ) -> Array:
-    """Values first ... first + count - 1 of the flat gradient of one leaf; dense noise is drawn for them alone.
+    """Values first ... first + count - 1 of the flat gradient of one leaf; dense noise is drawn for these only.
 
     Args:
         leaf: its plan, of one block.
         coefficients: float32 [n].
         first: a multiple of `ALIGNED`.
         count: a multiple of `ALIGNED`.
-        padded: length to which the flat gradient is padded; what lies past its end means nothing.
+        padded: length to which the flat gradient is padded; values past its end are arbitrary.
         **where: the other arguments of `estimator.gradient`.
     """
     if leaf.role == "dense":

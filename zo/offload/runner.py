@@ -1,20 +1,19 @@
-"""ZO2 (arXiv 2503.12668): fine-tuning of models larger than the device, with two or three blocks on it at a time.
+"""ZO2 (arXiv 2503.12668): fine-tune models larger than the device, two or three blocks on it at a time.
 
-The blocks lie in the host's memory. In a step every block is uploaded once, gets the update of the PREVIOUS step, runs all
-perturbed streams while it is there, and goes back, while the next one is on its way:
+The blocks stay in the host's memory. A step uploads every block once, applies the update of the PREVIOUS step, runs all
+perturbed streams through the block, and downloads it, while the next block is uploaded:
 
     for l in blocks:   w = upload(l);  w = update(w, pending);  x_ks = block(w + s sigma E_kl, x_ks)  for all k, s;  download(w)
 
-One program does this for every block; Python runs it L times, so that nothing on the device grows with L and the host holds the
-blocks once. The pending update carries its own learning rate; `flush` applies it before evaluation, saving and export, which
-refuse a state without. On a mesh the devices share all of it (`distributed`). Noise comes from the same addresses as without
-offloading, so a step is that of `ZerothOrder` up to rounding.
+Python runs the same programs for all L blocks, so nothing on the device grows with L, and the host stores the blocks once. The
+pending update keeps the learning rate of its step. Noise comes from the same addresses as without offloading, so a step equals
+that of `ZerothOrder` up to rounding. `eggroll.train` and `eggroll.DurableRun` take an `Offload` as any other strategy.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,27 +21,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.devices.processes import whole
+from eggroll.devices.processes import gather
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
-from eggroll.noise.rules import check_params, refuse_quantised
+from eggroll.noise.rules import Perturbation, check_params, refuse_quantised
+from eggroll.population.members import checked_coefficients
+from eggroll.population.metrics import FitnessReport, Metrics
+from eggroll.protocol import Strategy
+from eggroll.update.parameters import UpdateReport
 from eggroll.update.precision import is_low
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced
-from eggroll.zo.offload.streams import OffloadMetrics, OffloadState, Pending, Streams
+from eggroll.zo.offload.streams import OffloadState, Pending, Streams
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment
 from eggroll.zo.strategy import ZerothOrder
 
 
 @dataclasses.dataclass(frozen=True)
 class Offload:
-    """Runs a `ZerothOrder` of a model in pieces with its blocks in the host's memory.
+    """A `ZerothOrder` of a model in pieces whose blocks stay in the host's memory.
 
     Args:
         tuner: its loss is `Blocks`, its optimizer `Descent`; its mesh has the axes "population" and "data", or one of them.
-        transfer_dtype: dtype of float32 blocks in the host's memory and on the way, such as bfloat16, rounded stochastically
-            after every update; None: as they are. Blocks that are short floats are rounded stochastically too.
+        transfer_dtype: dtype of float32 blocks in the host's memory and in transfers, such as bfloat16, rounded stochastically
+            after every update; None: unchanged. Blocks of short floats are rounded stochastically too.
 
     Raises:
         TypeError, ValueError: a tuner that cannot be offloaded.
@@ -58,7 +61,7 @@ class Offload:
         if not isinstance(self.tuner.optimizer, Descent):
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
         if self.tuner.optimizer.momentum is not None:
-            raise ValueError("momentum cannot be deferred block by block: its state would have to travel with the blocks.")
+            raise ValueError("momentum cannot be deferred block by block: its state would be transferred with the blocks.")
         _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
@@ -66,152 +69,229 @@ class Offload:
 
     @functools.cached_property
     def devices(self) -> Devices:
-        """What runs a step."""
+        """The devices that run a step."""
         return Devices(self.tuner.mesh)
 
-    def init(self, params: Any, *, key: Array) -> OffloadState:
+    noise_reuse = 1
+
+    @property
+    def population_size(self) -> int:
+        """Members as the journal counts them: two per direction."""
+        return self.tuner.population_size
+
+    @property
+    def precision(self) -> str:
+        """How parameters are stored: "offloaded", with the transfer dtype; journals of resident runs have another value."""
+        return "offloaded" if self.transfer_dtype is None else f"offloaded as {jnp.dtype(self.transfer_dtype).name}"
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the perturbation."""
+        return self.tuner.sigma
+
+    @property
+    def shaping(self) -> str:
+        """The estimator."""
+        return self.tuner.estimator
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """Noise of the directions."""
+        return self.tuner.perturbation
+
+    def init(self, params: Any, *, key: Array, batch: Any = None) -> OffloadState:
         """Make the state of a new run.
 
         Args:
-            params: {"resident": ..., "blocks": ...}; the blocks may be NumPy arrays, or lie in the host's memory already.
+            params: {"resident": ..., "blocks": ...}; the blocks may be NumPy arrays, or in the host's memory already.
             key: typed key, kept for the whole run.
+            batch: as for `step`, to read the plan too; None: `step` or `plan` does it.
 
         Raises:
-            ValueError: the blocks are not stacked, or have short floats already where `transfer_dtype` is given.
+            ValueError: the blocks are not stacked, or are short floats although `transfer_dtype` is given.
         """
         addresses.check_key(key)
         count = check_blocks(params)
         check_params(params, self.tuner.perturbation)
         refuse_quantised(params, self.tuner.perturbation)
         if self.transfer_dtype is not None and any(is_low(leaf) for leaf in jax.tree.leaves(params["blocks"])):
-            raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which travel as they are.")
-        blocks = tuple(jax.tree.map(lambda x, own=i: self._stored(x[own]), params["blocks"]) for i in range(count))
+            raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which are transferred unchanged.")
+        blocks = tuple(jax.tree.map(lambda x, index=i: self._store(x[index]), params["blocks"]) for i in range(count))
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
         history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
         sigma, none = jnp.float32(self.tuner.sigma), jnp.zeros(self.tuner.directions, jnp.float32)
         pending = Pending(none, jnp.int32(0), sigma, zero, jnp.float32(1), history)
         moment = ProjectedMoment(jnp.int32(0), zero)
         state = OffloadState(resident, (), pending, moment, key, jnp.int32(0), sigma)
-        return self.devices.everywhere(state)._replace(blocks=blocks)
+        state = self.devices.replicate(state)._replace(blocks=blocks)
+        if batch is not None:
+            self.plan(state, batch)
+        return state
 
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:
-        """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do it by themselves, `flush` of a restored state needs it."""
+        """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do so themselves, `replay` and `flush` need it."""
         self._streams(state, batch)
         return self.tuner.plan_of(_shapes(state), batch)
 
-    def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, OffloadMetrics]:
-        """Run one step; its own update stays pending. The blocks of `state` are used up: they are not copied.
+    def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, Metrics]:
+        """Run one step; its own update stays pending. The blocks of `state` are consumed, not copied.
 
         Args:
             state: from `init` or the last `step`.
             batch: any pytree that the pieces take; on a mesh with "data", examples along axis 0.
 
+        Returns:
+            `(state, metrics)`, as `ZerothOrder.step`; gradient norms and the share of moved weights, which a deferred update
+            does not know yet, are NaN.
+
         Raises:
-            ValueError: the devices along "data" do not divide the examples.
+            ValueError: the number of devices along "data" does not divide the number of examples.
         """
         self.tuner.check_batch(batch)
-        streams, batch, small = self._streams(state, batch), self.devices.batch(batch), state._replace(blocks=())
-        resident, carry, aux = self._program("begin", streams.begin, (SAME, BATCH), (SAME, OWN, OWN))(small, batch)
-        blocks, carry = self._each_block("visit", streams.visit, state, carry, aux)
-        new, metrics = self._program("end", streams.end, (SAME, SAME, OWN, BATCH), SAME)(small, resident, carry, batch)
-        return new._replace(blocks=blocks), metrics
+        streams, batch = self._streams(state, batch), self.devices.batch(batch)
+        small = state._replace(resident=self._updated_resident(state), blocks=())
+        carry, aux = self._program("begin", streams.begin, (SAME, BATCH), (OWN, OWN))(small, batch)
+        visit = self._program("visit", streams.visit, (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
+        blocks: list[Any] = []
+        for block in self._replaced_blocks(state, blocks):
+            carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
+        report: FitnessReport = self._program("end", streams.end, (SAME, OWN, BATCH), SAME)(small, carry, batch)
+        new, skipped = self._defer(streams, small, report.coefficients)
+        done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan))
+        return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
+
+    def replay(self, state: OffloadState, coefficients: Any) -> OffloadState:
+        """Repeat a step without evaluating anything; the blocks of `state` are consumed.
+
+        Args:
+            state: before the step; the plan is known.
+            coefficients: float32 [n], `Metrics.coefficients` of the step.
+
+        Returns:
+            The state as `step` left it, bit for bit on the same backend.
+
+        Raises:
+            ValueError: wrong length, or no plan yet.
+        """
+        coefficients = checked_coefficients(coefficients, population_size=self.population_size)
+        streams, updated = self._known_streams("replay"), self.flush(state)
+        return self._defer(streams, updated, coefficients)[0]
 
     def flush(self, state: OffloadState) -> OffloadState:
-        """Apply what is pending; the blocks of `state` are used up. A state without anything pending stays as it is."""
-        if not float(state.pending.rate):
+        """Apply the pending update; the blocks of `state` are consumed. Without a pending update the state is unchanged."""
+        if not _is_pending(state):
             return state
-        if "streams" not in self._cache:
-            raise ValueError("flush needs the plan: call plan(state, batch).")
-        streams = self._cache["streams"]
-        only_update = lambda small, block, index, carry, aux: (streams.moved_block(small, block, index), carry)  # noqa: E731
-        blocks, _ = self._each_block("flush", only_update, state, None, None)
-        resident = self._program("flush resident", streams.moved_resident, (SAME,), SAME)(state._replace(blocks=()))
-        pending = state.pending._replace(rate=self.devices.everywhere(jnp.float32(0)))
-        return state._replace(resident=resident, blocks=blocks, pending=pending)
+        blocks: list[Any] = []
+        for _ in self._replaced_blocks(state, blocks):
+            pass
+        pending = state.pending._replace(rate=self.devices.replicate(jnp.float32(0)))
+        return state._replace(resident=self._updated_resident(state), blocks=tuple(blocks), pending=pending)
 
     def loss(self, state: OffloadState, batch: Any, *, key: Array) -> Array:
-        """The unperturbed loss of what `flush` returned, block by block; float32 [].
+        """Return the unperturbed loss, block by block, float32 []; the state stays as it is.
 
         Raises:
-            ValueError: an update is pending, or the devices along "data" do not divide the examples.
+            ValueError: the number of devices along "data" does not divide the number of examples.
         """
-        if float(state.pending.rate):
-            raise ValueError("an update is pending: evaluate flush(state).")
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
-        key = self.devices.everywhere(key)
-        x, aux = self._program("loss first", streams.first, (SAME, BATCH, SAME), OWN)(state.resident, batch, key)
+        key, resident = self.devices.replicate(key), self._updated_resident(state)
+        x, aux = self._program("loss first", streams.first, (SAME, BATCH, SAME), OWN)(resident, batch, key)
         forward = self._program("loss block", streams.forward, (SLICES, OWN, OWN), OWN)
-        coming = _uploaded(state.blocks[0])
-        for following in (*state.blocks[1:], None):
-            block, coming = coming, None if following is None else _uploaded(following)
+        for block in self._updated_blocks(state):
             x = jax.block_until_ready(forward(block, x, aux))
-        return self._program("loss end", streams.loss, (SAME, OWN, BATCH), SAME)(state.resident, x, batch)
+        return self._program("loss end", streams.loss, (SAME, OWN, BATCH), SAME)(resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
-        """The parameters of what `flush` returned, in their own dtypes, for saving and export; blocks stacked, as NumPy arrays.
+        """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
+        like = jax.tree.leaves(state.blocks[0], is_leaf=is_sliced)
+        stacked = [np.empty((len(state.blocks), *leaf.shape), leaf.dtype) for leaf in like]
+        for index, block in enumerate(self._updated_blocks(state)):
+            for array, leaf in zip(stacked, jax.tree.leaves(block, is_leaf=is_sliced), strict=True):
+                array[index] = gather(leaf.values)[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
+        blocks = jax.tree.unflatten(jax.tree.structure(state.blocks[0], is_leaf=is_sliced), stacked)
+        return {"resident": self._updated_resident(state), "blocks": blocks}
 
-        Raises:
-            ValueError: an update is pending.
-        """
-        if float(state.pending.rate):
-            raise ValueError("an update is pending: save flush(state).")
-
-        def stacked(*leaves: Sliced) -> np.ndarray:
-            shape, dtype = leaves[0].shape, leaves[0].dtype
-            return np.stack([whole(leaf.values)[: math.prod(shape)].reshape(shape).astype(dtype) for leaf in leaves])
-
-        return {"resident": state.resident, "blocks": jax.tree.map(stacked, *state.blocks, is_leaf=is_sliced)}
-
-    # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _stored(self, leaf: Any) -> Sliced:
-        """A leaf of one block in the host's memory, as it travels."""
-        travels = leaf.dtype == jnp.float32 and self.transfer_dtype is not None
-        return self.devices.stored(np.asarray(leaf, self.transfer_dtype if travels else None), leaf.dtype)
+    def _store(self, leaf: Any) -> Sliced:
+        """A leaf of one block in the host's memory, in the dtype of its transfers."""
+        shortened = leaf.dtype == jnp.float32 and self.transfer_dtype is not None
+        return self.devices.store(np.asarray(leaf, self.transfer_dtype if shortened else None), leaf.dtype)
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
         shapes, tuner = _shapes(state), self.tuner
         plan = tuner.plan_of(shapes, batch)  # refuses parameters of other shapes
         if "streams" not in self._cache:
+            assert isinstance(tuner.loss, Blocks)
             resident_plan, block_plan = split_plan(plan, shapes)
-            known: Any = {"pieces": tuner.loss, "estimator": ESTIMATORS[tuner.estimator], "descent": tuner.optimizer}
-            known |= {"directions": tuner.directions, "chunk_directions": tuner.chunk_directions, "devices": self.devices}
-            self._cache["streams"] = Streams(**known, resident_plan=resident_plan, block_plan=block_plan)
+            self._cache["streams"] = Streams(
+                pieces=tuner.loss,
+                estimator=ESTIMATORS[tuner.estimator],
+                descent=tuner.optimizer,
+                directions=tuner.directions,
+                chunk_directions=tuner.chunk_directions,
+                resident_plan=resident_plan,
+                block_plan=block_plan,
+                devices=self.devices,
+            )
         return self._cache["streams"]
 
-    def _each_block(self, name: str, visit: Callable, state: OffloadState, carry: Any, aux: Any) -> tuple[tuple, Any]:
-        """Run `visit(state, block, index, carry, aux) -> (block, carry)` over the blocks, the next one on its way meanwhile."""
-        ins, outs = (SAME, SLICES, SAME, OWN, OWN), (SLICES, OWN)
-        where = jax.tree.map(lambda _: self.devices.host, state.blocks[0]), None
-        run = self._program(name, visit, ins, outs, out_shardings=where, donate_argnums=3)
-        small, done, coming = state._replace(blocks=()), [], _uploaded(state.blocks[0])
-        for index, old in enumerate(state.blocks):
-            block = coming
-            coming = _uploaded(state.blocks[index + 1]) if index + 1 < len(state.blocks) else None
-            new, carry = run(small, block, jnp.int32(index), carry, aux)
-            done.append(new)
-            jax.block_until_ready(done[max(0, index - 1)])  # so that no more than three are on the device
+    def _known_streams(self, needed_by: str) -> Streams:
+        if "streams" not in self._cache:
+            raise ValueError(f"{needed_by} needs the plan: call plan(state, batch).")
+        return self._cache["streams"]
+
+    def _updated_resident(self, state: OffloadState) -> Any:
+        """The resident parameters after the pending update."""
+        if not _is_pending(state):
+            return state.resident
+        update = self._known_streams("a pending update").update_resident
+        return self._program("update resident", update, (SAME, SAME, SAME), SAME)(state.pending, state.key, state.resident)
+
+    def _updated_blocks(self, state: OffloadState) -> Iterator[Any]:
+        """Yield the blocks on the device, after the pending update, while the next one is uploaded."""
+        update = None
+        if _is_pending(state):
+            streams, ins = self._known_streams("a pending update"), (SAME, SAME, SLICES, SAME)
+            update = self._program("update block", streams.update_block, ins, SLICES, donate_argnums=2)
+        coming = _upload(state.blocks[0])
+        for index, following in enumerate((*state.blocks[1:], None)):
+            block, coming = coming, None if following is None else _upload(following)
+            yield block if update is None else update(state.pending, state.key, block, jnp.int32(index))
+
+    def _replaced_blocks(self, state: OffloadState, done: list[Any]) -> Iterator[Any]:
+        """Yield the updated blocks on the device; then append them to `done`, in the host's memory, and delete the old ones."""
+        for block, old in zip(self._updated_blocks(state), state.blocks, strict=True):
+            yield block
+            done.append(jax.device_put(block, jax.tree.map(lambda _: self.devices.host, block)))
+            jax.block_until_ready(done[max(0, len(done) - 2)])  # at most three blocks are on the device
             for leaf in jax.tree.leaves(old):
                 leaf.delete()
-        return tuple(done), carry
 
-    def _program(self, name: str, function: Callable, ins: Any, outs: Any, **options: Any) -> Callable:
-        """`function` on all devices, compiled once."""
+    def _defer(self, streams: Streams, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
+        small = state._replace(resident=(), blocks=())
+        new, skipped = self._program("defer", streams.defer, (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
+        return new._replace(resident=state.resident, blocks=state.blocks), skipped
+
+    def _program(self, name: str, function: Callable, ins: Any, outs: Any, *, donate_argnums: int | None = None) -> Callable:
+        """Compile `function` once, for all devices."""
         if name not in self._cache:
-            self._cache[name] = jax.jit(self.devices.spread(function, ins, outs), **options)
+            self._cache[name] = jax.jit(self.devices.spread(function, ins, outs), donate_argnums=donate_argnums)
         return self._cache[name]
 
 
+def _is_pending(state: OffloadState) -> bool:
+    return bool(state.pending.rate)
+
+
 def _shapes(state: OffloadState) -> Any:
-    """Shapes of the parameters as the model computes with them."""
+    """Shapes of the parameters, in the dtypes of the model's computation."""
     count = len(state.blocks)
     stacked = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)  # noqa: E731
-    of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-    return {
-        "resident": jax.tree.map(of, state.resident),
-        "blocks": jax.tree.map(stacked, state.blocks[0], is_leaf=is_sliced),
-    }
+    blocks = jax.tree.map(stacked, state.blocks[0], is_leaf=is_sliced)
+    return {"resident": jax.eval_shape(lambda x: x, state.resident), "blocks": blocks}
 
 
-def _uploaded(block: Any) -> Any:
+def _upload(block: Any) -> Any:
     return jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), block))
+
+
+_: type[Strategy[OffloadState]] = Offload  # checked by mypy

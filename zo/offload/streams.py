@@ -1,6 +1,11 @@
-"""The programs of an offloaded step: perturbed streams through one block, and the update that was deferred to it.
+"""The programs of an offloaded step: the deferred update of one block, and the perturbed streams through it.
 
-Everything here is traced, and is what one device of the mesh does; `offload` runs it, block after block.
+    update_resident, update_block     parameters + pending update -> parameters
+    begin, visit, end                 perturbed streams -> losses -> coefficients
+    defer                             coefficients -> pending update
+
+Updates and `defer` are programs of their own, shared by step, flush and replay: these give the same bits. Everything here is
+traced and runs on every device of the mesh; `runner` calls it block after block.
 """
 
 import dataclasses
@@ -19,22 +24,23 @@ from eggroll.noise.draws import draw_pair, draw_shared
 from eggroll.noise.plan import LeafPlan, Plan
 from eggroll.noise.rules import Frozen
 from eggroll.population.members import member_params
+from eggroll.population.metrics import FitnessReport
 from eggroll.update.estimator import leaf_gradient
 from eggroll.update.precision import is_low, stochastic_round
 from eggroll.zo.blocks import Blocks
-from eggroll.zo.estimators import Estimator, coefficients
-from eggroll.zo.offload.devices import Devices, Sliced, is_sliced, mine, own
+from eggroll.zo.estimators import Estimator, report_losses
+from eggroll.zo.offload.devices import Devices, Sliced, add_device_axes, drop_device_axes, is_sliced
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment, next_moment
 from eggroll.zo.optimizers.rebuilt_adam import History
 
 
 class Pending(NamedTuple):
-    """An update that the parameters do not have yet."""
+    """An update not yet applied to the parameters."""
 
     coefficients: Array  # float32 [n], -d
     generation: Array  # int32 [], of its noise
-    sigma: Array  # float32 [], that its noise was scaled with
-    rate: Array  # float32 [], its own learning rate; 0: nothing is pending
+    sigma: Array  # float32 [], standard deviation of its noise
+    rate: Array  # float32 [], learning rate of its step; 0: nothing is pending
     scale: Array  # float32 [], of the second moment
     history: History | None = None  # of `Descent(adam=...)`: the steps that were not skipped
 
@@ -50,30 +56,29 @@ class OffloadState(NamedTuple):
     generation: Array  # int32 []
     sigma: Array  # float32 []
 
+    @property
+    def member_state(self) -> None:
+        """Offloaded members carry nothing."""
 
-class OffloadMetrics(NamedTuple):
-    """What a step reports."""
-
-    generation: Array  # int32 []
-    loss: Array  # float32 [], unperturbed where the estimator evaluates it, else the mean over the perturbed forwards
-    losses: Array  # float32 [n, 2]
-    coefficients: Array  # float32 [n], -d; -coefficients / (2 sigma) are projected gradients
-    skipped: Array  # bool [], no loss was finite: the step changes nothing
+    @property
+    def params(self) -> dict[str, Any]:
+        """Everything that determines the parameters: the stored ones and the update they still lack."""
+        return {"resident": self.resident, "blocks": self.blocks, "pending": self.pending}
 
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """What the programs need to know.
+    """Static configuration of the compiled programs.
 
     Args:
         pieces: the model.
-        estimator: which streams there are, and what becomes of their losses.
+        estimator: decides the streams, and turns their losses into coefficients.
         descent: the update.
         directions: n.
-        chunk_directions: directions that pass a block at a time; None: all.
+        chunk_directions: directions evaluated at a time; None: all.
         resident_plan: noise of the resident parameters.
         block_plan: noise of one block.
-        devices: what they share.
+        devices: the mesh.
     """
 
     pieces: Blocks
@@ -86,8 +91,8 @@ class Streams:
     devices: Devices
 
     def begin(self, state: OffloadState, batch: Any) -> Any:
-        """The resident parameters with what is pending, where every stream starts, and aux."""
-        resident = self.moved_resident(state)
+        """The start of every stream, and aux."""
+        resident = state.resident
         key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
 
         def begin(params: Any, entry: Any) -> Any:
@@ -97,7 +102,8 @@ class Streams:
 
         base_x, aux = ((), ()) if self.estimator.per_example else self.pieces.begin(resident, batch, key)
         entries = self._entries(batch) if self.estimator.per_example else jnp.zeros(self._own_streams()[1].shape)
-        return resident, own((self._streams(begin, self.resident_plan, resident, entries, state), base_x)), own(aux)
+        x = self._streams(begin, self.resident_plan, resident, entries, state)
+        return add_device_axes((x, base_x)), add_device_axes(aux)
 
     def _entries(self, batch: Any) -> Any:
         """The example of every stream of this device, [a, b, 1, ...]."""
@@ -111,41 +117,32 @@ class Streams:
         return self.devices.streams(self.directions, self.estimator.signs)
 
     def visit(self, state: OffloadState, block: Any, index: Array, carry: Any, aux: Any) -> Any:
-        """A block with what is pending, and all streams behind it."""
-        (x, base_x), aux = mine(carry), mine(aux)
-        moved = self.moved_block(state, block, index)
-        params = self.devices.whole(moved)
+        """All streams after an updated block."""
+        (x, base_x), aux = drop_device_axes(carry), drop_device_axes(aux)
+        params = self.devices.gather(block)
         x = self._streams(functools.partial(self._through, aux=aux), self.block_plan, params, x, state, index)
-        return moved, own((x, self.pieces.block(params, base_x, aux) if self.estimator.unperturbed else base_x))
+        return add_device_axes((x, self.pieces.block(params, base_x, aux) if self.estimator.unperturbed else base_x))
 
     def _through(self, params: Any, carried: Any, *, aux: Any) -> Any:
-        """One stream behind a block; where every direction has an example of its own, it carries that and its aux along."""
+        """One stream after a block; with a per-example estimator the stream carries its example and aux."""
         if not self.estimator.per_example:
             return self.pieces.block(params, carried, aux)
         x, aux, entry = carried
         return self.pieces.block(params, x, aux), aux, entry
 
-    def end(self, state: OffloadState, resident: Any, carry: Any, batch: Any) -> tuple[OffloadState, OffloadMetrics]:
-        """Losses, coefficients, and the next state but for its blocks."""
-        estimator, (x, base_x) = self.estimator, mine(carry)
+    def end(self, state: OffloadState, carry: Any, batch: Any) -> FitnessReport:
+        """The losses as minus fitness, and the coefficients."""
+        estimator, (x, base_x) = self.estimator, drop_device_axes(carry)
 
         def end(params: Any, carried: Any) -> tuple[Array, Array]:
             x, entry = (carried[0], carried[2]) if estimator.per_example else (carried, batch)
             return _total(self.pieces.end(params, x, entry))
 
-        parts = self._streams(end, self.resident_plan, resident, x, state)
+        parts = self._streams(end, self.resident_plan, state.resident, x, state)
         losses = self.devices.losses(parts, self.directions, len(estimator.signs))
-        base = self.devices.ratio(end(resident, base_x)) if estimator.unperturbed else jnp.float32(jnp.nan)
-        other = losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
-        found = -coefficients(estimator, losses[:, 0], other, base, sigma=state.sigma)
-        both = jnp.stack([losses[:, 0], other], axis=1)
-        finite = jnp.isfinite(both)
-        mean = jnp.where(finite, both, 0.0).sum() / finite.sum().astype(jnp.float32)  # NaN where none is
-        # Where the resident step asks for a finite gradient norm, which offloading never has, this asks for finite squares.
-        skipped = ~jnp.isfinite(jnp.square(found / (2 * state.sigma)).sum())
-        loss = base if estimator.unperturbed else mean
-        metrics = OffloadMetrics(state.generation, loss, both, found, skipped)
-        return self._deferred(state._replace(resident=resident), found, skipped), metrics
+        base = self.devices.ratio(end(state.resident, base_x)) if estimator.unperturbed else jnp.float32(jnp.nan)
+        rank = max(self.resident_plan.max_rank, self.block_plan.max_rank)
+        return report_losses(estimator, losses, base, sigma=state.sigma, rank=rank)
 
     def _streams(
         self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array | int = 0
@@ -169,9 +166,14 @@ class Streams:
             return jax.vmap(of_pair)((pairs, signs, carried))
         return jax.lax.map(of_pair, (pairs, signs, carried), batch_size=chunk)
 
-    def _deferred(self, state: OffloadState, found: Array, skipped: Array) -> OffloadState:
-        """The state of the next step, to which the update of this one is pending; a skipped one counts for no schedule."""
-        descent, safe = self.descent, jnp.where(skipped, 0.0, found)
+    def defer(self, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
+        """The next state, with the update of this step pending, and whether the step is skipped.
+
+        A skipped step changes nothing and does not advance the learning rate schedule.
+        """
+        # The resident step requires a finite gradient norm; offloading never has it, and requires finite squares instead.
+        skipped = ~jnp.isfinite(jnp.square(coefficients / (2 * state.sigma)).sum())
+        descent, safe = self.descent, jnp.where(skipped, 0.0, coefficients)
         moment, scale = next_moment(state.moment, safe, state.sigma, descent.second_moment or 0.0)
         scale = jnp.float32(1) if descent.second_moment is None else scale
         rate = jnp.where(skipped, 0.0, descent.rate(state.moment.steps))
@@ -181,71 +183,79 @@ class Streams:
             after = history.after(safe, state.generation, state.sigma)
             history = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, history)
         pending = Pending(safe, state.generation, state.sigma, rate, scale, history)
-        return state._replace(pending=pending, moment=moment, generation=state.generation + 1)
+        return state._replace(pending=pending, moment=moment, generation=state.generation + 1), skipped
 
-    def moved_resident(self, state: OffloadState) -> Any:
-        """The resident parameters with what is pending."""
+    def update_resident(self, pending: Pending, run_key: Array, resident: Any) -> Any:
+        """Apply the pending update to the resident parameters."""
 
-        def moved(leaf: Array, planned: LeafPlan, ascent: Array, key: Array) -> Array:
-            new = self._moved(leaf, planned, ascent, state.pending)
+        def update(leaf: Array, planned: LeafPlan, ascent: Array, key: Array) -> Array:
+            new = self._updated(leaf, planned, ascent, pending)
             return stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(key, leaf.shape)) if is_low(leaf) else new
 
-        return self._each_leaf(moved, leaf_gradient, self.resident_plan, state.resident, state, 0)
+        return self._update_leaves(update, leaf_gradient, self.resident_plan, resident, pending, run_key, 0)
 
-    def moved_block(self, state: OffloadState, block: Any, index: Array) -> Any:
-        """This device's slices of a block with what is pending."""
+    def update_block(self, pending: Pending, run_key: Array, block: Any, index: Array) -> Any:
+        """Apply the pending update to this device's slices of a block."""
 
-        def moved(leaf: Sliced, planned: LeafPlan, ascent: Array, key: Array) -> Sliced:
-            new = self._moved(leaf.values, planned, ascent, state.pending)
+        def update(leaf: Sliced, planned: LeafPlan, ascent: Array, key: Array) -> Sliced:
+            new = self._updated(leaf.values, planned, ascent, pending)
             if is_low(leaf.values):
                 uniform = self.devices.slice_of_uniform(key, new.size)
                 new = stochastic_round(new, leaf.values.dtype, uniform=uniform)
             return dataclasses.replace(leaf, values=new)
 
-        return self._each_leaf(moved, self.devices.slice_of_gradient, self.block_plan, block, state, index)
+        return self._update_leaves(update, self.devices.slice_of_gradient, self.block_plan, block, pending, run_key, index)
 
-    def _each_leaf(
-        self, moved: Callable, estimate: Callable, plan: Plan, tree: Any, state: OffloadState, index: Array | int
+    def _update_leaves(
+        self,
+        update: Callable,
+        estimate: Callable,
+        plan: Plan,
+        tree: Any,
+        pending: Pending,
+        run_key: Array,
+        index: Array | int,
     ) -> Any:
-        """`moved(leaf, planned, its ascent, key for rounding)` for every leaf that is not frozen."""
-        pending, adam = state.pending, self.descent.adam
-        rounding = jax.random.fold_in(addresses.stream_key(state.key, 2), pending.generation)
+        """Call `update(leaf, planned, ascent, rounding key)` for every leaf that is not frozen."""
+        adam = self.descent.adam
+        rounding = jax.random.fold_in(addresses.stream_key(run_key, 2), pending.generation)
         rounding = jax.random.fold_in(rounding, index)
 
         def of_leaf(leaf: Any, planned: LeafPlan) -> Any:
             if isinstance(planned.spec, Frozen):
                 return leaf
             key = jax.random.fold_in(rounding, zlib.crc32(planned.path.encode()))
-            own = functools.partial(estimate, planned, noise_key=state.key, first_index=index)
+            estimate_leaf = functools.partial(estimate, planned, noise_key=run_key, first_index=index)
             if adam is None or pending.history is None:
-                ascent = own(pending.coefficients, noise_generation=pending.generation, sigma=pending.sigma)
+                ascent = estimate_leaf(pending.coefficients, noise_generation=pending.generation, sigma=pending.sigma)
             else:
-                ascent = adam.ascent(pending.history, own)
-            return moved(leaf, planned, ascent, key)
+                ascent = adam.ascent(pending.history, estimate_leaf)
+            return update(leaf, planned, ascent, key)
 
         leaves = zip(jax.tree.leaves(tree, is_leaf=is_sliced), plan.leaves, strict=True)
         return jax.tree.unflatten(plan.tree, [of_leaf(*leaf) for leaf in leaves])
 
-    def _moved(self, values: Array, planned: LeafPlan, ascent: Array, pending: Pending) -> Array:
-        """Float32 values with what is pending."""
+    def _updated(self, values: Array, planned: LeafPlan, ascent: Array, pending: Pending) -> Array:
+        """Float32 values after the pending update; the same bits where nothing is pending."""
         wide = values.astype(jnp.float32)
         decay = self.descent.weight_decay if self.descent.decays_at(planned.path) else 0.0
-        return wide + pending.rate * (ascent / pending.scale - decay * wide)
+        return jnp.where(pending.rate == 0, wide, wide + pending.rate * (ascent / pending.scale - decay * wide))
 
     def forward(self, block: Any, x: Any, aux: Any) -> Any:
         """One block, unperturbed."""
-        return own(self.pieces.block(self.devices.whole(block), mine(x), mine(aux)))
+        x, aux = drop_device_axes(x), drop_device_axes(aux)
+        return add_device_axes(self.pieces.block(self.devices.gather(block), x, aux))
 
     def first(self, resident: Any, batch: Any, key: Array) -> Any:
-        """Where an unperturbed stream starts, and aux."""
-        return own(self.pieces.begin(resident, batch, key))
+        """The start of an unperturbed stream, and aux."""
+        return add_device_axes(self.pieces.begin(resident, batch, key))
 
     def loss(self, resident: Any, x: Any, batch: Any) -> Array:
         """The loss at the end of an unperturbed stream."""
-        return self.devices.ratio(_total(self.pieces.end(resident, mine(x), batch)))
+        return self.devices.ratio(_total(self.pieces.end(resident, drop_device_axes(x), batch)))
 
 
 def _total(result: Any) -> tuple[Array, Array]:
-    """A loss, or (total, weight), as float32 totals."""
+    """A loss, or (total, weight), as a float32 total and weight."""
     total, weight = result if isinstance(result, tuple) else (result, 1.0)
     return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)

@@ -98,9 +98,9 @@ def same():
     again_sick, _ = _train("sick", 3, sick, every=5)  # replays generations that were skipped
     arrays = {"embed": moved["resident"]["embed"], "block": moved["blocks"]["w"]}
     arrays |= {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.smallest(3 << 30)}
-    arrays |= {"mean": [record.mean_fitness for record in history], "memory": processes.whole(memory.member_state)}
+    arrays |= {"mean": [record.mean_fitness for record in history], "memory": processes.gather(memory.member_state)}
     arrays |= {"w": state.params["w"], "b": state.params["b"], "outputs": outputs, "told": told.params["w"]}
-    arrays["momentum"] = processes.whole(jax.tree.leaves(state.opt_state)[1])
+    arrays["momentum"] = processes.gather(jax.tree.leaves(state.opt_state)[1])
     arrays["resumed"] = fingerprint(again) == fingerprint(state) and not nothing
     if processes.is_first():
         np.savez(FOLDER / "same.npz", **{name: np.asarray(value) for name, value in arrays.items()})

@@ -63,7 +63,7 @@ def test_a_process_that_dies_ends_the_job_and_the_next_start_resumes(tmp_path):
     assert start(2, tmp_path / "whole", "killed")[0] == 0
     (tmp_path / "parts" / "deadly").touch()
     code, said = start(2, tmp_path / "parts", "killed")
-    assert code == 1 and "process 1 of 2 was killed by SIGKILL; the others were ended" in said.splitlines()[-1]
+    assert code == 1 and "process 1 of 2 was killed by SIGKILL; the others were terminated" in said.splitlines()[-1]
     assert start(2, tmp_path / "parts", "killed")[0] == 0
     whole, parts = (json.loads((tmp_path / name / "killed.json").read_text()) for name in ("whole", "parts"))
     assert parts["fingerprint"] == whole["fingerprint"] and whole["generations"] == 9
@@ -141,7 +141,7 @@ def test_ending_the_launcher_ends_its_processes(tmp_path):
 def test_launch_ends_the_others_when_one_fails(tmp_path):
     script = tmp_path / "one.py"
     script.write_text("import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\ntime.sleep(60)\n")
-    assert launch.launch(3, [str(script)]).startswith("process 1 of 3 ended with 3; the others were ended.")
+    assert launch.launch(3, [str(script)]).startswith("process 1 of 3 exited with 3; the others were terminated.")
     script.write_text("")
     assert launch.launch(2, [str(script)]) is None
 
@@ -156,7 +156,7 @@ def test_launch_that_is_interrupted_says_one_sentence(monkeypatch):
 
 
 def test_lost_processes_are_told_only_where_there_are_several():
-    with pytest.raises(ValueError, match=r"^Gloo failed$"), processes.told_of_lost_process("generation 3"):
+    with pytest.raises(ValueError, match=r"^Gloo failed$"), processes.report_lost_process("generation 3"):
         raise ValueError("Gloo failed")
 
 

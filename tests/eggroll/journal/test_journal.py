@@ -189,7 +189,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 def test_generations_follow_each_other(tmp_path):
     writer = Writer(tmp_path / "journal.bin", HEADER)
     writer.append(ENTRIES[0])
-    with pytest.raises(JournalError, match="goes on with generation 1, got 3"):
+    with pytest.raises(JournalError, match="continues with generation 1, got 3"):
         writer.append(ENTRIES[3])
     writer.close()
 

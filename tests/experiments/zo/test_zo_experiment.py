@@ -151,7 +151,7 @@ def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in library.RECIPES if name != "lozo_m"])  # whose momentum cannot be deferred
 def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, monkeypatch):
-    """Offloaded and resident runs agree; an offloaded one that stopped goes on bit for bit."""
+    """Offloaded and resident runs agree; an interrupted offloaded run resumes bit for bit, and its journal rebuilds it."""
     options = [
         *place[1],
         "--recipe",
@@ -176,8 +176,22 @@ def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, 
     capsys.readouterr()
     assert run(capsys, *options, *stopped, "--resume") | MEASURED == away | MEASURED
     assert weights(place[0] / f"back-{recipe}") == weights(place[0] / f"away-{recipe}")
+    lines = [(place[0] / f"{name}-{recipe}" / "metrics.jsonl").read_text().splitlines() for name in ("here", "away", "back")]
+    assert [[json.loads(line).keys() for line in own] for own in lines] == [[json.loads(line).keys() for line in lines[0]]] * 3
+    journal.main(["verify", str(place[0] / f"back-{recipe}")])
+    assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has a run with other settings: sigma"):
         zo.main([*options, *stopped, "--resume", "--sigma", "0.5"])
+
+
+def test_an_offloaded_run_of_the_last_version_is_refused(place):
+    folder = place[0] / "old"
+    (folder / "checkpoints" / "4").mkdir(parents=True)
+    (folder / "checkpoints" / "settings.json").write_text("{}")
+    options = [*place[1], "--offload", "--steps", "4", "--batch-size", "4", "--folder", str(folder), "--resume"]
+    with pytest.raises(SystemExit, match=r"error: .*old has an offloaded run of version 0.1, which kept no journal"):
+        zo.main(options)
+    assert not (folder / "journal.bin").exists()
 
 
 @pytest.mark.heavy
