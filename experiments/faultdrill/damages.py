@@ -1,4 +1,4 @@
-"""Damages copies of a run's files: every damage must be found, or do no harm.
+"""Damage copies of a run's files: every damage must be detected or harmless.
 
 python -m experiments.faultdrill.damages FOLDER DAMAGES SEED
 """
@@ -19,11 +19,11 @@ from eggroll.journal.fingerprint import fingerprint
 
 
 def damage_apart(folder: Path, *, damages: int, seed: int) -> dict[str, int]:
-    """`damage` in a process of its own: tasks that orbax abandons on damaged files complain there, some of them late."""
+    """Run `damage` in its own process, which isolates late errors of tasks that orbax abandons on damaged files."""
     command = [sys.executable, "-m", "eggroll.experiments.faultdrill.damages", str(folder), str(damages), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"damaging the files ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"damaging the files failed with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -31,13 +31,13 @@ def damage(folder: Path, *, damages: int, seed: int) -> dict[str, int]:
     """Damage copies of the journal and of the last checkpoint.
 
     Returns:
-        Counts: "found"; "harmless", a checkpoint that came back whole because the file is not read any more; "silent", wrong
-        data that came back without a word.
+        Counts: "found"; "harmless": the checkpoint is intact, because the damaged file is not read; "silent": wrong data was
+        restored without an error.
     """
     chance, counts = random.Random(seed + 1), {"found": 0, "harmless": 0, "silent": 0}
     initial = make({})[1]
-    whole = _restored(folder, initial)
-    assert whole is not None, "the undamaged checkpoint cannot be read"
+    expected = _restore(folder, initial)
+    assert expected is not None, "the undamaged checkpoint cannot be read"
     for index in range(damages):
         copy = folder.parent / f"{folder.name}-damaged"
         shutil.rmtree(copy, ignore_errors=True)
@@ -54,8 +54,8 @@ def damage(folder: Path, *, damages: int, seed: int) -> dict[str, int]:
         else:
             del data[place:]
         file.write_bytes(data)
-        back = _restored(copy, initial) if which == "checkpoint" else None if _journal_damaged(copy) else "unnoticed"
-        counts["found" if back is None else "harmless" if back == whole else "silent"] += 1
+        found = _restore(copy, initial) if which == "checkpoint" else None if _journal_damaged(copy) else "unnoticed"
+        counts["found" if found is None else "harmless" if found == expected else "silent"] += 1
         shutil.rmtree(copy)
     return counts
 
@@ -66,12 +66,12 @@ def _journal_damaged(folder: Path) -> bool:
         generations = sum(1 for _ in reader)
     except JournalError:
         return True
-    whole = sum(1 for _ in Reader(folder.parent / folder.name.removesuffix("-damaged") / "journal.bin"))
-    return reader.note is not None or generations < whole
+    expected = sum(1 for _ in Reader(folder.parent / folder.name.removesuffix("-damaged") / "journal.bin"))
+    return reader.note is not None or generations < expected
 
 
-def _restored(folder: Path, initial: Any) -> str | None:
-    """The fingerprint of the last checkpoint as it comes back, None where it is refused."""
+def _restore(folder: Path, initial: Any) -> str | None:
+    """Fingerprint of the last checkpoint as restored; None where it is refused."""
     checkpoints = Checkpoints(folder / "checkpoints", config=None)
     with contextlib.suppress(ValueError):
         restored = checkpoints.restore(initial, Statistics().save())

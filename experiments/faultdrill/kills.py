@@ -1,4 +1,4 @@
-"""Kills the training in every kind of moment, and starts it again."""
+"""Kill the training at every kind of moment, and restart it."""
 
 import dataclasses
 import random
@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import Any
 
 MOMENTS = ("start", "training", "journal", "checkpoint")
-STARTS, SHORT = 3.0, 0.02  # seconds: a process is starting, a few generations
+STARTUP, SHORT = 3.0, 0.02  # seconds: start-up of a process; a few generations
 
 
 @dataclasses.dataclass
 class Drill:
-    """What happened so far."""
+    """Counts of a drill."""
 
     kills: dict[str, int]
     resumes: int = 0
-    lost: int = 0  # generations that were reported done before a kill and done again after it
+    lost: int = 0  # generations reported before a kill and repeated after it
     done: int = 0  # generations reported
 
     def start(
         self, folder: Path, generations: int, checkpoint_every: int, *, die: tuple[str, int] | None = None, delay: float = 0.0
     ) -> bool:
-        """Run the training until it ends or is killed.
+        """Run the training until it exits or is killed.
 
         Args:
             folder: of the run.
             generations: of the whole run.
             checkpoint_every: generations between checkpoints.
-            die: moment and generation of the kill; None: it is left alone.
-            delay: seconds from the start of the process ("start", but no later than its first report), or from the report of
-                the generation ("training"), to the kill; in other moments the training kills itself.
+            die: moment and generation of the kill; None: no kill.
+            delay: seconds to the kill, from the start of the process ("start", but no later than its first report) or from the
+                report of the generation ("training"); at other moments the training kills itself.
 
         Returns:
-            Whether it came to its end.
+            Whether the training completed.
         """
         moment, at = die or ("none", 0)
         command = [
@@ -65,25 +65,25 @@ class Drill:
                     time.sleep(0 if moment == "start" else delay)
                     process.kill()
                     moment = "none"
-        errors = process.communicate()[1].strip().splitlines() or ["it said nothing"]
+        errors = process.communicate()[1].strip().splitlines() or ["no error output"]
         code = process.returncode
-        # The last report may be of a generation that was being recorded when the kill came.
+        # The kill may have interrupted the recording of the last reported generation.
         self.done = max(self.done, 0 if reported is None else reported - 1)
         if code not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"the training ended with {code}: {errors[-1]}")
+            raise RuntimeError(f"the training exited with {code}: {errors[-1]}")
         return code == 0
 
 
 def drill(folder: Path, *, generations: int, checkpoint_every: int, kills: int, seed: int) -> dict[str, Any]:
-    """Kill and resume until the run is done; return the counts."""
+    """Kill and resume until the run is complete; return the counts."""
     chance = random.Random(seed)
     moments = [MOMENTS[index % len(MOMENTS)] for index in range(kills)]
     chance.shuffle(moments)
     state = Drill(dict.fromkeys(MOMENTS, 0))
     for index, moment in enumerate(moments):
-        # Kills are spread over the run, so that some come early and some late.
+        # Spread the kills over the run.
         at = chance.randrange(*(generations * (index + part) // (kills + 1) for part in (0, 1)))
-        delay = chance.random() * (STARTS if moment == "start" else SHORT)
+        delay = chance.random() * (STARTUP if moment == "start" else SHORT)
         if state.start(folder, generations, checkpoint_every, die=(moment, at), delay=delay):
             break
         state.kills[moment] += 1

@@ -1,4 +1,4 @@
-"""The training that the drill kills: a small network with a journal and checkpoints, in a process of its own.
+"""The training run that the drill kills: a small network with a journal and checkpoints, in its own process.
 
 python -m experiments.faultdrill.training FOLDER GENERATIONS CHECKPOINT_EVERY [MOMENT GENERATION]
 """
@@ -19,6 +19,7 @@ import optax
 
 import eggroll
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.protocol import S
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
@@ -26,17 +27,17 @@ RECIPE = "eggroll.experiments.faultdrill.training:make"
 
 
 class Statistics:
-    """A running mean of the fitness, carried beside the state as front ends do."""
+    """A running mean of the fitness, carried with the state as front ends do."""
 
     def __init__(self) -> None:
         self.mean, self.count = np.float32(0), np.int64(0)
 
     def save(self) -> dict[str, Any]:
-        """As arrays."""
+        """Return arrays."""
         return {"count": np.asarray(self.count), "mean": np.asarray(self.mean)}
 
     def load(self, saved: Any) -> None:
-        """From arrays."""
+        """Restore."""
         self.count, self.mean = np.int64(saved["count"]), np.float32(saved["mean"])
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
@@ -74,36 +75,36 @@ def make(options: Any) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
 
 
 def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[str, int] | None = None) -> str:
-    """Train in `folder` from where it is to the end, or to the moment and the generation of `die`; return the fingerprint."""
+    """Resume training in `folder` to the end, or to the moment and the generation of `die`; return the fingerprint."""
     es, initial = make({})
     carried = Statistics()
-    about = {"experiment": "faultdrill", "checkpoint_every": checkpoint_every}
-    more: dict[str, Any] = {"recipe": {"function": RECIPE, "options": {}}, "checkpoint_every": checkpoint_every}
-    run = DurableRun(folder, es, initial, config=about, carried=carried, **more)
+    config = {"experiment": "faultdrill", "checkpoint_every": checkpoint_every}
+    recipe = {"function": RECIPE, "options": {}}
+    run = DurableRun(folder, es, initial, config=config, carried=carried, recipe=recipe, checkpoint_every=checkpoint_every)
     state, started_at = run.state, int(run.state.generation)
     print(f"started at {started_at}", flush=True)
     if die is not None:
         _arm(run, *die)
     if (left := generations - started_at) > 0:
-        state, _ = train(es, state, batch_of, generations=left, callbacks=[carried, _tell], run_folder=folder, durable=run)
+        state, _ = train(es, state, batch_of, generations=left, callbacks=[carried, _report], run_folder=folder, durable=run)
     run.close()
     return fingerprint((state.params, state.opt_state, carried.save()))
 
 
-def _tell(state: eggroll.ESState, record: Record) -> None:
-    """Callback: the parent counts what was done, not what the files say."""
+def _report(state: eggroll.ESState, record: Record) -> None:
+    """Callback: print the generation; the parent process counts these lines."""
     print(record.generation, flush=True)
 
 
 def _arm(run: DurableRun, moment: str, generation: int) -> None:
-    """Let the run kill itself in the middle of a write."""
+    """Make the process kill itself in the middle of a write."""
     journal, checkpoints = run._journal, run.checkpoints
     assert journal is not None
     if moment == "journal":
         file, done = journal._file, lambda: journal.next or 0
 
         class HalfWritten:
-            """Writes half of a record, and dies."""
+            """Writes half of a record, then kills the process."""
 
             def write(self, data: bytes) -> int:
                 if done() >= generation:
@@ -118,8 +119,8 @@ def _arm(run: DurableRun, moment: str, generation: int) -> None:
     else:
         save = checkpoints.save
 
-        def save_and_die(state: eggroll.ESState, carried: Any = None, *, score: float | None = None) -> None:
-            save(state, carried, score=score)  # it is written in the background
+        def save_and_die(state: S, carried: Any = None, *, score: float | None = None) -> None:
+            save(state, carried, score=score)  # asynchronous
             if int(state.generation) >= generation:
                 time.sleep(random.random() * 0.02)
                 os.kill(os.getpid(), signal.SIGKILL)

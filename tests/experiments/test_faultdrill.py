@@ -28,5 +28,5 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
 def test_a_training_that_fails_ends_the_drill_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     drill = kills.Drill(dict.fromkeys(kills.MOMENTS, 0))
-    with pytest.raises(RuntimeError, match="the training ended with 1"):
+    with pytest.raises(RuntimeError, match="the training exited with 1"):
         drill.start(tmp_path, 10, 5)
