@@ -2,8 +2,8 @@
 
     ask -> function(params, inputs) of every member -> score(outputs, known) on the host -> tell
 
-What is scored may come from anywhere: texts judged by a Python function, a simulator, a server (docs/external.md). A run with
-it has the progress line, the journal, checkpoints and resuming of any other run.
+Outputs can be scored by anything: a Python function on texts, a simulator, a server (docs/external.md). Such a run has the
+progress line, journal, checkpoints and exact resume of any other.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class External:
         function: `function(params, inputs) -> outputs` of one member, any JAX code; inputs as the strategy's
             `members_per_batch` says.
         score: `score(outputs, known) -> fitness`, or `(fitness, aux)`: outputs are NumPy arrays with a leading axis of N,
-            fitness is [N] or [N, K], higher is better, aux is anything and stays as it is. Of several processes the first one
-            scores, and the others take its fitness; their aux is None.
+            fitness is [N] or [N, K], higher is better, aux is anything and is passed through. With several processes the first
+            one scores, and the others receive its fitness; their aux is None.
 
     Raises:
         ValueError: the strategy has a fitness of its own.
@@ -58,10 +58,10 @@ class External:
 
         Args:
             state: from `init` or the last `step`.
-            batch: `(inputs, known)`: what `function` gets, and what `score` gets beside the outputs.
+            batch: `(inputs, known)`: what `function` gets, and what `score` gets besides the outputs.
 
         Returns:
-            `(state, metrics)`; `metrics.aux` is what `score` returned beside the fitness.
+            `(state, metrics)`; `metrics.aux` is what `score` returned with the fitness.
 
         Raises:
             ValueError: the fitness has another length than the population.

@@ -44,8 +44,8 @@ def test_directions_signs_and_batches_over_devices_are_the_same_run(over_meshes)
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_a_block_lies_in_the_host_once_and_crosses_once(over_meshes):
-    """In slices, not in copies; what a device gathers is the block, and nothing else crosses."""
+def test_a_block_is_stored_once_and_crosses_once(over_meshes):
+    """In slices, not in copies; a device gathers the block, and nothing else crosses."""
     block = over_meshes["block"]
     assert block["host"] == block["stored"]
     assert block["crossing"] == {"all-gather": block["stored"] // 2}
@@ -53,7 +53,7 @@ def test_a_block_lies_in_the_host_once_and_crosses_once(over_meshes):
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_what_cannot_be_spread_is_refused(over_meshes):
+def test_what_cannot_be_sharded_is_refused(over_meshes):
     words = {
         "axis": "blocks are offloaded over mesh axes population and data, got 'model'.",
         "forwards": "directions 1 can be shared by at most 2 devices; mesh axis 'population' has 4.",
@@ -63,7 +63,7 @@ def test_what_cannot_be_spread_is_refused(over_meshes):
 
 
 @pytest.mark.parametrize("spec", [Dense("normal"), Dense("rademacher"), LowRank(2)])
-def test_a_part_of_the_gradient_is_cut_out_of_the_whole(spec):
+def test_a_part_of_the_gradient_equals_a_slice_of_all_of_it(spec):
     """Every part draws its own dense noise only."""
     role = "low-rank" if isinstance(spec, LowRank) else "dense"
     axes = {"rows": (0,), "columns": (1,)} if role == "low-rank" else {}
@@ -77,7 +77,7 @@ def test_a_part_of_the_gradient_is_cut_out_of_the_whole(spec):
         np.testing.assert_allclose(np.concatenate(parts)[: expected.size], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_blocks_of_any_shape_are_stored_and_come_back():
+def test_blocks_of_any_shape_are_stored_and_restored():
     away = zo.Offload(zo.mezo(PIECES, learning_rate=0.1))
     params = init()
     params["blocks"]["deep"] = jax.random.normal(jax.random.key(1), (4, 3, 5, 7))

@@ -76,7 +76,7 @@ def test_an_offloaded_run_is_the_resident_run(name):
     np.testing.assert_allclose(away.loss(flushed, BATCH, key=KEY), whole[0] / whole[1], rtol=1e-5)
 
 
-def test_a_learning_rate_that_is_not_the_pending_ones_own_is_noticed():
+def test_the_learning_rate_of_another_step_gives_other_parameters():
     """The negative control: the deferred update with the rate of the next step, as the first implementations had it."""
     own = tuner()
     away = zo.Offload(own)
@@ -89,7 +89,7 @@ def test_a_learning_rate_that_is_not_the_pending_ones_own_is_noticed():
     assert difference > 1e-3
 
 
-def test_blocks_stay_in_the_hosts_memory_and_are_used_up():
+def test_blocks_stay_in_host_memory_and_are_consumed():
     away = zo.Offload(tuner())
     first = away.init(init(), key=KEY)
     state, _ = away.step(first, BATCH)
@@ -137,8 +137,8 @@ def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
     assert found[64][2] == 8 * found[8][2]  # the blocks themselves did grow
 
 
-def test_short_floats_travel_and_their_small_updates_arrive():
-    """bfloat16 on the way: 30 updates smaller than its spacing. The slope of what arrived on what should have is 1, and not 0,
+def test_short_floats_are_transferred_and_small_updates_accumulate():
+    """bfloat16 transfers: 30 updates smaller than its spacing. The slope of the actual on the exact change is 1, and not 0,
     within 5 standard errors.
     """
     push = zo.Blocks(lambda r, b, k: (r["s"] * jnp.ones(()), ()), lambda p, x, a: x + p["w"].sum(), lambda r, x, b: x)
@@ -152,7 +152,7 @@ def test_short_floats_travel_and_their_small_updates_arrive():
         plain, _ = own.step(plain)
     assert state.blocks[0]["w"].values.dtype == jnp.bfloat16
     blocks = away.parameters(away.flush(state))["blocks"]
-    np.testing.assert_array_equal(blocks["n"], params["blocks"]["n"])  # integers travel as they are
+    np.testing.assert_array_equal(blocks["n"], params["blocks"]["n"])  # integers are transferred unchanged
     arrived, wanted = np.ravel(blocks["w"]) - 1, np.ravel(plain.params["blocks"]["w"]) - 1
     assert blocks["w"].dtype == np.float32 and np.abs(wanted).max() < 2**-8  # less than one step of bfloat16
     slope = arrived @ wanted / (wanted @ wanted)
@@ -180,7 +180,7 @@ def _square(params, batch, key):
     return jnp.sum(params["w"] ** 2)
 
 
-def test_dropout_within_the_blocks_is_that_of_the_resident_step():
+def test_dropout_within_the_blocks_equals_that_of_the_resident_step():
     def dropping(params, x, key):
         return block(params, x, jnp.ones(())) * jax.random.bernoulli(key, 0.7, x.shape).astype(x.dtype)
 
@@ -204,7 +204,7 @@ def test_a_restored_state_needs_the_plan_and_other_shapes_are_refused():
         away.step(other, BATCH)
 
 
-def test_one_bad_direction_and_overflow_are_the_resident_steps_matter():
+def test_a_bad_direction_and_an_overflow_are_handled_as_in_the_resident_step():
     sick = PIECES._replace(end=lambda r, x, b: (jnp.where(r["norm"][0] > 1, jnp.inf, 1.0) * end(r, x, b)[0], end(r, x, b)[1]))
     huge = PIECES._replace(end=lambda r, x, b: (1e25 * end(r, x, b)[0], end(r, x, b)[1]))
     for pieces, skips in ((sick, False), (huge, True)):
@@ -217,7 +217,7 @@ def test_one_bad_direction_and_overflow_are_the_resident_steps_matter():
         np.testing.assert_allclose(flat(away.parameters(away.flush(moved))), flat(state.params), atol=1e-4)
 
 
-def test_steps_without_a_finite_loss_change_nothing_and_the_next_goes_on():
+def test_a_step_without_a_finite_loss_changes_nothing_and_the_next_step_is_normal():
     sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))
     own = zo.mezo(sick, learning_rate=1e-2, weight_decay=0.1)
     away, bad = zo.Offload(own), BATCH.at[0, 0].set(-1)
@@ -229,7 +229,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_the_next_goes_on():
     assert not metrics.skipped and float(state.pending.rate) > 0
 
 
-def test_a_pending_update_is_in_parameters_and_loss_and_the_state_stays_as_it_is():
+def test_parameters_and_loss_include_the_pending_update_and_keep_the_state():
     away, state, _ = offloaded(tuner(), 2)
     before, stored = away.loss(state, BATCH, key=KEY), fingerprint(state)
     parameters = away.parameters(state)
@@ -243,7 +243,7 @@ def test_a_pending_update_is_in_parameters_and_loss_and_the_state_stays_as_it_is
 
 
 @pytest.mark.parametrize("name", ["plain", "short floats", "adamezo"])
-def test_flushing_and_replaying_give_the_bits_of_the_run(name):
+def test_flush_and_replay_give_the_bits_of_the_run(name):
     """Six steps, the third skipped: as they are, with a flush after every step, and replayed from their coefficients."""
     sick = PIECES._replace(end=lambda r, x, b: tuple(jnp.where(b[0, 0] < 0, jnp.nan, part) for part in end(r, x, jnp.abs(b))))
     adam = zo.RebuiltAdam(history=3) if name == "adamezo" else None

@@ -47,7 +47,7 @@ class Mean:
 
 
 def go(folder, steps, *, interrupt=None, offload=True, config=None):
-    """Train from where the folder is, up to `steps` or to an interrupt before `interrupt` is recorded."""
+    """Resume training in a folder, up to `steps` or to an interrupt before step `interrupt` is recorded."""
     es, initial = make(RECIPE["options"], offload=offload)
     mean = Mean()
     options = dict(carried=mean, checkpoint_every=3, recipe=RECIPE)
@@ -109,7 +109,7 @@ def test_the_journal_rebuilds_parameters_and_checkpoints_bit_for_bit(whole, caps
     assert all(same.values()) if steps == 8 else not any(same.values())  # the parameters of step 6 are others
 
 
-def test_a_checkpoint_that_differs_is_told_from_the_journal(whole, tmp_path, capsys):
+def test_verify_detects_a_checkpoint_that_differs_from_the_journal(whole, tmp_path, capsys):
     """The negative control of `verify`: a journal whose last coefficients are others."""
     folder, es, _, _ = whole
     reader = eggroll.journal.Reader(folder / "journal.bin")

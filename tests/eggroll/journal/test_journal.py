@@ -1,4 +1,4 @@
-"""The journal and the durable run: what is written comes back bit for bit, damage is named, other runs are refused."""
+"""The journal and the durable run: records are read back bit for bit, damage is named, other runs are refused."""
 
 import dataclasses
 import gc
@@ -31,7 +31,7 @@ def batch_of(generation):
 
 
 def make(options=None):
-    """Strategy with a plan, and initial state; a recipe too."""
+    """Make a strategy with its plan, and the initial state: the recipe of the journal."""
     options = dict(population_size=16, sigma=0.1) | (options or {})
     es = eggroll.EvolutionStrategy(fitness, optimizer=optax.adam(1e-2), **options)
     state = es.init(PARAMS, key=jax.random.key(3))
@@ -43,7 +43,7 @@ RECIPE = {"function": "tests.eggroll.journal.test_journal:make", "options": {}}
 
 
 class Counter:
-    """Something carried beside the state."""
+    """Carried with the state."""
 
     def __init__(self):
         self.total, self.mean = 0, np.zeros(3, np.float32)
@@ -60,7 +60,7 @@ class Counter:
 
 
 def go(folder, generations, *, options=None, every=4, config=None):
-    """Train from where the folder is; return the state and what was carried."""
+    """Resume training in a folder; return the state on disk and what is carried."""
     es, initial = make(options)
     carried = Counter()
     more = {"config": config or {"a": 1}, "carried": carried, "checkpoint_every": every, "recipe": RECIPE}
@@ -70,7 +70,7 @@ def go(folder, generations, *, options=None, every=4, config=None):
         options = {"callbacks": [carried], "run_folder": folder, "durable": run}
         eggroll.train(es, run.state, batch_of, generations=left, **options)
     run.close()
-    state = DurableRun(folder, es, initial, **more)  # what is on disk is what counts
+    state = DurableRun(folder, es, initial, **more)  # read back from disk
     state.close()
     return state.state, carried
 
@@ -97,7 +97,7 @@ def equal(entry, other):
 # --- the file -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_comes_back(tmp_path):
+def test_records_are_read_back(tmp_path):
     reader = Reader(written(tmp_path / "journal.bin"))
     assert reader.header == HEADER and all(map(equal, reader, ENTRIES)) and reader.note is None
 
@@ -114,7 +114,7 @@ def test_three_values_take_a_fifth_of_a_byte(pairs):
     assert len(many) == records._ENTRY.size + 4 * (pairs + 2)
 
 
-def test_every_truncation_loses_at_most_the_cut_record(tmp_path):
+def test_a_truncation_loses_at_most_the_truncated_record(tmp_path):
     path = written(tmp_path / "journal.bin")
     whole, starts = path.read_bytes(), []
     reader = Reader(path)
@@ -127,7 +127,7 @@ def test_every_truncation_loses_at_most_the_cut_record(tmp_path):
         expected = sum(end <= size for end in starts[1:])
         assert sum(1 for _ in reader) == expected
         assert (reader.note is None) == (size in starts)
-        writer = Writer(path, HEADER)  # goes on after the last sound record
+        writer = Writer(path, HEADER)  # continues after the last sound record
         writer.append(ENTRIES[expected])
         writer.close()
         assert path.read_bytes() == whole[: starts[expected + 1]]
@@ -137,7 +137,7 @@ def test_every_truncation_loses_at_most_the_cut_record(tmp_path):
             Reader(path)
 
 
-def test_every_flipped_byte_is_found(tmp_path):
+def test_every_flipped_bit_is_detected(tmp_path):
     path = written(tmp_path / "journal.bin", ENTRIES[:3])
     whole = path.read_bytes()
     for position in range(len(whole)):
@@ -151,7 +151,7 @@ def test_every_flipped_byte_is_found(tmp_path):
             assert len(entries) == 2 and "generation 2, is incomplete and was dropped" in reader.note
 
 
-def test_damage_in_the_middle_names_the_generation_and_stays(tmp_path):
+def test_damage_in_the_middle_names_the_generation_and_is_not_overwritten(tmp_path):
     path = written(tmp_path / "journal.bin")
     damaged = path.read_bytes().replace(np.float32(ENTRIES[2].sigma).tobytes(), b"\0\0\0\0")
     path.write_bytes(damaged)
@@ -160,7 +160,7 @@ def test_damage_in_the_middle_names_the_generation_and_stays(tmp_path):
     assert path.read_bytes() == damaged
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_earlier_records(tmp_path, monkeypatch):
     path = tmp_path / "journal.bin"
     writer = Writer(path, HEADER)
     writer.append(ENTRIES[0])
@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert len(list(Reader(path))) == 2
 
 
-def test_generations_follow_each_other(tmp_path):
+def test_generations_are_consecutive(tmp_path):
     writer = Writer(tmp_path / "journal.bin", HEADER)
     writer.append(ENTRIES[0])
     with pytest.raises(JournalError, match="continues with generation 1, got 3"):
@@ -267,7 +267,7 @@ def test_a_generation_without_a_finite_member_replays_as_one_that_changed_nothin
 # --- the durable run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_any_generation(tmp_path, caplog):
+def test_a_run_resumes_from_any_generation(tmp_path, caplog):
     whole, counted = go(tmp_path / "whole", 11)
     for generations in (0, 3, 4, 9, 11):  # before, on and after a checkpoint
         state, carried = go(tmp_path / "parts", generations)
@@ -290,7 +290,7 @@ def test_lines_of_a_lost_continuation_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tasks that orbax abandons on damaged files
-def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path, damage, caplog):
+def test_a_damaged_checkpoint_is_detected_and_skipped(tmp_path, damage, caplog):
     whole, _ = go(tmp_path / "whole", 10)
     go(tmp_path / "run", 10)
     files = sorted((tmp_path / "run/checkpoints/states/8").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else -1)

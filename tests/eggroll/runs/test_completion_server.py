@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import eggroll
-from eggroll.llm.decoding import (complete, pad_prompts)
 from eggroll.llm import hf
-from tests.eggroll.llm.language_models import (QWEN3, random_params)
+from eggroll.llm.decoding import complete, pad_prompts
+from tests.eggroll.llm.language_models import QWEN3, random_params
 
 PAGE = Path(__file__).parents[3] / "docs" / "external.md"
 LETTERS = "abcdef"

@@ -1,4 +1,4 @@
-"""A run whose members carry a state: what follows the last checkpoint is evaluated again, and has to give what it gave."""
+"""A run with member state: generations after the last checkpoint are evaluated again and must reproduce the journal."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def batch_of(generation, *, other=False):
 
 
 def go(folder, generations, **options):
-    """Train from where the folder is, with a checkpoint every three generations."""
+    """Resume training in a folder, with a checkpoint every three generations."""
     es = eggroll.EvolutionStrategy(recurrent, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1), shaping="z_score")
     initial = es.init(PARAMS, key=jax.random.key(0), member_state=jnp.zeros(4))
     es.plan(initial, batch_of(0))
@@ -40,7 +40,7 @@ def go(folder, generations, **options):
 
 
 @pytest.mark.filterwarnings("ignore:generation 4 was skipped")
-def test_a_run_with_member_state_goes_on_bit_for_bit_also_over_a_generation_without_a_valid_member(tmp_path):
+def test_a_run_with_member_state_resumes_bit_for_bit_even_over_a_generation_without_valid_members(tmp_path):
     _, whole = go(tmp_path / "whole", 8)
     go(tmp_path / "parts", 5)
     start, resumed = go(tmp_path / "parts", 8)
@@ -51,7 +51,7 @@ def test_a_run_with_member_state_goes_on_bit_for_bit_also_over_a_generation_with
 
 
 @pytest.mark.filterwarnings("ignore:generation 4 was skipped")
-def test_generations_that_come_out_differently_are_told_of(tmp_path):
+def test_generations_with_other_coefficients_than_the_journal_are_an_error(tmp_path):
     go(tmp_path, 5)
     with pytest.raises(JournalError, match="generation 3, evaluated again, gave other coefficients than"):
         go(tmp_path, 8, other=True)

@@ -1,4 +1,4 @@
-"""Fitness from outside JAX is the fitness of inside: the same bits, resuming, several devices, errors of one sentence."""
+"""Fitness computed outside JAX: equal to the one inside, exact resume, clear errors."""
 
 import contextlib
 
@@ -119,8 +119,7 @@ def test_anchored_decay_keeps_a_run_near_its_beginning():
     assert 0 < ends[1] < 0.8 * ends[0]
 
 
-def test_the_best_checkpoint_is_known_and_kept(tmp_path):
-    """Also to whoever opens the folder again."""
+def test_the_best_checkpoint_is_kept_and_known_after_reopening(tmp_path):
     es = strategy(fitness)
     state = es.init(PARAMS, key=jax.random.key(0))
     written = Checkpoints(tmp_path, config={}, keep=1)

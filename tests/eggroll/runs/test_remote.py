@@ -1,4 +1,4 @@
-"""Fitness outside JAX: told pairs keep the estimate unbiased; workers that fail, die, are late, join and leave."""
+"""Fitness outside JAX: a subset of pairs keeps the estimate unbiased; workers fail, die, are late, join and leave."""
 
 import collections
 import contextlib
@@ -212,7 +212,7 @@ def failing(fails):
     return score_or_fail
 
 
-def test_errors_of_the_score_are_told_once(stand_in):
+def test_errors_of_the_score_are_warned_of_once(stand_in):
     es, state = make()
     workers = RemoteEvaluator(es, failing(lambda call: call < 3 or call == 16), state, num_workers=1, pairs_per_task=4)
     with pytest.warns(UserWarning, match="the score failed on 3 of 16 members: KeyError: 'no such answer'"):
@@ -239,7 +239,7 @@ def test_a_score_that_always_fails_is_an_error(stand_in, wrong, words):
         workers.evaluate(state)
 
 
-def test_late_results_go_nowhere_and_a_worker_that_does_not_come_back_is_replaced(stand_in, monkeypatch):
+def test_late_results_are_discarded_and_a_lost_worker_is_replaced(stand_in, monkeypatch):
     monkeypatch.setattr("eggroll.runs.remote.MANY_GENERATIONS", 2)
     es, state = make()
     workers = RemoteEvaluator(es, score, state, num_workers=2, pairs_per_task=2, deadline=1000)
@@ -267,7 +267,7 @@ def test_late_results_go_nowhere_and_a_worker_that_does_not_come_back_is_replace
     assert workers.workers[1].calls["evaluate"]  # the new one
 
 
-def test_a_worker_without_room_is_not_waited_for_and_joins_with_the_state_of_then(stand_in):
+def test_a_worker_that_starts_late_is_not_waited_for_and_gets_the_current_state(stand_in):
     es, state = make()
     workers = RemoteEvaluator(es, score, state, num_workers=2, pairs_per_task=2)
     first, second = workers.workers
@@ -286,7 +286,7 @@ def test_a_worker_without_room_is_not_waited_for_and_joins_with_the_state_of_the
     assert workers.report.deaths == 0 and workers.workers == (first,)
 
 
-def test_a_worker_that_dies_between_generations_is_replaced_but_not_for_ever(stand_in):
+def test_a_worker_that_dies_between_generations_is_replaced_a_limited_number_of_times(stand_in):
     es, state = make()
     workers = RemoteEvaluator(es, score, state, num_workers=2, pairs_per_task=2)
     state = go_on(workers, es, state, *check(workers, es, state))
@@ -419,7 +419,7 @@ def test_the_pairs_of_a_killed_worker_go_to_another(ray, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_straggler_is_dropped_and_the_next_generations_go_on_without_it_and_with_it(ray, tmp_path):
+def test_a_straggler_is_dropped_and_rejoins_later(ray, tmp_path):
     es, state = make()
     with RemoteEvaluator(es, meeting(tmp_path), state, num_workers=2, pairs_per_task=2) as workers:
         meet(tmp_path, "warm", 2)

@@ -1,4 +1,4 @@
-"""The training loop: what it runs, when it stops, what it writes, what it says."""
+"""The training loop: its generations, its stops, its files, its progress line and warnings."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.runs.training import (Record, train)
+from eggroll.runs.training import Record, train
 
 PARAMS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 10}
 
@@ -80,7 +80,7 @@ def test_stops_at_the_target_and_not_before():
     es, state = make()
     _, everything = train(es, state, jnp.float32(1.0), generations=8)
     means = [record.mean_fitness for record in everything]
-    assert means[4] > max(means[:4])  # else the target says nothing
+    assert means[4] > max(means[:4])  # else the target tests nothing
     _, history = train(es, state, jnp.float32(1.0), generations=8, target=means[4])
     assert len(history) == 5
 
