@@ -330,7 +330,7 @@ def test_wrong_calls_are_refused(stand_in):
     with pytest.raises(ValueError, match="the workers are at generation 1, got 0"):
         workers.evaluate(state)
     workers.close()
-    with pytest.raises(RuntimeError, match="the workers have left"):
+    with pytest.raises(RuntimeError, match="there are no workers"):
         workers.evaluate(later)
 
 
