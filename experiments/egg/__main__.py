@@ -1,9 +1,9 @@
 """Pretrain an integer language model by evolution: `python -m experiments.egg --help`.
 
-EGG (`experiments.models.egg`) reads bytes, every member of the population a stream of its group and with a state of its own. No
-floating-point number and no backpropagation is in the training; reports and schedules are the host's. The last line of standard
-output is a JSON object with bits per byte of the trained parameters on held-out text, beside references of that text. Artefacts
-go to one run folder per seed.
+EGG (`experiments.egg.models.egg`) reads bytes. Each member of the population reads the stream of its group and carries its own
+state. Training uses no floating-point numbers and no backpropagation; metrics and schedules are computed on the host. The last
+line of standard output is a JSON object with the bits per byte of the trained parameters on held-out text, and those of
+reference compressors on the same text. Each seed writes its artefacts to its own run folder.
 """
 
 import sys

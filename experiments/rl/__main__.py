@@ -14,29 +14,18 @@ from typing import Any
 import jax
 
 import eggroll
-from eggroll import envs
 from eggroll.devices.processes import is_first
 from eggroll.envs.drawing.render import render_episode
 from eggroll.experiments.common.checkpoint import save_checkpoint
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, join_processes, print_summary, write_json
 from eggroll.experiments.common.seeds import begin, seed_folder, summary_of
-from eggroll.experiments.rl.baselines.distributions import num_log_stds
-from eggroll.experiments.rl.baselines.ppo import PPO
-from eggroll.experiments.rl.baselines.runs import PPORuns, RandomRuns
+from eggroll.experiments.rl.baseline import PPORuns, RandomRuns
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.mlp import MLP
-from eggroll.experiments.rl.problem import Evaluation, Task, Trained
-
-
-def make_task(config: Config) -> Task:
-    """Make the environment and the policy that `config` names."""
-    environment = envs.make(config.env, max_steps=config.max_steps)
-    # The continuous policy of PPO has standard deviations of its own, outside the network.
-    sampled = config.sampled_actions and not (config.algorithm == "ppo" and num_log_stds(environment.action_space))
-    outputs = envs.output_size(environment.action_space, sampled=sampled)
-    return Task(environment, MLP(config.hidden_sizes, outputs, config.activation), sampled, config.normalise)
+from eggroll.experiments.rl.inputs import load
+from eggroll.experiments.rl.ppo import PPO
+from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained
 
 
 def make_runs(config: Config, task: Task, evaluation: Evaluation) -> Evolution | PPORuns | RandomRuns:
@@ -92,7 +81,7 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
     """Make the strategy and the initial state of a run again: the recipe of its journal."""
     options = options | {"hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])}
     config = Config(**options)
-    task = make_task(config)
+    task = load(config)
     init_key, run_key, *_ = jax.random.split(jax.random.key(config.seed), 5)
     return Evolution(config, task, Evaluation(task, episodes=1)).start(init_key=init_key, run_key=run_key)
 
@@ -113,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = parse(arguments)
         config.check()
         join_processes()
-        task = make_task(config)
+        task = load(config)
         evaluation = Evaluation(task, episodes=config.evaluation_episodes)
         runs = make_runs(config, task, evaluation)
         summary = run(config, runs, evaluation)

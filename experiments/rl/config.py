@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from eggroll.experiments.common.run import jsonable
-from eggroll.experiments.rl.baselines.ppo import PPO
+from eggroll.experiments.rl.ppo import PPO
 from eggroll.experiments.rl.presets import SMALL, paper_settings
 from eggroll.update.shaping import SHAPINGS
 

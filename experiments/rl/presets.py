@@ -78,7 +78,7 @@ def paper_settings(env: str) -> dict[str, Any]:
 
 
 # Settings for two cores, found by a few runs of one seed with EGGROLL; experiments/LOG.md has those that did not do. Dense
-# noise and PPO get the same budget, network and actions; PPO's own settings are the defaults of `experiments.baselines.ppo`.
+# noise and PPO get the same budget, network and actions; PPO's own settings are the defaults of `experiments.rl.ppo`.
 _PAPER_NETWORK: dict[str, Any] = {"hidden_sizes": (256, 256, 256), "activation": "relu_layer_norm", "population_size": 128}
 _MPE = _PAPER_NETWORK | {"hidden_sizes": (64, 64, 64), "learning_rate": 0.01}
 SMALL: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,30 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.rollout import Policy
-from eggroll.experiments.rl.baselines.uniform import play_uniform
+from eggroll.experiments.rl.uniform import play_uniform
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation between them.
+
+    Args:
+        hidden_sizes: widths of the hidden layers.
+        outputs: width of the last layer, which is linear.
+        activation: "tanh", or "relu_layer_norm": relu of the layer norm without parameters, as the policies of the EGGROLL
+            paper (arXiv 2511.16652, appendix N.4).
+    """
+
+    hidden_sizes: Sequence[int]
+    outputs: int
+    activation: str = "tanh"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map [*batch, features] to [*batch, outputs]."""
+        for size in self.hidden_sizes:
+            x = nn.Dense(size)(x)
+            x = nn.tanh(x) if self.activation == "tanh" else nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(x))
+        return nn.Dense(self.outputs)(x)
 
 
 @dataclasses.dataclass(frozen=True)

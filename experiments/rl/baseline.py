@@ -1,4 +1,4 @@
-"""The baselines as `experiments.rl` runs them: with the `train` method that `experiments.evolution.Evolution` has."""
+"""The baselines as `experiments.rl` runs them: with the `train` method that `experiments.rl.evolution.Evolution` has."""
 
 import json
 import statistics
@@ -12,8 +12,8 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.experiments.common.run import jsonable
-from eggroll.experiments.rl.baselines.ppo import Metrics, make_trainer
 from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.ppo import Metrics, make_trainer
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
 from eggroll.runs.progress import progress_line
 

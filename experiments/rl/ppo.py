@@ -18,7 +18,7 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums
-from eggroll.experiments.rl.baselines.collect import ActorCritic, Lanes, Step, advantages, collect, reset
+from eggroll.experiments.rl.collect import ActorCritic, Lanes, Step, advantages, collect, reset
 
 
 @dataclasses.dataclass(frozen=True)

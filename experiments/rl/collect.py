@@ -17,7 +17,7 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics
-from eggroll.experiments.rl.baselines.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
+from eggroll.experiments.rl.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
 
 
 class Lanes(NamedTuple):
