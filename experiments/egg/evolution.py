@@ -12,10 +12,11 @@ from jax import Array
 import eggroll
 from eggroll.devices.processes import is_first, local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.egg.config import Config
-from eggroll.experiments.egg.data.corpus import Corpus, streams
-from eggroll.experiments.egg.data.references import Reference
+from eggroll.experiments.egg.data.corpus import streams
 from eggroll.experiments.egg.figure import plot_bits
+from eggroll.experiments.egg.inputs import Inputs
 from eggroll.experiments.egg.models import egg
 from eggroll.experiments.egg.models.integer_loss import UNITS_PER_BIT
 from eggroll.experiments.egg.models.sampling import sample
@@ -101,26 +102,25 @@ class _Checks:
         return f"best {record.extra['best_bits']:.3f}  mean {record.extra['mean_bits']:.3f}{checked} bits/byte  {speed} bytes/s"
 
 
-def pretrain(
-    config: Config,
-    corpus: Corpus,
-    references: list[Reference],
-    *,
-    init_key: Array,
-    run_key: Array,
-    folder: Path,
-    recipe: dict[str, Any],
-) -> Trained:
-    """Run the generations, from where the folder is if so configured; metrics, figure, samples, journal, checkpoints go there.
+def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
+    """Run the generations, resuming the run in the folder if so configured; all files of the run go to the folder.
 
     Raises:
-        ValueError: the folder has a run with other settings, or files that are damaged; or the corpus file vanished.
+        ValueError: the folder has a run with other settings, or damaged files; or the corpus file vanished.
     """
+    folder, corpus = seed_run.folder, inputs.corpus
+    init_key, run_key = jax.random.split(jax.random.key(seed_run.seed))
     es, initial = start(config, init_key=init_key, run_key=run_key)
-    options = config.options() | {"corpus": corpus.fingerprint}
     validation = Validation(corpus, config)
     checks = _Checks(config, validation, folder)
-    run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
+    run = DurableRun(
+        folder,
+        es,
+        initial,
+        config=config.options() | {"corpus": corpus.fingerprint},
+        checkpoint_every=config.checkpoint_every,
+        recipe=seed_run.recipe,
+    )
     with contextlib.closing(run):
         state, history = run.state, list[Record]()
         if int(state.generation) < config.generations:
@@ -133,7 +133,7 @@ def pretrain(
                 run_folder=folder,
                 durable=run,
                 words=checks.words,
-                plot=lambda _, path: plot_bits(path, references),
+                plot=lambda _, path: plot_bits(path, inputs.references),
             )
     params = local(state.params)
     bits = validation(params) if checks.bits is None else checks.bits

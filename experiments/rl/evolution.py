@@ -1,7 +1,6 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ import eggroll
 from eggroll import envs
 from eggroll.devices.processes import local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
-from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
+from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
@@ -100,22 +100,22 @@ class Evolution:
         self._config, self._task, self._evaluation = config, task, evaluation
         self._es = make_strategy(config, task)
 
-    def start(self, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    def start(self, keys: Keys) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
         """Return the strategy, with its plan, and the initial state."""
-        state = self._es.init(self._task.init_params(key=init_key), key=run_key)
+        state = self._es.init(self._task.init_params(key=keys.init), key=keys.training)
         self._es.plan(state, envs.initial_statistics(self._task.environment.observation_shape))
         return self._es, state
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: dict[str, Any]) -> Trained:
-        """Run the generations, from where the folder is if so configured; metrics, figure, journal and checkpoints go there.
+    def train(self, seed_run: SeedRun) -> Trained:
+        """Run the generations, resuming the run in the folder if so configured; all files of the run go to the folder.
 
         Raises:
-            ValueError: the folder has a run with other settings, or files that are damaged.
+            ValueError: the folder has a run with other settings, or damaged files.
         """
-        config = self._config
-        es, initial = self.start(init_key=init_key, run_key=run_key)
+        config, keys, folder = self._config, seed_keys(seed_run.seed), seed_run.folder
+        es, initial = self.start(keys)
         every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        checks = HeldOutChecks(self._evaluation, key=keys.checks, every=every, target=config.known_target)
         progress = _Progress(self._task, checks)
         run = DurableRun(
             folder,
@@ -124,7 +124,7 @@ class Evolution:
             config=config.options(),
             carried=progress,
             checkpoint_every=config.checkpoint_every,
-            recipe=recipe,
+            recipe=seed_run.recipe,
         )
         state, done = run.state, int(run.state.generation)
         history: list[Record] = []

@@ -62,6 +62,21 @@ class Task:
         return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
 
 
+class Keys(NamedTuple):
+    """The random keys of one seed, by purpose."""
+
+    init: Array
+    training: Array
+    checks: Array
+    evaluation: Array
+    random: Array  # of the random policy
+
+
+def seed_keys(seed: int) -> Keys:
+    """Return the keys of a seed."""
+    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+
+
 class Trained(NamedTuple):
     """What a run of any algorithm ends with."""
 

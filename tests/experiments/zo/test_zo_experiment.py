@@ -105,16 +105,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, monkeypatch):
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, folder=other))
     with monkeypatch.context() as patch:
         patch.setattr(evolution, "train", lambda *args, generations, **more: stopped(*args, generations=3, **more))
-        assert experiment.run_seed(0)["steps"] == 3
+        assert experiment.run()["steps"] == 3
     assert weights(other) != weights(folder)
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, resume=True))
-    row = experiment.run_seed(0)
+    row = experiment.run()
     assert row | MEASURED == {name: summary[name] for name in row} | MEASURED and weights(other) == weights(folder)
     first, second = ((path / "metrics.jsonl").read_text().splitlines() for path in (folder, other))
     assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
     monkeypatch.setattr(experiment.runs, "_config", dataclasses.replace(experiment.config, sigma=0.5))
     with pytest.raises(ValueError, match=r"other settings: sigma \(was 0.001, is 0.5\)"):
-        experiment.run_seed(0)
+        experiment.run()
 
 
 def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
