@@ -46,7 +46,7 @@ def use_compilation_cache() -> None:
 
     Programs for CPUs are machine code, so the folder depends on the features of the processor.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "eggroll" / f"xla-{jax.__version__}-{_processor()}"))
 

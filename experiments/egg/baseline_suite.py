@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import jax
 import optax
 import tyro
 
-from eggroll.experiments.common.run import jsonable, print_summary, run_folder, write_json
+from eggroll.experiments.common.run import exit_on_error, jsonable, print_summary, run_folder, use_compilation_cache, write_json
 from eggroll.experiments.egg import baseline as learners
 from eggroll.experiments.egg.data import corpus
 from eggroll.experiments.egg.data.references import references
@@ -185,13 +184,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.egg_baselines")
-    try:
+    with exit_on_error():
         config.check()
+        use_compilation_cache()
         summary = run(config)
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print_summary(summary)
 
 

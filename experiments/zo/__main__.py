@@ -48,8 +48,8 @@ class Experiment:
 
     def __init__(self, config: Config):
         self.config, self._default = config, f"zo-{config.recipe}"
-        apart = config.seeds > 1 and config.folder is not None  # seeds share the data in the folder above theirs
-        root = run_folder(config.folder) if apart else seed_folder(config, config.seed, default=self._default)
+        shared = None if config.seeds == 1 else config.folder  # several seeds share the data
+        root = seed_folder(config, config.seed, default=self._default) if shared is None else run_folder(shared)
         self.loaded = load(config, root)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
         self.runs = make_runs(config, self.task, self.judge)
