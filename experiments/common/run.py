@@ -88,7 +88,7 @@ def run_folder(name: str | Path) -> Path:
     """Make the folder of a run.
 
     Args:
-        name: folder name, made under `runs/`; a path with a folder in it is taken as it is.
+        name: folder name, made under `runs/`; a path of several parts is used unchanged.
 
     Returns:
         Path of the folder, which exists.
@@ -100,7 +100,7 @@ def run_folder(name: str | Path) -> Path:
 
 
 def jsonable(value: Any) -> Any:
-    """Turn scalars, arrays, mappings and sequences into what JSON holds; numbers that are not finite become None."""
+    """Convert scalars, arrays, mappings and sequences for JSON; numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -113,7 +113,7 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Train what EGG is compared with, at equal data per update: `python -m experiments.egg_baselines --help`.
+"""Train the baselines of EGG, at equal data per update: `python -m experiments.egg_baselines --help`.
 
 egg-adam           EGG in real numbers (`experiments.egg.models.float_egg`), backprop with Adam
 egg-eggroll        EGG in real numbers, EGGROLL in float32 with Adam
@@ -60,7 +60,7 @@ class Config:
     streams: int = 16
     """Streams of text, population_size / group of experiments.egg."""
     bytes_per_update: int = 100
-    """Bytes of every stream in an update; a transformer sees so far back at most, on held-out text too."""
+    """Bytes of every stream in an update; the context of a transformer, on held-out text too."""
     updates: int = 150
     """Updates in all."""
     learning_rates: tuple[float, ...] = ()
@@ -83,7 +83,7 @@ class Config:
     """Gets metrics.jsonl, bits_per_byte.png and results.json, which are replaced."""
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that would not get a clear error later."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -114,12 +114,18 @@ def make_learner(config: Config, baseline: Baseline, rate: float) -> learners.Le
     model, optimizer = make_model(config, baseline), (optax.sgd if baseline == "transformer-sgd" else optax.adam)(rate)
     if baseline != "egg-eggroll":
         return learners.backprop(model, optimizer, streams=config.streams)
-    sizes: dict[str, Any] = {"population_size": config.population_size, "streams": config.streams}
-    return learners.evolution(model, optimizer, sigma=config.sigma, chunk_size=config.chunk_size, **sizes)
+    return learners.evolution(
+        model,
+        optimizer,
+        population_size=config.population_size,
+        streams=config.streams,
+        sigma=config.sigma,
+        chunk_size=config.chunk_size,
+    )
 
 
 class Study:
-    """The runs of a configuration: what they gave, and the file that their metrics go to."""
+    """The runs of a configuration, and the file of their metrics."""
 
     def __init__(self, config: Config, texts: corpus.Corpus, metrics: IO[str]):
         self._config, self._texts, self._metrics = config, texts, metrics

@@ -28,12 +28,12 @@ PROMPT = b"import "
 
 
 class Trained(NamedTuple):
-    """What a run gave."""
+    """Result of a run."""
 
     params: egg.Params
     validation_bits: float  # bits per byte of the unperturbed parameters
     generations: int
-    generation_seconds: float  # median of this process, 0 where it had nothing to do
+    generation_seconds: float  # median of this process, 0 if no generation was left
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
@@ -66,7 +66,7 @@ def start(config: Config, *, init_key: Array, run_key: Array) -> tuple[eggroll.E
 
 
 class _Checks:
-    """Callback of the training loop: puts bits per byte into the record; checks, and draws text, every now and then."""
+    """Callback of the training loop: adds bits per byte to the record; checks on held-out text and draws text at intervals."""
 
     def __init__(self, config: Config, validation: Validation, folder: Path):
         self._config, self._validation, self._folder = config, validation, folder
@@ -89,8 +89,9 @@ class _Checks:
             self._sample(params, done)
 
     def _sample(self, params: egg.Params, generation: int) -> None:
-        options: dict[str, Any] = {"length": self._config.sample_length, "temperature": self._config.temperature}
-        text = PROMPT + sample(params, self._config.model, PROMPT, **options)
+        config = self._config
+        drawn = sample(params, config.model, PROMPT, length=config.sample_length, temperature=config.temperature)
+        text = PROMPT + drawn
         (self._folder / "samples").mkdir(exist_ok=True)
         (self._folder / "samples" / f"{generation:06d}.txt").write_bytes(text)
         print("    " + text.decode(errors="replace").replace("\n", "\n    "), flush=True)

@@ -19,7 +19,7 @@ from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
-MANY_EPISODES = 4096  # fewer side by side are not worth the two compilations that measure their memory
+MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
 
 
 def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
@@ -58,9 +58,9 @@ def _decaying(rate: float, decay: float) -> Any:
 
 
 class _Progress:
-    """Callback of the training loop: keeps the observation statistics, counts, checks the unperturbed parameters.
+    """Callback of the training loop: updates the observation statistics, counts, checks the unperturbed parameters.
 
-    It is what a run carries beside its state (`eggroll.runs.durable.Carried`).
+    A run saves it with its state (`eggroll.runs.durable.Carried`).
     """
 
     def __init__(self, task: Task, checks: HeldOutChecks):
@@ -73,7 +73,7 @@ class _Progress:
         return self.statistics
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
-        """Merge the generation's sums, count, check; tell whether the target is met."""
+        """Merge the generation's sums, count, check; return whether the target is met."""
         self.statistics = envs.merge(self.statistics, local(record.aux))
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
@@ -82,12 +82,12 @@ class _Progress:
         return self.checks.met
 
     def save(self) -> dict[str, Any]:
-        """As arrays."""
+        """Return the progress as arrays."""
         counts = np.array([self.env_steps, self.invalid, self.checks.done, self.checks.met], np.int64)
         return {"counts": counts, "statistics": jax.device_get(self.statistics._asdict())}
 
     def load(self, saved: Any) -> None:
-        """From arrays."""
+        """Restore what `save` returned."""
         self.env_steps, self.invalid, self.checks.done, met = (int(count) for count in saved["counts"])
         self.checks.met = bool(met)
         self.statistics = envs.ObservationStatistics(**jax.tree.map(jnp.asarray, saved["statistics"]))

@@ -1,4 +1,4 @@
-"""A policy network acting in an environment: what every reinforcement-learning algorithm here trains and is judged by."""
+"""A policy network acting in an environment, which all algorithms train, and its evaluation on fresh episodes."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def seed_keys(seed: int) -> Keys:
 
 
 class Trained(NamedTuple):
-    """What a run of any algorithm ends with."""
+    """Result of a run of any algorithm."""
 
     params: Any  # of the policy network; None: the random policy
     statistics: envs.ObservationStatistics
@@ -106,7 +106,7 @@ class Evaluation:
 
 
 class HeldOutChecks:
-    """Judges the parameters of one run on held-out episodes, at even distances of its environment steps.
+    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps.
 
     Args:
         evaluation: of the task.
@@ -121,7 +121,7 @@ class HeldOutChecks:
         self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
-        """Check if one is due; return {"held_out_return": mean return}, or {} when none is."""
+        """Return {"held_out_return": mean return} if a check is due, else {}."""
         due = math.floor(env_steps / self._every)
         if due <= self.done:
             return {}

@@ -19,7 +19,7 @@ from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.run import exit_on_error, print_summary, run_folder, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
-from eggroll.experiments.zo.config import BACKPROP, Config, parse, remade
+from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evolution import Offloaded, Resident
 from eggroll.experiments.zo.figure import draw_run
@@ -37,7 +37,7 @@ def make_runs(config: Config, task: FineTuning, judge: Any) -> Resident | Offloa
 
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
     """Remake the tuner and the initial state of a run, from the recipe in its journal."""
-    config = remade(options)
+    config = config_from(options)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(config, Path(folder))
     return Resident(config, loaded.task, loaded.task.judge()).start(loaded.params, key=jax.random.key(config.seed))

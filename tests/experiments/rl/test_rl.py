@@ -166,7 +166,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
-        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo starts anew."),
+        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo always starts from the beginning."),
         (
             ["--shaping", "ranks"],
             "error: shaping must be one of centered_ranks, z_score, ",

@@ -15,7 +15,7 @@ from eggroll import zo as library
 from eggroll.envs.tasks.records import read_records
 from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evolution
-from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, parse, remade
+from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples, batch_of, encode
 from eggroll.experiments.zo.data.scores import accuracy, candidate_scores, mean_loss, task_loss
 from eggroll.experiments.zo.data.tasks import Classification, Generation
@@ -129,7 +129,7 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
-    config = remade(json.loads(json.dumps(options)))
+    config = config_from(json.loads(json.dumps(options)))
     assert config == dataclasses.replace(whole[0].config, folder=None)
 
 
