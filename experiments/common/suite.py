@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, print_summary, write_json
+from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, print_summary, use_compilation_cache, write_json
 from eggroll.experiments.common.seed_runs import Setting, Summaries, finished_seeds, launch_seeds
 
 
@@ -82,6 +82,7 @@ def one_job_each(settings: Iterable[Setting], seeds: Sequence[int]) -> list[Job]
 
 def run_suite(make: Callable[[], Suite]) -> None:
     """Make and run a suite, print its table and one line of JSON; exit with status 1 if a job failed, or on an error."""
+    use_compilation_cache()
     with exit_on_error():
         run = _SuiteRun(make())
         try:
