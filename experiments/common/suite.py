@@ -69,10 +69,13 @@ class Suite:
     cores: Sequence[int] = ()
     partial: bool = False
 
+    def seeds(self, setting: Setting) -> list[int]:
+        """Return the seeds of all jobs of a setting."""
+        return sorted({seed for job in self.jobs if job.setting.name == setting.name for seed in job.seeds})
+
     def finished(self, setting: Setting) -> Summaries:
         """Return the summaries of the seeds of a setting that have finished; ValueError if the folder has other runs."""
-        seeds = sorted(seed for job in self.jobs if job.setting.name == setting.name for seed in job.seeds)
-        return self.check(setting, finished_seeds(setting, seeds))
+        return self.check(setting, finished_seeds(setting, self.seeds(setting)))
 
 
 def one_job_each(settings: Iterable[Setting], seeds: Sequence[int]) -> list[Job]:
@@ -153,10 +156,10 @@ class _SuiteRun:
         results = []
         for name in dict.fromkeys(job.setting.name for job in self.suite.jobs):
             if name in self._chosen and name not in self.failed:
-                found = self.suite.finished(self._chosen[name])
-                wanted = sum(len(job.seeds) for job in self.suite.jobs if job.setting.name == name)
-                if len(found) == wanted or (self.suite.partial and found):
-                    results.append(Result(self._chosen[name], found))
+                setting = self._chosen[name]
+                found = self.suite.finished(setting)
+                if len(found) == len(self.suite.seeds(setting)) or (self.suite.partial and found):
+                    results.append(Result(setting, found))
         return results
 
     def write(self) -> Report:
