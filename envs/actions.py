@@ -1,7 +1,7 @@
 """From the output of a policy network to an action.
 
     discrete        argmax of the logits, or a draw from their softmax
-    multi-discrete  the same for every choice; its logits lie one choice after the other
+    multi-discrete  the same for every choice; its logits are concatenated
     continuous      a squashed value, low + (high - low) (tanh(u) + 1) / 2; u is the output, or a normal draw around it
     per agent       the same for every row of the output
 
@@ -19,7 +19,7 @@ from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, MultiDiscre
 
 
 def output_size(space: ActionSpace, *, sampled: bool = False) -> int:
-    """Return how many outputs a policy network needs: logits, or values, and their log standard deviations when sampled.
+    """Return how many outputs a policy network needs: logits, or values, and their log standard deviations if sampled.
 
     With `PerAgent` it is the number for one agent.
     """
@@ -40,15 +40,15 @@ def choose_action(space: ActionSpace, output: Array, *, key: Array | None = None
         output: [output_size] floats, [agents, output_size] for `PerAgent`; the outputs of a sampled policy serve for its
             deterministic action as well.
         key: consumed to sample the action; None: the deterministic action.
-        mask: bool, of the shape of the logits, as the environment's `action_mask` gives it; None: every action is allowed.
-            Where it allows none, it is ignored.
+        mask: bool, of the shape of the logits, as the environment's `action_mask` returns it; None: every action is allowed.
+            A mask that allows no action is ignored.
 
     Returns:
-        int32 [] for `Discrete`, int32 [choices] for `MultiDiscrete`, float32 [*shape] for `Continuous`, these with a leading
+        int32 [] for `Discrete`, int32 [choices] for `MultiDiscrete`, float32 [*shape] for `Continuous`; with a leading
         axis of agents for `PerAgent`.
 
     Raises:
-        ValueError: `output` has another size than `output_size` tells, or `mask` another shape than the logits.
+        ValueError: `output` does not have the size `output_size`, or `mask` not the shape of the logits.
     """
     sizes = {output_size(space, sampled=sampled) for sampled in ((True,) if key is not None else (False, True))}
     leading = (space.agents,) if isinstance(space, PerAgent) else ()

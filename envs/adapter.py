@@ -1,7 +1,7 @@
-"""What adapters of suites share: the suite's own promotion rules, spaces, and steps as `Transition` with stable types.
+"""Helpers of the adapters: type promotion as suites need it, spaces, and steps as `Transition` with stable types.
 
-Suites rely on implicit promotion while the caller may forbid it, some return a state whose types differ from those it was
-given, which a loop cannot carry, and some call `jnp.clip` with keywords that jax has removed.
+Suites rely on implicit promotion, which the caller may forbid. Some return a state with other dtypes than the one they were
+given, which a loop cannot carry. Some call `jnp.clip` with keywords that JAX has removed.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def box(low: Any, high: Any, shape: tuple[int, ...]) -> Continuous:
 
 
 def discrete_or_box(space: Any, *, name: str) -> ActionSpace:
-    """Return the action space of one of gymnax, which has `n`, or `low`, `high` and `shape`. The error names the environment.
+    """Convert an action space of gymnax, which has `n`, or `low`, `high` and `shape`; `name` is for the error.
 
     Raises:
         ValueError: it is neither.
@@ -60,7 +60,7 @@ def discrete_or_box(space: Any, *, name: str) -> ActionSpace:
 
 
 def transition(old_state: Any, observation: Array, state: Any, reward: Any, terminated: Any, truncated: Any) -> Transition:
-    """Return what a suite's step gave as a `Transition`: `state` with the dtypes of `old_state`, the rest as declared there."""
+    """Convert the result of a suite's step to a `Transition`; `state` gets the dtypes of `old_state`."""
     state = jax.tree.map(lambda old, new: new if new is old else jnp.asarray(new, old.dtype), old_state, state)
     reward = jnp.asarray(reward).astype(jnp.float32).reshape(())
     flags = (jnp.asarray(terminated, bool), jnp.asarray(truncated, bool))
@@ -68,7 +68,7 @@ def transition(old_state: Any, observation: Array, state: Any, reward: Any, term
 
 
 def step_with_clock(env: Any, params: Any) -> Callable[[Array, Any, Array], Transition]:
-    """Return the step of an `env.step_env` that tells all ends as one, late ones by `timestep` and `params.max_timesteps`."""
+    """Return a step from `env.step_env`, whose one flag for all ends is split by `timestep` and `params.max_timesteps`."""
 
     def step(key: Array, state: Any, action: Array) -> Transition:
         with promotion_allowed():
@@ -80,7 +80,7 @@ def step_with_clock(env: Any, params: Any) -> Callable[[Array, Any, Array], Tran
 
 
 def split_variant(name: str, variants: tuple[str, ...], *, suite: str) -> tuple[str, str]:
-    """Split "name@variant"; without a variant it is the first of `variants`. The error names the suite.
+    """Split "name@variant"; the default is the first of `variants`. `suite` is for the error.
 
     Raises:
         ValueError: there is no such variant.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 CLIP = 10.0  # of normalised observations, in standard deviations
-MIN_STD = 1e-4  # an observation that never varies is not blown up
+MIN_STD = 1e-4  # so that a constant observation is not divided by zero
 
 
 class ObservationStatistics(NamedTuple):

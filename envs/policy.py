@@ -1,6 +1,6 @@
-"""A network as a policy: it sees flat features, and its outputs become an action of the environment's space.
+"""A network as a policy: it reads flat features, and its outputs become an action of the environment's space.
 
-Owns what lies between a network and a rollout (flattening, agents, masks, sampling); it knows no network library.
+Owns the steps between a network and a rollout (flattening, agents, masks, sampling); it knows no network library.
 """
 
 import math
@@ -27,12 +27,12 @@ def network_policy(
     """Make a policy for `run_episode` from a network.
 
     Args:
-        environment: the one it acts in; its action mask is respected.
+        environment: in which it acts; its action mask is respected.
         network: `network(features) -> output`, float32 [input_size] to [output_size], with parameters bound; recurrent:
-            `network(memory, features) -> (memory, output)`. With `PerAgent` it is called for every agent (`vmap`), each with a
-            memory of its own: `memory` given to the rollout has a leading axis of agents.
+            `network(memory, features) -> (memory, output)`. With `PerAgent` it is called for every agent (`vmap`), each with
+            its own memory: the `memory` of a rollout has a leading axis of agents.
         sampled: sample actions; otherwise act deterministically.
-        recurrent: the network has a memory, and `run_episode` is to be given the initial one.
+        recurrent: the network has a memory; pass the initial one to `run_episode`.
 
     Returns:
         The policy.

@@ -1,4 +1,4 @@
-"""What an environment is here: pure functions for ONE episode, and a description of what they take and give.
+"""The protocol of environments: pure functions of ONE episode, and a description of their arguments and results.
 
 An adapter (one file per suite) turns a suite's environment into an `Environment`; nothing else knows the suite.
 Several agents are one environment: observations [agents, features], actions [agents, ...], one team reward.
@@ -14,7 +14,7 @@ from jax import Array
 
 
 class Transition(NamedTuple):
-    """What one step of an environment gives."""
+    """Result of one step of an environment."""
 
     observation: Array  # float32 [*observation_shape]
     state: Any  # pytree of the environment
@@ -48,7 +48,7 @@ class MultiDiscrete:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerAgent:
-    """One action of `space` for each of several agents that share a policy: its actions with a leading axis of `agents`."""
+    """One action of `space` for each of several agents that share a policy, with a leading axis of `agents`."""
 
     agents: int
     space: Discrete | MultiDiscrete | Continuous
@@ -61,18 +61,18 @@ ActionSpace = Discrete | MultiDiscrete | Continuous | PerAgent
 class Environment:
     """An environment as pure functions of one episode.
 
-    An episode has one step at least, for `reset` tells no end.
+    An episode has at least one step, since `reset` cannot end it.
 
     Args:
         name: the suite's name for it.
         reset: `reset(key) -> (observation, state)`.
-        step: `step(key, state, action) -> Transition`; what it gives after an end is not defined.
+        step: `step(key, state, action) -> Transition`; undefined after the end of an episode.
         observation_shape: shape of one observation; with `PerAgent` actions its first axis is that of agents.
         action_space: `Discrete`, `MultiDiscrete`, `Continuous` or `PerAgent`.
-        max_steps: steps after which an episode ends in any case, at least 1.
+        max_steps: upper limit of the steps of an episode, at least 1.
         action_mask: `action_mask(state) -> bool`, of the shape of the logits that `choose_action` takes, True for the actions
             that are allowed; None: all are.
-        draw: `draw(state)`, called outside jit, gives a picture, a numpy array uint8 [height, width, 3]; None: it has none.
+        draw: `draw(state)`, called outside jit, returns a picture, a numpy array uint8 [height, width, 3]; None: no pictures.
 
     Raises:
         ValueError: `max_steps` is less than 1.
@@ -94,10 +94,10 @@ class Environment:
 
 
 def with_time_limit(environment: Environment, max_steps: int) -> Environment:
-    """Return the environment with episodes that are truncated after `max_steps` steps at the latest.
+    """Truncate the episodes of an environment after `max_steps` steps.
 
     Args:
-        environment: its own ends stay.
+        environment: it may still end an episode earlier.
         max_steps: at least 1.
 
     Returns:

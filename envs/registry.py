@@ -1,7 +1,7 @@
-"""Environments by name: gymnax's bare names, "suite/name" for the other suites, and those that users register.
+"""Environments by name: gymnax's bare names, "suite/name" for the other suites, and environments registered by users.
 
-A suite is imported when one of its environments is made, not before. Every suite's file has `names()` and `make(name)`, with
-names that lack the prefix.
+A suite is imported only when one of its environments is made. The adapter of each suite has `names()` and `make(name)`, with
+names without the prefix.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ _registered: dict[str, Callable[[], Environment]] = {}
 
 
 def register(name: str, factory: Callable[[], Environment]) -> None:
-    """Register an environment, so that `make(name)` gives `factory()`.
+    """Register an environment, so that `make(name)` returns `factory()`.
 
     Args:
-        name: not the name of a registered environment; it comes before a suite's environment of the same name.
-        factory: is called by every `make`.
+        name: not taken by a registered environment; it takes precedence over a suite's environment of the same name.
+        factory: called by each `make`.
 
     Raises:
         ValueError: the name is empty or taken by another factory.
@@ -63,7 +63,7 @@ def register(name: str, factory: Callable[[], Environment]) -> None:
 
 
 def is_installed(suite: str) -> bool:
-    """Tell whether the package of a suite, one of `SUITES`, can be found; nothing is imported."""
+    """Return whether the package of a suite, one of `SUITES`, is installed, without importing it."""
     return importlib.util.find_spec(SUITES[suite].package) is not None
 
 
@@ -84,7 +84,7 @@ def make(name: str, *, max_steps: int | None = None) -> Environment:
     Args:
         name: registered by `register`, one of gymnax such as "CartPole-v1", or "suite/name" such as "brax/ant". A suite with
             variants takes "suite/name@variant": a backend of brax ("brax/ant@spring"), a kind of actions of kinetix.
-        max_steps: episodes are truncated after so many steps at the latest; None: as the suite has it.
+        max_steps: number of steps after which episodes are truncated; None: the suite's own.
 
     Returns:
         The `Environment`.
@@ -118,7 +118,7 @@ def _module(suite: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _modules_needed(suite: str, *, for_name: str) -> Iterator[None]:
-    """Say of a missing module what installs it; suites import some of theirs only when an environment is made."""
+    """Name the command that installs a missing module; suites import some modules only when an environment is made."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -128,7 +128,7 @@ def _modules_needed(suite: str, *, for_name: str) -> Iterator[None]:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    """Say that a name is unknown, and suggest near names of its suite and of the examples of all, or tell what there is."""
+    """Return the error for an unknown name, with similar names of its suite and of all examples, or else all names."""
     examples = [f"{suite}/{example}" for suite, row in SUITES.items() if suite != "gymnax" for example in row.examples]
     candidates = list(dict.fromkeys((*_registered, *known, *examples)))
 

@@ -1,7 +1,7 @@
-"""Episodes of one policy in one environment, as a loop that stops when the episode does.
+"""Episodes of one policy in one environment, as a loop that stops at the end of the episode.
 
-Under `vmap` the loop runs until the last of the batch is done, so a population of early failures costs little. A reward or an
-observation that is not finite ends the episode with a NaN return. States of the environment live in the loop alone.
+Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward or
+an observation that is not finite ends the episode with a NaN return. Environment states are not kept after the loop.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from jax import Array
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
 from eggroll.envs.protocol import Environment
 
-# (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). Where the environment has an
-# action mask, it is one more argument. `envs.network_policy` makes either from a network.
+# (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). If the environment has an
+# action mask, it is the last argument. `envs.network_policy` makes either from a network.
 Policy = Callable[..., Any]
 
 
 class Episode(NamedTuple):
     """One finished episode, or several with a leading axis."""
 
-    total_reward: Array  # float32 [], sum of rewards, NaN when one of them or an observation was not finite
+    total_reward: Array  # float32 [], sum of rewards, NaN if one of them or an observation was not finite
     steps: Array  # int32 []
     sums: ObservationSums  # of the observations acted upon, around the mean of the statistics in use, or 0
 
@@ -50,9 +50,9 @@ def run_episode(
         policy: `policy(observation, key) -> action`; ignore the key to act deterministically. With an `action_mask` of the
             environment it is called `policy(observation, key, mask)`.
         key: consumed.
-        statistics: the policy sees observations normalised by these; None: as they are.
-        memory: what a recurrent policy remembers before the first step, a pytree; then it is called
-            `policy(memory, observation, key) -> (memory, action)`, or with the mask last. None: the policy has no memory.
+        statistics: normalise the observations that the policy reads; None: not normalised.
+        memory: initial memory of a recurrent policy, a pytree; the policy is then called
+            `policy(memory, observation, key) -> (memory, action)`, with the mask last. None: the policy has no memory.
 
     Returns:
         The `Episode`.
@@ -86,8 +86,8 @@ def run_episode(
 
     observation, state = environment.reset(reset_key)
     _check_shape(environment, observation)
-    nothing = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
-    start = _Carry(observation, state, memory, nothing, jnp.bool_(False))
+    empty = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
+    start = _Carry(observation, state, memory, empty, jnp.bool_(False))
     return jax.lax.while_loop(running, advance, start).episode
 
 
@@ -100,7 +100,7 @@ def run_episodes(
     statistics: ObservationStatistics | None = None,
     memory: Any = None,
 ) -> Episode:
-    """Run several episodes side by side; as `run_episode`, with a leading axis of `episodes` in the result.
+    """Run several episodes in parallel; like `run_episode`, with a leading axis of `episodes` in the result.
 
     Every episode starts with the same `memory`.
 

@@ -1,6 +1,6 @@
-"""`python -m experiments.egg_baselines`: see `experiments.egg.baselines`."""
+"""`python -m experiments.egg_baselines`: see `experiments.egg.baseline_suite`."""
 
-from eggroll.experiments.egg.baselines import main
+from eggroll.experiments.egg.baseline_suite import main
 
 if __name__ == "__main__":
     main()

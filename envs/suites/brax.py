@@ -1,7 +1,7 @@
 """Adapter of brax: "ant", "humanoid", "inverted_double_pendulum", ..., with "@generalized", "@positional", "@spring" or "@mjx".
 
-The physics backend is brax's own default, generalized, unless the name says another. Rewards differ between backends, so
-returns compare within one only. Episodes last 1,000 steps, as brax's own training has them; actions lie in [-1, 1].
+The physics backend is brax's own default, generalized, unless the name has another. Rewards differ between backends, so
+returns of different backends cannot be compared. Episodes last 1,000 steps, as in brax's own training; actions lie in [-1, 1].
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Adapter of craftax: "Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1" and their Pixels forms.
 
-The names of the forms that reset finished episodes by themselves ("...-Symbolic-AutoReset-v1") give the same tasks without
-that reset, which would generate a world in every step. Episodes are truncated after 10,000 steps in Classic, 100,000 in the
+The names of the forms that reset finished episodes automatically ("...-Symbolic-AutoReset-v1") make the same tasks without
+that reset, which would generate a world in each step. Episodes are truncated after 10,000 steps in Classic, 100,000 in the
 full game; `envs.make(name, max_steps=...)` lowers that.
 """
 

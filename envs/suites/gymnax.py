@@ -1,8 +1,8 @@
 """Adapter of gymnax, for its 1.0 interface and the 0.0 one before it.
 
-`step_env` gives five values in both; in 1.0 its fourth leaves the time limit out, which `is_truncated` tells. It is preferred
-to `step`, which would reset finished episodes and pay for that in every step. An environment that has only `step` gives six
-values (1.0) or five (0.0). gymnax relies on implicit promotion, so its code runs with that allowed.
+`step_env` returns five values in both; in 1.0 the fourth does not include the time limit, which `is_truncated` returns. It is
+preferred to `step`, which would reset finished episodes at a cost in each step. The `step` of an environment without
+`step_env` returns six values (1.0) or five (0.0).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Adapter of jumanji: "Snake-v1", "Game2048-v1", "Knapsack-v1", ...
 
-An observation is one vector of everything the suite shows but the action mask, which `Environment.action_mask` gives. Choices
-that are only allowed jointly become one: cell (row, column) of Minesweeper is action row * columns + column.
+An observation is one vector of everything in the suite's observation except the action mask, which is
+`Environment.action_mask`. Choices that are only allowed jointly become one: cell (row, column) of Minesweeper is action
+row * columns + column.
 """
 
 import math
@@ -16,7 +17,7 @@ from eggroll.envs.adapter import as_arrays, box, flat_float32, promotion_allowed
 from eggroll.envs.drawing import drawing
 from eggroll.envs.protocol import ActionSpace, Discrete, Environment, MultiDiscrete, Transition, with_time_limit
 
-EPISODE_LENGTH = 10_000  # of an environment that states none; a game of 2048 ends earlier
+EPISODE_LENGTH = 10_000  # of an environment without a limit; a game of 2048 ends earlier
 
 
 class _State(NamedTuple):
@@ -103,7 +104,7 @@ def _mask(observation: Any) -> Array | None:
 
 
 def _action_space(spec: Any, mask_shape: tuple[int, ...] | None, name: str) -> tuple[ActionSpace, Callable[[Array], Array]]:
-    """Return the action space and how to turn its actions into the suite's."""
+    """Return the action space, and a function that converts its actions to the suite's."""
     sizes = np.asarray(getattr(spec, "num_values", ()))
     if np.issubdtype(spec.dtype, np.integer) and sizes.size == 0:  # MultiCVRP's bound is one more than its mask has
         sizes = np.full(spec.shape, mask_shape[-1] if mask_shape else np.max(spec.maximum) + 1)

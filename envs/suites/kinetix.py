@@ -1,7 +1,7 @@
 """Adapter of Kinetix: one fixed level by its path, "s/h1_thrust_over_ball", "m/h17_thrustcontrol_left", "l/hard_pinball", ...
 
-Observations are Kinetix's flat symbolic ones. Actions are a choice for every motor (3) and thruster (2), or with "@continuous"
-a number for each, or with "@discrete" a single choice. Every reset gives the same start. The reward is 1 at the goal, -1 on
+Observations are Kinetix's flat symbolic ones. Actions are a choice for each motor (3) and thruster (2); with "@continuous" a
+number for each, with "@discrete" a single choice. Every reset returns the same start. The reward is 1 at the goal, -1 on
 failure, and Kinetix's small dense reward for coming nearer.
 """
 

@@ -1,11 +1,11 @@
 """Adapter of JaxMARL's cooperative particle environments: several agents as ONE environment.
 
     observation  [agents, features + agents]: an agent's own view, zeros up to the longest view, the agent as one-hot
-    action       int32 [agents]: `PerAgent` of one discrete choice; one policy serves all agents, who they are being told
-    mask         bool [agents, actions]: an agent with fewer actions than another has the rest masked
+    action       int32 [agents]: `PerAgent` of one discrete choice; all agents share one policy, which reads the one-hot
+    mask         bool [agents, actions]: actions that an agent does not have are masked
     reward       the team reward, the mean of the agents' rewards
 
-JaxMARL tells the end of an episode one step late (25 steps and one), which is kept so that returns compare with its own.
+JaxMARL reports the end of an episode one step late (26 steps instead of 25); this is kept, so that returns are comparable.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Adapter of navix: "DoorKey-8x8-v0" or "Navix-DoorKey-8x8-v0", "FourRooms-v0", ...
 
-Observations are navix's symbolic grid, [height, width, 3] (what, colour, state), or what the environment's registration says.
+Observations are navix's symbolic grid, [height, width, 3] (what, colour, state), or as the environment was registered.
 The reward is 1 at the goal and 0 elsewhere; episodes are truncated after navix's default of 100 steps.
 """
 
@@ -47,7 +47,7 @@ def adapt(env: Any, *, name: str) -> Environment:
         name: what to call it.
 
     Returns:
-        The `Environment`; its step ignores the key, for navix keeps one in its state.
+        The `Environment`; its step ignores the key, since navix keeps one in its state.
     """
 
     def reset(key: Array) -> tuple[Array, Any]:

@@ -2,7 +2,7 @@
 
 from eggroll.envs.tasks.answers import final_answer, last_number
 from eggroll.envs.tasks.batches import Batches
-from eggroll.envs.tasks.pass_at_k import any_of_k, pass_at_k
+from eggroll.envs.tasks.pass_at_k import pass_at_k
 from eggroll.envs.tasks.protocol import SPLITS, Reward, Row, Task, check_disjoint, collate
 from eggroll.envs.tasks.registry import load, names
 from eggroll.envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
@@ -20,7 +20,6 @@ __all__ = [
     "Scores",
     "Task",
     "Weighted",
-    "any_of_k",
     "check_disjoint",
     "collate",
     "final_answer",

@@ -1,4 +1,4 @@
-"""What a completion answers: the part of its text that counts, and the last number in it."""
+"""The answer in a completion: the part of its text that counts, and the last number in it."""
 
 import re
 from collections import deque
@@ -13,10 +13,10 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def final_answer(completion: str) -> str:
-    """Return the part of a completion that answers.
+    """Return the answer of a completion.
 
-    The last <answer>...</answer>; without one, what follows the last </think>; without that, everything, but nothing of a
-    thought that was opened and never ended.
+    The last <answer>...</answer>; without one, what follows the last </think>; without that, everything, or nothing
+    if a <think> was never closed.
     """
     if tagged := _ANSWER.findall(completion):
         return tagged[-1].strip()
@@ -29,7 +29,7 @@ def final_answer(completion: str) -> str:
 def last_number(text: str) -> Decimal | None:
     """Return the last number of a text, None without one.
 
-    Commas group thousands; a sign counts where no word or number stands before it; "$" before and "%" after are passed over,
+    Commas group thousands; a sign counts where no word or number stands before it; "$" before and "%" after are ignored,
     and so is a period that ends a sentence.
     """
     number = next(iter(deque(_NUMBER.finditer(text), maxlen=1)), None)

@@ -1,12 +1,12 @@
-"""Sums worked out digit by digit, for a byte-level model on a small machine: "17+25=" goes on "7+5=12,1+2+1=4;42" and ends.
+"""Sums worked out digit by digit, for a byte-level model on a small machine: "17+25=" is completed by "7+5=12,1+2+1=4;42".
 
-The steps go from the ones up; the 1 that is carried is added last; a shorter number is filled with zeros. With two digits a
+The steps begin with the ones; a carried 1 is added last; the shorter number is padded with zeros. With two digits a
 completion has 8 to 20 bytes, with three up to 30. A pair of numbers is one problem, asked in one order, so that no split has
-the other order of another's sum.
+a sum of another split in the other order.
 
-A worked example of the train split can be wrong, as pupils are: a carry is forgotten in a step, and so in the answer. A model
-that learns from these learns to forget: with more than half of the carries forgotten its likeliest answer is wrong where
-there is a carry, while the right one keeps some probability, which reinforcement can raise.
+A worked example of the train split can be wrong: a carry is forgotten in a step, and so in the answer. A model that learns from
+these learns to forget: with more than half of the carries forgotten, its likeliest answer to a sum with a carry is wrong, but
+the right one keeps some probability, which reinforcement can raise.
 """
 
 import re

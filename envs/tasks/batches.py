@@ -1,7 +1,7 @@
-"""The order of the data: every problem once an epoch, in an order of its own, from the step number alone.
+"""The order of the data: each problem once per epoch, in a new order, computed from the step number alone.
 
 Position p = step * batch_size + b is entry p mod n of the order of epoch p div n, a permutation drawn from [seed, epoch].
-Nothing is dropped: a batch may hold the end of one epoch and the beginning of the next, and then a problem of both.
+Nothing is dropped: a batch may span two epochs, and then have a problem twice.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from eggroll.envs.tasks.protocol import Row
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """Rows in batches; `batches(step)` is a pure function, so that a resumed run needs the step alone.
+    """Rows in batches; `batches(step)` is a pure function, so that a resumed run only needs the step.
 
     Args:
         rows: the n problems.
@@ -40,7 +40,7 @@ class Batches:
         return [self.rows[index] for index in self.indices(step)]
 
     def indices(self, step: int) -> list[int]:
-        """Return which rows the batch of a step has."""
+        """Return the indices of the rows in the batch of a step."""
         n = len(self.rows)
         first = step * self.batch_size
         return [int(_order(self.seed, position // n, n)[position % n]) for position in range(first, first + self.batch_size)]

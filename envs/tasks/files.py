@@ -1,6 +1,6 @@
-"""Tasks from JSONL files of the user: GSM8K's form, and mathematics with answers in LaTeX.
+"""Tasks from the user's JSONL files: the format of GSM8K, and mathematics with answers in LaTeX.
 
-Train problems that are in the test file too are dropped, and some of what remains is held out for validation.
+Train problems that are in the test file too are dropped, and some of the others are held out for validation.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from eggroll.envs.tasks.rewards import math_matches, math_verify, number_matches
 
 
 def gsm8k(*, train: str | Path, test: str | Path, seed: int = 0, validation: int = 256) -> Task:
-    """Read a task in the form of GSM8K: "question", and "answer" that ends in "#### 42".
+    """Read a task in the format of GSM8K: "question", and "answer" that ends in "#### 42".
 
     Args:
         train, test: JSONL files.
@@ -59,7 +59,7 @@ def _task(
     name: str, row: Callable[[Record], Row], reward: Reward, train: Any, test: Any, *, seed: int, validation: int
 ) -> Task:
     known, held_out = ([row(record) for record in read_records(path)] for path in (train, test))
-    usable = list({row.prompt: row for row in without(known, held_out)}.values())  # a problem comes once
+    usable = list({row.prompt: row for row in without(known, held_out)}.values())  # without repeated problems
     if not 1 <= validation < len(usable):
         raise ValueError(
             f"validation must be between 1 and {len(usable) - 1}, for {train} has {len(usable)} problems that {test}"

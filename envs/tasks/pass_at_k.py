@@ -3,7 +3,7 @@
     pass@k = 1 - C(n - c, k) / C(n, k)
 
 is the unbiased estimate from n >= k samples of which c are right: the probability that k of them, drawn without replacement,
-are not all wrong (Chen et al. 2021, arXiv 2107.03374, equation 1). With n = k it is the plain "any of k".
+are not all wrong (Chen et al. 2021, arXiv 2107.03374, equation 1). With n = k it is 1 if any sample is right, else 0.
 """
 
 import math
@@ -25,21 +25,11 @@ def pass_at_k(passed: ArrayLike, *, k: int) -> np.ndarray:
     Raises:
         ValueError: `k` is out of its bounds, or `passed` is not of bools.
     """
-    right = _samples(passed)
+    right = np.asarray(passed)
+    if right.dtype != np.bool_ or right.ndim < 1:
+        raise ValueError(f"passed must be bool [..., samples], such as scores >= 1, got {right.dtype} {list(right.shape)}.")
     n = right.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and the {n} samples of a prompt, got {k}.")
     estimates = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
     return np.take(estimates, right.sum(axis=-1))
-
-
-def any_of_k(passed: ArrayLike) -> np.ndarray:
-    """Tell whether one of all k samples of a prompt is right: bool [..., k] to float64 [...]."""
-    return np.asarray(_samples(passed).any(axis=-1), np.float64)
-
-
-def _samples(passed: ArrayLike) -> np.ndarray:
-    right = np.asarray(passed)
-    if right.dtype != np.bool_ or right.ndim < 1:
-        raise ValueError(f"passed must be bool [..., samples], such as scores >= 1, got {right.dtype} {list(right.shape)}.")
-    return right

@@ -1,12 +1,12 @@
-"""What a task for a language model is: prompts with columns, a reward that can be verified, and splits that share no prompt.
+"""Tasks for language models: prompts with columns, a verifiable reward, and splits that share no prompt.
 
-The reward is the function that TRL and tunix call:
+The reward has the signature that TRL and tunix use:
 
     reward(prompts, completions, **columns) -> list[float]
 
 Texts in, one number per completion, higher is better. A column is a list with one entry per completion, such as `answer`; a
-reward names those that it reads and takes the others in `**columns`. A prompt is the question as it stands: a chat template
-around it is the caller's.
+reward names those that it reads and takes the others in `**columns`. A prompt is the plain question; a chat template is up to
+the caller.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class Task:
     """A task with a verifiable reward.
 
     Args:
-        name: as the registry knows it.
+        name: in the registry.
         reward: `reward(prompts, completions, **columns) -> list[float]`.
         splits: rows of "train", "validation" and "test". Tuples are checked to share no prompt; a sequence that makes its rows
-            when they are read looks after that itself.
+            lazily must ensure this itself.
 
     Raises:
         ValueError: two splits share a prompt, or a split is empty.
@@ -62,15 +62,15 @@ class Task:
 
 
 def name_of(reward: Reward) -> str:
-    """Return what errors call a reward: a function's name, or the class of an object."""
+    """Return the name of a reward in errors: of a function, or of the class of an object."""
     return getattr(reward, "__name__", type(reward).__name__)
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Row]]) -> None:
-    """Check that no prompt is in two splits; within one it may come twice.
+    """Check that no prompt is in two splits; it may be repeated within one.
 
     Raises:
-        ValueError: one is; the message has it.
+        ValueError: one is; the message quotes it.
     """
     owner: dict[str, str] = {}
     for split, rows in splits.items():
@@ -88,7 +88,7 @@ def without(rows: Sequence[Row], *others: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def collate(rows: Sequence[Row]) -> tuple[list[str], dict[str, list]]:
-    """Return the prompts of rows, and their columns as lists: what a reward is called with, beside the completions.
+    """Return the prompts of rows, and their columns as lists: the arguments of a reward, besides the completions.
 
     Raises:
         ValueError: a row lacks a column that another has.

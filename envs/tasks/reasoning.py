@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: problems made from seeds when they are asked for, scored by the data set that made them.
+"""Tasks of reasoning-gym: problems made from seeds on demand, scored by the data set that made them.
 
 Problem i of a split is the one that the data set makes from the seed first + i. Splits own ranges of seeds, which overlap for
 no `seed`. Different seeds can make equal problems: a validation problem that is in test, or a train problem that is in
@@ -15,7 +15,7 @@ from eggroll.envs.tasks.protocol import SPLITS, Row, Task
 
 PREFIX = "reasoning_gym/"
 SEEDS = 2**20  # that a split owns; some data sets take seeds of 32 bits only
-TRIES = 100  # to find a problem that no other split has
+TRIES = 100  # seeds to try for a problem that no other split has
 
 
 def reasoning(
@@ -60,7 +60,7 @@ def datasets() -> list[str]:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    return sorted(set(_library().factory.DATASETS) - {"composite"})  # which is no data set but a mixture of them
+    return sorted(set(_library().factory.DATASETS) - {"composite"})  # which is a mixture of data sets
 
 
 def _library() -> ModuleType:
@@ -125,7 +125,7 @@ class Problems(Sequence[Row]):
 class ScoreAnswer:
     """The data set's own score of an answer, from 0 to 1; some give a little for a well-formed wrong answer.
 
-    Some evaluate the answer as an expression, which can take for ever: score with workers.
+    Some evaluate the answer as an expression, which can take forever: score with workers.
     """
 
     dataset: str

@@ -1,7 +1,7 @@
 """Scores of many completions at once, by a reward that may raise, hang or kill its process.
 
-A batch is cut into calls, which worker processes make. A call that fails is made again for each of its completions alone, so
-that only those that fail by themselves are lost: they score the minimum and are counted.
+A batch is split into calls, which worker processes make. A call that fails is repeated for each of its completions alone, so
+that only those that fail on their own are lost: they score the minimum and are counted.
 """
 
 import dataclasses
@@ -15,23 +15,18 @@ from eggroll.envs.tasks.protocol import Reward, name_of
 from eggroll.envs.tasks.rewards import InvalidReward, checked
 from eggroll.envs.tasks.workers import Died, Pool, TimedOut
 
-MINIMUM = 0.0  # the score of a completion that has none
-CALLS_PER_WORKER = 4  # of a batch: a slow call keeps the others from little, and a failed one is small
+MINIMUM = 0.0  # score of a completion whose reward failed
+CALLS_PER_WORKER = 4  # per batch: small calls, so that a slow or failed one delays or repeats little
 
 
 class Scores(NamedTuple):
-    """What a batch scored."""
+    """Scores of a batch."""
 
     values: np.ndarray  # float64 [completions], finite
     errors: int  # completions whose reward raised, killed its process or gave no finite number
     timeouts: int  # completions whose reward exceeded the time limit
-    first_error: str | None  # what happened to the first of either
-    minimum: float  # what those scored
-
-    @property
-    def above_minimum(self) -> int:
-        """How many completions score more than the minimum; with none there is nothing to learn from."""
-        return int((self.values > self.minimum).sum())
+    first_error: str | None  # description of the first of either
+    minimum: float  # their score
 
 
 class _Job(NamedTuple):
@@ -51,12 +46,12 @@ class _Raised(NamedTuple):
     """A call's reply: the reward raised."""
 
     text: str
-    invalid: bool  # it breaks the protocol, which no completion is to blame for
+    invalid: bool  # it breaks the protocol, whatever the completion
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A reward as a function of a job: it gives scores, a sentence in place of one that is no finite number, or `_Raised`."""
+    """A reward as a function of a job: it returns scores, messages for those that are not finite, or `_Raised`."""
 
     reward: Reward
 
@@ -148,7 +143,7 @@ class Scorer:
         self.close()
 
     def _outcomes(self, job: _Job) -> list:
-        """Per completion a score, or what went wrong: first in calls of several, then alone where such a call failed."""
+        """Return a score or a failure per completion: first in calls of several, then alone if that call failed."""
         n = len(job.completions)
         size = -(-n // self._calls)
         parts = [slice(first, min(first + size, n)) for first in range(0, n, max(size, 1))]

@@ -1,7 +1,7 @@
-"""Processes that score: started by spawn, so that they are safe beside JAX, killed when they exceed a time limit, and replaced.
+"""Processes that score: started by spawn, which is safe with JAX, killed when they exceed a time limit, and replaced.
 
-Only this file knows processes. A worker owns a session of its own, so that what a reward started dies with it. This is no
-sandbox: a reward that runs what a model wrote does so with the rights of the user.
+Only this file handles processes. A worker has its own session, so that processes started by a reward die with it. This is not
+a sandbox: a reward that runs code written by a model runs it with the permissions of the user.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ class Died(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """What a worker that cannot start says."""
+    """Message of a worker that cannot start."""
 
     text: str
 
 
 class _Worker:
-    """One process and what it is doing."""
+    """One process and its current job."""
 
     def __init__(self, function: bytes):
         context = get_context("spawn")
@@ -49,11 +49,11 @@ class _Worker:
         self.deadline = time.monotonic() + STARTUP_SECONDS
 
     @property
-    def waited_for(self) -> bool:
+    def is_busy(self) -> bool:
         return not self.ready or self.job is not None
 
     def kill(self) -> int | None:
-        """End the process and what it started; return its exit code."""
+        """End the process and its children; return its exit code."""
         with contextlib.suppress(ProcessLookupError):  # the worker has no session yet
             os.killpg(self.pid, signal.SIGKILL)
         self.process.kill()
@@ -68,7 +68,7 @@ class Pool:
     """Workers that call one function.
 
     Args:
-        function: takes a job and gives its reply; can be pickled.
+        function: maps a job to its reply; can be pickled.
         workers: processes, at least 1.
         timeout: seconds a call may take.
 
@@ -85,7 +85,7 @@ class Pool:
         self._workers = [_Worker(self._function) for _ in range(workers)]
 
     def map(self, jobs: list) -> list:
-        """Return the function's replies to jobs, in their order; `TimedOut` or `Died` where there is none.
+        """Return the function's replies to jobs, in order; `TimedOut` or `Died` for a job without one.
 
         Raises:
             RuntimeError: a worker cannot start, or the pool is closed.
@@ -96,7 +96,7 @@ class Pool:
         waiting = deque(range(len(jobs)))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
-                for worker in [worker for worker in self._workers if not worker.waited_for][: len(waiting)]:
+                for worker in [worker for worker in self._workers if not worker.is_busy][: len(waiting)]:
                     self._send(worker, jobs, waiting)
                 self._collect(replies)
         finally:  # an error leaves no worker with a job of this call
@@ -119,8 +119,8 @@ class Pool:
             worker.job, worker.deadline = waiting.popleft(), time.monotonic() + self._timeout
 
     def _collect(self, replies: list) -> None:
-        """Wait for a reply or a deadline, and take what there is."""
-        pending = [worker for worker in self._workers if worker.waited_for]
+        """Wait for a reply or a deadline; store all replies."""
+        pending = [worker for worker in self._workers if worker.is_busy]
         nearest = min(worker.deadline for worker in pending) - time.monotonic()
         answered = connection.wait([worker.connection for worker in pending], timeout=max(nearest, 0))
         for worker in pending:
@@ -128,7 +128,7 @@ class Pool:
                 self._receive(worker, replies)
             elif time.monotonic() >= worker.deadline:
                 if worker.job is None:
-                    self._give_up(f"a worker must start within {STARTUP_SECONDS:.0f} s, it did not.")
+                    self._give_up(f"a worker did not start within {STARTUP_SECONDS:.0f} s.")
                 replies[worker.job] = TimedOut()
                 self._replace(worker)
 
@@ -163,7 +163,7 @@ class Pool:
 
 
 def _serve(pipe: connection.Connection, function: bytes) -> None:
-    """What a worker does: announce itself, then reply to jobs until the other end closes."""
+    """Run a worker: announce it, then reply to jobs until the other end closes."""
     os.setsid()
     try:
         call = pickle.loads(function)

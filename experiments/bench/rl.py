@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
     argument = json.dumps(settings | {"library": library, "seed": seed})
     command = [sys.executable, "-m", "eggroll.experiments.bench.rl_sides", argument]
-    done = subprocess.run(command, capture_output=True, text=True)
+    cold = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compilation is part of what is timed
+    done = subprocess.run(command, capture_output=True, text=True, env=cold)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise SystemExit(f"error: seed {seed} of {library} failed: {words[-1]}")

@@ -22,9 +22,9 @@ from jax import Array
 from eggroll import envs
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import print_summary
-from eggroll.experiments.rl.__main__ import make_task
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.evolution import make_strategy
+from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.problem import Evaluation, Task
 
 Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation -> mean parameters and statistics after it
@@ -58,7 +58,7 @@ def run(side: Side) -> dict[str, Any]:
     Returns:
         seconds and generations to the target (None where it was not reached), members per second, memory in MiB.
     """
-    task = make_task(side.config)
+    task = load(side.config)
     evaluation = Evaluation(task, episodes=100)
     init_key, run_key, check_key = jax.random.split(jax.random.key(side.seed), 3)
     params = task.init_params(key=init_key)

@@ -1,4 +1,4 @@
-"""Checkpoints of a pytree of arrays, through orbax: written whole or not at all."""
+"""Checkpoints of a pytree of arrays with orbax, written atomically."""
 
 from pathlib import Path
 from typing import Any

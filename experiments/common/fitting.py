@@ -1,4 +1,4 @@
-"""Backprop with Adam, for small models that other training begins with: the step size rises, then falls as a cosine."""
+"""Backprop with Adam, to warm-start small models: linear warm-up, then cosine decay of the step size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +24,9 @@ def fit(
     """Minimise a loss, with a progress line.
 
     Args:
-        params: where it begins.
+        params: initial parameters.
         loss: (params, batch) -> scalar.
-        batches: step -> a pytree of arrays of numpy, of the same shapes in every step.
+        batches: step -> a pytree of NumPy arrays, of the same shapes in every step.
         steps: of Adam, at least one.
         learning_rate: peak step size, reached after a tenth of the steps.
 

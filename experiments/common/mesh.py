@@ -7,14 +7,14 @@ from eggroll.devices.mesh import AXES
 
 
 def parse_mesh(text: str | None) -> Mesh | None:
-    """Make the mesh that `text` names, such as "population=4,data=2".
+    """Make a mesh from text such as "population=4,data=2".
 
     Args:
-        text: axes out of population, data and model with their sizes; None: all devices along population where the run has
+        text: axes out of population, data and model with their sizes; None: all devices along population if the run has
             several processes, else no mesh.
 
     Raises:
-        ValueError: not such a text, or not the devices for it; devices of every process must be in it.
+        ValueError: the text is malformed, or there are too few devices; several processes must use all devices.
     """
     if text is None:
         return None if jax.process_count() == 1 else jax.make_mesh((jax.device_count(),), ("population",))

@@ -1,43 +1,78 @@
 """A run as the user sees it: one folder of artefacts and one JSON line of results.
 
-Every experiment writes its files into `run_folder(name)` and ends with `print_summary(...)`, the last line of standard output.
+Every experiment begins with `start_processes()`, writes its files into `run_folder(name)` and ends with `print_summary(...)`,
+the last line of standard output. Compiled programs are kept in the user's cache folder; `JAX_ENABLE_COMPILATION_CACHE=false`
+turns that off, `JAX_COMPILATION_CACHE_DIR` names another folder.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from eggroll.devices.processes import is_first, join
 
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
-SUMMARY = "summary.json"  # of a seed, with the options that gave it; it is written last
+INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
+SUMMARY = "summary.json"  # of a seed, with its options; written last, so that it marks a finished run
 
 
-def join_processes() -> bool:
-    """Meet the other processes of this run, if there are any (`eggroll.processes`); only the first one prints.
+def start_processes() -> bool:
+    """Begin a run: use the compilation cache, and join the other processes of the run, of which only the first prints.
 
     Returns:
-        Whether there are several.
+        Whether there are several processes (`eggroll.devices.processes`).
 
     Raises:
-        ValueError, RuntimeError: they cannot be found, or do not come.
+        ValueError, RuntimeError: the other processes cannot be found, or do not join in time.
     """
+    use_compilation_cache()
     several = join()
     if several and not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return several
 
 
-def leave(main: Callable[[], None]) -> None:
-    """Run a command; where it ends with `INTERRUPTED` the process ends at once, without the interpreter's own ending.
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX is configured with a folder of its own.
 
-    XLA that was interrupted while it compiled crashes there.
+    Programs for CPUs are machine code, so the folder depends on the features of the processor.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "eggroll" / f"xla-{jax.__version__}-{_processor()}"))
+
+
+def _processor() -> str:
+    """Digest of the features of the processor."""
+    features = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), features)
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the process with a one-line message where options, files or packages are wrong."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def leave(main: Callable[[], None]) -> None:
+    """Run a command; if it exits with `INTERRUPTED`, skip the shutdown of the interpreter.
+
+    XLA that was interrupted while it compiled crashes in that shutdown.
     """
     try:
         main()
@@ -53,7 +88,7 @@ def run_folder(name: str | Path) -> Path:
     """Make the folder of a run.
 
     Args:
-        name: folder name, made under `runs/`; a path with a folder in it is taken as it is.
+        name: folder name, made under `runs/`; a path of several parts is used unchanged.
 
     Returns:
         Path of the folder, which exists.
@@ -65,7 +100,7 @@ def run_folder(name: str | Path) -> Path:
 
 
 def jsonable(value: Any) -> Any:
-    """Turn scalars, arrays, mappings and sequences into what JSON holds; numbers that are not finite become None."""
+    """Convert scalars, arrays, mappings and sequences for JSON; numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -78,7 +113,7 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
     partial.replace(path)

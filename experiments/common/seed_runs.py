@@ -1,74 +1,112 @@
-"""Seeds of one experiment as processes of their own; what is on disk is not run again. Suites compare such runs."""
+"""Seeds of one setting of an experiment, run in processes of their own; a seed that has finished is not run again."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eggroll.experiments.common.run import SUMMARY
 
+Summaries = dict[int, dict[str, Any]]  # seed -> summary of its run
 
-def finished_seeds(folder: Path, seeds: Sequence[int], *, options: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return seed -> summary of every seed whose run is whole.
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of a suite.
 
     Args:
-        folder: where `seed-<seed>` folders are.
-        seeds: which.
-        options: what the runs must have been made with.
+        labels: name of the row, such as ("CartPole-v1", "ppo").
+        arguments: command line of the experiment, without seeds and folder.
+        options: the parsed options, as the summary of a run stores them.
+        folder: has a folder `seed-<seed>` per seed.
+    """
+
+    labels: tuple[str, ...]
+    arguments: tuple[str, ...]
+    options: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The labels as text."""
+        return " ".join(self.labels)
+
+
+def finished_seeds(setting: Setting, seeds: Iterable[int]) -> Summaries:
+    """Return the summaries of the seeds that have finished.
 
     Raises:
         ValueError: a run in the folder had other options; the message names them.
     """
     found = {}
     for seed in seeds:
-        path = folder / f"seed-{seed}" / SUMMARY
+        path = setting.folder / f"seed-{seed}" / SUMMARY
         with contextlib.suppress(FileNotFoundError):
             summary = json.loads(path.read_text())
-            known = summary.pop("options")
-            differing = [name for name, value in options.items() if known.get(name) != value]
+            options = summary.pop("options")
+            differing = [name for name, value in setting.options.items() if options.get(name) != value]
             if differing:
                 raise ValueError(f"{path.parent} has a run with another {', '.join(differing)}; choose another folder.")
             found[seed] = summary
     return found
 
 
-def run_seeds(command: Sequence[str], folder: Path, seeds: Sequence[int]) -> None:
-    """Run seeds, those in a row in one process, which compiles once.
+def launch_seeds(module: str, setting: Setting, seeds: Sequence[int]) -> None:
+    """Run seeds, consecutive ones in one process, which compiles once.
 
-    Args:
-        command: module and options, such as ["eggroll.experiments.rl", "--env", "CartPole-v1"], without seeds and folder.
-        folder: gets a folder `seed-<seed>` for each; the errors of a process are in `errors.txt`, in the folder of its seed or,
-            of several, in `folder`.
-        seeds: which, in order.
+    The errors of a process go to `errors.txt`, in the folder of its seed or, for several, in the folder of the setting.
 
     Raises:
         RuntimeError: a run failed; the message is the last line of its errors.
     """
     left = list(seeds)
     while left:
-        first, row = left[0], 1
-        while row < len(left) and left[row] == first + row:
-            row += 1
-        _run(command, folder, first, row)
-        left = left[row:]
+        first, count = left[0], 1
+        while count < len(left) and left[count] == first + count:
+            count += 1
+        folder = setting.folder if count > 1 else setting.folder / f"seed-{first}"
+        _launch([module, *setting.arguments, "--seed", str(first), "--seeds", str(count)], folder)
+        left = left[count:]
 
 
-def _run(command: Sequence[str], folder: Path, first: int, seeds: int) -> None:
-    own = folder if seeds > 1 else folder / f"seed-{first}"
-    whole = [sys.executable, "-m", *command, "--folder", str(own), "--seed", str(first), "--seeds", str(seeds)]
-    own.mkdir(parents=True, exist_ok=True)
-    errors = own / "errors.txt"
+def _launch(command: Sequence[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = folder / "errors.txt"
     with open(errors, "w") as file:
-        failed = subprocess.run(whole, stdout=subprocess.DEVNULL, stderr=file, check=False).returncode
+        process = [sys.executable, "-m", *command, "--folder", str(folder)]
+        failed = subprocess.run(process, stdout=subprocess.DEVNULL, stderr=file, check=False).returncode
     if failed:
         lines = errors.read_text().strip().splitlines() or [f"it ended with {failed}"]
         raise RuntimeError(lines[-1].removeprefix("error: "))
 
 
-def metrics_of(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """The lines of metrics of a seed; none where it has no such file."""
-    path = folder / f"seed-{seed}" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def search(
+    module: str, settings: Sequence[Setting], *, seed: int, score: Callable[[Mapping[str, Any]], float | None]
+) -> Setting:
+    """Run settings with one seed, unless they have finished; return the one with the highest score.
+
+    Args:
+        module: the experiment.
+        settings: to try.
+        seed: one that the comparison does not use.
+        score: summary -> score; a setting whose score is None or not finite is never chosen.
+
+    Raises:
+        RuntimeError: a run failed, or none has a finite score.
+    """
+    scores: dict[int, float] = {}
+    for index, setting in enumerate(settings):
+        if not finished_seeds(setting, [seed]):
+            launch_seeds(module, setting, [seed])
+        value = score(finished_seeds(setting, [seed])[seed])
+        print(f"  {' '.join(setting.arguments)}: {'not finite' if value is None else f'{value:.4g}'}", flush=True)
+        if value is not None and math.isfinite(value):
+            scores[index] = value
+    if not scores:
+        raise RuntimeError("no run of the search has a finite score")
+    return settings[max(scores, key=lambda index: scores[index])]

@@ -1,15 +1,17 @@
-"""The seeds of one experiment: a folder for each, cleared or gone on with, and one summary of all."""
+"""The seeds of one experiment in this process: a folder for each, prepared or resumed, and one summary of all."""
 
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import is_first, wait_for_all
-from eggroll.experiments.common.run import SUMMARY, run_folder
+from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 
-_OF_A_RUN = ("journal.bin", "checkpoints", "samples")  # what a run goes on from, and what it adds to
+_KEPT_BY_RESUME = ("journal.bin", "checkpoints", "samples")
+Row = dict[str, Any]
 
 
 class Seeded(Protocol):
@@ -17,7 +19,7 @@ class Seeded(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """The run folder, with a folder per seed in it where there are several."""
+        """The run folder, with a folder per seed in it if there are several."""
 
     @property
     def seed(self) -> int:
@@ -25,31 +27,72 @@ class Seeded(Protocol):
 
     @property
     def seeds(self) -> int:
-        """Runs, with the seeds seed, seed + 1, ..."""
+        """Number of runs, with the seeds seed, seed + 1, ..."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether to continue the run in the folder."""
+
+
+class SeedRun(NamedTuple):
+    """The run of one seed."""
+
+    seed: int
+    folder: Path
+    recipe: dict[str, Any]  # for its journal: the function that remakes strategy and initial state, and the options
+
+
+def run_seeds(
+    config: Seeded,
+    train: Callable[[SeedRun], Row],
+    *,
+    experiment: str,
+    default: str,
+    options: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None = None,
+) -> Row:
+    """Train with every seed; write `summary.json` of each last, which marks the run as finished.
+
+    Args:
+        config: seeds and folder.
+        train: trains with one seed, writes its artefacts, returns the fields of its summary.
+        experiment: its name, such as "rl", whose `__main__` has the function `remake` of the journal's recipe.
+        default: name of the folder of a seed if the options name none: `runs/<default>-<seed>`.
+        options: that determine what a seed gives; stored in `summary.json` and in the recipe.
+        recorded: further fields of `summary.json`.
+
+    Returns:
+        The fields of the only seed, or the means of all, with the fields of each under "seeds".
+    """
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = seed_folder(config, seed, default=default)
+        prepare_folder(folder, resume=config.resume)
+        recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
+        row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
+        if is_first():
+            write_json(folder / SUMMARY, {"options": options, "seed": seed, **(recorded or {}), **row})
+        rows.append(row)
+    if len(rows) == 1:
+        return rows[0]
+    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    return means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
 
 
 def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
-    """Make the folder of a seed; without a folder in the options it is `runs/<default>-<seed>`."""
+    """Make the folder of a seed; if the options name none it is `runs/<default>-<seed>`."""
     if config.folder is None:
         return run_folder(f"{default}-{seed}")
     return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
 
 
-def begin(folder: Path, *, resume: bool) -> None:
-    """Make a seed's folder ready: what says that its run is whole goes, and without `resume` what it could go on from."""
+def prepare_folder(folder: Path, *, resume: bool) -> None:
+    """Remove the mark of a finished run and, without `resume`, what a run could be continued from."""
     if is_first():
         (folder / SUMMARY).unlink(missing_ok=True)
-        for path in () if resume else (folder / name for name in _OF_A_RUN):
+        for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     wait_for_all("run folder")
-
-
-def summary_of(rows: Sequence[dict[str, Any]], *, first_seed: int) -> dict[str, Any]:
-    """Return the summary of the seeds' rows: the only one, or the means of all with every row under "seeds"."""
-    if len(rows) == 1:
-        return rows[0]
-    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    return means | {"seeds": [{"seed": first_seed + index} | row for index, row in enumerate(rows)]}

@@ -16,9 +16,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"layers": 6, "width": 256, "population_size": 65536, "group": 4096, "generations": 1000, "validation_every": 100},
 }
 _POSITIVE = ("seeds", "generations", "alpha_steps", "checkpoint_every", "validation_every", "validation_bytes")
-# What a run may be continued with other values of, because no bit of its parameters depends on it.
-_APART: tuple[str, ...] = ("seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume")
-_APART += ("checkpoint_every", "validation_every", "validation_bytes", "sample_length", "temperature")
+# Options that may change when a run is resumed: its parameters do not depend on them.
+_NOT_IDENTITY = {"seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume"}
+_NOT_IDENTITY |= {"checkpoint_every", "validation_every", "validation_bytes", "sample_length", "temperature"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Config:
     group: int = 64
     """Members that read the same stream of text, even; there are population_size / group streams."""
     bytes_per_update: int = 100
-    """Bytes that every member reads and predicts in a generation; its state goes on to the next."""
+    """Bytes that every member reads and predicts in a generation; its state carries over to the next."""
     generations: int = 150
     """Generations in all."""
     alpha: float = 1.0
     """Share of the weights that move in the first generation if fitness says nothing, in (0, 1]."""
     alpha_end: float = 1 / 16
-    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which goes on falling.
+    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which keeps falling.
     The defaults are the paper's 1 / (0.015 t + 1)."""
     alpha_steps: int = 1000
     """Generations until the share is alpha_end."""
@@ -79,9 +79,9 @@ class Config:
     temperature: float = 0.7
     """Temperature of that text."""
     checkpoint_every: int = 50
-    """Generations between checkpoints; what came after the last one is evaluated again when a run goes on."""
+    """Generations between checkpoints; later generations are evaluated again when a run resumes."""
     resume: bool = False
-    """Go on from what is in the run folder. Otherwise its files are replaced."""
+    """Resume the run in the folder. Otherwise its files are replaced."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/egg-<layers>x<width>-<population>-<seed>."""
 
@@ -100,11 +100,11 @@ class Config:
         return self.alpha / (1 + (self.alpha / self.alpha_end - 1) * generation / self.alpha_steps)
 
     def options(self) -> dict[str, Any]:
-        """The options that decide what a seed gives, as JSON holds them."""
-        return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in _APART})
+        """Return the options that determine the result of a seed, for JSON."""
+        return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY})
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that would not get a clear error later."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -125,6 +125,6 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
-    """Read the command line: a preset gives defaults, options given beside it win."""
+    """Read the command line: a preset sets defaults, explicit options take precedence."""
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.egg")
     return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **PRESETS[config.preset]))

@@ -1,40 +1,39 @@
 """Pretraining EGG by evolution strategies: integers from the bytes to the updated weights."""
 
 import contextlib
-import functools
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 import eggroll
 from eggroll.devices.processes import is_first, local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.egg.config import Config
-from eggroll.experiments.egg.data.corpus import Corpus, streams
-from eggroll.experiments.egg.data.references import Reference
+from eggroll.experiments.egg.data.corpus import streams
 from eggroll.experiments.egg.figure import plot_bits
+from eggroll.experiments.egg.inputs import Inputs
 from eggroll.experiments.egg.models import egg
-from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS, UNITS_PER_BIT
+from eggroll.experiments.egg.models.integer_loss import UNITS_PER_BIT
 from eggroll.experiments.egg.models.sampling import sample
+from eggroll.experiments.egg.problem import Validation
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
-VALIDATION_STREAMS, SHORTEST_STREAM = 1024, 64
 PROMPT = b"import "
 
 
 class Trained(NamedTuple):
-    """What a run gave."""
+    """Result of a run."""
 
     params: egg.Params
     validation_bits: float  # bits per byte of the unperturbed parameters
     generations: int
-    generation_seconds: float  # median of this process, 0 where it had nothing to do
+    generation_seconds: float  # median of this process, 0 if no generation was left
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
@@ -66,38 +65,8 @@ def start(config: Config, *, init_key: Array, run_key: Array) -> tuple[eggroll.E
     return es, state
 
 
-def held_out(corpus: Corpus, limit: int) -> np.ndarray:
-    """Return at most `limit` bytes of held-out text as contiguous streams side by side, uint8 [streams, T + 1]."""
-    size = min(len(corpus.validation), limit)
-    groups = min(VALIDATION_STREAMS, max(1, size // SHORTEST_STREAM))
-    return streams(corpus, 0, groups=groups, length=min(size // groups, MAX_TOKENS), part="validation")
-
-
-class Validation:
-    """Bits per byte of unperturbed parameters on held-out text, many contiguous streams side by side."""
-
-    def __init__(self, corpus: Corpus, config: Config):
-        self._text = held_out(corpus, config.validation_bytes)
-        self._config = config
-
-    def __call__(self, params: egg.Params) -> float:
-        """Return the bits per byte."""
-        scores = np.asarray(_scores(params, self._text, self._config.model), np.int64)
-        return float(-scores.sum() / UNITS_PER_BIT[self._config.rounding] / (self._text.size - len(self._text)))
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _scores(params: egg.Params, text: Array, model: egg.Config) -> Array:
-    """Sum of the log-likelihoods of every stream."""
-
-    def score(text: Array) -> Array:
-        return jnp.sum(egg.sequence(params, egg.init_state(model), text, model)[1])
-
-    return jax.vmap(score)(text)
-
-
 class _Checks:
-    """Callback of the training loop: puts bits per byte into the record; checks, and draws text, every now and then."""
+    """Callback of the training loop: adds bits per byte to the record; checks on held-out text and draws text at intervals."""
 
     def __init__(self, config: Config, validation: Validation, folder: Path):
         self._config, self._validation, self._folder = config, validation, folder
@@ -120,8 +89,9 @@ class _Checks:
             self._sample(params, done)
 
     def _sample(self, params: egg.Params, generation: int) -> None:
-        options: dict[str, Any] = {"length": self._config.sample_length, "temperature": self._config.temperature}
-        text = PROMPT + sample(params, self._config.model, PROMPT, **options)
+        config = self._config
+        drawn = sample(params, config.model, PROMPT, length=config.sample_length, temperature=config.temperature)
+        text = PROMPT + drawn
         (self._folder / "samples").mkdir(exist_ok=True)
         (self._folder / "samples" / f"{generation:06d}.txt").write_bytes(text)
         print("    " + text.decode(errors="replace").replace("\n", "\n    "), flush=True)
@@ -133,26 +103,25 @@ class _Checks:
         return f"best {record.extra['best_bits']:.3f}  mean {record.extra['mean_bits']:.3f}{checked} bits/byte  {speed} bytes/s"
 
 
-def pretrain(
-    config: Config,
-    corpus: Corpus,
-    references: list[Reference],
-    *,
-    init_key: Array,
-    run_key: Array,
-    folder: Path,
-    recipe: dict[str, Any],
-) -> Trained:
-    """Run the generations, from where the folder is if so configured; metrics, figure, samples, journal, checkpoints go there.
+def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
+    """Run the generations, resuming the run in the folder if so configured; all files of the run go to the folder.
 
     Raises:
-        ValueError: the folder has a run with other settings, or files that are damaged; or the corpus file vanished.
+        ValueError: the folder has a run with other settings, or damaged files; or the corpus file vanished.
     """
+    folder, corpus = seed_run.folder, inputs.corpus
+    init_key, run_key = jax.random.split(jax.random.key(seed_run.seed))
     es, initial = start(config, init_key=init_key, run_key=run_key)
-    options = config.options() | {"corpus": corpus.fingerprint}
     validation = Validation(corpus, config)
     checks = _Checks(config, validation, folder)
-    run = DurableRun(folder, es, initial, config=options, checkpoint_every=config.checkpoint_every, recipe=recipe)
+    run = DurableRun(
+        folder,
+        es,
+        initial,
+        config=config.options() | {"corpus": corpus.fingerprint},
+        checkpoint_every=config.checkpoint_every,
+        recipe=seed_run.recipe,
+    )
     with contextlib.closing(run):
         state, history = run.state, list[Record]()
         if int(state.generation) < config.generations:
@@ -165,7 +134,7 @@ def pretrain(
                 run_folder=folder,
                 durable=run,
                 words=checks.words,
-                plot=lambda _, path: plot_bits(path, references),
+                plot=lambda _, path: plot_bits(path, inputs.references),
             )
     params = local(state.params)
     bits = validation(params) if checks.bits is None else checks.bits

@@ -33,7 +33,7 @@ def plot_bits(folder: Path, references: Sequence[Reference]) -> None:
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path, *, lines: Mapping[str, float]) -> None:
-    """Draw validation bits per byte after so many updates into `path`, a curve for every name; warns as `plot_bits`."""
+    """Draw validation bits per byte against updates into `path`, a curve per name; warns as `plot_bits`."""
 
     def draw(axes: Any) -> None:
         for name, points in curves.items():
@@ -47,7 +47,7 @@ def plot_scaling(bits: Mapping[int, Sequence[float]], path: Path, *, lines: Mapp
     """Draw validation bits per byte against the population into `path`; warns as `plot_bits`.
 
     Args:
-        bits: population -> bits of its seeds, of whom mean, standard deviation and each are shown.
+        bits: population -> bits of its seeds; mean, standard deviation and single seeds are shown.
         path: PNG file.
         lines: name -> bits, a horizontal line each.
     """

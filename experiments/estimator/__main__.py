@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import tyro
 
-from eggroll.experiments.common.run import jsonable, print_summary, run_folder
+from eggroll.experiments.common.run import jsonable, print_summary, run_folder, use_compilation_cache
 from eggroll.experiments.estimator.figure import draw_figure
 from eggroll.experiments.estimator.studies import Curve, bias_by_rank, cosine_by_sigma, error_by_population
 
@@ -57,6 +57,7 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
         The summary, as printed on the last line.
     """
+    use_compilation_cache()
     start = time.perf_counter()
     folder = run_folder(config.run)
     bias_key, cosine_key, error_key = jax.random.split(jax.random.key(config.seed), 3)

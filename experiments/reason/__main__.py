@@ -13,9 +13,8 @@ from typing import Any
 
 import eggroll
 from eggroll.devices.processes import is_first, local
-from eggroll.experiments.common.memory import peak_mib
-from eggroll.experiments.common.run import INTERRUPTED, SUMMARY, join_processes, leave, print_summary, write_json
-from eggroll.experiments.common.seeds import begin, seed_folder, summary_of
+from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
+from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, remade
 from eggroll.experiments.reason.evolution import Evolution
@@ -51,57 +50,68 @@ class Experiment:
     def _accuracies(self, params: Any, suffix: str = "") -> dict[str, float]:
         return {f"{split}_accuracy{suffix}": check(params).accuracy for split, check in self.checks.items()}
 
-    def run_seed(self, seed: int, before: dict[str, float]) -> dict[str, Any]:
-        """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
-        config, problem = self.config, self.problem
-        folder = seed_folder(config, seed, default=f"reason-{config.algorithm}-{config.task.replace('/', '-')}")
-        begin(folder, resume=config.resume)
+    def train(self, run: SeedRun, before: dict[str, float]) -> Row:
+        """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
+        config, problem, folder = self.config, self.problem, run.folder
         progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples)
-        recipe = {"function": "eggroll.experiments.reason.__main__:remake", "options": config.options() | {"seed": seed}}
         start = time.perf_counter()
-        improved = self.runs.train(seed=seed, folder=folder, progress=progress, recipe=recipe)
+        improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
         params = local(improved.params)
-        row: dict[str, Any] = self._accuracies(params) | before | {"generations": improved.generations}
-        row |= {"training_seconds": round(progress.seconds, 2), "tokens": progress.tokens}
-        row |= {"tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0}
-        row |= {"failed_rewards": progress.failed, "seconds": round(time.perf_counter() - start, 2)}
-        row["peak_mib"] = round(peak_mib())
-        words = f"test accuracy {row['test_accuracy']:.3f}, {row['test_accuracy_before']:.3f} before"
-        print(f"seed {seed}: {words}; metrics and model are in {folder}", flush=True)
+        after = self._accuracies(params)
+        words = f"test accuracy {after['test_accuracy']:.3f}, {before['test_accuracy_before']:.3f} before"
+        print(f"seed {run.seed}: {words}; metrics and model are in {folder}", flush=True)
+        seconds = time.perf_counter() - start
         if is_first():
             hf.save(folder / "model", problem.config, params, source=problem.source)
-            limits = {"generations": config.generations, "seconds": config.seconds}
-            write_json(folder / SUMMARY, {"options": config.options(), "seed": seed, "limits": limits} | row)
-        return row
+        return {
+            **after,
+            **before,
+            "generations": improved.generations,
+            "training_seconds": round(progress.seconds, 2),
+            "tokens": progress.tokens,
+            "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+            "failed_rewards": progress.failed,
+            "seconds": round(seconds, 2),
+        }
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
         config, before = self.config, self._accuracies(self.problem.params, "_before")
         print(", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in before.items()), flush=True)
-        rows = [self.run_seed(seed, before) for seed in range(config.seed, config.seed + config.seeds)]
-        return {"algorithm": config.algorithm, "task": config.task} | summary_of(rows, first_seed=config.seed)
+        summary = run_seeds(
+            config,
+            lambda run: self.train(run, before),
+            experiment="reason",
+            default=f"reason-{config.algorithm}-{config.task.replace('/', '-')}",
+            options=config.options(),
+            recorded={"limits": {"generations": config.generations, "seconds": config.seconds}},
+        )
+        return {"algorithm": config.algorithm, "task": config.task} | summary
+
+
+def run(config: Config) -> Row:
+    """Run an experiment, or plan its memory; return the summary that `main` prints."""
+    config.check()
+    if start_processes() and config.algorithm == "grpo":
+        raise ValueError("grpo runs in one process; eggroll runs in several.")
+    inputs = prepare(config)
+    if config.plan:
+        needed = plan(config, inputs)
+        print(needed.table())
+        return needed._asdict()
+    experiment = Experiment(config, inputs)
+    try:
+        return experiment.run()
+    finally:
+        experiment.problem.scorer.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
+    config = parse(arguments)
     try:
-        config = parse(arguments)
-        config.check()
-        if join_processes() and config.algorithm == "grpo":
-            raise ValueError("grpo runs in one process; eggroll runs in several.")
-        inputs = prepare(config)
-        if config.plan:
-            needed = plan(config, inputs)
-            print(needed.table())
-            summary = needed._asdict()
-        else:
-            experiment = Experiment(config, inputs)
-            try:
-                summary = experiment.run()
-            finally:
-                experiment.problem.scorer.close()
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        with exit_on_error():
+            summary = run(config)
     except KeyboardInterrupt:
         print(STOPPED[config.algorithm], file=sys.stderr)
         sys.exit(INTERRUPTED)

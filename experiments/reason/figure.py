@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from eggroll.experiments.common.loop import read_metrics
 
 COLORS = {"eggroll": "#0072b2", "grpo": "#d55e00"}  # told apart by the colour-blind
-Curves = Sequence[tuple[Sequence[float], Sequence[float]]]  # of the seeds: seconds and accuracies
+Curve = tuple[Sequence[float], Sequence[float]]  # seconds and validation accuracies of a seed
 
 
 def draw(folder: Path) -> None:
@@ -31,7 +31,7 @@ def draw(folder: Path) -> None:
     figure.savefig(folder / "curves.png", dpi=120)
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
     """Draw a panel for every model: a thin line for every seed, a thick one for their mean where all of them have values.
 
     Args:
@@ -51,7 +51,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw(panel: Axes, algorithm: str, curves: Curves) -> None:
+def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve]) -> None:
     for seconds, accuracies in curves:
         panel.plot(seconds, accuracies, color=COLORS[algorithm], alpha=0.35, linewidth=0.8)
     grid = np.linspace(0, min(seconds[-1] for seconds, _ in curves), 60)

@@ -1,40 +1,34 @@
 """EGGROLL and GRPO on the same clock, over small models and seeds: `python -m experiments.reason.compare --help`.
 
-Every run is `experiments.reason` in a process of its own on one core; what is in the folder already is not run again. The
-folder gets learning curves (`curves.png`), the table (`table.md`) and all numbers (`results.json`). The last line of standard
-output is a JSON object.
+Each run is `experiments.reason` on one core (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
+The last line of standard output is a JSON object.
 """
 
 import dataclasses
-import itertools
 import os
 import statistics
-import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.run import INTERRUPTED, print_summary, run_folder, write_json
-from eggroll.experiments.common.seed_runs import finished_seeds, metrics_of, run_seeds
+from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.run import run_folder
+from eggroll.experiments.common.seed_runs import Setting, Summaries
+from eggroll.experiments.common.suite import Job, Report, Result, Suite, markdown_table, run_suite
 from eggroll.experiments.reason import config as reason
-from eggroll.experiments.reason.figure import draw_curves
-
-Curve = tuple[list[float], list[float]]  # seconds of training, validation accuracy
+from eggroll.experiments.reason.figure import Curve, draw_curves
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare algorithms at equal seconds. Options not listed here are handed to experiments.reason."""
+    """Compare algorithms at equal seconds. Options not listed here are passed to experiments.reason."""
 
     architectures: tuple[Literal["transformer", "rwkv7"], ...] = ("transformer", "rwkv7")
     """Small models, a panel of the figure each."""
     algorithms: tuple[Literal["eggroll", "grpo"], ...] = ("eggroll", "grpo")
-    """What improves them."""
+    """Algorithms of experiments.reason."""
     seconds: float = 60.0
     """Seconds of training of every run, compilation included, validation not."""
     generations: int | None = None
@@ -42,14 +36,14 @@ class Config:
     seeds: int = 3
     """Seeds 0, 1, ... of every model and algorithm."""
     cores: tuple[int, ...] | None = None
-    """CPU cores; every one has one run at a time. None: all that this process may use."""
+    """CPU cores; each has one run at a time. None: all that this process may use."""
     folder: Path = Path("runs/reason-compare")
-    """Where everything is, also what an interrupted comparison has finished."""
+    """Folder of all results; an interrupted comparison resumes from it."""
     figure: Path | None = None
-    """Where the figure goes too, such as docs/reasoning.png."""
+    """Second path of the figure, such as docs/reasoning.png."""
 
     def check(self) -> None:
-        """Raise ValueError for what experiments.reason would not see."""
+        """Raise ValueError for options that experiments.reason does not see."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
         for name in ("architectures", "algorithms"):
@@ -60,116 +54,117 @@ class Config:
             raise ValueError(f"cores must be out of {allowed}, got {self.cores}.")
 
 
-class Run(NamedTuple):
-    """One run of the comparison."""
+def make_suite(config: Config, options: Sequence[str]) -> Suite:
+    """Make the suite; runs of the same model and seed follow each other, so that they run at the same time.
 
-    architecture: str
-    algorithm: str
-    seed: int
-
-
-class Study:
-    """All runs of a comparison, and what failed."""
-
-    def __init__(self, config: Config, options: Sequence[str]):
-        config.check()
-        self.config, self.options, self.folder = config, tuple(options), run_folder(config.folder)
-        self.failed: dict[str, str] = {}
-        self.pairs: list[tuple[str, str]] = list(itertools.product(config.architectures, config.algorithms))
-        for pair in self.pairs:
-            reason.parse(self._command(*pair)).check()
-            self._finished(*pair)
-
-    def _command(self, architecture: str, algorithm: str) -> list[str]:
-        limits = ["--seconds", str(self.config.seconds)]
-        limits += [] if self.config.generations is None else ["--generations", str(self.config.generations)]
-        return ["--start.architecture", architecture, "--algorithm", algorithm, *limits, *self.options]
-
-    def _finished(self, architecture: str, algorithm: str) -> dict[int, dict[str, Any]]:
-        """Summaries of the seeds that are whole."""
-        parsed = reason.parse(self._command(architecture, algorithm))
-        folder, limits = self.folder / architecture / algorithm, {"generations": parsed.generations, "seconds": parsed.seconds}
-        found = finished_seeds(folder, range(self.config.seeds), options=parsed.options())
-        if any(summary.get("limits") != limits for summary in found.values()):
-            raise ValueError(f"{folder} has runs with other limits; choose another folder.")
-        return found
-
-    def missing(self) -> list[Run]:
-        """Runs that are not whole; those of the same model and seed beside each other, so that they run side by side."""
-        found = {pair: self._finished(*pair) for pair in self.pairs}
-        seeds = range(self.config.seeds)
-        runs = [Run(model, by, seed) for model in self.config.architectures for seed in seeds for by in self.config.algorithms]
-        return [run for run in runs if run.seed not in found[run.architecture, run.algorithm]]
-
-    def finish(self) -> None:
-        """Run what is missing, a run on every core at a time; a failure is noted and does not end the comparison."""
-        cores = self.config.cores or tuple(sorted(os.sched_getaffinity(0)))
-        free: SimpleQueue[int] = SimpleQueue()
-        for core in cores:
-            free.put(core)
-        # A process has the cores of the thread that starts it.
-        with ThreadPoolExecutor(len(cores), initializer=lambda: os.sched_setaffinity(0, {free.get()})) as pool:
-            try:
-                list(pool.map(self._run, self.missing()))
-            except KeyboardInterrupt:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _run(self, run: Run) -> None:
-        name, start = f"{run.architecture} {run.algorithm} seed {run.seed}", time.perf_counter()
-        command = ["eggroll.experiments.reason", *self._command(run.architecture, run.algorithm)]
-        try:
-            run_seeds(command, self.folder / run.architecture / run.algorithm, [run.seed])
-        except RuntimeError as error:
-            self.failed[name] = str(error)
-        print(f"{name}: {self.failed.get(name, 'done')}  ({time.perf_counter() - start:.0f} s)", flush=True)
-
-    def _curve(self, run: Run, before: float) -> Curve:
-        folder = self.folder / run.architecture / run.algorithm
-        rows = [row for row in metrics_of(folder, run.seed) if row.get("validation_accuracy") is not None]
-        seconds, accuracies = ([row[name] for row in rows] for name in ("seconds_spent", "validation_accuracy"))
-        return [0.0, *seconds], [before, *accuracies]
-
-    def write(self) -> dict[str, Any]:
-        """Write table, figure and numbers; return the summary."""
-        rows: list[dict[str, Any]] = []
-        curves: dict[str, dict[str, list[Curve]]] = {}
-        for architecture, algorithm in self.pairs:
-            found = sorted(self._finished(architecture, algorithm).items())
-            if found:
-                rows.append(make_row(architecture, algorithm, [summary for _, summary in found]))
-                known = [(Run(architecture, algorithm, seed), row["validation_accuracy_before"]) for seed, row in found]
-                curves.setdefault(architecture, {})[algorithm] = [self._curve(run, before) for run, before in known]
-        (self.folder / "table.md").write_text(table(rows))
-        for path in (self.folder / "curves.png", self.config.figure):
-            if rows and path is not None:
-                draw_curves(curves, path)
-        summary = {"seconds": self.config.seconds, "rows": rows, "failed": self.failed}
-        write_json(self.folder / "results.json", summary)
-        return summary
-
-
-def make_row(architecture: str, algorithm: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make a row of the summaries of its seeds."""
-    by_seed = [summary["test_accuracy"] for summary in found]
-    row: dict[str, Any] = {"architecture": architecture, "algorithm": algorithm, "test_accuracy": statistics.fmean(by_seed)}
-    row |= {"test_accuracy_before": statistics.fmean(summary["test_accuracy_before"] for summary in found)}
-    names = ("generations", "tokens_per_second", "training_seconds", "peak_mib")
-    return row | {"by_seed": by_seed} | {name: [summary[name] for summary in found] for name in names}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| model | algorithm | before | test accuracy of the seeds | mean | generations or steps | tokens / s | peak MiB |"
+    Raises:
+        ValueError: an option is wrong, or the folder has other runs.
+    """
+    config.check()
+    folder = run_folder(config.folder)
+    settings = [
+        make_setting(config, architecture, algorithm, options)
+        for architecture in config.architectures
+        for algorithm in config.algorithms
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    jobs = [
+        Job(f"{setting.name} seed {seed}", setting, [seed])
+        for architecture in config.architectures
+        for seed in range(config.seeds)
+        for setting in settings
+        if setting.labels[0] == architecture
+    ]
+    suite = Suite(
+        "eggroll.experiments.reason",
+        folder,
+        jobs,
+        report=lambda results: report(config, results),
+        check=check_limits,
+        cores=config.cores or sorted(os.sched_getaffinity(0)),
+        partial=True,
+    )
+    for setting in settings:
+        suite.finished(setting)
+    return suite
+
+
+def make_setting(config: Config, architecture: str, algorithm: str, options: Sequence[str]) -> Setting:
+    """Make the setting of a model and algorithm; ValueError if an option is wrong."""
+    limits = ["--seconds", str(config.seconds)]
+    limits += [] if config.generations is None else ["--generations", str(config.generations)]
+    arguments = ("--start.architecture", architecture, "--algorithm", algorithm, *limits, *options)
+    parsed = reason.parse(arguments)
+    parsed.check()
+    return Setting((architecture, algorithm), arguments, parsed.options(), run_folder(config.folder) / architecture / algorithm)
+
+
+def check_limits(setting: Setting, found: Summaries) -> Summaries:
+    """Return the summaries; ValueError if their runs had other limits."""
+    parsed = reason.parse(setting.arguments)
+    limits = {"generations": parsed.generations, "seconds": parsed.seconds}
+    if any(summary.get("limits") != limits for summary in found.values()):
+        raise ValueError(f"{setting.folder} has runs with other limits; choose another folder.")
+    return found
+
+
+def report(config: Config, results: Sequence[Result]) -> Report:
+    """Draw the learning curves; return table and numbers."""
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, dict[str, list[Curve]]] = {}
+    for setting, found in results:
+        architecture, algorithm = setting.labels
+        rows.append(make_row(architecture, algorithm, list(found.values())))
+        curves.setdefault(architecture, {})[algorithm] = [
+            read_curve(setting.folder / f"seed-{seed}", before=summary["validation_accuracy_before"])
+            for seed, summary in found.items()
+        ]
+    for path in (run_folder(config.folder) / "curves.png", config.figure):
+        if rows and path is not None:
+            draw_curves(curves, path)
+    return Report(make_table(rows), {"seconds": config.seconds, "rows": rows})
+
+
+def read_curve(folder: Path, *, before: float) -> Curve:
+    """Read the checks of a run: seconds of training, validation accuracies; `before` is the accuracy at second 0."""
+    rows = [row for row in read_metrics(folder) if row.get("validation_accuracy") is not None]
+    return [0.0, *(row["seconds_spent"] for row in rows)], [before, *(row["validation_accuracy"] for row in rows)]
+
+
+def make_row(architecture: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Make a row from the summaries of its seeds."""
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    return {
+        "architecture": architecture,
+        "algorithm": algorithm,
+        "test_accuracy": statistics.fmean(accuracies),
+        "test_accuracy_before": statistics.fmean(summary["test_accuracy_before"] for summary in summaries),
+        "by_seed": accuracies,
+        "generations": [summary["generations"] for summary in summaries],
+        "tokens_per_second": [summary["tokens_per_second"] for summary in summaries],
+        "training_seconds": [summary["training_seconds"] for summary in summaries],
+        "peak_mib": [summary["peak_mib"] for summary in summaries],
+    }
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    head = [
+        "model",
+        "algorithm",
+        "before",
+        "test accuracy of the seeds",
+        "mean",
+        "generations or steps",
+        "tokens / s",
+        "peak MiB",
+    ]
+    cells = []
     for row in rows:
-        seeds = ", ".join(f"{accuracy:.3f}" for accuracy in row["by_seed"])
-        accuracies = f"{row['test_accuracy_before']:.3f} | {seeds} | {row['test_accuracy']:.3f}"
-        spans = " | ".join(_span(row[name]) for name in ("generations", "tokens_per_second", "peak_mib"))
-        lines.append(f"| {row['architecture']} | {row['algorithm']} | {accuracies} | {spans} |")
-    return "\n".join(lines) + "\n"
+        accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in row["by_seed"])
+        spans = [_span(row[name]) for name in ("generations", "tokens_per_second", "peak_mib")]
+        before, mean = f"{row['test_accuracy_before']:.3f}", f"{row['test_accuracy']:.3f}"
+        cells.append([row["architecture"], row["algorithm"], before, accuracies, mean, *spans])
+    return markdown_table(head, cells)
 
 
 def _span(values: Sequence[float]) -> str:
@@ -178,22 +173,10 @@ def _span(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
     name = "python -m experiments.reason.compare"
     config, options = tyro.cli(Config, args=arguments, prog=name, return_unknown_args=True)
-    try:
-        study = Study(config, options)
-        study.finish()
-        summary = study.write()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the runs that are missing.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    print(f"\n{(study.folder / 'table.md').read_text()}\ntable, curves and numbers are in {study.folder}", flush=True)
-    print_summary(summary)
-    if study.failed:
-        sys.exit(1)
+    run_suite(lambda: make_suite(config, options))
 
 
 if __name__ == "__main__":

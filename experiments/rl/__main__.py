@@ -1,11 +1,10 @@
 """Train a policy on an environment: `python -m experiments.rl --help`.
 
 A plain Flax network is the policy. It is evolved without backpropagation, with low-rank (eggroll) or dense (openes) noise, or
-trained by PPO; `random` acts without looking. The last line of standard output is a JSON object with the mean return of the
-trained parameters over fresh episodes, beside that of random actions. Artefacts go to one run folder per seed.
+trained by PPO; `random` ignores its observations. The last line of standard output is a JSON object with the mean return of the
+trained parameters over fresh episodes, and that of random actions. Each seed writes its artefacts to its own run folder.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,60 +13,47 @@ from typing import Any
 import jax
 
 import eggroll
-from eggroll import envs
 from eggroll.devices.processes import is_first
 from eggroll.envs.drawing.render import render_episode
 from eggroll.experiments.common.checkpoint import save_checkpoint
-from eggroll.experiments.common.memory import peak_mib
-from eggroll.experiments.common.run import SUMMARY, join_processes, print_summary, write_json
-from eggroll.experiments.common.seeds import begin, seed_folder, summary_of
-from eggroll.experiments.rl.baselines.distributions import num_log_stds
-from eggroll.experiments.rl.baselines.ppo import PPO
-from eggroll.experiments.rl.baselines.runs import PPORuns, RandomRuns
+from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
+from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
+from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.mlp import MLP
-from eggroll.experiments.rl.problem import Evaluation, Task, Trained
+from eggroll.experiments.rl.inputs import load
+from eggroll.experiments.rl.ppo import PPO
+from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained, seed_keys
+
+Algorithm = Evolution | PolicyGradient | RandomPolicy
 
 
-def make_task(config: Config) -> Task:
-    """Make the environment and the policy that `config` names."""
-    environment = envs.make(config.env, max_steps=config.max_steps)
-    # The continuous policy of PPO has standard deviations of its own, outside the network.
-    sampled = config.sampled_actions and not (config.algorithm == "ppo" and num_log_stds(environment.action_space))
-    outputs = envs.output_size(environment.action_space, sampled=sampled)
-    return Task(environment, MLP(config.hidden_sizes, outputs, config.activation), sampled, config.normalise)
-
-
-def make_runs(config: Config, task: Task, evaluation: Evaluation) -> Evolution | PPORuns | RandomRuns:
-    """Make what trains: `train(init_key=, run_key=, check_key=, folder=, recipe=)`, compiled once for all seeds."""
+def make_algorithm(config: Config, task: Task, evaluation: Evaluation) -> Algorithm:
+    """Make the algorithm; its method `train` is compiled once for all seeds."""
     if config.algorithm == "random":
-        return RandomRuns()
+        return RandomPolicy()
     if config.algorithm == "ppo":
-        return PPORuns(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
+        return PolicyGradient(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
     return Evolution(config, task, evaluation)
 
 
-def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) -> dict[str, Any]:
-    """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
-    init_key, run_key, check_key, evaluation_key, random_key = jax.random.split(jax.random.key(seed), 5)
-    folder = _folder(config, seed)
-    begin(folder, resume=config.resume)
+def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: SeedRun) -> Row:
+    """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
+    keys = seed_keys(run.seed)
     start = time.perf_counter()
-    recipe = {"function": "eggroll.experiments.rl.__main__:remake", "options": config.options() | {"seed": seed}}
-    trained = runs.train(init_key=init_key, run_key=run_key, check_key=check_key, folder=folder, recipe=recipe)
+    trained = algorithm.train(run)
     seconds = time.perf_counter() - start
-    mean_return = random_return = evaluation.random_return(key=random_key)
+    mean_return = random_return = evaluation.random_return(key=keys.random)
     if trained.params is not None:
-        save_checkpoint(folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
-        mean_return = evaluation.mean_return(trained.params, trained.statistics, key=evaluation_key)
-        print(f"seed {seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {folder}", flush=True)
+        save_checkpoint(run.folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
+        mean_return = evaluation.mean_return(trained.params, trained.statistics, key=keys.evaluation)
+        print(f"seed {run.seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {run.folder}", flush=True)
         if config.render and is_first():
-            _render(evaluation.task, trained, folder / "policy.gif", key=evaluation_key)
+            _render(evaluation.task, trained, run.folder / "policy.gif", key=keys.evaluation)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
-        print(f"seed {seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
-    row = {
+        print(f"seed {run.seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+    return {
         "mean_return": mean_return,
         "random_return": random_return,
         "generations": trained.generations,
@@ -75,50 +61,45 @@ def run_seed(config: Config, runs: Any, evaluation: Evaluation, *, seed: int) ->
         "invalid": trained.invalid,
         "seconds": round(seconds, 2),
         "generation_seconds": round(trained.generation_seconds, 5),
-        "peak_mib": round(peak_mib()),
     }
-    if is_first():
-        write_json(folder / SUMMARY, {"options": config.options(), "seed": seed} | row)
-    return row
 
 
 def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None:
-    known = trained.statistics if task.normalise else None
-    drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=known)
+    statistics = trained.statistics if task.normalise else None
+    drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=statistics)
     print(f"an episode is drawn in {drawn}" if drawn else f"{task.environment.name} cannot be drawn", flush=True)
 
 
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
-    """Make the strategy and the initial state of a run again: the recipe of its journal."""
+    """Remake the strategy and the initial state of a run, from the recipe in its journal."""
     options = options | {"hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])}
     config = Config(**options)
-    task = make_task(config)
-    init_key, run_key, *_ = jax.random.split(jax.random.key(config.seed), 5)
-    return Evolution(config, task, Evaluation(task, episodes=1)).start(init_key=init_key, run_key=run_key)
+    task = load(config)
+    return Evolution(config, task, Evaluation(task, episodes=1)).start(seed_keys(config.seed))
 
 
-def _folder(config: Config, seed: int) -> Path:
-    return seed_folder(config, seed, default=f"rl-{config.env.replace('/', '-')}-{config.algorithm}")
-
-
-def run(config: Config, runs: Any, evaluation: Evaluation) -> dict[str, Any]:
+def run(config: Config) -> Row:
     """Run every seed; return the summary that `main` prints."""
-    rows = [run_seed(config, runs, evaluation, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
-    return {"env": config.env, "algorithm": config.algorithm} | summary_of(rows, first_seed=config.seed)
+    task = load(config)
+    evaluation = Evaluation(task, episodes=config.evaluation_episodes)
+    algorithm = make_algorithm(config, task, evaluation)
+    summary = run_seeds(
+        config,
+        lambda run: train(config, algorithm, evaluation, run=run),
+        experiment="rl",
+        default=f"rl-{config.env.replace('/', '-')}-{config.algorithm}",
+        options=config.options(),
+    )
+    return {"env": config.env, "algorithm": config.algorithm} | summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
-    try:
+    """Run from the command line; wrong options end it with a one-line error."""
+    with exit_on_error():
         config = parse(arguments)
         config.check()
-        join_processes()
-        task = make_task(config)
-        evaluation = Evaluation(task, episodes=config.evaluation_episodes)
-        runs = make_runs(config, task, evaluation)
-        summary = run(config, runs, evaluation)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        start_processes()
+        summary = run(config)
     print_summary(summary)
 
 

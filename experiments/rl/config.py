@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from eggroll.experiments.common.run import jsonable
-from eggroll.experiments.rl.baselines.ppo import PPO
+from eggroll.experiments.rl.ppo import PPO
 from eggroll.experiments.rl.presets import SMALL, paper_settings
 from eggroll.update.shaping import SHAPINGS
 
@@ -52,7 +52,7 @@ class Config:
     episodes: int = 1
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
-    """Members evaluated at a time, even. None: all, or as many as half of the free memory holds, which is said."""
+    """Members evaluated at a time, even. None: all, or as many as fit half of the free memory, which is logged."""
     hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the policy's hidden layers, and of PPO's value network."""
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
@@ -63,7 +63,7 @@ class Config:
     normalise: bool = True
     """Normalise observations by their running mean and standard deviation."""
     max_steps: int | None = None
-    """Truncate episodes after so many steps. None: as the environment has it."""
+    """Number of steps after which episodes are truncated. None: the environment's own."""
     target: float | None = None
     """Stop when the unperturbed parameters reach this mean return in a held-out check. None: 495 for CartPole-v1, -85 for
     Acrobot-v1, -180 for Pendulum-v1, never for others; inf: never."""
@@ -78,7 +78,7 @@ class Config:
     checkpoint_every: int = 50
     """Generations between checkpoints; the journal has every generation."""
     resume: bool = False
-    """Go on from what is in the run folder; evolution strategies only. Otherwise its files are replaced."""
+    """Resume the run in the folder; evolution strategies only. Otherwise its files are replaced."""
     render: bool = False
     """Write one episode of the trained policy as policy.gif, where the suite can be drawn."""
     folder: Path | None = None
@@ -90,18 +90,18 @@ class Config:
         return TARGETS.get(self.env) if self.target is None else self.target
 
     def options(self) -> dict[str, Any]:
-        """The options that decide what a seed gives, as JSON holds them: all but the seeds and the folder."""
+        """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
         apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "render")
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that would not get a clear error later."""
         for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value}.")
         if self.resume and self.algorithm == "ppo":
-            raise ValueError("resume is for eggroll and openes; ppo starts anew.")
+            raise ValueError("resume is for eggroll and openes; ppo always starts from the beginning.")
         if self.mesh and self.algorithm not in ("eggroll", "openes"):
             raise ValueError(f"mesh is for eggroll and openes, not for {self.algorithm}.")
         for name in ("sigma", "learning_rate"):
@@ -117,7 +117,7 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
-    """Read the command line: a preset gives defaults, options given beside it win.
+    """Read the command line: a preset sets defaults, explicit options take precedence.
 
     Raises:
         ValueError: the preset has nothing for this environment.

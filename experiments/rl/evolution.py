@@ -1,7 +1,6 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +13,13 @@ import eggroll
 from eggroll import envs
 from eggroll.devices.processes import local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
-from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
+from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
-MANY_EPISODES = 4096  # fewer side by side are not worth the two compilations that measure their memory
+MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
 
 
 def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
@@ -58,9 +58,9 @@ def _decaying(rate: float, decay: float) -> Any:
 
 
 class _Progress:
-    """Callback of the training loop: keeps the observation statistics, counts, checks the unperturbed parameters.
+    """Callback of the training loop: updates the observation statistics, counts, checks the unperturbed parameters.
 
-    It is what a run carries beside its state (`eggroll.runs.durable.Carried`).
+    A run saves it with its state (`eggroll.runs.durable.Carried`).
     """
 
     def __init__(self, task: Task, checks: HeldOutChecks):
@@ -73,7 +73,7 @@ class _Progress:
         return self.statistics
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
-        """Merge the generation's sums, count, check; tell whether the target is met."""
+        """Merge the generation's sums, count, check; return whether the target is met."""
         self.statistics = envs.merge(self.statistics, local(record.aux))
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
@@ -82,12 +82,12 @@ class _Progress:
         return self.checks.met
 
     def save(self) -> dict[str, Any]:
-        """As arrays."""
+        """Return the progress as arrays."""
         counts = np.array([self.env_steps, self.invalid, self.checks.done, self.checks.met], np.int64)
         return {"counts": counts, "statistics": jax.device_get(self.statistics._asdict())}
 
     def load(self, saved: Any) -> None:
-        """From arrays."""
+        """Restore what `save` returned."""
         self.env_steps, self.invalid, self.checks.done, met = (int(count) for count in saved["counts"])
         self.checks.met = bool(met)
         self.statistics = envs.ObservationStatistics(**jax.tree.map(jnp.asarray, saved["statistics"]))
@@ -100,22 +100,22 @@ class Evolution:
         self._config, self._task, self._evaluation = config, task, evaluation
         self._es = make_strategy(config, task)
 
-    def start(self, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    def start(self, keys: Keys) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
         """Return the strategy, with its plan, and the initial state."""
-        state = self._es.init(self._task.init_params(key=init_key), key=run_key)
+        state = self._es.init(self._task.init_params(key=keys.init), key=keys.training)
         self._es.plan(state, envs.initial_statistics(self._task.environment.observation_shape))
         return self._es, state
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: dict[str, Any]) -> Trained:
-        """Run the generations, from where the folder is if so configured; metrics, figure, journal and checkpoints go there.
+    def train(self, seed_run: SeedRun) -> Trained:
+        """Run the generations, resuming the run in the folder if so configured; all files of the run go to the folder.
 
         Raises:
-            ValueError: the folder has a run with other settings, or files that are damaged.
+            ValueError: the folder has a run with other settings, or damaged files.
         """
-        config = self._config
-        es, initial = self.start(init_key=init_key, run_key=run_key)
+        config, keys, folder = self._config, seed_keys(seed_run.seed), seed_run.folder
+        es, initial = self.start(keys)
         every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
+        checks = HeldOutChecks(self._evaluation, key=keys.checks, every=every, target=config.known_target)
         progress = _Progress(self._task, checks)
         run = DurableRun(
             folder,
@@ -124,7 +124,7 @@ class Evolution:
             config=config.options(),
             carried=progress,
             checkpoint_every=config.checkpoint_every,
-            recipe=recipe,
+            recipe=seed_run.recipe,
         )
         state, done = run.state, int(run.state.generation)
         history: list[Record] = []

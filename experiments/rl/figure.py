@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eggroll.experiments.rl.table import interval
+from eggroll.experiments.common.bootstrap import mean_interval
 
 COLORS = {"eggroll": "#0072b2", "openes": "#d55e00", "ppo": "#009e73", "random": "#555555"}  # told apart by the colour-blind
 COLUMNS = 4
-Curves = Sequence[tuple[Sequence[float], Sequence[float]]]  # of the seeds: environment steps and returns
+Curve = tuple[Sequence[float], Sequence[float]]  # environment steps and returns of a seed
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Curves]], random_returns: Mapping[str, float], path: Path) -> None:
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], random_returns: Mapping[str, float], path: Path) -> None:
     """Draw the learning curves.
 
     Args:
@@ -42,13 +42,13 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curves]], random_returns: Mapp
     figure.savefig(path, dpi=110)
 
 
-def _draw(panel: Axes, algorithm: str, curves: Curves) -> None:
+def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve]) -> None:
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
         return
     start, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     grid = np.linspace(start, max(start, end), 25)
     returns = np.array([np.interp(grid, steps, values) for steps, values in curves])  # [seeds, grid]
-    low, high = np.array([interval(at) for at in returns.T]).T
+    low, high = np.array([mean_interval(at) for at in returns.T]).T
     panel.plot(grid, returns.mean(axis=0), color=COLORS[algorithm], label=algorithm)
     panel.fill_between(grid, low, high, color=COLORS[algorithm], alpha=0.2)

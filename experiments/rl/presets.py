@@ -2,7 +2,7 @@
 
 The paper's are for its 16 reinforcement-learning tasks (arXiv 2511.16652, appendix N.4). It searched 20 random settings per
 task; these are its choices for EGGROLL, with policies of three layers of 256. Its choices for OpenES and PPO are not here:
-given to dense noise, a row is EGGROLL's setting without its rank.
+with dense noise, a row is EGGROLL's setting without its rank.
 """
 
 import difflib
@@ -77,8 +77,8 @@ def paper_settings(env: str) -> dict[str, Any]:
     }
 
 
-# Settings for two cores, found by a few runs of one seed with EGGROLL; experiments/LOG.md has those that did not do. Dense
-# noise and PPO get the same budget, network and actions; PPO's own settings are the defaults of `experiments.baselines.ppo`.
+# Settings for two cores, found by a few runs of one seed with EGGROLL; experiments/LOG.md has those that failed. Dense
+# noise and PPO get the same budget, network and actions; PPO's own settings are the defaults of `experiments.rl.ppo`.
 _PAPER_NETWORK: dict[str, Any] = {"hidden_sizes": (256, 256, 256), "activation": "relu_layer_norm", "population_size": 128}
 _MPE = _PAPER_NETWORK | {"hidden_sizes": (64, 64, 64), "learning_rate": 0.01}
 SMALL: dict[str, dict[str, Any]] = {
@@ -96,7 +96,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "env_steps": 4_000_000,
     },
     "jumanji/Knapsack-v1": {
-        "hidden_sizes": (),  # a linear policy: deeper ones hardly learn to compare items in so many steps
+        "hidden_sizes": (),  # a linear policy: deeper ones hardly learn to compare items in this budget
         "population_size": 256,
         "sigma": 0.2,
         "episodes": 4,

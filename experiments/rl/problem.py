@@ -1,9 +1,9 @@
-"""A policy network acting in an environment: what every reinforcement-learning algorithm here trains and is judged by."""
+"""A policy network acting in an environment, which all algorithms train, and its evaluation on fresh episodes."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,30 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.rollout import Policy
-from eggroll.experiments.rl.baselines.uniform import play_uniform
+from eggroll.experiments.rl.uniform import play_uniform
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation between them.
+
+    Args:
+        hidden_sizes: widths of the hidden layers.
+        outputs: width of the last layer, which is linear.
+        activation: "tanh", or "relu_layer_norm": relu of the layer norm without parameters, as the policies of the EGGROLL
+            paper (arXiv 2511.16652, appendix N.4).
+    """
+
+    hidden_sizes: Sequence[int]
+    outputs: int
+    activation: str = "tanh"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map [*batch, features] to [*batch, outputs]."""
+        for size in self.hidden_sizes:
+            x = nn.Dense(size)(x)
+            x = nn.tanh(x) if self.activation == "tanh" else nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(x))
+        return nn.Dense(self.outputs)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +62,23 @@ class Task:
         return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
 
 
+class Keys(NamedTuple):
+    """The random keys of one seed, by purpose."""
+
+    init: Array
+    training: Array
+    checks: Array
+    evaluation: Array
+    random: Array  # of the random policy
+
+
+def seed_keys(seed: int) -> Keys:
+    """Return the keys of a seed."""
+    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+
+
 class Trained(NamedTuple):
-    """What a run of any algorithm ends with."""
+    """Result of a run of any algorithm."""
 
     params: Any  # of the policy network; None: the random policy
     statistics: envs.ObservationStatistics
@@ -68,7 +106,7 @@ class Evaluation:
 
 
 class HeldOutChecks:
-    """Judges the parameters of one run on held-out episodes, at even distances of its environment steps.
+    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps.
 
     Args:
         evaluation: of the task.
@@ -83,7 +121,7 @@ class HeldOutChecks:
         self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
-        """Check if one is due; return {"held_out_return": mean return}, or {} when none is."""
+        """Return {"held_out_return": mean return} if a check is due, else {}."""
         due = math.floor(env_steps / self._every)
         if due <= self.done:
             return {}

@@ -1,136 +1,196 @@
 """Compare algorithms over tasks and seeds at equal budgets: `python -m experiments.rl_suite --help`.
 
-Every task and algorithm is `experiments.rl` in processes of their own, so peak memory is theirs. The folder has a folder per
-run, and after every run the table (`table.md`), the learning curves (`curves.png`) and all numbers (`results.json`). Started
-again with the same folder it runs what is missing. The last line of standard output is a JSON object.
+Each task and algorithm runs `experiments.rl` (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
+The last line of standard output is a JSON object.
 """
 
-import concurrent.futures
 import dataclasses
-import sys
-import threading
-import time
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
 from eggroll import envs
-from eggroll.experiments.common.run import print_summary, run_folder, write_json
-from eggroll.experiments.rl import search
+from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
+from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.run import run_folder
+from eggroll.experiments.common.seed_runs import Setting, search
+from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.rl.config import parse
-from eggroll.experiments.rl.figure import draw_curves
+from eggroll.experiments.rl.figure import Curve, draw_curves
 from eggroll.experiments.rl.presets import SMALL
-from eggroll.experiments.rl.runs import Runs
-from eggroll.experiments.rl.table import Row, compare, make_row, table
+from eggroll.experiments.rl.search import SEED, random_options
 
-TASKS = tuple(SMALL)
+MODULE = "eggroll.experiments.rl"
+SEARCHED = ("eggroll", "openes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare algorithms over tasks and seeds at equal budgets. Options not listed here are handed to experiments.rl."""
+    """Compare algorithms over tasks and seeds at equal budgets. Options not listed here are passed to experiments.rl."""
 
-    envs: tuple[str, ...] = TASKS
+    envs: tuple[str, ...] = tuple(SMALL)
     """Names of environments."""
     algorithms: tuple[Literal["eggroll", "openes", "ppo", "random"], ...] = ("eggroll", "openes", "ppo")
     """Algorithms of experiments.rl."""
     seeds: int = 5
     """Seeds 0, 1, ... of every task and algorithm."""
     search: int = 0
-    """First try so many settings of the paper's ranges for every task and evolution strategy, one run each; use the best."""
+    """Number of settings from the paper's ranges to try first for each task and evolution strategy, one run each; the best is
+    used."""
     jobs: int = 1
-    """Runs side by side; with more than one the seconds say less."""
+    """Jobs that run at a time; with more than one the measured seconds mean less."""
     folder: Path = Path("runs/rl-suite")
-    """Where everything is, also what an interrupted suite has finished."""
+    """Folder of all results; an interrupted suite resumes from it."""
 
 
-class Suite:
-    """All runs of a suite, their results so far, and what failed."""
+class Row(NamedTuple):
+    """One task and algorithm."""
 
-    def __init__(self, config: Config, options: Sequence[str]):
-        self.config, self.options = config, ("--target", "inf", *options)
-        self.failed: dict[str, str] = {}
-        self.folder = run_folder(config.folder)
-        self.runs: dict[tuple[str, str], Runs] = {}
-        for env in config.envs:
-            for algorithm in config.algorithms:
-                self.runs[env, algorithm] = self._make(env, algorithm, self.options)
-                parse(self.runs[env, algorithm].arguments).check()
-        self._lock, self._start, self._done = threading.Lock(), time.perf_counter(), 0
+    env: str
+    algorithm: str
+    seeds: int
+    mean_return: float
+    low: float  # 95 % bootstrap interval over seeds
+    high: float
+    random_return: float  # mean over seeds of uniformly random actions
+    env_steps: int  # mean over seeds
+    seconds: float  # mean over seeds, of training
+    generation_seconds: float  # median over seeds of the medians over generations; PPO: updates
+    peak_mib: int  # of the process that ran the seeds
+    returns: tuple[float, ...]  # of the seeds
 
-    def _make(self, env: str, algorithm: str, options: Sequence[str]) -> Runs:
-        return Runs(env, algorithm, tuple(options), self._folder_of(env, algorithm), range(self.config.seeds))
 
-    def _folder_of(self, env: str, algorithm: str) -> Path:
-        return self.folder / env.replace("/", "-") / algorithm
+def make_suite(config: Config, options: Sequence[str]) -> Suite:
+    """Make the suite.
 
-    def finish(self, name: tuple[str, str]) -> None:
-        """Search where asked, run what is missing, write the results so far; a failure is noted and does not end the suite."""
-        env, algorithm = name
-        try:
-            if self.config.search and algorithm in ("eggroll", "openes"):
-                tries = search.tries(env, algorithm, self.options, self._folder_of(env, algorithm), number=self.config.search)
-                for run in tries:
-                    run.finish()
-                self.runs[name] = self._make(env, algorithm, search.best(tries))
-            self.runs[name].finish()
-        except (RuntimeError, ValueError) as error:
-            self.failed[f"{env} {algorithm}"] = str(error)
-        with self._lock:
-            self._done += 1
-            self._tell(env, algorithm)
-            self.write()
+    Raises:
+        ValueError, ModuleNotFoundError: an option is wrong, or the package of an environment is missing.
+    """
+    for name in ("seeds", "jobs"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
+    for env in config.envs:
+        envs.make(env)
+    folder, options = run_folder(config.folder), ("--target", "inf", *options)
+    settings = [make_setting(folder, env, algorithm, options) for env in config.envs for algorithm in config.algorithms]
+    for setting in settings:
+        parse(setting.arguments).check()
 
-    def _tell(self, env: str, algorithm: str) -> None:
-        minutes = (time.perf_counter() - self._start) / 60
-        left = minutes / self._done * (len(self.runs) - self._done)
-        outcome = self.failed.get(f"{env} {algorithm}", "done")
-        print(f"[{self._done}/{len(self.runs)}] {env} {algorithm}: {outcome}  ({minutes:.1f} min, {left:.1f} left)", flush=True)
+    def choose(setting: Setting) -> Setting:
+        if not config.search or setting.labels[1] not in SEARCHED:
+            return setting
+        tries = search_settings(setting, options, number=config.search)
+        best = search(MODULE, tries, seed=SEED, score=lambda summary: summary["mean_return"])
+        return dataclasses.replace(best, labels=setting.labels, folder=setting.folder)
 
-    def rows(self) -> list[Row]:
-        """Rows of the tasks and algorithms whose seeds are all there."""
-        rows = []
-        for (env, algorithm), runs in self.runs.items():
-            finished = runs.finished() if f"{env} {algorithm}" not in self.failed else {}
-            if len(finished) == self.config.seeds:
-                rows.append(make_row(env, algorithm, list(finished.values())))
-        return rows
+    return Suite(
+        MODULE,
+        folder,
+        one_job_each(settings, range(config.seeds)),
+        report=lambda results: report(folder, results),
+        choose=choose,
+        workers=config.jobs,
+    )
 
-    def write(self) -> dict[str, Any]:
-        """Write table, figure and numbers; return the summary."""
-        rows = self.rows()
-        (self.folder / "table.md").write_text(table(rows))
-        if rows:
-            curves: dict[str, dict[str, Any]] = {}
-            for row in rows:
-                curves.setdefault(row.env, {})[row.algorithm] = self.runs[row.env, row.algorithm].curves()
-            draw_curves(curves, {row.env: row.random_return for row in rows}, self.folder / "curves.png")
-        summary = compare(rows) | {"failed": self.failed, "rows": [row._asdict() for row in rows]}
-        write_json(self.folder / "results.json", summary)
-        return summary
+
+def make_setting(folder: Path, env: str, algorithm: str, options: Sequence[str]) -> Setting:
+    """Make the setting of a task and algorithm."""
+    resume = () if algorithm == "ppo" else ("--resume",)
+    arguments = ("--env", env, "--algorithm", algorithm, *options, *resume)
+    return Setting((env, algorithm), arguments, parse(arguments).options(), folder / env.replace("/", "-") / algorithm)
+
+
+def search_settings(setting: Setting, options: Sequence[str], *, number: int) -> list[Setting]:
+    """Return settings to try; `options` of the user take precedence over what is drawn."""
+    (env, algorithm), settings = setting.labels, []
+    for index in range(number):
+        drawn = make_setting(setting.folder, env, algorithm, (*random_options(env, index), *options))
+        settings.append(dataclasses.replace(drawn, folder=setting.folder / f"search-{index}"))
+    return settings
+
+
+def report(folder: Path, results: Sequence[Result]) -> Report:
+    """Draw the learning curves; return table and numbers."""
+    rows: list[Row] = []
+    curves: dict[str, dict[str, list[Curve]]] = {}
+    for setting, found in results:
+        env, algorithm = setting.labels
+        rows.append(make_row(env, algorithm, list(found.values())))
+        curves.setdefault(env, {})[algorithm] = [read_curve(setting.folder / f"seed-{seed}") for seed in found]
+    if rows:
+        draw_curves(curves, {row.env: row.random_return for row in rows}, folder / "curves.png")
+    return Report(make_table(rows), compare(rows) | {"rows": [row._asdict() for row in rows]})
+
+
+def read_curve(folder: Path) -> Curve:
+    """Read the held-out checks of a run: environment steps and mean returns."""
+    checks = [row for row in read_metrics(folder) if row.get("held_out_return") is not None]
+    return [row["env_steps"] for row in checks], [row["held_out_return"] for row in checks]
+
+
+def make_row(env: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> Row:
+    """Make a row from the summaries of its seeds."""
+    returns = tuple(float("nan") if s["mean_return"] is None else s["mean_return"] for s in summaries)
+    low, high = mean_interval(returns)
+    return Row(
+        env,
+        algorithm,
+        seeds=len(summaries),
+        mean_return=statistics.fmean(returns),
+        low=low,
+        high=high,
+        random_return=statistics.fmean(s["random_return"] for s in summaries),
+        env_steps=round(statistics.fmean(s["env_steps"] for s in summaries)),
+        seconds=statistics.fmean(s["seconds"] for s in summaries),
+        generation_seconds=statistics.median(s["generation_seconds"] for s in summaries),
+        peak_mib=max(s["peak_mib"] for s in summaries),
+        returns=returns,
+    )
+
+
+def compare(rows: Sequence[Row]) -> dict[str, Any]:
+    """Compare the algorithms.
+
+    Returns:
+        above_random: task -> algorithm -> whether its interval lies above the random return.
+        not_worse: task -> whether the interval of eggroll's mean minus openes' reaches 0.
+        generation_ratio: task -> seconds of a generation, openes over eggroll.
+    """
+    by_env: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_env.setdefault(row.env, {})[row.algorithm] = row
+    above = {
+        env: {name: row.low > row.random_return for name, row in found.items() if name != "random"}
+        for env, found in by_env.items()
+    }
+    pairs = {env: (found["eggroll"], found["openes"]) for env, found in by_env.items() if {*SEARCHED} <= {*found}}
+    return {
+        "above_random": above,
+        "not_worse": {env: difference_interval(ours.returns, dense.returns)[1] >= 0 for env, (ours, dense) in pairs.items()},
+        "generation_ratio": {
+            env: round(dense.generation_seconds / ours.generation_seconds, 2) for env, (ours, dense) in pairs.items()
+        },
+    }
+
+
+def make_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    head = ["task", "algorithm", "mean return [95 % interval]", "random", "seeds", "env steps", "seconds", "s / generation"]
+    cells = []
+    for row in rows:
+        returns = f"{row.mean_return:.4g} [{row.low:.4g}, {row.high:.4g}]"
+        cells.append([row.env, row.algorithm, returns, f"{row.random_return:.4g}", str(row.seeds), f"{row.env_steps:,}"])
+        cells[-1] += [f"{row.seconds:.1f}", f"{row.generation_seconds:.3g}", f"{row.peak_mib:,}"]
+    return markdown_table([*head, "peak MiB"], cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
     config, options = tyro.cli(Config, args=arguments, prog="python -m experiments.rl_suite", return_unknown_args=True)
-    try:
-        for name in ("seeds", "jobs"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
-        for env in config.envs:
-            envs.make(env)
-        suite = Suite(config, options)
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(suite.finish, suite.runs))
-    summary = suite.write()
-    print(f"\n{(suite.folder / 'table.md').read_text()}\ntable, curves and numbers are in {suite.folder}", flush=True)
-    print_summary(summary)
-    if suite.failed:
-        sys.exit(1)
+    run_suite(lambda: make_suite(config, options))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
 OWN = ("learning_rate", "sigma", "directions", "weight_decay")  # arguments of a recipe that are options of their own
 
-# Chosen on validation examples with seed 100, which no table has (experiments/RESULTS.md says how).
+# Chosen on validation examples with seed 100, which no table uses (experiments/RESULTS.md).
 SMALL: dict[str, dict[str, Any]] = {
     "mezo": {"learning_rate": 1e-3, "sigma": 1e-3},
     "adamezo": {"learning_rate": 1e-3, "sigma": 1e-3},
@@ -70,15 +70,15 @@ class Config:
     forwards: int = 40_000
     """Forward passes of a batch that training may take. A step of adam counts one; its backward pass is not counted."""
     steps: int | None = None
-    """Steps. None: as many as forwards pays for."""
+    """Steps. None: as many as `forwards` allows."""
     batch_size: int = 16
     """Examples in a batch."""
     directions: int | None = None
-    """Directions a step. None: as the recipe has it."""
+    """Directions a step. None: the recipe's default."""
     sigma: float | None = None
-    """Standard deviation of the perturbation of a weight. None: the small model's, or as the recipe has it."""
+    """Standard deviation of the perturbation of a weight. None: the small model's, or the recipe's default."""
     learning_rate: float | None = None
-    """Step size. None: the small model's, or as the recipe has it."""
+    """Step size. None: the small model's, or the recipe's default."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and normalisation are exempt."""
     options: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class Config:
     checkpoint_every: int = 1000
     """Steps between checkpoints; the journal has every step."""
     resume: bool = False
-    """Go on from what is in the run folder; not for adam. Otherwise its files are replaced."""
+    """Resume the run in the folder; not for adam. Otherwise its files are replaced."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
 
@@ -113,7 +113,7 @@ class Config:
         return known if self.template is None else dataclasses.replace(known, template=self.template)
 
     def given(self) -> dict[str, Any]:
-        """The arguments of the recipe that `options` names.
+        """Return the arguments of the recipe that `options` sets.
 
         Raises:
             ValueError: not name=value, or nothing that the recipe has.
@@ -133,13 +133,13 @@ class Config:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """The options that decide what a seed gives, as JSON holds them: all but the seeds, the folder and where it runs."""
+        """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
         apart = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume")
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that would not get a clear error later."""
         for name, among in (("recipe", RECIPES), ("task", tuple(TASKS)), ("objective", ("loss", "accuracy"))):
             if getattr(self, name) not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {getattr(self, name)!r}.")
@@ -169,14 +169,14 @@ class Config:
             raise ValueError(f"objective {self.objective} has no gradient: adam needs the objective loss.")
 
 
-def remade(settings: dict[str, Any]) -> Config:
-    """The configuration of `Config.settings()`, as the journal's header holds it."""
+def config_from(settings: dict[str, Any]) -> Config:
+    """Return the configuration with the given `Config.settings()`, as stored in the header of a journal."""
     paths = {name: Path(settings[name]) for name in ("model", "data") if settings[name] is not None}
     return Config(**settings | paths | {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])})
 
 
 def arguments(recipe: str) -> dict[str, Any]:
-    """The arguments of a recipe by name, each with its default, `inspect.Parameter.empty` where it has none."""
+    """Return the arguments of a recipe by name, each with its default, `inspect.Parameter.empty` where it has none."""
     if recipe == BACKPROP:
         return {"learning_rate": inspect.Parameter.empty}
     found: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def arguments(recipe: str) -> dict[str, Any]:
 
 
 def parse(command: Sequence[str] | None) -> Config:
-    """Read the command line: the small model's settings of a recipe are defaults, options given beside them win."""
+    """Read the command line: the small model's settings of a recipe are defaults, explicit options take precedence."""
     config = tyro.cli(Config, args=command, prog="python -m experiments.zo")
     settings = SMALL.get(config.recipe, {}) if config.model is None else {}
     return tyro.cli(Config, args=command, default=dataclasses.replace(Config(), **settings))

@@ -1,14 +1,19 @@
-"""The figure of a fine-tuning run."""
+"""The figures of a fine-tuning run, and of a comparison of recipes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eggroll.experiments.common.loop import Row
+from eggroll.experiments.zo.config import BACKPROP
 from eggroll.experiments.zo.problem import Score
+
+Curve = tuple[Sequence[float], Sequence[float]]  # forwards and validation accuracies of a seed
 
 
 def as_row(score: Score) -> Row:
@@ -39,6 +44,27 @@ def draw_run(rows: Sequence[Row], before: Score, path: Path, *, forwards: int) -
     top.legend()
     bottom.set(xlabel="forwards of a batch", ylabel="validation accuracy")
     figure.savefig(path, dpi=120)
+
+
+def draw_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Draw validation accuracy against forwards, mean over seeds with their range.
+
+    Args:
+        curves: recipe -> curves of its seeds, all with checks at the same forwards.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (recipe, of_seeds) in enumerate(curves.items()):
+        forwards, values = of_seeds[0][0], np.array([accuracies for _, accuracies in of_seeds])
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if recipe == BACKPROP else {"color": f"C{index}"}
+        axes.plot(forwards, values.mean(axis=0), label=recipe, **style)
+        axes.fill_between(forwards, values.min(axis=0), values.max(axis=0), alpha=0.15, color=style["color"])
+    axes.set(xlabel="forwards of a batch (backward passes of adam not counted)", ylabel="validation accuracy, range over seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def _loss(row: Row) -> float:

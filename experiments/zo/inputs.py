@@ -1,4 +1,4 @@
-"""What `experiments.zo` starts from: the model and the task that the options name, read from files."""
+"""Inputs of `experiments.zo`: the model and the task that the options name, read from files."""
 
 import itertools
 from pathlib import Path

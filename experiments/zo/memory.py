@@ -1,5 +1,6 @@
-"""Memory of one step as the compiler plans it: what the process holds besides, and allocates at random, is not in it."""
+"""Memory of one step as the compiler plans it; other memory of the process is not counted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from eggroll.experiments.zo.data.examples import batch_of
 from eggroll.experiments.zo.inputs import load
 
 
-def step_mib(arguments: list[str], folder: Path) -> float:
+def step_mib(arguments: Sequence[str], folder: Path) -> float:
     """Return MiB of arguments, results and temporaries of a resident step.
 
     Args:

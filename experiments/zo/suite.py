@@ -1,34 +1,37 @@
 """Compare recipes of zeroth-order fine-tuning at equal forward budget: `python -m experiments.zo_suite --help`.
 
-Every recipe is `experiments.zo` in a process of its own, on the small model and the shipped task unless options say otherwise;
-`adam` is backprop at as many steps as MeZO takes with one direction. The folder has a folder per recipe, and after every
-recipe the table (`table.md`), the validation curves (`curves.png`) and all numbers (`results.json`). Started again with the
-same folder it runs what is missing. The last line of standard output is a JSON object.
+Each recipe runs `experiments.zo` (`experiments.common.suite`), on the small model and the shipped task unless options say
+otherwise; `adam` is backprop with as many steps as MeZO takes with one direction. The figure, `curves.png`, has the validation
+accuracies. The last line of standard output is a JSON object.
 """
 
 import dataclasses
-import sys
-import time
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-from eggroll.experiments.common.run import print_summary, run_folder, write_json
-from eggroll.experiments.common.seed_runs import finished_seeds, metrics_of, run_seeds
+from eggroll.experiments.common.bootstrap import mean_interval
+from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.run import run_folder
+from eggroll.experiments.common.seed_runs import Setting, search
+from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, parse
+from eggroll.experiments.zo.config import Config as ZOConfig
+from eggroll.experiments.zo.figure import Curve, draw_curves
 from eggroll.experiments.zo.memory import step_mib
-from eggroll.experiments.zo.table import Curves, Row, draw_curves, make_row, table
 from eggroll.experiments.zo.warm_start import warm_start
 
+MODULE = "eggroll.experiments.zo"
 SEARCH_SEED = 100
-FACTORS = (1 / 3, 1.0, 3.0)  # of the known step size, that --search tries
+FACTORS = (1 / 3, 1.0, 3.0)  # of the default step size, that --search tries
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare recipes at equal forward budget. Options not listed here are handed to experiments.zo."""
+    """Compare recipes at equal forward budget. Options not listed here are passed to experiments.zo."""
 
     recipes: tuple[str, ...] = RECIPES
     """Recipes of experiments.zo."""
@@ -37,114 +40,164 @@ class Config:
     forwards: int = 40_000
     """Forward passes of a batch for every recipe; adam takes half as many steps."""
     search: bool = False
-    """First try a third, once and three times the known step size with seed 100; the lowest validation loss wins."""
+    """First try a third, once and three times the default step size with seed 100; the lowest validation loss wins."""
     folder: Path = Path("runs/zo-suite")
-    """Where everything is, also what an interrupted suite has finished."""
+    """Folder of all results; an interrupted suite resumes from it."""
 
 
-class Suite:
-    """All runs of a suite, and what failed."""
+class Row(NamedTuple):
+    """One recipe."""
 
-    def __init__(self, config: Config, options: Sequence[str]):
-        self.config, self.options, self.folder = config, tuple(options), run_folder(config.folder)
-        self.chosen = {recipe: self._arguments(recipe) for recipe in config.recipes}
-        self.failed: dict[str, str] = {}
-        self._memory: dict[str, float] = {}
-        for arguments in self.chosen.values():
-            parse(arguments).check()
+    recipe: str
+    setting: str
+    seeds: int
+    test_accuracy: float  # mean over seeds
+    low: float  # 95 % bootstrap interval over seeds
+    high: float
+    below_backprop: float  # NaN without a row of backprop
+    test_accuracy_before: float
+    train_loss: float  # mean over seeds, of unperturbed parameters on training examples
+    steps: int
+    forwards: int
+    seconds: float  # mean over seeds, of training
+    forwards_per_second: float  # median over seeds
+    step_mib: float
+    peak_mib: int  # of the process that ran the seeds
+    accuracies: tuple[float, ...]  # of the seeds
 
-    def _arguments(self, recipe: str, rate: float | None = None) -> list[str]:
-        forwards = self.config.forwards
-        budget = ["--steps", str(forwards // 2)] if recipe == BACKPROP else ["--forwards", str(forwards)]
-        return ["--recipe", recipe, *budget, *(["--learning-rate", f"{rate:.3g}"] if rate else []), *self.options]
 
-    def finish(self, recipe: str) -> None:
-        """Search where asked, run what is missing, write the results so far; a failure is noted and does not end the suite."""
-        start = time.perf_counter()
-        try:
-            if self.config.search:
-                self.chosen[recipe] = self._search(recipe)
-            self._run(self.chosen[recipe], self.folder / recipe, range(self.config.seeds))
-            self._memory[recipe] = step_mib(self.chosen[recipe], self.folder / "memory")
-        except (RuntimeError, ValueError) as error:
-            self.failed[recipe] = str(error)
-        outcome = self.failed.get(recipe, " ".join(self.chosen[recipe]))
-        print(f"{recipe}: {outcome}  ({(time.perf_counter() - start) / 60:.1f} min)", flush=True)
-        self.write()
+def make_suite(config: Config, options: Sequence[str]) -> Suite:
+    """Make the suite, and the small model if recipes start from it.
 
-    def _run(self, arguments: list[str], folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Run the seeds that are missing; return the summaries of all."""
-        options = parse(arguments).settings()
-        missing = [seed for seed in seeds if seed not in finished_seeds(folder, seeds, options=options)]
-        resume = [] if arguments[1] == BACKPROP else ["--resume"]
-        run_seeds(["eggroll.experiments.zo", *arguments, *resume], folder, missing)
-        return list(finished_seeds(folder, seeds, options=options).values())
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: an option is wrong, a file or a package is missing.
+    """
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be an integer >= 1, got {config.seeds}.")
+    config = dataclasses.replace(config, folder=run_folder(config.folder))
+    settings = [make_setting(config, recipe, options) for recipe in config.recipes]
+    first = parse(settings[0].arguments)
+    if first.model is None:
+        warm_start(first.start)  # now, so that no recipe's seconds contain it
+    memory: dict[str, float] = {}  # recipe -> MiB of a step
 
-    def _search(self, recipe: str) -> list[str]:
-        losses, known = {}, parse(self._arguments(recipe)).learning_rate
-        if known is None:
-            raise ValueError(f"no step size of {recipe} is known, around which to search")
-        for factor in FACTORS:
-            arguments = self._arguments(recipe, factor * known)
-            (summary,) = self._run(
-                arguments, self.folder / recipe / f"search-{factor:.2g}", range(SEARCH_SEED, SEARCH_SEED + 1)
-            )
-            loss = float("inf") if summary["validation_loss"] is None else summary["validation_loss"]
-            losses[loss] = arguments
-            words = f"validation loss {loss:.3f}, accuracy {summary['validation_accuracy']:.3f}"
-            print(f"  {' '.join(arguments)}: {words}", flush=True)
-        return losses[min(losses)]
+    def choose(setting: Setting) -> Setting:
+        if config.search:
+            tries = search_settings(config, setting.labels[0], options)
+            best = search(MODULE, tries, seed=SEARCH_SEED, score=_negative_loss)
+            setting = dataclasses.replace(best, folder=setting.folder)
+        memory[setting.name] = step_mib(setting.arguments, config.folder / "memory")
+        return setting
 
-    def _curves(self, recipe: str, forwards: int) -> Curves:
-        curves = []
-        for seed in range(self.config.seeds):
-            rows = [row for row in metrics_of(self.folder / recipe, seed) if row.get("validation_accuracy") is not None]
-            curves.append(([(row["generation"] + 1) * forwards for row in rows], [row["validation_accuracy"] for row in rows]))
-        return curves
+    return Suite(
+        MODULE,
+        config.folder,
+        one_job_each(settings, range(config.seeds)),
+        report=lambda results: report(config.folder, results, memory=memory),
+        choose=choose,
+    )
 
-    def write(self) -> dict[str, Any]:
-        """Write table, figure and numbers; return the summary."""
-        seeds, found = range(self.config.seeds), {}
-        for recipe in self._memory:
-            options = parse(self.chosen[recipe]).settings()
-            found[recipe] = list(finished_seeds(self.folder / recipe, seeds, options=options).values())
-        ceiling = float("nan")
-        if BACKPROP in found:
-            ceiling = sum(s["test_accuracy"] for s in found[BACKPROP]) / len(found[BACKPROP])
-        rows: list[Row] = []
-        for recipe, summaries in found.items():
-            known: dict[str, Any] = {"ceiling": ceiling, "step_mib": self._memory[recipe]}
-            rows.append(make_row(parse(self.chosen[recipe]), summaries, **known))
-        (self.folder / "table.md").write_text(table(rows))
-        if rows:
-            per_step = {row.recipe: row.forwards // row.steps for row in rows}
-            draw_curves(
-                {row.recipe: self._curves(row.recipe, per_step[row.recipe]) for row in rows}, self.folder / "curves.png"
-            )
-        summary = {"failed": self.failed, "rows": [row._asdict() for row in rows]}
-        write_json(self.folder / "results.json", summary)
-        return summary
+
+def make_setting(config: Config, recipe: str, options: Sequence[str], *, rate: float | None = None) -> Setting:
+    """Make the setting of a recipe, with its default step size or the one given.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
+    budget = ("--steps", str(config.forwards // 2)) if recipe == BACKPROP else ("--forwards", str(config.forwards))
+    resume = () if recipe == BACKPROP else ("--resume",)
+    learning_rate = () if rate is None else ("--learning-rate", f"{rate:.3g}")
+    arguments = ("--recipe", recipe, *budget, *learning_rate, *options, *resume)
+    parsed = parse(arguments)
+    parsed.check()
+    return Setting((recipe,), arguments, parsed.settings(), config.folder / recipe)
+
+
+def search_settings(config: Config, recipe: str, options: Sequence[str]) -> list[Setting]:
+    """Return settings with step sizes around the default of a recipe; ValueError if it has none."""
+    default = parse(("--recipe", recipe, *options)).learning_rate
+    if default is None:
+        raise ValueError(f"no step size of {recipe} is known, around which to search")
+    tries = []
+    for factor in FACTORS:
+        setting = make_setting(config, recipe, options, rate=factor * default)
+        tries.append(dataclasses.replace(setting, folder=setting.folder / f"search-{factor:.2g}"))
+    return tries
+
+
+def _negative_loss(summary: Mapping[str, Any]) -> float | None:
+    return None if summary["validation_loss"] is None else -summary["validation_loss"]
+
+
+def report(folder: Path, results: Sequence[Result], *, memory: Mapping[str, float]) -> Report:
+    """Draw the validation accuracies; return table and numbers. `memory` has the MiB of a step of each recipe."""
+    found = {setting.name: list(summaries.values()) for setting, summaries in results}
+    ceiling = statistics.fmean(s["test_accuracy"] for s in found[BACKPROP]) if BACKPROP in found else float("nan")
+    rows, curves = list[Row](), dict[str, list[Curve]]()
+    for setting, summaries in results:
+        recipe = setting.name
+        row = make_row(parse(setting.arguments), found[recipe], ceiling=ceiling, step_mib=memory[recipe])
+        forwards = row.forwards // row.steps
+        curves[recipe] = [read_curve(setting.folder / f"seed-{seed}", forwards=forwards) for seed in summaries]
+        rows.append(row)
+    if rows:
+        draw_curves(curves, folder / "curves.png")
+    return Report(make_table(rows), {"rows": [row._asdict() for row in rows]})
+
+
+def read_curve(folder: Path, *, forwards: int) -> Curve:
+    """Read the checks of a run: forwards, `forwards` a step, and validation accuracies."""
+    rows = [row for row in read_metrics(folder) if row.get("validation_accuracy") is not None]
+    return [(row["generation"] + 1) * forwards for row in rows], [row["validation_accuracy"] for row in rows]
+
+
+def make_row(config: ZOConfig, summaries: Sequence[Mapping[str, Any]], *, ceiling: float, step_mib: float) -> Row:
+    """Make a row from the summaries of its seeds; `ceiling` is the mean test accuracy of backprop."""
+    accuracies = tuple(s["test_accuracy"] for s in summaries)
+    low, high = mean_interval(accuracies)
+    return Row(
+        config.recipe,
+        describe(config),
+        seeds=len(summaries),
+        test_accuracy=statistics.fmean(accuracies),
+        low=low,
+        high=high,
+        below_backprop=ceiling - statistics.fmean(accuracies),
+        test_accuracy_before=statistics.fmean(s["test_accuracy_before"] for s in summaries),
+        train_loss=statistics.fmean(s["train_loss"] for s in summaries),
+        steps=summaries[0]["steps"],
+        forwards=summaries[0]["forwards"],
+        seconds=statistics.fmean(s["seconds"] for s in summaries),
+        forwards_per_second=statistics.median(s["forwards_per_second"] for s in summaries),
+        step_mib=step_mib,
+        peak_mib=max(s["peak_mib"] for s in summaries),
+        accuracies=accuracies,
+    )
+
+
+def describe(config: ZOConfig) -> str:
+    """Return the settings of a recipe that are not its defaults."""
+    numbers = {"n": config.directions, "sigma": config.sigma, "rate": config.learning_rate}
+    return " ".join([f"{name}={value:g}" for name, value in numbers.items() if value is not None] + list(config.options))
+
+
+def make_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    head = ["recipe", "setting", "test accuracy [95 % interval]", "below adam", "before", "train loss", "seeds", "steps"]
+    head += ["forwards", "seconds", "forwards / s", "step MiB", "peak MiB"]
+    cells = []
+    for row in rows:
+        accuracy = f"{row.test_accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]"
+        cells.append([row.recipe, row.setting, accuracy, f"{row.below_backprop:.3f}", f"{row.test_accuracy_before:.3f}"])
+        cells[-1] += [f"{row.train_loss:.3f}", str(row.seeds), f"{row.steps:,}", f"{row.forwards:,}", f"{row.seconds:.0f}"]
+        cells[-1] += [f"{row.forwards_per_second:.0f}", f"{row.step_mib:.1f}", f"{row.peak_mib:,}"]
+    return markdown_table(head, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
     config, options = tyro.cli(Config, args=arguments, prog="python -m experiments.zo_suite", return_unknown_args=True)
-    try:
-        if config.seeds < 1:
-            raise ValueError(f"seeds must be an integer >= 1, got {config.seeds}.")
-        suite = Suite(config, options)
-        first = parse(suite.chosen[config.recipes[0]])
-        if first.model is None:
-            warm_start(first.start)  # once, before it is in anyone's seconds
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    for recipe in config.recipes:
-        suite.finish(recipe)
-    summary = suite.write()
-    print(f"\n{(suite.folder / 'table.md').read_text()}\ntable, curves and numbers are in {suite.folder}", flush=True)
-    print_summary(summary)
-    if suite.failed:
-        sys.exit(1)
+    run_suite(lambda: make_suite(config, options))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ def test_scores_keep_their_order_and_columns_their_rows(workers):
     np.testing.assert_array_equal(scores.values, [float(number % 3 != 0) for number in range(37)])
     assert scores.values.dtype == np.float64
     assert (scores.errors, scores.timeouts, scores.first_error) == (0, 0, None)
-    assert scores.above_minimum == 24
 
 
 def test_no_completions(wayward):
@@ -72,10 +71,6 @@ def test_several_kinds_of_failure_in_one_batch(wayward):
     assert scores.values.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     assert (scores.errors, scores.timeouts) == (3, 2)
     assert scores.first_error == FAILURES["hang"][2]
-
-
-def test_nothing_above_the_minimum_can_be_seen(wayward):
-    assert score(wayward, ["raise", "nan"]).above_minimum == 0
 
 
 WEIGHTED = Weighted((THINK_ANSWER, 1.0), (rewards.too_few, 1.0))

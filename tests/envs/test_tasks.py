@@ -121,7 +121,6 @@ def test_pass_at_k_is_the_mean_over_all_draws():
     for k, chosen in draws.items():
         expected = np.mean([passed[:, draw].any(axis=1) for draw in chosen], axis=0)
         np.testing.assert_allclose(tasks.pass_at_k(passed, k=k), expected, atol=1e-12)
-    np.testing.assert_array_equal(tasks.pass_at_k(passed, k=5), tasks.any_of_k(passed))
     assert tasks.pass_at_k(np.zeros((2, 3, 4), bool), k=2).shape == (2, 3)
     assert tasks.pass_at_k([True, False], k=1) == 0.5
 
@@ -315,7 +314,7 @@ BAD_CALLS = {
     "weight": (lambda: Weighted((tasks.THINK_ANSWER, math.inf)), r"parts must be .* got the weights \[inf\]"),
     "k": (lambda: tasks.pass_at_k([True, False], k=3), "k must be between 1 and the 2 samples of a prompt, got 3"),
     "scores": (
-        lambda: tasks.any_of_k([1.0, 0.0]),
+        lambda: tasks.pass_at_k([1.0, 0.0], k=1),
         r"passed must be bool \[..., samples\], such as scores >= 1, got float64 \[2\]",
     ),
 }

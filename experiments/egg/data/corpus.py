@@ -4,8 +4,8 @@
 
 The byte 0 begins a document. Documents are files, in the order of their paths; the hash of a path below its folder decides the
 split, so that it is the same on every machine. The file is written once into a cache, whole or not at all, under a name that
-changes with any document's path, size or time; a manifest beside it says what it holds. `streams` reads it at positions that
-follow from the generation alone.
+changes with any document's path, size or time; a manifest next to it lists its documents. `streams` reads it at positions that
+are functions of the generation alone.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 class Document(NamedTuple):
-    """A file: what it is called within the corpus, and what was seen of it when it was found."""
+    """A file: its name within the corpus, and its size and time when it was found."""
 
     name: str
     path: Path
@@ -39,7 +39,7 @@ class Corpus:
     train: np.ndarray  # uint8 [bytes], memory mapped
     validation: np.ndarray  # uint8 [bytes], memory mapped
     documents: tuple[int, int]  # of both
-    fingerprint: str  # SHA-256 of the bytes; belongs into the configuration of a run
+    fingerprint: str  # SHA-256 of the bytes; part of the configuration of a run
     path: Path
     opened: tuple[int, int]  # size and time of the file
 

@@ -1,4 +1,4 @@
-"""What simple models and compressors need for a text, in bits per byte: the figures beside a language model's.
+"""Bits per byte that simple models and compressors need for a text: references for a language model.
 
 unigram   entropy of the text's own byte frequencies: what knowing them, and no context, gives at best
 bigram    a byte given the one before, counted on the training text, scored on the text
@@ -17,7 +17,7 @@ _PIECE = 1 << 20  # bytes counted at a time
 
 
 class Reference(NamedTuple):
-    """One figure and what it costs."""
+    """Bits per byte, and their cost."""
 
     name: str
     bits_per_byte: float

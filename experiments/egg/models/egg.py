@@ -8,9 +8,9 @@ section 6.1 and appendices G to I).
     x = x + (norm(x; ln2) W1) W2                               L layers of this
     logits = norm(x; ln_out) H                                 int8 [256], base 2, 16 stands for one bit
 
-Sums saturate at +-127, and that is the only nonlinearity beside the gate. The model is a plain function of its parameters, for
+Sums saturate at +-127, and that is the only nonlinearity besides the gate. The model is a plain function of its parameters, for
 one member; `fixed_point` has the arithmetic, `integer_loss` the loss, docs/integer.md the bounds.
-The layers are a scan: of a population on CPU it is twice as fast as the same layers one after another (experiments/LOG.md).
+The layers are a scan: for a population on CPU that is twice as fast as separate layers (experiments/LOG.md).
 """
 
 import dataclasses

@@ -23,12 +23,12 @@ LIMIT = LARGEST / ONE
 
 
 def from_integers(values: Any) -> Any:
-    """Return what int8 parameters or states of `egg` stand for, float32."""
+    """Convert int8 parameters or states of `egg` to the real numbers they represent, float32."""
     return jax.tree.map(lambda value: value.astype(jnp.float32) / ONE, values)
 
 
 def init(config: egg.Config, *, key: Array) -> egg.Params:
-    """Return the numbers that the parameters of `egg.init` stand for; its key is consumed."""
+    """Draw the real numbers that the parameters of `egg.init` represent; the key is consumed."""
     return from_integers(egg.init(config, key=key))
 
 

@@ -19,7 +19,7 @@ from jax.extend import core as jexc
 
 from eggroll.experiments.common.checkpoint import load_checkpoint
 from eggroll.experiments.egg import __main__ as egg
-from eggroll.experiments.egg import evolution
+from eggroll.experiments.egg import evolution, problem
 from eggroll.experiments.egg.config import Config, parse
 from eggroll.experiments.egg.data import corpus
 from eggroll.experiments.egg.models import egg as model
@@ -104,7 +104,7 @@ def test_validation_is_the_mean_over_the_streams(small_run, texts):
     summary, _, folder = small_run
     text = corpus.load([texts[1]], cache=texts[3])
     size = len(text.validation)
-    groups = size // evolution.SHORTEST_STREAM
+    groups = size // problem.SHORTEST_STREAM
     pieces = corpus.streams(text, 0, groups=groups, length=size // groups, part="validation")
     params, config = params_of(folder), CONFIG.model
     read = jax.jit(model.sequence, static_argnames="config")
@@ -115,7 +115,7 @@ def test_validation_is_the_mean_over_the_streams(small_run, texts):
 def test_it_learns(small_run, texts):
     text = corpus.load([texts[1]], cache=texts[3])
     untrained = model.init(CONFIG.model, key=jax.random.split(jax.random.key(0))[0])
-    assert small_run[0]["validation_bits"] < evolution.Validation(text, CONFIG)(untrained) - 1
+    assert small_run[0]["validation_bits"] < problem.Validation(text, CONFIG)(untrained) - 1
 
 
 def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, texts, tmp_path, monkeypatch):

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from eggroll.experiments.egg import baselines as egg_baselines
-from eggroll.experiments.egg import language
+from eggroll.experiments.egg import baseline, baseline_suite
 from eggroll.experiments.egg.models import byte_models, egg, float_egg
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # of optax.adam
@@ -131,7 +130,7 @@ def test_a_transformer_sees_its_window_and_no_byte_ahead():
 @pytest.mark.parametrize("name", ["egg", "transformer"])
 def test_backprop_lowers_the_loss_and_carries_the_state(name):
     model = byte_models.recurrent(CONFIG) if name == "egg" else small_transformer(12)
-    learner = language.backprop(model, optax.adam(0.03), streams=2)
+    learner = baseline.backprop(model, optax.adam(0.03), streams=2)
     run, losses, pieces = learner.start(jax.random.key(0)), [], np.stack([TEXT[:13], TEXT[13:26]])
     for _ in range(8):
         run, bits = learner.update(run, pieces)
@@ -144,20 +143,20 @@ def test_bits_per_byte_are_the_mean_over_the_streams():
     model = byte_models.recurrent(CONFIG)
     params, text = model.init(jax.random.key(0)), TEXT[:200].reshape(5, 40)
     known = jax.jit(jax.vmap(model.sequence, (None, None, 0)))(params, model.state, text)[1]
-    assert language.bits_per_byte(model, text)(params) == pytest.approx(-float(jnp.mean(known)), rel=1e-5)
+    assert baseline.bits_per_byte(model, text)(params) == pytest.approx(-float(jnp.mean(known)), rel=1e-5)
 
 
 def baselines(*arguments):
     """Summary of a run with these options, and what else it printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        egg_baselines.main(arguments)
+        baseline_suite.main(arguments)
     *said, last = out.getvalue().splitlines()
     return json.loads(last), said
 
 
 @pytest.mark.parametrize(
-    "names", [["transformer-sgd"], pytest.param(list(egg_baselines.RATES), marks=[pytest.mark.slow, pytest.mark.heavy])]
+    "names", [["transformer-sgd"], pytest.param(list(baseline_suite.RATES), marks=[pytest.mark.slow, pytest.mark.heavy])]
 )
 def test_command_line_from_options_to_artefacts(names, texts, tmp_path):
     summary, said = baselines(*SMALL, *texts, "--baselines", *names, "--folder", str(tmp_path))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from eggroll.experiments.egg import suite
-from eggroll.experiments.egg.suite import Config, octaves, table
+from eggroll.experiments.egg.suite import Config, make_table, octaves
 
 
 def rows(*bits):
@@ -34,7 +34,7 @@ def test_octaves_count_the_longest_fall():
 
 
 def test_table():
-    assert table(rows([5.0, 5.25])).splitlines()[2] == "| 64 | 4 | 5.125 | 0.500 | 5.000, 5.250 | 1.0 |"
+    assert make_table(rows([5.0, 5.25])).splitlines()[2] == "| 64 | 4 | 5.125 | 0.500 | 5.000, 5.250 | 1.0 |"
 
 
 def test_every_population_reads_the_same_text():

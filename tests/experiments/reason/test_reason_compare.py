@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from eggroll.experiments.reason import suite
-from eggroll.experiments.reason.suite import make_row, table
+from eggroll.experiments.reason.suite import make_row, make_table
 from tests.experiments.reason.reason_runs import TINY
 
 
@@ -20,7 +20,7 @@ def test_rows_and_table():
     row = make_row("rwkv7", "grpo", [summary(0.75), summary(0.5, peak_mib=1200)])
     assert row["test_accuracy"] == 0.625 and row["by_seed"] == [0.75, 0.5] and row["training_seconds"] == [2.0, 2.0]
     cells = ["rwkv7", "grpo", "0.500", "0.750, 0.500", "0.625", "10", "1,000", "100 to 1,200"]
-    assert table([row]).splitlines()[2] == f"| {' | '.join(cells)} |"
+    assert make_table([row]).splitlines()[2] == f"| {' | '.join(cells)} |"
 
 
 @pytest.mark.heavy

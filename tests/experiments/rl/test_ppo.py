@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from eggroll import envs
-from eggroll.experiments.rl.baselines import distributions
-from eggroll.experiments.rl.baselines.collect import ActorCritic, Step, advantages, collect, reset
-from eggroll.experiments.rl.baselines.ppo import PPO, make_trainer
-from eggroll.experiments.rl.mlp import MLP
+from eggroll.experiments.rl import distributions
+from eggroll.experiments.rl.collect import ActorCritic, Step, advantages, collect, reset
+from eggroll.experiments.rl.ppo import PPO, make_trainer
+from eggroll.experiments.rl.problem import MLP
 
 LOG_STD = jnp.array([-0.5, 0.25])
 BOX = envs.Continuous((2,), np.full(2, -1, np.float32), np.full(2, 1, np.float32))

@@ -18,10 +18,11 @@ from eggroll.experiments.common.checkpoint import load_checkpoint
 from eggroll.experiments.common.run import print_summary, run_folder
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
-from eggroll.experiments.rl.baselines.uniform import uniform_action
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import make_optimizer, make_strategy
+from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.presets import PAPER
+from eggroll.experiments.rl.uniform import uniform_action
 from eggroll.journal import __main__ as journal
 from eggroll.noise import addresses
 
@@ -102,7 +103,7 @@ def test_a_trained_policy_is_drawn(capsys, tmp_path):
 
 def test_checkpoint_restores_the_policy(small_run):
     summary, folder = small_run
-    task = rl.make_task(Config(hidden_sizes=(8,)))
+    task = load(Config(hidden_sizes=(8,)))
     like = {
         "params": task.init_params(key=jax.random.key(9)),
         "statistics": envs.initial_statistics((4,))._asdict(),
@@ -119,7 +120,7 @@ def test_checkpoint_restores_the_policy(small_run):
 def test_statistics_are_gathered_through_the_engine():
     """The engine's sum over the population equals the sum over members played one by one."""
     config = Config(population_size=6, hidden_sizes=(4,), episodes=2)
-    task = rl.make_task(config)
+    task = load(config)
     es = make_strategy(config, task)
     state = es.init(task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
     statistics = envs.ObservationStatistics(jnp.float32(9), jnp.full(4, 0.01), jnp.full(4, 0.1))
@@ -141,7 +142,7 @@ def test_continuous_sampled_actions_without_normalisation():
     options = {"env": "Pendulum-v1", "normalise": False, "hidden_sizes": (8,)}
     returns = []
     for sampled in (True, False):
-        task = rl.make_task(Config(sampled_actions=sampled, **options))
+        task = load(Config(sampled_actions=sampled, **options))
         params, statistics = task.init_params(key=jax.random.key(0)), envs.initial_statistics((3,))
         played = jax.jit(functools.partial(task.play, episodes=4))(params, statistics, jax.random.key(1))
         assert played.steps.tolist() == [200] * 4 and (played.total_reward < 0).all()
@@ -165,7 +166,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
-        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo starts anew."),
+        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo always starts from the beginning."),
         (
             ["--shaping", "ranks"],
             "error: shaping must be one of centered_ranks, z_score, ",

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from eggroll.experiments.rl import search
+from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
+from eggroll.experiments.common.seed_runs import search
 from eggroll.experiments.rl import suite as rl_suite
-from eggroll.experiments.rl.config import parse
-from eggroll.experiments.rl.table import compare, difference_interval, interval, make_row, table
+from eggroll.experiments.rl.search import SEED
+from eggroll.experiments.rl.suite import compare, make_row, make_setting, make_table, search_settings
 
 TINY = [
     "--population-size",
@@ -40,7 +41,7 @@ def summary(mean_return, *, random_return=0.0, generation_seconds=1.0):
 def test_interval_covers_the_mean_about_as_often_as_it_says():
     """Of normal samples of 20 the 95 % percentile bootstrap covers about 93 %; 400 trials, 5 standard errors."""
     rng = np.random.default_rng(0)
-    covered = [low <= 0 <= high for low, high in (interval(rng.normal(size=20)) for _ in range(400))]
+    covered = [low <= 0 <= high for low, high in (mean_interval(rng.normal(size=20)) for _ in range(400))]
     assert abs(np.mean(covered) - 0.93) < 5 * np.sqrt(0.93 * 0.07 / 400)
 
 
@@ -66,7 +67,7 @@ def test_compare_and_table():
         "b": {"eggroll": False, "openes": True},
         "c": {"ppo": True},
     }
-    lines = table(rows).splitlines()
+    lines = make_table(rows).splitlines()
     assert lines[2] == "| a | eggroll | 5.5 [5, 6] | 0 | 2 | 10 | 2.0 | 0.5 | 100 |" and len(lines) == 7
 
 
@@ -121,15 +122,20 @@ def test_bad_options_end_with_one_sentence(options, words, tmp_path):
 
 
 def test_search_draws_the_same_settings_for_both_and_takes_the_best(tmp_path):
-    ours, dense = (
-        search.tries("CartPole-v1", name, ("--seeds", "1"), tmp_path / name, number=3) for name in ("eggroll", "openes")
-    )
-    assert [run.options for run in ours] == [run.options for run in dense] and len({run.options for run in ours}) == 3
-    with pytest.raises(RuntimeError, match="no run of the search finished"):
-        search.best(ours)
-    for run, score in zip(ours, (1.0, None, 3.0), strict=True):
-        folder = run.folder / f"seed-{search.SEED}"
-        folder.mkdir(parents=True)
-        options = parse(run.arguments).options()
-        (folder / "summary.json").write_text(json.dumps({"options": options, "mean_return": score}))
-    assert search.best(ours) == ours[2].options
+    """Scores are on disk, so nothing is run."""
+    rows = [make_setting(tmp_path, "CartPole-v1", name, ()) for name in ("eggroll", "openes")]
+    ours, dense = (search_settings(row, ("--sigma", "0.3"), number=3) for row in rows)
+    for mine, theirs in zip(ours, dense, strict=True):
+        assert mine.options == theirs.options | {"algorithm": "eggroll"} and mine.options["sigma"] == 0.3
+    assert len({row.arguments for row in ours}) == 3
+
+    def best(*scores):
+        for setting, score in zip(ours, scores, strict=True):
+            folder = setting.folder / f"seed-{SEED}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").write_text(json.dumps({"options": setting.options, "mean_return": score}))
+        return search(rl_suite.MODULE, ours, seed=SEED, score=lambda summary: summary["mean_return"])
+
+    assert best(1.0, None, 3.0) == ours[2]
+    with pytest.raises(RuntimeError, match="no run of the search has a finite score"):
+        best(None, None, None)

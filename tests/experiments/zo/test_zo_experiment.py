@@ -15,7 +15,7 @@ from eggroll import zo as library
 from eggroll.envs.tasks.records import read_records
 from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evolution
-from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, parse, remade
+from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples, batch_of, encode
 from eggroll.experiments.zo.data.scores import accuracy, candidate_scores, mean_loss, task_loss
 from eggroll.experiments.zo.data.tasks import Classification, Generation
@@ -105,16 +105,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, monkeypatch):
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, folder=other))
     with monkeypatch.context() as patch:
         patch.setattr(evolution, "train", lambda *args, generations, **more: stopped(*args, generations=3, **more))
-        assert experiment.run_seed(0)["steps"] == 3
+        assert experiment.run()["steps"] == 3
     assert weights(other) != weights(folder)
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, resume=True))
-    row = experiment.run_seed(0)
+    row = experiment.run()
     assert row | MEASURED == {name: summary[name] for name in row} | MEASURED and weights(other) == weights(folder)
     first, second = ((path / "metrics.jsonl").read_text().splitlines() for path in (folder, other))
     assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
     monkeypatch.setattr(experiment.runs, "_config", dataclasses.replace(experiment.config, sigma=0.5))
     with pytest.raises(ValueError, match=r"other settings: sigma \(was 0.001, is 0.5\)"):
-        experiment.run_seed(0)
+        experiment.run()
 
 
 def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
@@ -129,7 +129,7 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
-    config = remade(json.loads(json.dumps(options)))
+    config = config_from(json.loads(json.dumps(options)))
     assert config == dataclasses.replace(whole[0].config, folder=None)
 
 

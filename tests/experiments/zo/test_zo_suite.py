@@ -7,7 +7,7 @@ import pytest
 
 from eggroll.experiments.zo import suite as zo_suite
 from eggroll.experiments.zo.config import parse
-from eggroll.experiments.zo.table import make_row, table
+from eggroll.experiments.zo.suite import make_row, make_table
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 TINY = ["--start.steps", "0", "--start.width", "16", "--start.layers", "1", "--batch-size", "2", "--checks", "2"]
@@ -23,7 +23,7 @@ def test_rows_and_table():
     row = make_row(config, [summary(0.75), summary(0.5, peak_mib=200)], ceiling=1.0, step_mib=1.25)
     assert (row.test_accuracy, row.below_backprop, row.low, row.high, row.peak_mib) == (0.625, 0.375, 0.5, 0.75, 200)
     cells = ["lozo", "sigma=0.001 rate=0.01 rank=4", "0.625 [0.500, 0.750]", "0.375", "0.500", "0.250", "2", "10", "20"]
-    assert table([row]).splitlines()[2] == f"| {' | '.join([*cells, '2', '10', '1.2', '200'])} |"
+    assert make_table([row]).splitlines()[2] == f"| {' | '.join([*cells, '2', '10', '1.2', '200'])} |"
 
 
 @pytest.mark.heavy

@@ -3,7 +3,7 @@
     delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
 
-s_{t+1} is the last observation of an episode where one ends, so truncated episodes are bootstrapped and terminated ones not.
+At the end of an episode s_{t+1} is its last observation; truncated episodes are bootstrapped, terminated ones are not.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics
-from eggroll.experiments.rl.baselines.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
+from eggroll.experiments.rl.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
 
 
 class Lanes(NamedTuple):
-    """The environments in play; every leaf has a leading axis [num_envs]."""
+    """Environments stepped in parallel; every leaf has a leading axis [num_envs]."""
 
     observation: Array
     state: Any
@@ -30,7 +30,7 @@ class Lanes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rollout keeps of one step; stacked to [T, num_envs, ...]."""
+    """Record of one step; stacked to [T, num_envs, ...]."""
 
     observation: Array  # as the policy saw it
     centred: Array  # observation - mean of the statistics in use
@@ -53,7 +53,7 @@ class ActorCritic:
 
     environment: envs.Environment  # with a time limit
     actor: nn.Module  # called for every agent of `PerAgent`
-    critic: nn.Module  # sees the whole observation, of all agents
+    critic: nn.Module  # reads the whole observation, of all agents
     normalise: bool
 
     def init(self, key: Array) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def collect(
 ) -> tuple[Lanes, Step]:
     """Step every environment `steps` times.
 
-    A finished environment goes on from a start out of a pool of num_envs, drawn anew for every rollout: a reset in every step,
-    of which most are thrown away, costs more than the step itself in some suites.
+    A finished environment continues from a start out of a pool of num_envs, drawn for each rollout: a reset in every step,
+    mostly discarded, costs more than the step itself in some suites.
 
     Args:
         model: acts.
@@ -121,9 +121,9 @@ def collect(
 
     def one(lane: Lanes, key: Array) -> tuple[Lanes, Step]:
         act_key, start_key = jax.random.split(key)
-        going_on, step = _step(model, params, lane, statistics=statistics, gamma=gamma, key=act_key)
+        advanced, step = _step(model, params, lane, statistics=statistics, gamma=gamma, key=act_key)
         start = jax.tree.map(lambda x: x[jax.random.randint(start_key, (), 0, num_envs)], pool)
-        return jax.tree.map(lambda new, old: jnp.where(step.done, new, old), start, going_on), step
+        return jax.tree.map(lambda new, old: jnp.where(step.done, new, old), start, advanced), step
 
     def advance(lanes: Lanes, key: Array) -> tuple[Lanes, Step]:
         return jax.vmap(one)(lanes, jax.random.split(key, num_envs))

@@ -1,4 +1,4 @@
-"""The random policy: actions drawn uniformly, without looking. Its return is the floor that every algorithm must leave."""
+"""The random policy: actions drawn uniformly, whatever the observation. Its return is the baseline to exceed."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def uniform_action(space: envs.ActionSpace, *, key: Array, mask: Array | None = 
         mask: bool, of the shape of the logits; None: every action is allowed.
 
     Returns:
-        An action as `envs.choose_action` gives it.
+        An action as `envs.choose_action` returns it.
     """
     if isinstance(space, envs.PerAgent):
         keys = jax.random.split(key, space.agents)

@@ -62,7 +62,7 @@ def evolution(
     sigma: float,
     chunk_size: int | None = None,
 ) -> Learner:
-    """Train by EGGROLL at rank 1, as EGG in integers is: equal groups of members read the streams, the better of a pair counts.
+    """Train by EGGROLL at rank 1, as EGG in integers: equal groups of members read the streams, the better of a pair counts.
 
     Args:
         model: what is trained.

@@ -1,4 +1,4 @@
-"""The stochastic policy that PPO trains: what a network's output says about actions.
+"""The stochastic policy that PPO trains: distributions of actions from the output of a network.
 
     discrete        softmax of the logits            raw action: int32 []
     multi-discrete  a softmax for every choice       raw action: int32 [choices]
@@ -76,7 +76,7 @@ def to_action(space: envs.ActionSpace, raw: Array) -> Array:
 
 
 def _choices(space: envs.Discrete | envs.MultiDiscrete, logits: Array, mask: Array | None) -> list[Array]:
-    """The logits of every choice; where a choice's mask allows nothing, it is ignored, as `envs.choose_action` does."""
+    """Return the logits of each choice; a mask that allows nothing is ignored, as in `envs.choose_action`."""
     sizes = (space.n,) if isinstance(space, envs.Discrete) else space.sizes
     ends = list(itertools.accumulate(sizes))
     parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -1,24 +1,23 @@
-"""The baselines as `experiments.rl` runs them: with the `train` method that `experiments.evolution.Evolution` has."""
+"""The baselines of `experiments.rl`: PPO and the random policy, with the interface of `experiments.rl.evolution.Evolution`."""
 
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax import Array
 
 from eggroll import envs
 from eggroll.experiments.common.run import jsonable
-from eggroll.experiments.rl.baselines.ppo import Metrics, make_trainer
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
-from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained
+from eggroll.experiments.rl.ppo import Metrics, make_trainer
+from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained, seed_keys
 from eggroll.runs.progress import progress_line
 
 
-class PPORuns:
+class PolicyGradient:
     """PPO on a task; compiled once, run with any number of keys."""
 
     def __init__(self, config: Config, task: Task, evaluation: Evaluation, *, critic: nn.Module):
@@ -33,13 +32,13 @@ class PPORuns:
         self._start, self._advance = jax.jit(self._trainer.start), jax.jit(self._trainer.advance)
         self._config, self._evaluation = config, evaluation
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
-        """Run PPO; `metrics.jsonl` in `folder` gets a line per update. Its initial parameters come from `run_key`."""
-        config = self._config
+    def train(self, seed_run: SeedRun) -> Trained:
+        """Run PPO; `metrics.jsonl` in the folder of the run gets a line per update."""
+        config, keys = self._config, seed_keys(seed_run.seed)
         every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, key=check_key, every=every, target=config.known_target)
-        run, rows = self._start(run_key), []
-        with open(folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
+        checks = HeldOutChecks(self._evaluation, key=keys.checks, every=every, target=config.known_target)
+        run, rows = self._start(keys.training), []  # it draws the initial parameters too
+        with open(seed_run.folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
             for update in range(self._trainer.updates):
                 start = time.perf_counter()
                 run, metrics = self._advance(run)
@@ -69,10 +68,9 @@ def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:
     return {"update": update, "env_steps": env_steps} | numbers
 
 
-class RandomRuns:
+class RandomPolicy:
     """The random policy, which learns nothing."""
 
-    def train(self, *, init_key: Array, run_key: Array, check_key: Array, folder: Path, recipe: Any) -> Trained:
+    def train(self, seed_run: SeedRun) -> Trained:
         """Return a run of no steps, without parameters."""
-        nothing = envs.initial_statistics(())
-        return Trained(None, nothing, generations=0, generation_seconds=0.0, env_steps=0, invalid=0)
+        return Trained(None, envs.initial_statistics(()), generations=0, generation_seconds=0.0, env_steps=0, invalid=0)

@@ -2,8 +2,8 @@
 
     loss = -E[min(rho A, clip(rho, 1 - c, 1 + c) A)] + c_V E[(V - A - V_old)^2] / 2 - c_H E[entropy],  rho = pi / pi_old
 
-Observations are normalised by the statistics of all earlier
-rollouts, as in evolution strategies; rewards are divided by the running standard deviation of the discounted return.
+Observations are normalised by the statistics of all earlier rollouts, as in evolution strategies; rewards are divided by the
+running standard deviation of the discounted return.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums
-from eggroll.experiments.rl.baselines.collect import ActorCritic, Lanes, Step, advantages, collect, reset
+from eggroll.experiments.rl.collect import ActorCritic, Lanes, Step, advantages, collect, reset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PPO:
     """Settings of PPO."""
 
     num_envs: int = 16
-    """Environments stepped side by side."""
+    """Environments stepped in parallel."""
     rollout_steps: int = 128
     """Steps of every environment between updates."""
     epochs: int = 4
@@ -69,7 +69,7 @@ class PPO:
 
 
 class Learner(NamedTuple):
-    """What PPO learns."""
+    """State of the learner."""
 
     params: Any  # {"actor", "critic", "log_std"}
     opt_state: Any
@@ -78,9 +78,9 @@ class Learner(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What every update reports; a run stacks them to [updates]."""
+    """Metrics of an update; a run stacks them to [updates]."""
 
-    mean_return: Array  # float32, over episodes that ended in the rollout; NaN when none did
+    mean_return: Array  # float32, over episodes that ended in the rollout; NaN if none did
     episodes: Array  # int32, that ended in the rollout
     invalid: Array  # int32, steps whose reward or observation was not finite
     loss: Array  # float32, mean over minibatches

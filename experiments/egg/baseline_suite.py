@@ -1,6 +1,6 @@
-"""Train what EGG is compared with, at equal data per update: `python -m experiments.egg_baselines --help`.
+"""Train the baselines of EGG, at equal data per update: `python -m experiments.egg_baselines --help`.
 
-egg-adam           EGG in real numbers (`experiments.models.float_egg`), backprop with Adam
+egg-adam           EGG in real numbers (`experiments.egg.models.float_egg`), backprop with Adam
 egg-eggroll        EGG in real numbers, EGGROLL in float32 with Adam
 transformer-sgd    a transformer of the same width and number of layers, backprop with plain SGD
 transformer-adam   the same with Adam
@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +23,14 @@ import jax
 import optax
 import tyro
 
-from eggroll.experiments.common.run import jsonable, print_summary, run_folder, write_json
-from eggroll.experiments.egg import language
+from eggroll.experiments.common.run import exit_on_error, jsonable, print_summary, run_folder, use_compilation_cache, write_json
+from eggroll.experiments.egg import baseline as learners
 from eggroll.experiments.egg.data import corpus
 from eggroll.experiments.egg.data.references import references
-from eggroll.experiments.egg.evolution import held_out
 from eggroll.experiments.egg.figure import plot_curves
 from eggroll.experiments.egg.models import byte_models, egg
 from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS
+from eggroll.experiments.egg.problem import held_out
 
 Baseline = Literal["egg-adam", "egg-eggroll", "transformer-sgd", "transformer-adam"]
 RATES: dict[str, tuple[float, ...]] = {
@@ -61,7 +60,7 @@ class Config:
     streams: int = 16
     """Streams of text, population_size / group of experiments.egg."""
     bytes_per_update: int = 100
-    """Bytes of every stream in an update; a transformer sees so far back at most, on held-out text too."""
+    """Bytes of every stream in an update; the context of a transformer, on held-out text too."""
     updates: int = 150
     """Updates in all."""
     learning_rates: tuple[float, ...] = ()
@@ -84,7 +83,7 @@ class Config:
     """Gets metrics.jsonl, bits_per_byte.png and results.json, which are replaced."""
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that would not get a clear error later."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -110,17 +109,23 @@ def make_model(config: Config, baseline: Baseline) -> byte_models.ByteModel:
     return byte_models.transformer(sizes, window=config.bytes_per_update)
 
 
-def make_learner(config: Config, baseline: Baseline, rate: float) -> language.Learner:
+def make_learner(config: Config, baseline: Baseline, rate: float) -> learners.Learner:
     """Return the way a baseline is trained."""
     model, optimizer = make_model(config, baseline), (optax.sgd if baseline == "transformer-sgd" else optax.adam)(rate)
     if baseline != "egg-eggroll":
-        return language.backprop(model, optimizer, streams=config.streams)
-    sizes: dict[str, Any] = {"population_size": config.population_size, "streams": config.streams}
-    return language.evolution(model, optimizer, sigma=config.sigma, chunk_size=config.chunk_size, **sizes)
+        return learners.backprop(model, optimizer, streams=config.streams)
+    return learners.evolution(
+        model,
+        optimizer,
+        population_size=config.population_size,
+        streams=config.streams,
+        sigma=config.sigma,
+        chunk_size=config.chunk_size,
+    )
 
 
 class Study:
-    """The runs of a configuration: what they gave, and the file that their metrics go to."""
+    """The runs of a configuration, and the file of their metrics."""
 
     def __init__(self, config: Config, texts: corpus.Corpus, metrics: IO[str]):
         self._config, self._texts, self._metrics = config, texts, metrics
@@ -129,7 +134,7 @@ class Study:
     def baseline(self, baseline: Baseline) -> dict[str, Any]:
         """Try the step sizes; return the result of the best, with its curve."""
         config, model = self._config, make_model(self._config, baseline)
-        validate, start = language.bits_per_byte(model, self._text), time.perf_counter()
+        validate, start = learners.bits_per_byte(model, self._text), time.perf_counter()
         tried: dict[float, list[dict[int, float]]] = {}
         for rate in config.learning_rates or RATES[baseline]:
             learner = make_learner(config, baseline, rate)
@@ -153,7 +158,7 @@ class Study:
         mean = statistics.fmean(curve[self._config.updates] for curve in curves)
         return mean if mean == mean else float("inf")
 
-    def _run(self, learner: language.Learner, validate: Any, about: dict[str, Any]) -> dict[int, float]:
+    def _run(self, learner: learners.Learner, validate: Any, about: dict[str, Any]) -> dict[int, float]:
         """Run the updates of one seed; return held-out bits by the number of updates."""
         config, run, checks = self._config, learner.start(jax.random.key(about["seed"])), {}
         for done in range(1, config.updates + 1):
@@ -185,13 +190,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with one sentence."""
+    """Run from the command line; wrong options end it with a one-line error."""
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.egg_baselines")
-    try:
+    with exit_on_error():
         config.check()
+        use_compilation_cache()
         summary = run(config)
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print_summary(summary)
 
 

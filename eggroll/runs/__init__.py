@@ -1,0 +1,1 @@
+"""Runs: the training loop, durable run folders, fitness from outside JAX, progress and plots."""

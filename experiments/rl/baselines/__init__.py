@@ -1,1 +1,0 @@
-"""PPO and uniform random actions, compared at equal steps."""
