@@ -23,8 +23,7 @@ from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.egg.models.byte_models import transformer_config
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
-from eggroll.llm.models.families import family_of
-from eggroll.llm.models.leaves import init
+from eggroll.llm.models.families import init_params
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
 VOCABULARY = 257  # bytes, and a token that ends a text
@@ -43,7 +42,7 @@ class Decode:
     """Further populations, to see how speed and memory grow; their rounds are a third of the others."""
     prompts: int = 8
     """Prompts a member, of 4 to 8 tokens."""
-    room: int = 24
+    max_new_tokens: int = 24
     """Tokens that follow every prompt."""
     chunk_size: int = 32
     """Members evaluated at a time."""
@@ -113,7 +112,7 @@ def _cell(value: float | None) -> str:
 def _row(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
     """Speed of one population beside the unperturbed model's."""
     members, prompts, _ = work.prompts.tokens.shape
-    tokens = members * prompts * config.room
+    tokens = members * prompts * config.max_new_tokens
     es, state = _strategy(work, eggroll.LowRank(config.rank), config.chunk_size)
     forms = {"unperturbed": _unperturbed(work, config.chunk_size), "population": _decoding(work, es, state)}
     ms = interleaved_ms(forms, repeats=repeats)
@@ -149,7 +148,7 @@ def _models(config: Decode) -> dict[str, tuple[Any, Any]]:
         "transformer": dataclasses.replace(transformer, vocab_size=VOCABULARY, tie_word_embeddings=True),
         "rwkv7": RWKV7Config(VOCABULARY, *sizes, 8, 8, 8, 16, head_dim=16),
     }
-    return {name: (own, init(family_of(own).leaves(own), jax.random.key(0))) for name, own in configs.items()}
+    return {name: (own, init_params(own, key=jax.random.key(0))) for name, own in configs.items()}
 
 
 def _work(model: Any, params: Any, config: Decode, *, members: int) -> Work:
@@ -158,10 +157,10 @@ def _work(model: Any, params: Any, config: Decode, *, members: int) -> Work:
     texts = [random.integers(0, min(VOCABULARY, model.vocab_size), length) for length in lengths]
     flat = pad_prompts(texts, length=LONGEST)
     prompts = Prompts(*(jnp.asarray(array).reshape(members, config.prompts, LONGEST) for array in flat))
-    generator = hf.generator(model)
+    generator = hf.make_generator(model)
 
     def function(params: Any, prompts: Prompts) -> Completions:
-        return complete(generator, params, prompts, room=config.room, ending=())
+        return complete(generator, params, prompts, max_new_tokens=config.max_new_tokens, stop_token_ids=())
 
     return Work(params, function, prompts)
 

@@ -58,9 +58,9 @@ class Config:
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
     """Tokens that prompts are padded to. None: what the longest held-out prompt needs and a quarter more."""
-    room: int = 24
+    max_new_tokens: int = 24
     """Tokens of a completion at most."""
-    ending: tuple[int, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
     """Tokens that end a completion. None: those of the checkpoint's generation_config.json; of bytes, the end of a line."""
     temperature: float | None = None
     """Of training's completions. None: 0, greedy; 1 for grpo."""
@@ -178,7 +178,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value}.")
-        check_sampling(room=self.room, temperature=self.known_temperature, top_p=self.top_p)
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.known_temperature, top_p=self.top_p)
         if self.samples > 1 and not self.known_temperature:
             raise ValueError(f"samples must be 1 where completions are greedy, got {self.samples}; give a temperature.")
         if self.pass_k is not None and not 1 <= self.pass_k <= self.samples:

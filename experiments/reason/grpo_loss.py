@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.llm.decoder import Decoder, hidden, token_log_likelihood
+from eggroll.llm.decoder import Decoder, hidden_states, token_log_likelihood
 from eggroll.llm.decoding import Completions, Prompts
 
 EPSILON = 1e-6  # added to the standard deviation of rewards
@@ -26,8 +26,10 @@ class Drawn(NamedTuple):
     prompts: Prompts
     completions: Completions
     advantages: Any  # float32 [B]
-    old: Array | None  # float32 [B, room], log-likelihoods when they were drawn; None: the parameters are still the same
-    reference: Array | None  # float32 [B, room], log-likelihoods of the reference
+    old: (
+        Array | None
+    )  # float32 [B, max_new_tokens], log-likelihoods when they were drawn; None: the parameters are still the same
+    reference: Array | None  # float32 [B, max_new_tokens], log-likelihoods of the reference
 
 
 def log_likelihoods(decoder: Decoder, params: Any, prompts: Prompts, completions: Completions, *, temperature: float) -> Array:
@@ -37,18 +39,18 @@ def log_likelihoods(decoder: Decoder, params: Any, prompts: Prompts, completions
         decoder: the model.
         params: its parameters.
         prompts: B prompts of T tokens, padded on the left.
-        completions: theirs, int32 [B, room].
+        completions: theirs, int32 [B, max_new_tokens].
         temperature: that logits are divided by.
 
     Returns:
-        float32 [B, room], 0 after the end of a completion.
+        float32 [B, max_new_tokens], 0 after the end of a completion.
     """
-    room = completions.tokens.shape[1]
-    real = jnp.arange(room, dtype=jnp.int32) < completions.length[:, None]
+    length = completions.tokens.shape[1]
+    real = jnp.arange(length, dtype=jnp.int32) < completions.length[:, None]
     tokens = jnp.concatenate([prompts.tokens, completions.tokens], axis=1)
-    states = hidden(decoder, params, tokens, jnp.concatenate([prompts.mask, real], axis=1))[:, -room - 1 :]
+    states = hidden_states(decoder, params, tokens, jnp.concatenate([prompts.mask, real], axis=1))[:, -length - 1 :]
     logits = decoder.logits(params["resident"], states) / temperature
-    return token_log_likelihood(logits, tokens[:, -room - 1 :], jnp.pad(real, ((0, 0), (1, 0))))[:, 1:]
+    return token_log_likelihood(logits, tokens[:, -length - 1 :], jnp.pad(real, ((0, 0), (1, 0))))[:, 1:]
 
 
 def advantages(rewards: np.ndarray, *, global_std: bool = False) -> np.ndarray:
@@ -69,7 +71,7 @@ def grpo_loss(
     """Return the loss of B completions, and the share of tokens whose ratio the clip holds.
 
     Args:
-        known: float32 [B, room], log-likelihoods of the parameters that learn.
+        known: float32 [B, max_new_tokens], log-likelihoods of the parameters that learn.
         drawn: what they learn from.
         clip: range of the ratio around 1.
         token_mean: mean over all tokens; else over the tokens of a completion, then over completions.

@@ -10,11 +10,12 @@ from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, read_by_model
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
+from eggroll.llm.chat import ChatTemplate
 from eggroll.llm.int8 import quantise
 from eggroll.llm.memory import MemoryPlan, memory_plan
 from eggroll.llm.models.families import family_of
 from eggroll.llm.shards import CONFIG, read_object
-from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
+from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 CHAT = "chat"  # the template that is in the checkpoint
 MARGIN = 1.25  # of training's prompts beside the longest held-out one
@@ -47,14 +48,16 @@ def prepare(config: Config) -> Inputs:
         if not config.model.is_dir():
             raise ValueError(f"model must be a folder with a checkpoint, got {config.model}.")
         model = hf.read_config(config.model)
-        hf.generator(model)  # refuses a model that does not continue texts
-        tokenizer = tokenizer_of(config.model, words=model.vocab_size)
+        hf.make_generator(model)  # refuses a model that does not continue texts
+        tokenizer = load_tokenizer(config.model, vocab_size=model.vocab_size)
     template = _template(config)
     check_template(template, tokenizer)
     length = config.prompt_length or _prompt_length(template, tokenizer, task)
     context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
-    if context is not None and length + config.room > context:
-        raise ValueError(f"prompt_length {length} and room {config.room} do not fit the model's context of {context} tokens.")
+    if context is not None and length + config.max_new_tokens > context:
+        raise ValueError(
+            f"prompt_length {length} and room {config.max_new_tokens} do not fit the model's context of {context} tokens."
+        )
     return Inputs(model, tokenizer, task, template, length)
 
 
@@ -63,9 +66,7 @@ def _template(config: Config) -> Template:
         return config.template.replace("\\n", "\n")  # as a shell hands it over
     if config.model is None:
         raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
-    from eggroll.llm.chat import Chat
-
-    return Chat(config.model)
+    return ChatTemplate(config.model)
 
 
 def _prompt_length(template: Template, tokenizer: Tokenizer, task: tasks.Task) -> int:
@@ -93,15 +94,15 @@ def load(config: Config, inputs: Inputs) -> Problem:
 def plan(config: Config, inputs: Inputs) -> MemoryPlan:
     """Return what a population of the options needs of memory."""
     budget = config.memory_budget or free_bytes()
-    texts = {"prompts": config.prompts * config.samples, "prompt_length": inputs.prompt_length, "room": config.room}
+    texts = {"prompts": config.prompts * config.samples, "prompt_length": inputs.prompt_length, "room": config.max_new_tokens}
     dtype = config.dtype if config.model else "float32"
     return memory_plan(inputs.model, dtype=dtype, weights=config.weights, rank=config.rank, budget=budget, **texts)
 
 
 def sampling_of(config: Config, problem: Problem) -> Sampling:
     """How training's completions are drawn."""
-    ending = config.ending if config.ending is not None else _ending(problem)
-    return Sampling(config.room, config.known_temperature, config.top_p, ending)
+    stop_token_ids = config.stop_token_ids if config.stop_token_ids is not None else _ending(problem)
+    return Sampling(config.max_new_tokens, config.known_temperature, config.top_p, stop_token_ids)
 
 
 def _ending(problem: Problem) -> tuple[int, ...]:
@@ -112,4 +113,4 @@ def _ending(problem: Problem) -> tuple[int, ...]:
         found = read_object(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)
-    raise ValueError(f"{problem.source} names no eos_token_id: give --ending, the tokens that end a completion.")
+    raise ValueError(f"{problem.source} names no eos_token_id: give --stop, the tokens that end a completion.")

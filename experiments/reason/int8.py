@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 import eggroll
-from eggroll.llm.int8 import INTEGERS, SCALE, kinds
+from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +44,4 @@ class Int8:
         if self.threshold is not None:
             last = [eggroll.standardised_sign(self.threshold), optax.scale(-1.0)]
         integers = optax.chain(optax.scale_by_adam(), *last)
-        return optax.multi_transform({INTEGERS: integers, "float": floats}, kinds)
+        return optax.multi_transform({INTEGERS: integers, "float": floats}, optimizer_labels)

@@ -29,10 +29,10 @@ SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template
 class Sampling(NamedTuple):
     """How completions are drawn."""
 
-    room: int  # tokens of a completion at most
+    max_new_tokens: int  # tokens of a completion at most
     temperature: float  # 0: greedy
     top_p: float
-    ending: tuple[int, ...]  # tokens that end a completion
+    stop_token_ids: tuple[int, ...]  # tokens that end a completion
 
 
 class Judged(NamedTuple):
@@ -69,12 +69,12 @@ class Problem:
     @functools.cached_property
     def generator(self) -> Generator:
         """The functions that continue texts."""
-        return hf.generator(self.config)
+        return hf.make_generator(self.config)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The functions of whole texts."""
-        return hf.decoder(self.config)
+        return hf.make_decoder(self.config)
 
     def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1) -> Prompts:
         """Lay prompts side by side, each so many times in a row.
@@ -98,7 +98,7 @@ class Problem:
         return complete(self.generator, params, prompts, key=drawn, **options)
 
     def texts(self, completions: Completions) -> list[str]:
-        """Return completions [..., room] as texts, without the token that ends them, in the order of the flattened axes."""
+        """Decode completions to texts without their stop token, in the order of the flattened leading axes."""
         tokens = np.asarray(completions.tokens).reshape(-1, completions.tokens.shape[-1])
         ends = np.asarray(completions.length).reshape(-1) - np.asarray(completions.ended).reshape(-1)
         return [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]

@@ -156,7 +156,7 @@ def trained(settings: Start, examples: Worked) -> Any:
         Its parameters.
     """
     config, number = settings.model, len(examples.tokens)
-    decoder = hf.decoder(config)
+    decoder = hf.make_decoder(config)
 
     def loss(params: Any, batch: Worked) -> Array:
         known = token_log_likelihood(apply(decoder, params, batch.tokens, batch.mask), batch.tokens, batch.targets)

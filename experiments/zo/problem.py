@@ -13,7 +13,7 @@ from jax import Array
 from eggroll import zo
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.data.scores import classification_loss, generation_loss
-from eggroll.llm.decoder import Decoder, hidden
+from eggroll.llm.decoder import Decoder, hidden_states
 
 OBJECTIVES = ("loss", "accuracy")
 EVALUATED = 100  # examples of a pass that scores
@@ -78,7 +78,7 @@ class FineTuning:
         decoder, width = self.decoder, self.answer_tokens
 
         def judged(params: Any, batch: Examples) -> tuple[Array, Array]:
-            x = hidden(decoder, params, *texts(batch, width=width))
+            x = hidden_states(decoder, params, *texts(batch, width=width))
             said = answers(decoder, params["resident"], x, batch, width=width)
             loss, weight, _ = _losses(said.scores, batch)
             return loss.sum() / weight.sum(), right(said, batch).astype(jnp.float32).mean()

@@ -125,7 +125,7 @@ def trained(settings: WarmStart, text: Text) -> Any:
     Returns:
         Its parameters.
     """
-    decoder = transformer.decoder(settings.model)
+    decoder = transformer.make_decoder(settings.model)
     return fit(
         drawn(settings),
         lambda params, tokens: _loss(decoder, params, tokens),

@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eggroll.llm.models.fields import integers, only
+from eggroll.llm.models.fields import check_supported, integer
 from eggroll.llm.models.leaves import Leaf, Leaves
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 _ADAPTERS = {"w": "decay_low_rank_dim", "a": "a_low_rank_dim", "v": "v_low_rank_dim", "g": "gate_low_rank_dim"}
 _GROWTH = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # inner size over the root of the width, of a config.json that leaves it out
 _PROJECTIONS = {"r": ("receptance", "r_proj"), "k": ("key", "k_proj"), "v": ("value", "v_proj"), "o": ("output", "o_proj")}
@@ -29,18 +28,29 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
     """
     expected = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
     for name, value in expected.items():
-        only(fields, name, value)
-    sizes = {name: value for name, value in fields.items() if value is not None}
-    width = integers(fields, "hidden_size")["hidden_size"]
-    sizes.setdefault("head_dim", sizes.get("head_size", width // sizes["num_heads"] if "num_heads" in sizes else 64))
-    sizes.setdefault("intermediate_size", 32 * -(-int(width * sizes.get("hidden_ratio", 4)) // 32))
-    for name, rank in _ADAPTERS.items():
-        wider = 1 if name == "g" else sizes["head_dim"] / 64
-        sizes.setdefault(rank, max(32, 32 * round(_GROWTH[name] * width**0.5 * wider / 32)))
+        check_supported(fields, name, value)
+    width = integer(fields, "hidden_size")
     if any(value != width for value in fields.get("value_dim") or [width]):
         raise ValueError(f"'value_dim' in config.json must be hidden_size {width} in every layer, got {fields['value_dim']}.")
-    whole: dict[str, Any] = {**integers(sizes, *SIZES, "intermediate_size", "head_dim", *_ADAPTERS.values())}
-    return RWKV7Config(**whole, norm_eps=fields.get("norm_eps", 1e-5))
+    by_heads = width // integer(fields, "num_heads") if fields.get("num_heads") is not None else 64
+    head_dim = integer(fields, "head_dim", integer(fields, "head_size", by_heads))
+
+    def inner(name: str) -> int:
+        wider = 1 if name == "g" else head_dim / 64
+        return integer(fields, _ADAPTERS[name], max(32, 32 * round(_GROWTH[name] * width**0.5 * wider / 32)))
+
+    return RWKV7Config(
+        vocab_size=integer(fields, "vocab_size"),
+        hidden_size=width,
+        intermediate_size=integer(fields, "intermediate_size", 32 * -(-int(width * (fields.get("hidden_ratio") or 4)) // 32)),
+        num_hidden_layers=integer(fields, "num_hidden_layers"),
+        decay_low_rank_dim=inner("w"),
+        a_low_rank_dim=inner("a"),
+        v_low_rank_dim=inner("v"),
+        gate_low_rank_dim=inner("g"),
+        head_dim=head_dim,
+        norm_eps=fields.get("norm_eps", 1e-5),
+    )
 
 
 def to_fields(config: RWKV7Config) -> dict[str, Any]:
@@ -50,7 +60,7 @@ def to_fields(config: RWKV7Config) -> dict[str, Any]:
     return {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"], **fields, **more}
 
 
-def observed(config: RWKV7Config, tensors: Iterable[str]) -> RWKV7Config:
+def detect_names(config: RWKV7Config, tensors: Iterable[str]) -> RWKV7Config:
     """Return the configuration with the names that a file has."""
     return dataclasses.replace(config, original_names="emb.weight" in tensors)
 
@@ -97,11 +107,12 @@ def _adapter(name: str, mixer: str, width: int, rank: int, *, original: bool) ->
     """The matrices of a small two-layer map and, but for the gate, what is added to it."""
     places = ("0", "1", "2") if original else ("_lora.lora.2.bias", "_lora.lora.0.weight", "_lora.lora.2.weight")
     added, inner, outer = (f"{mixer}.{name}{place}" for place in places)
-    more: dict[str, Any] = {"first_layer": int(name == "v")}
+    start = int(name == "v")  # the first layer has no V1, V2 and b0
     leaves = {
-        f"{name}1": Leaf(inner, (width, rank), transposed=not original, **more),
-        f"{name}2": Leaf(outer, (rank, width), transposed=not original, **more),
+        f"{name}1": Leaf(inner, (width, rank), transposed=not original, first_layer=start),
+        f"{name}2": Leaf(outer, (rank, width), transposed=not original, first_layer=start),
     }
     if name != "g":
-        leaves[f"{name}0"] = Leaf(added, (width,), start="zeros", stored=(1, 1, width) if original else (width,), **more)
+        stored = (1, 1, width) if original else (width,)
+        leaves[f"{name}0"] = Leaf(added, (width,), start="zeros", stored=stored, first_layer=start)
     return leaves

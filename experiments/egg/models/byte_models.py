@@ -16,8 +16,8 @@ from jax import Array
 
 from eggroll.experiments.egg.models import egg, float_egg
 from eggroll.llm.decoder import apply, token_log_likelihood
-from eggroll.llm.models.leaves import init
-from eggroll.llm.models.transformer import TransformerConfig, decoder, leaves
+from eggroll.llm.models.families import init_params, make_decoder
+from eggroll.llm.models.transformer import TransformerConfig
 
 HEAD_DIM = 16
 
@@ -47,7 +47,7 @@ def transformer(config: TransformerConfig, *, window: int) -> ByteModel:
         config: its sizes, with a vocabulary of 256.
         window: bytes that are read and scored at a time; a shorter piece of text is filled up.
     """
-    model = decoder(config)
+    model = make_decoder(config)
 
     def sequence(params: Any, state: Any, text: Array) -> tuple[Any, Array]:
         length = text.shape[0] - 1
@@ -58,7 +58,7 @@ def transformer(config: TransformerConfig, *, window: int) -> ByteModel:
         known = token_log_likelihood(apply(model, params, tokens, everything), tokens, everything)[:, 1:]
         return state, known.reshape(-1)[:length] / math.log(2)
 
-    return ByteModel(lambda key: init(leaves(config), key), (), sequence)
+    return ByteModel(lambda key: init_params(config, key=key), (), sequence)
 
 
 def transformer_config(*, layers: int, width: int) -> TransformerConfig:

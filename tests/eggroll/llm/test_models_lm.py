@@ -120,7 +120,7 @@ def test_later_tokens_do_not_change_earlier_ones():
 
 
 def strategy_of(config):
-    decoder = hf.decoder(config)
+    decoder = hf.make_decoder(config)
 
     def fitness(params, batch, key):
         return jnp.mean(jax.nn.log_softmax(apply(decoder, params, *batch))[:, :, 0])
@@ -147,7 +147,7 @@ def test_lazy_members_equal_built_ones(config):
     strategy, batch = strategy_of(config), tuple(map(jnp.asarray, inputs()))
     state = strategy.init(random_params(config), key=jax.random.key(0))
     population = strategy.ask(state)
-    got = population.apply(lambda params, batch: apply(hf.decoder(config), params, *batch), batch)
+    got = population.apply(lambda params, batch: apply(hf.make_decoder(config), params, *batch), batch)
     for member in range(2):
         built = population.member(member)
         np.testing.assert_allclose(got[member], logits_of(config, built, *batch), atol=1e-4)
@@ -222,7 +222,7 @@ def test_older_rotary_fields_are_read(folder):
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"head_dim": 0}, "'head_dim' in config.json must be an integer >= 1, got 0"),
         ({"head_dim": 5}, "head_dim must be even, got 5"),
-        ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], and config.json expects \[51, 16\]"),
+        ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], but config.json expects \[51, 16\]"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', expected with shape"),
     ],
 )
@@ -252,7 +252,7 @@ def test_missing_and_wrong_tensors_are_named(folder):
     with pytest.raises(ValueError, match=r"has no tensor 'model.layers.1.mlp.up_proj.weight', expected with shape \[24, 16\]"):
         hf.load(folder)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": np.zeros((24, 15), np.float32)}))
-    with pytest.raises(ValueError, match=r"shape \[24, 15\], and config.json expects \[24, 16\]"):
+    with pytest.raises(ValueError, match=r"shape \[24, 15\], but config.json expects \[24, 16\]"):
         hf.load(folder)
 
 
@@ -261,7 +261,7 @@ def test_tensors_that_would_change_the_model_are_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}))
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[2], expected)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}))
-    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' has no place in the 'qwen3' that"):
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' does not belong to the 'qwen3' that"):
         hf.load(folder)
 
 
@@ -293,7 +293,7 @@ def test_missing_files_are_named(folder):
 def test_damaged_weights_are_one_sentence(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
         hf.load(folder)
 
 

@@ -25,7 +25,9 @@ from tests.eggroll.llm.language_models import random_params
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 ARCHITECTURES = ("transformer", "rwkv7")
-SAMPLING = Sampling(room=3, temperature=0.7, top_p=1.0, ending=tuple(range(100)))  # two in five tokens end a text
+SAMPLING = Sampling(
+    max_new_tokens=3, temperature=0.7, top_p=1.0, stop_token_ids=tuple(range(100))
+)  # two in five tokens end a text
 SETTINGS = GRPO(prompts=2, samples=3)
 
 

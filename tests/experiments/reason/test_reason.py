@@ -214,7 +214,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--template", "Q:"], "template must have {prompt}"),
         (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
         (["--prompt-length", "2"], "prompt_length must be at least"),
-        (["--room", "40000"], "do not fit the model's context of 32768 tokens."),
+        (["--max-new-tokens", "40000"], "do not fit the model's context of 32768 tokens."),
         (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
         (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
         (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),

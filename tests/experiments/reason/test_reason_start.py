@@ -36,7 +36,7 @@ def test_model_learns_one_example_by_heart(architecture, standard_promotion):
     settings = dataclasses.replace(TINY, architecture=architecture, steps=40, learning_rate=3e-2)
     examples = worked_examples([("3+4=", "7\n")])
     params = trained(settings, examples)
-    decoder = hf.decoder(settings.model)
+    decoder = hf.make_decoder(settings.model)
     logits = jax.jit(lambda params: start.apply(decoder, params, examples.tokens, examples.mask))(params)
     assert np.asarray(logits).argmax(-1)[0, -3:-1].tolist() == list(b"7\n")
 

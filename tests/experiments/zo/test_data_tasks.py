@@ -138,7 +138,7 @@ def test_bfloat16_model_scores_in_float32(tmp_path):
     params = leaves.init(transformer.leaves(config), jax.random.key(0), jnp.bfloat16)
     files = sentiment.write(tmp_path, train=4, validation=1, test=1)
     batch = examples.load(files["train"], sentiment.TASK, BYTES, max_length=48)
-    decoder = transformer.decoder(config)
+    decoder = transformer.make_decoder(config)
     got = jax.jit(lambda params, batch: scores.candidate_scores(lambda *own: apply(decoder, params, *own), batch))(
         params, batch
     )

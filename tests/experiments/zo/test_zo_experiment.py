@@ -211,7 +211,7 @@ def test_loss_and_accuracy_are_those_of_whole_logits(task, tmp_path):
     records = read_records(write(tmp_path / "data", all=7) / "all.jsonl")
     examples = encode(records, task, ByteTokenizer(), max_length=20)
     config = WarmStart(layers=1, width=16).model
-    decoder, params = transformer.decoder(config), drawn(WarmStart(layers=1, width=16))
+    decoder, params = transformer.make_decoder(config), drawn(WarmStart(layers=1, width=16))
     params["resident"]["embed"] *= 30  # so that the answers differ
     tuning = FineTuning(decoder, examples, examples, examples)
 
@@ -257,7 +257,7 @@ def test_the_small_model_learns_its_text():
     content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
     text = Text(content, np.where(np.arange(content.size) < 24 * 200, ord("c"), ord("d")).astype(np.uint8))
     settings = WarmStart(layers=1, width=16, steps=300, batch_size=16, length=32, learning_rate=0.02)
-    decoder, params = transformer.decoder(settings.model), trained(settings, text)
+    decoder, params = transformer.make_decoder(settings.model), trained(settings, text)
     pieces = (
         (b"the cat sat on the ma", "t"),
         (b"the mat. the cat sat on the mat. t:", "c"),
