@@ -209,14 +209,14 @@ def test_older_rotary_fields_are_read(folder):
     [
         ({"model_type": "bloom"}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got 'bloom'"),
         ({"model_type": None}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got None"),
-        ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, and of 'qwen3' only False"),
-        ({"layer_types": ["sliding_attention"]}, "only full attention is supported"),
-        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5 in config.json, and of 'qwen3' only 1.0"),
+        ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, but 'qwen3' supports only False"),
+        ({"layer_types": ["sliding_attention"]}, "supports only full attention"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5 in config.json, but 'qwen3' supports only 1.0"),
         ({"rope_scaling": {"type": "linear"}}, "'factor' of 'linear' rotary positions must be a number > 0, got None"),
         ({"rope_parameters": {"full_attention": {}}}, "rotary positions in config.json must be one object for all layers"),
         ({"model_type": "qwen3_moe"}, "model_type in .* must be one of opt, llama, qwen2, qwen3, rwkv7, got 'qwen3_moe'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "must be of type default, linear, llama3, yarn, got 'dynamic'"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, and of 'qwen3' only 'silu'"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, but 'qwen3' supports only 'silu'"),
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
         ({"hidden_size": "16"}, "'hidden_size' in config.json must be an integer >= 1, got '16'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
@@ -235,7 +235,7 @@ def test_config_that_does_not_fit_is_one_sentence(folder, fields, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"activation_function": "gelu"}, "only 'relu' is supported"),
+        ({"activation_function": "gelu"}, "supports only 'relu'"),
         ({"enable_bias": False}, "'enable_bias' is False in config.json, and of 'opt' only True"),
         ({"num_attention_heads": 3}, "hidden_size 16 is no multiple of num_attention_heads 3"),
     ],
@@ -270,7 +270,9 @@ def test_head_of_a_tied_model_must_be_the_embedding(folder):
     edit(folder, tie_word_embeddings=True)
     assert "head" not in hf.load(folder)[2]["resident"]
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
-    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight', and config.json says"):
+    with pytest.raises(
+        ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json ties them"
+    ):
         hf.load(folder)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eggroll.experiments.reason.problem import check_template, read_by_model
+from eggroll.experiments.reason.problem import check_template, encode_prompt
 from eggroll.llm.chat import ChatTemplate
 from eggroll.llm.tokenizers import FileTokenizer
 from tests.eggroll.llm.language_models import CHATML, write_tokenizer
@@ -36,7 +36,7 @@ def test_texts_and_tokens_are_those_of_transformers(template, tmp_path):
         messages, options = [{"role": "user", "content": prompt}], {"add_generation_prompt": True}
         assert chat(prompt) == theirs.apply_chat_template(messages, tokenize=False, **options)
         tokens = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-        assert read_by_model(ours, chat, prompt) == tokens
+        assert encode_prompt(ours, chat, prompt) == tokens
     assert chat("a") != chat("b")
 
 
@@ -79,5 +79,5 @@ def test_without_a_template_that_works_it_is_one_sentence(settings, sentence, tm
 
 def test_a_template_that_leaves_out_the_prompt_is_refused(tmp_path):
     write_tokenizer(tmp_path, chat_template="hello")
-    with pytest.raises(ValueError, match=r"template must have {prompt}, where the task's prompt goes, got 'hello'"):
+    with pytest.raises(ValueError, match=r"template must contain {prompt}, the place of the task's prompt, got 'hello'"):
         check_template(ChatTemplate(tmp_path), FileTokenizer(tmp_path))

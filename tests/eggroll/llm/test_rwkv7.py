@@ -154,7 +154,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"attn": {"layers": [1]}}, r"'attn' is {'layers': \[1\]} in config.json, and of 'rwkv7' only None is supported"),
+        ({"attn": {"layers": [1]}}, r"'attn' is {'layers': \[1\]} in config.json, but 'rwkv7' supports only None"),
         ({"norm_first": False}, "'norm_first' is False in config.json, and of 'rwkv7' only True"),
         ({"hidden_act": "relu"}, "'hidden_act' is 'relu' in config.json, and of 'rwkv7' only 'sqrelu'"),
         ({"value_dim": [16, 32, 16]}, r"'value_dim' in config.json must be hidden_size 16 in every layer, got \[16, 32, 16\]"),

@@ -13,7 +13,7 @@ from tests.eggroll.llm.language_models import write_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
-    pytest.mark.filterwarnings("ignore:no completion until generation"),
+    pytest.mark.filterwarnings("ignore:no completion up to generation"),
 ]
 TINY = [
     "--model",
@@ -74,7 +74,7 @@ def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, c
 def test_countdown_of_reasoning_gym(capsys):
     pytest.importorskip("reasoning_gym")
     options = ["--task", "countdown", "--task-options", "train=16", "validation=4", "test=4", "--folder", "out/countdown"]
-    with pytest.warns(UserWarning, match=r"no completion until generation 1 scored more than 0\.01"):  # it gives that for any
+    with pytest.warns(UserWarning, match=r"no completion up to generation 1 scored more than 0\.01"):  # it gives that for any
         summary, _ = run(capsys, *options, "--template", r"User: {prompt}\n\nAssistant: <think")
     assert summary["generations"] == 2 and summary["task"] == "countdown"
 
