@@ -3,7 +3,7 @@
     original      blocks.0.att.receptance.weight      vectors stored [1, 1, D]; W1 [D, rank]
     the latter    model.layers.0.attn.r_proj.weight   mixes of the time mix stored [1, 1, D]; W1 as a linear layer, [rank, D]
 
-The first layer of either may have no b0, V1 and V2, which do nothing there: ours are zeros, and are not written.
+The first layer of either may lack b0, V1 and V2, which have no effect there: ours are zeros and are not saved.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from eggroll.llm.models.fields import check_supported, integer
 from eggroll.llm.models.leaves import Leaf, Leaves
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
+FIXED = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
 _ADAPTERS = {"w": "decay_low_rank_dim", "a": "a_low_rank_dim", "v": "v_low_rank_dim", "g": "gate_low_rank_dim"}
-_GROWTH = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # inner size over the root of the width, of a config.json that leaves it out
+_GROWTH = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # default inner size over the root of the width
 _PROJECTIONS = {"r": ("receptance", "r_proj"), "k": ("key", "k_proj"), "v": ("value", "v_proj"), "o": ("output", "o_proj")}
 _NORMS = {"mix_norm": ("ln1", "attn_norm"), "ffn_norm": ("ln2", "ffn_norm"), "y_norm": ("att.ln_x", "attn.g_norm")}
 
@@ -26,8 +27,7 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
     Raises:
         ValueError: a missing field, or a variant that is not supported.
     """
-    expected = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
-    for name, value in expected.items():
+    for name, value in FIXED.items():
         check_supported(fields, name, value)
     width = integer(fields, "hidden_size")
     if any(value != width for value in fields.get("value_dim") or [width]):
@@ -56,12 +56,11 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
 def to_fields(config: RWKV7Config) -> dict[str, Any]:
     """Return config.json."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "original_names"}
-    more = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
-    return {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"], **fields, **more}
+    return {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"], **fields, **FIXED}
 
 
 def detect_names(config: RWKV7Config, tensors: Iterable[str]) -> RWKV7Config:
-    """Return the configuration with the names that a file has."""
+    """Return the configuration with the naming scheme of a file's tensors."""
     return dataclasses.replace(config, original_names="emb.weight" in tensors)
 
 
@@ -104,7 +103,7 @@ def _norm(name: str, tensor: str, width: int) -> dict[str, Leaf]:
 
 
 def _adapter(name: str, mixer: str, width: int, rank: int, *, original: bool) -> dict[str, Leaf]:
-    """The matrices of a small two-layer map and, but for the gate, what is added to it."""
+    """Return the matrices of a small two-layer map and, except for the gate, its bias."""
     places = ("0", "1", "2") if original else ("_lora.lora.2.bias", "_lora.lora.0.weight", "_lora.lora.2.weight")
     added, inner, outer = (f"{mixer}.{name}{place}" for place in places)
     start = int(name == "v")  # the first layer has no V1, V2 and b0
