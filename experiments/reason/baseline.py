@@ -137,14 +137,14 @@ class Trainer:
 
 
 class PolicyGradient:
-    """GRPO of a problem's model; compiled once, run with any number of seeds."""
+    """GRPO on a problem; compiled once, run with any number of seeds."""
 
     def __init__(self, config: Config, problem: Problem, sampling: Sampling):
         self._config, self._rows = config, problem.task.split("train")
         self._trainer = Trainer(problem, sampling, config.grpo)
 
     def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
-        """As `Evolution.train`; it keeps no checkpoints, and the best parameters in memory."""
+        """Run as `Evolution.train`, without checkpoints; the best parameters are kept in memory."""
         config, trainer = self._config, self._trainer
         strategy: Any = trainer  # implements what the loop needs of a strategy and its state
         initial: Any = trainer.init(key=jax.random.key(seed))

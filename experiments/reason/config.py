@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ _NOT_IDENTITY = (
     "examples",
     "check_every",
 )
-_RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older journals
+_RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older commands and journals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Improve a language model on verifiable rewards, with forward passes only; or by GRPO, in the same frame."""
+    """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""
@@ -78,9 +79,9 @@ class Config:
     """Folder of a Hugging Face checkpoint (Llama, Qwen2, Qwen3, RWKV-7) with its tokenizer.json. None: a small byte-level
     model, warm-started on worked examples of the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters of a checkpoint."""
+    """Type of the parameters of a checkpoint."""
     weights: Literal["float", "int8"] = "float"
-    """Of the matrices in the blocks: floats, or int8 with a scale for every output channel."""
+    """Type of the matrices in the blocks: floats, or int8 with a scale for every output channel."""
     int8: Int8 = dataclasses.field(default_factory=Int8)
     """How int8 matrices evolve."""
     start: WarmStart = dataclasses.field(default_factory=WarmStart)
@@ -88,18 +89,18 @@ class Config:
     task: str = "arithmetic"
     """A task of envs.tasks: arithmetic, countdown, gsm8k, math, or reasoning_gym/<data set>."""
     task_options: tuple[str, ...] = ()
-    """Its options, such as digits=3 train=path."""
+    """Options of the task, such as digits=3 train=path."""
     template: str = "{prompt}"
     """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
-    """Tokens that prompts are padded to. None: what the longest held-out prompt needs and a quarter more."""
+    """Tokens that prompts are padded to. None: a quarter more than the longest held-out prompt."""
     max_new_tokens: int = 24
     """Most tokens of a completion."""
     stop: tuple[str, ...] | None = None
     """Texts that end a completion, each a single token, such as "\\n" or "<|im_end|>". None: see stop_token_ids."""
     stop_token_ids: tuple[int, ...] | None = None
-    """The same as token ids. None: eos_token_id of the checkpoint's generation_config.json; the end of a line for bytes."""
+    """Ids of stop tokens, instead of stop. None: eos_token_id in generation_config.json; for bytes the end of a line."""
     temperature: float | None = None
     """Temperature of the completions in training. None: 0, greedy; 1 for grpo."""
     top_p: float = 1.0
@@ -159,11 +160,11 @@ class Config:
     seed: int = 0
     """Seed of noise, problems and sampling; the same seed gives the same run, except where the clock decides."""
     seeds: int = 1
-    """Runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
+    """Number of runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     resume: bool = False
     """Continue the run in the folder; not for grpo. Otherwise its files are replaced."""
     folder: Path | None = None
-    """Run folder, with a folder per seed in it when there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
+    """Run folder, which contains a folder per seed if there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
     plan: bool = False
     """Only print the memory of a population and how many members fit memory_budget, by default the free memory here; read from
     shapes alone, without weights."""
@@ -243,5 +244,9 @@ def restore_config(options: dict[str, Any]) -> Config:
 
 
 def parse(command: Sequence[str] | None) -> Config:
-    """Read the command line."""
+    """Read the command line; ValueError for an option of an older version."""
+    for argument in sys.argv[1:] if command is None else command:
+        option = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and option in _RENAMED:
+            raise ValueError(f"option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
     return tyro.cli(Config, args=command, prog="python -m experiments.reason")

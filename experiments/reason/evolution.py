@@ -37,7 +37,7 @@ class Questions(NamedTuple):
 
 
 class Evolution:
-    """Evolution of a problem's model; compiled once, run with any number of seeds."""
+    """Evolution strategies on a problem; compiled once, run with any number of seeds."""
 
     def __init__(self, config: Config, problem: Problem, sampling: Sampling):
         self._config, self._problem, self._sampling = config, problem, sampling

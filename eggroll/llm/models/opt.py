@@ -23,8 +23,8 @@ class OPTConfig:
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, ffn_dim, num_attention_heads, max_position_embeddings: sizes.
-        word_embed_proj_dim: width of the embedding, where it is not hidden_size.
-        do_layer_norm_before: norms before attention and feed-forward, and a final norm; False: after each, and none.
+        word_embed_proj_dim: width of the embedding; hidden_size unless it is projected.
+        do_layer_norm_before: norms before attention and feed-forward, and a final norm; False: norms after each, no final norm.
         tie_word_embeddings: the head is the embedding.
     """
 
@@ -43,7 +43,7 @@ class OPTConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}."
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
 
 
@@ -115,7 +115,9 @@ def make_decoder(config: OPTConfig) -> Decoder:
 
     def begin(resident: Any, tokens: Array, mask: Array) -> tuple[Array, Any]:
         if tokens.shape[1] > config.max_position_embeddings:
-            raise ValueError(f"{tokens.shape[1]} tokens, and this model has {config.max_position_embeddings} positions.")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit the {config.max_position_embeddings} positions of this model."
+            )
         x = jnp.take(resident["embed"], tokens, axis=0)
         x = x @ resident["project_in"] if "project_in" in resident else x
         return x + jnp.take(resident["positions"], positions(mask) + OFFSET, axis=0), causal_mask(mask)

@@ -136,8 +136,8 @@ def from_fields(fields: Mapping[str, Any]) -> Rotary:
     known = defaults | {name: value for name, value in given.items() if value is not None}
     if fields.get("original_max_position_embeddings"):
         known["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
-    weights = ("rope_theta", *NEEDED.get(kind, ()), *OPTIONAL.get(kind, ()))
-    return Rotary(rope_type=kind, **{name: known[name] for name in weights if name in known})
+    names = ("rope_theta", *NEEDED.get(kind, ()), *OPTIONAL.get(kind, ()))
+    return Rotary(rope_type=kind, **{name: known[name] for name in names if name in known})
 
 
 def to_fields(rotary: Rotary) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class RWKV7Config:
         original_names: its file names tensors as the original RWKV-7 does; False: as flash-linear-attention does.
 
     Raises:
-        ValueError: hidden_size is no multiple of head_dim.
+        ValueError: hidden_size is not a multiple of head_dim.
     """
 
     vocab_size: int
@@ -58,7 +58,7 @@ class RWKV7Config:
 
     def __post_init__(self):
         if self.hidden_size % self.head_dim:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_dim {self.head_dim}.")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}.")
 
 
 class State(NamedTuple):

@@ -44,7 +44,7 @@ class TransformerConfig:
         model_type: "llama", "qwen2" (biases on q, k, v) or "qwen3" (norms of queries and keys).
         max_position_embeddings: longest text it was trained on; not a limit here.
         rms_norm_eps: added to the mean square in the norms.
-        rotary: how positions turn queries and keys.
+        rotary: variant of the rotary positions.
         tie_word_embeddings: the head is the embedding.
         attention_bias: q, k, v and o have biases; not of qwen2.
         mlp_bias: gate, up and down have biases; of llama only.
@@ -74,11 +74,11 @@ class TransformerConfig:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}: rotary positions turn pairs.")
+            raise ValueError(f"head_dim must be even, got {self.head_dim}: rotary positions rotate pairs.")
         for name, models in (("attention_bias", ("llama", "qwen3")), ("mlp_bias", ("llama",))):
             if getattr(self, name) and self.model_type not in models:
                 raise ValueError(f"{name} must be False of model_type '{self.model_type}', got {getattr(self, name)!r}.")
@@ -122,7 +122,7 @@ def _head_dim(fields: Mapping[str, Any], width: int, heads: int) -> int:
     if fields["model_type"] == "qwen3":
         return integer(fields, "head_dim", QWEN3_HEAD)
     if fields.get("head_dim") is None and width % heads:
-        raise ValueError(f"hidden_size {width} in config.json is no multiple of num_attention_heads {heads}.")
+        raise ValueError(f"hidden_size {width} in config.json is not a multiple of num_attention_heads {heads}.")
     return integer(fields, "head_dim", width // heads)
 
 

@@ -199,5 +199,5 @@ def test_llama_without_a_head_size_divides_its_width(tmp_path):
     path.write_text(json.dumps(fields))
     assert hf.read_config(tmp_path) == LLAMA
     path.write_text(json.dumps(fields | {"num_attention_heads": 3}))
-    with pytest.raises(ValueError, match=r"hidden_size 16 in config.json is no multiple of num_attention_heads 3"):
+    with pytest.raises(ValueError, match=r"hidden_size 16 in config.json is not a multiple of num_attention_heads 3"):
         hf.read_config(tmp_path)

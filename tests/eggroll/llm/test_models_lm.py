@@ -219,7 +219,7 @@ def test_older_rotary_fields_are_read(folder):
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, but 'qwen3' supports only 'silu'"),
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
         ({"hidden_size": "16"}, "'hidden_size' in config.json must be an integer >= 1, got '16'"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 0}, "'head_dim' in config.json must be an integer >= 1, got 0"),
         ({"head_dim": 5}, "head_dim must be even, got 5"),
         ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], but config.json expects \[51, 16\]"),
@@ -237,7 +237,7 @@ def test_config_that_does_not_fit_is_one_sentence(folder, fields, sentence):
     [
         ({"activation_function": "gelu"}, "supports only 'relu'"),
         ({"enable_bias": False}, "'enable_bias' is False in config.json, and of 'opt' only True"),
-        ({"num_attention_heads": 3}, "hidden_size 16 is no multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
     ],
 )
 def test_opt_variant_is_refused(tmp_path, fields, sentence):
@@ -318,5 +318,5 @@ def test_saving_and_calling_check_what_they_get(folder):
         hf.save(folder, QWEN3, params)
     with pytest.raises(ValueError, match="dtype must be a floating one such as float32 or bfloat16, got int32"):
         hf.load(folder, jnp.int32)
-    with pytest.raises(ValueError, match="21 tokens, and this model has 20 positions"):
+    with pytest.raises(ValueError, match="21 tokens do not fit the 20 positions"):
         logits_of(OPT, random_params(OPT), np.zeros((1, 21), np.int32), np.ones((1, 21), bool))

@@ -158,7 +158,7 @@ def folder(tmp_path):
         ({"norm_first": False}, "'norm_first' is False in config.json, and of 'rwkv7' only True"),
         ({"hidden_act": "relu"}, "'hidden_act' is 'relu' in config.json, and of 'rwkv7' only 'sqrelu'"),
         ({"value_dim": [16, 32, 16]}, r"'value_dim' in config.json must be hidden_size 16 in every layer, got \[16, 32, 16\]"),
-        ({"head_dim": 7}, "hidden_size 16 is no multiple of head_dim 7"),
+        ({"head_dim": 7}, "hidden_size 16 is not a multiple of head_dim 7"),
         ({"hidden_size": None}, "config.json of model_type 'rwkv7' has no 'hidden_size'"),
         ({"a_low_rank_dim": 5}, r"0.attn.a_lora.lora.0.weight' has shape \[6, 16\], but config.json expects \[5, 16\]"),
         ({"num_hidden_layers": 2}, r"tensor 'model.layers.2.attn.a_lora.lora.0.weight' does not belong to the 'rwkv7'"),

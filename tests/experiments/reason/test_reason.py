@@ -231,6 +231,8 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--prompt-length", "2"], "prompt_length must be at least"),
         (["--stop", "\n", "Q:"], "stop must be texts of a single token, got 'Q:', which has 2 tokens here."),
         (["--stop", "\n", "--stop-token-ids", "10"], "give stop or stop_token_ids, not both"),
+        (["--room", "4"], "option --room is now --max-new-tokens."),
+        (["--ending=1"], "option --ending is now --stop-token-ids."),
         (["--max-new-tokens", "40000"], "do not fit the model's context of 32768 tokens."),
         (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
         (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
