@@ -52,7 +52,7 @@ class Experiment:
         return {f"{split}_accuracy{suffix}": check(params).accuracy for split, check in self.checks.items()}
 
     def run_seed(self, seed: int, before: dict[str, float]) -> dict[str, Any]:
-        """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and marks the run as complete."""
+        """Train with one seed, evaluate, write the artefacts; `summary.json` comes last and says that the run is whole."""
         config, problem = self.config, self.problem
         folder = seed_folder(config, seed, default=f"reason-{config.algorithm}-{config.task.replace('/', '-')}")
         begin(folder, resume=config.resume)
@@ -66,8 +66,8 @@ class Experiment:
         row |= {"tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0}
         row |= {"failed_rewards": progress.failed, "seconds": round(time.perf_counter() - start, 2)}
         row["peak_mib"] = round(peak_mib())
-        accuracies = f"test accuracy {row['test_accuracy']:.3f}, {row['test_accuracy_before']:.3f} before"
-        print(f"seed {seed}: {accuracies}; metrics and model are in {folder}", flush=True)
+        words = f"test accuracy {row['test_accuracy']:.3f}, {row['test_accuracy_before']:.3f} before"
+        print(f"seed {seed}: {words}; metrics and model are in {folder}", flush=True)
         if is_first():
             hf.save(folder / "model", problem.config, params, source=problem.source)
             limits = {"generations": config.generations, "seconds": config.seconds}
@@ -83,7 +83,7 @@ class Experiment:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; wrong options end it with a clear error."""
+    """Run from the command line; wrong options end it with one sentence."""
     try:
         config = parse(arguments)
         config.check()

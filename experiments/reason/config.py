@@ -244,9 +244,9 @@ def restore_config(options: dict[str, Any]) -> Config:
 
 
 def parse(command: Sequence[str] | None) -> Config:
-    """Read the command line; ValueError for an option of an older version."""
+    """Read the command line; wrong options, also those of older versions, end the program."""
     for argument in sys.argv[1:] if command is None else command:
         option = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and option in _RENAMED:
-            raise ValueError(f"option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
+            sys.exit(f"error: option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
     return tyro.cli(Config, args=command, prog="python -m experiments.reason")

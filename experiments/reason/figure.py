@@ -1,4 +1,4 @@
-"""Figures of reasoning runs and comparisons: validation accuracy against seconds of training."""
+"""The pictures of reasoning: accuracy on validation problems against seconds of training, of a run and of a comparison."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from eggroll.experiments.common.loop import read_metrics
 
-COLORS = {"eggroll": "#0072b2", "grpo": "#d55e00"}  # distinguishable for the colour-blind
+COLORS = {"eggroll": "#0072b2", "grpo": "#d55e00"}  # told apart by the colour-blind
 Curves = Sequence[tuple[Sequence[float], Sequence[float]]]  # of the seeds: seconds and accuracies
 
 
