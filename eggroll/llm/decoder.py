@@ -1,7 +1,7 @@
 """A causal language model in three pure functions, with its blocks stacked along a leading axis.
 
     params = {"resident": {embeddings, final norm, head}, "blocks": {every leaf [num_layers, ...]}}
-    x, aux = begin(resident, tokens, mask)       embeddings; aux is what every block gets (visible positions, rotary tables)
+    x, aux = begin(resident, tokens, mask)       embeddings; aux goes to every block (causal mask, rotary tables)
     x = block(params of one block, x, aux)       num_layers times
     logits = logits(resident, x)                 final norm and head
 
@@ -17,17 +17,20 @@ from jax import Array
 
 
 class Decoder(NamedTuple):
-    """The pieces; pure functions. `aux` depends on tokens and mask only."""
+    """The three functions, all pure. `aux` depends on tokens and mask only."""
 
     begin: Callable[[Any, Array, Array], tuple[Array, Any]]
     block: Callable[[Any, Array, Any], Array]
     logits: Callable[[Any, Array], Array]
 
 
-def hidden(decoder: Decoder, params: Any, tokens: Array, mask: Array) -> Array:
-    """Return what the last block gives, float [B, T, D]; `decoder.logits` of some positions of it costs less than of all."""
+def hidden_states(decoder: Decoder, params: Any, tokens: Array, mask: Array) -> Array:
+    """Return the output of the last block, float [B, T, D].
+
+    `decoder.logits` of a few of its positions costs less than the logits of all positions that `apply` computes.
+    """
     x, aux = decoder.begin(params["resident"], tokens, mask)
-    x, _ = jax.lax.scan(lambda x, own: (decoder.block(own, x, aux), None), x, params["blocks"])
+    x, _ = jax.lax.scan(lambda x, weights: (decoder.block(weights, x, aux), None), x, params["blocks"])
     return x
 
 
@@ -37,13 +40,13 @@ def apply(decoder: Decoder, params: Any, tokens: Array, mask: Array) -> Array:
     Args:
         decoder: the model.
         params: its parameters, blocks stacked.
-        tokens: int32 [B, T]; one outside the vocabulary makes the logits of its text NaN.
-        mask: bool [B, T], False on padding, which no other token sees; logits on padding mean nothing.
+        tokens: int32 [B, T]; a token outside the vocabulary makes the logits of its text NaN.
+        mask: bool [B, T], False on padding, which no other token sees; logits on padding are meaningless.
 
     Returns:
         Logits of the next token, float32 [B, T, V].
     """
-    return decoder.logits(params["resident"], hidden(decoder, params, tokens, mask))
+    return decoder.logits(params["resident"], hidden_states(decoder, params, tokens, mask))
 
 
 def token_log_likelihood(logits: Array, tokens: Array, targets: Array) -> Array:
@@ -52,12 +55,12 @@ def token_log_likelihood(logits: Array, tokens: Array, targets: Array) -> Array:
     Args:
         logits: float [..., T, V], each of the next token.
         tokens: int32 [..., T].
-        targets: bool [..., T]; a target at position 0, which nothing precedes, counts 0.
+        targets: bool [..., T]; a target at position 0, which no token precedes, counts as 0.
 
     Returns:
-        float32 [..., T], 0 where there is no target.
+        float32 [..., T], 0 outside the targets.
     """
     logits = logits[..., :-1, :].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
-    known = jnp.where(targets[..., 1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0)
-    return jnp.concatenate([jnp.zeros_like(known[..., :1]), known], axis=-1)
+    log_likelihood = jnp.where(targets[..., 1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0)
+    return jnp.concatenate([jnp.zeros_like(log_likelihood[..., :1]), log_likelihood], axis=-1)

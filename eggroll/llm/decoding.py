@@ -1,11 +1,11 @@
-"""Complete prompts token by token: prefill once, then a loop that ends when every text has ended.
+"""Complete prompts token by token: prefill once, then a loop that ends with the last completion.
 
-    tokens [B, room], length [B] = complete(generator, params, prompts, room=..., ending=...)
+    completions = complete(generator, params, prompts, max_new_tokens=..., stop_token_ids=...)
 
-One function of one model, for unperturbed parameters and for a member of a population alike. Under `vmap` over members all of
-them share one loop, which runs until the last text of the last member has ended: whether all have ended is reduced over the
-members too (`all_of_everyone`), so the loop stays a loop and nothing in it is computed twice or selected. A member's factors
-are drawn before the loop, once for all tokens.
+One function of one model, for unperturbed parameters and for a member of a population alike: `es.ask(state).apply(function,
+prompts)` decodes a whole population. Under `vmap` all members share one loop, which runs until the last completion of the last
+member has ended. The loop's condition is reduced over members too (`all_across_members`), so it stays a loop, without a select
+of finished members. The factors of a member's noise are drawn once, before the loop.
 """
 
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ class Prompts(NamedTuple):
 class Completions(NamedTuple):
     """What follows B prompts."""
 
-    tokens: Any  # int32 [B, room]; after the end they are 0
-    length: Any  # int32 [B], tokens of a completion, with the one that ends it
-    ended: Any  # bool [B], False where there was no room for the end
+    tokens: Any  # int32 [B, max_new_tokens], 0 after the end
+    length: Any  # int32 [B], tokens of a completion, its stop token included
+    ended: Any  # bool [B], False where max_new_tokens cut the completion off
 
 
 def pad_prompts(texts: Sequence[Sequence[int]], *, length: int) -> Prompts:
-    """Lay prompts side by side.
+    """Stack prompts into one batch.
 
     Args:
         texts: tokens of every prompt, at least one.
-        length: T of the result; the same one for all batches compiles once.
+        length: T of the result; use the same one for all batches, so that they compile once.
 
     Raises:
         ValueError: an empty prompt, or one that is longer.
@@ -53,14 +53,14 @@ def pad_prompts(texts: Sequence[Sequence[int]], *, length: int) -> Prompts:
 
 
 @jax.custom_batching.custom_vmap
-def all_of_everyone(value: Array) -> Array:
-    """Whether all of `value` are true, of all members that run side by side: the result has no axis of members."""
+def all_across_members(value: Array) -> Array:
+    """Return whether all of `value` is true, for all members under `vmap`: the result has no member axis."""
     return jnp.all(value)
 
 
-@all_of_everyone.def_vmap
+@all_across_members.def_vmap
 def _all_of_members(_size: int, _batched: Any, value: Array) -> tuple[Array, bool]:
-    return all_of_everyone(value), False
+    return all_across_members(value), False
 
 
 def next_token(logits: Array, key: Array | None, *, temperature: float, top_p: float) -> Array:
@@ -69,8 +69,8 @@ def next_token(logits: Array, key: Array | None, *, temperature: float, top_p: f
     Args:
         logits: float [B, V].
         key: typed key; None where temperature is 0.
-        temperature: 0: the likeliest token; else of the softmax that is drawn from.
-        top_p: only the likeliest tokens that together reach this probability, in (0, 1].
+        temperature: 0: the likeliest token; otherwise draw from softmax(logits / temperature).
+        top_p: draw from the likeliest tokens that together reach this probability, in (0, 1].
 
     Returns:
         int32 [B].
@@ -91,62 +91,62 @@ def complete(
     params: Any,
     prompts: Prompts,
     *,
-    room: int,
-    ending: Sequence[int],
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
     key: Array | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Completions:
-    """Continue prompts until each has ended or `room` is used up.
+    """Continue prompts until each completion has ended or has `max_new_tokens` tokens.
 
     Args:
         generator: the model.
-        params: its parameters, also those of a member.
+        params: its parameters, or those of a member of a population.
         prompts: B prompts of T tokens.
-        room: most tokens of a completion, >= 1.
-        ending: tokens that end a text; none: every text uses all room.
+        max_new_tokens: most tokens of a completion, >= 1.
+        stop_token_ids: tokens that end a completion; empty: every completion has max_new_tokens tokens.
         key: typed key, needed where temperature is not 0.
         temperature: 0: greedy.
-        top_p: of the distribution that is drawn from.
+        top_p: see `next_token`.
 
     Returns:
         The completions.
 
     Raises:
-        ValueError: room, temperature or top_p out of range, or no key to draw with.
+        ValueError: max_new_tokens, temperature or top_p out of range, or no key to draw with.
     """
-    check_sampling(room=room, temperature=temperature, top_p=top_p)
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if temperature and key is None:
         raise ValueError(f"key must be given where temperature is not 0, got None with temperature {temperature}.")
     count = prompts.tokens.shape[0]
-    stops = jnp.asarray(tuple(ending), jnp.int32)
-    empty = jnp.zeros((count, room), jnp.int32), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+    stops = jnp.asarray(tuple(stop_token_ids), jnp.int32)
+    empty = jnp.zeros((count, max_new_tokens), jnp.int32), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
 
     def write(so_far: Completions, step: Array, logits: Array) -> tuple[Completions, Array]:
-        own = None if key is None else jax.random.fold_in(key, step)
-        token = jnp.where(so_far.ended, 0, next_token(logits, own, temperature=temperature, top_p=top_p))
+        token_key = None if key is None else jax.random.fold_in(key, step)
+        token = jnp.where(so_far.ended, 0, next_token(logits, token_key, temperature=temperature, top_p=top_p))
         tokens = jax.lax.dynamic_update_slice(so_far.tokens, token[:, None], (jnp.int32(0), step))
         ended = so_far.ended | jnp.isin(token, stops)
         return Completions(tokens, so_far.length + (~so_far.ended).astype(jnp.int32), ended), token
 
-    def going_on(run: Any) -> Array:
+    def unfinished(run: Any) -> Array:
         step, so_far, *_ = run
-        return (step < room) & ~all_of_everyone(so_far.ended)
+        return (step < max_new_tokens) & ~all_across_members(so_far.ended)
 
     def extend(run: Any) -> Any:
         step, so_far, token, cache = run
         logits, cache = generator.step(params, cache, token)
         return step + 1, *write(so_far, step, logits), cache
 
-    logits, cache = generator.prefill(params, prompts.tokens, prompts.mask, room)
+    logits, cache = generator.prefill(params, prompts.tokens, prompts.mask, max_new_tokens)
     first = write(Completions(*empty), jnp.int32(0), logits)
-    return jax.lax.while_loop(going_on, extend, (jnp.int32(1), *first, cache))[1]
+    return jax.lax.while_loop(unfinished, extend, (jnp.int32(1), *first, cache))[1]
 
 
-def check_sampling(*, room: int, temperature: float, top_p: float) -> None:
-    """Raise ValueError for settings that no text can be drawn with."""
-    if room < 1:
-        raise ValueError(f"room must be an integer >= 1, got {room}.")
+def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError where a sampling setting is out of range."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens}.")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}.")
     if not 0 < top_p <= 1:

@@ -1,11 +1,11 @@
 """A causal language model that continues texts, in two pure functions.
 
-    logits, cache = prefill(params, tokens, mask, room)     all prompts at once
-    logits, cache = step(params, cache, token)              one more token of every text
+    logits, cache = prefill(params, tokens, mask, max_new_tokens)     all prompts at once
+    logits, cache = step(params, cache, token)                        one more token of every text
 
-Prompts of different length are padded on the left, so that all of them end at the same position; no text sees padding, and
-positions count real tokens only. A cache is made for prompts and `room` further tokens; it holds keys and values, or the state
-of a recurrent model. Both functions give what the whole-text functions of `decoder` give at the same positions.
+Prompts of different lengths are padded on the left, so that all of them end at the same position; no text sees padding, and
+positions count real tokens only. A cache holds the prompts and at most `max_new_tokens` further tokens: keys and values, or the
+state of a recurrent model. Both functions return what the whole-text functions of `decoder` return at the same positions.
 """
 
 from collections.abc import Callable

@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.int8 import dequantise
-from eggroll.llm.models.families import FAMILIES, Config, decoder, family_of, generator
+from eggroll.llm.models.families import FAMILIES, Config, family_of, make_decoder, make_generator
 from eggroll.llm.models.leaves import Leaf, check_params
 from eggroll.llm.shards import CONFIG, SINGLE, Shards, read_object
 
-__all__ = ["FAMILIES", "Config", "decoder", "generator", "load", "read_config", "save"]
+__all__ = ["FAMILIES", "Config", "load", "make_decoder", "make_generator", "read_config", "save"]
 HEAD = "lm_head.weight"
-_BESIDE = (  # files of a checkpoint that training leaves as they are
+_COPIED = (  # files of a checkpoint that training does not change
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
@@ -32,39 +32,39 @@ _BESIDE = (  # files of a checkpoint that training leaves as they are
 
 
 def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, Decoder, Any]:
-    """Read a model; host memory holds one stacked parameter at a time beside what is already read.
+    """Load a model. Host memory holds one stacked parameter at a time, in addition to those already loaded.
 
     Args:
         folder: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
         dtype: of all parameters; float32 or bfloat16.
 
     Returns:
-        Its configuration, its functions, its parameters.
+        Its configuration, its decoder, its parameters.
 
     Raises:
         FileNotFoundError: no config.json, no weights, or a missing shard.
-        ValueError: an unknown model_type or variant, a missing tensor, one too many that would change the model, a wrong
-            shape, a damaged file, a dtype not floating.
+        ValueError: an unknown model_type or variant, a missing tensor, an unexpected tensor that would change the model, a
+            wrong shape, a damaged file, a dtype that is not floating.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
     config = read_config(folder)
     family, shards = family_of(config), Shards(folder)
-    config = family.observed(config, shards.names)
+    config = family.detect_names(config, shards.names)
     leaves = family.leaves(config)
     resident = {name: jnp.asarray(_read(shards, leaf, 0).astype(dtype)) for name, leaf in leaves.resident.items()}
-    blocks = {name: _stacked(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
-    _check_rest(shards, family.harmless, config)
-    return config, decoder(config), {"resident": resident, "blocks": blocks}
+    blocks = {name: _read_stack(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
+    _check_rest(shards, family.ignored_tensors, config)
+    return config, make_decoder(config), {"resident": resident, "blocks": blocks}
 
 
 def read_config(folder: str | Path) -> Config:
-    """Read config.json of a folder.
+    """Read the config.json of a folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of a model that is not supported.
+        ValueError: it is damaged, or the model is not supported.
     """
     path = Path(folder) / CONFIG
     fields = read_object(path)
@@ -80,34 +80,34 @@ def _read(shards: Shards, leaf: Leaf, layer: int) -> np.ndarray:
     return array.T if leaf.transposed else array.reshape(leaf.shape)
 
 
-def _check_rest(shards: Shards, harmless: str, config: Config) -> None:
-    """Raise ValueError where a tensor that was not read says something else than the model."""
+def _check_rest(shards: Shards, ignored: str, config: Config) -> None:
+    """Raise ValueError if a tensor that was not read would change the model."""
     for name in sorted(shards.names - shards.read_names):
         if config.tie_word_embeddings and name == HEAD:
             embedding = next(known for known in shards.read_names if known.endswith("embed_tokens.weight"))
             shape = shards.shape(embedding)
             if not np.array_equal(shards.read((name,), shape), shards.read((embedding,), shape)):
-                raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', and config.json says that they are one.")
-        elif not re.fullmatch(harmless, name):
-            raise ValueError(f"tensor '{name}' has no place in the '{config.model_type}' that config.json describes.")
+                raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', but config.json ties them.")
+        elif not re.fullmatch(ignored, name):
+            raise ValueError(f"tensor '{name}' does not belong to the '{config.model_type}' that config.json describes.")
 
 
-def _stacked(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
+def _read_stack(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
     stack = np.empty((layers, *leaf.shape), dtype)
     stack[: leaf.first_layer] = 0
     for layer in range(leaf.first_layer, layers):
         stack[layer] = _read(shards, leaf, layer)
-    return jax.block_until_ready(jax.device_put(stack))  # else the host keeps the stacks of several copies under way
+    return jax.block_until_ready(jax.device_put(stack))  # otherwise the host holds the stacks of several transfers
 
 
 def save(folder: str | Path, config: Config, params: Any, *, source: str | Path | None = None) -> Path:
-    """Write a model that transformers and `load` read: config.json and model.safetensors, each whole or not at all.
+    """Save a model for transformers and `load`: config.json and model.safetensors, each written atomically.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         config: of the model.
-        params: its parameters, of one dtype; int8 matrices (`int8.quantise`) are written as floats.
-        source: folder that the model was loaded from; its tokenizer and further settings are copied.
+        params: its parameters, of one dtype; int8 matrices (`int8.quantise`) are saved as floats.
+        source: folder that the model was loaded from; its tokenizer and other settings are copied.
 
     Returns:
         The folder.
@@ -120,18 +120,18 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     folder, family = Path(folder), family_of(config)
     leaves, params = family.leaves(config), dequantise(params)
     check_params(leaves, params)
-    tensors = {leaf.tensor: _stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
+    tensors = {leaf.tensor: _to_stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
     for name, leaf in leaves.blocks.items():
         stack = np.asarray(params["blocks"][name])
         for layer in range(leaf.first_layer, leaves.layers):
-            tensors[leaf.tensor.format(layer=layer)] = _stored(leaf, stack[layer])
+            tensors[leaf.tensor.format(layer=layer)] = _to_stored(leaf, stack[layer])
     dtype = str(params["resident"]["embed"].dtype)
     fields = family.to_fields(config) | {"dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
     if source is not None:
         fields = read_object(Path(source) / CONFIG) | fields
         fields.pop("torch_dtype", None)  # the older name of dtype
-        _copy_beside(Path(source), folder)
+        _copy_files(Path(source), folder)
     partial = folder / f"{SINGLE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / SINGLE)
@@ -141,12 +141,12 @@ def save(folder: str | Path, config: Config, params: Any, *, source: str | Path 
     return folder
 
 
-def _copy_beside(source: Path, folder: Path) -> None:
-    for name in _BESIDE:
+def _copy_files(source: Path, folder: Path) -> None:
+    for name in _COPIED:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
 
 
-def _stored(leaf: Leaf, value: Any) -> np.ndarray:
+def _to_stored(leaf: Leaf, value: Any) -> np.ndarray:
     array = np.asarray(value)
     return np.ascontiguousarray(array.T if leaf.transposed else array.reshape(leaf.stored_shape))

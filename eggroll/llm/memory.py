@@ -1,11 +1,11 @@
-"""Memory of a population that continues texts, before anything is made: from shapes alone.
+"""Memory that a population needs to continue texts, computed from shapes alone, before any array is made.
 
     members at a time = (budget - parameters) / (cache + noise + factors + logits of one member), rounded down to whole pairs
 
-Everything is read by abstract evaluation of the functions that run later, and is a lower bound. Not counted: what a layer
-computes on its way (its scores, its part of the cache, the activations of a prompt), little beside a long cache of many layers,
-but most of a small model's memory; and what an update adds to the parameters (gradient and masters in float32, the optimizer's
-state). `EvolutionStrategy(memory_budget=...)` asks the compiler, once the model is there.
+All sizes come from abstract evaluation of the functions that run later. The result is a lower bound: it leaves out the
+temporaries of a layer (attention scores, its slice of the cache, the activations of a prompt), which are small compared with a
+long cache of many layers but most of a small model's memory, and what an update adds to the parameters (gradient and masters in
+float32, optimizer state). `EvolutionStrategy(memory_budget=...)` asks the compiler instead, once the model is loaded.
 """
 
 import math
@@ -17,11 +17,9 @@ from jax.typing import DTypeLike
 
 import eggroll
 from eggroll.lazy.planning import make_plan
-from eggroll.llm import hf
 from eggroll.llm.decoding import Prompts, check_sampling, complete
 from eggroll.llm.int8 import SCALE, quantise
-from eggroll.llm.models.families import family_of
-from eggroll.llm.models.leaves import init
+from eggroll.llm.models.families import Config, family_of, init_params, make_generator
 from eggroll.noise.plan import Plan
 
 
@@ -29,94 +27,96 @@ class MemoryPlan(NamedTuple):
     """Bytes of a model and of one member, and how many members fit."""
 
     model: str  # model_type and dtype
-    prompts: int  # texts a member continues at the same time
+    prompts: int  # texts that a member continues at the same time
     prompt_length: int  # tokens, with padding
-    room: int  # tokens that may follow
+    max_new_tokens: int  # tokens of a completion
     rank: int  # of the noise
-    parameters: int  # bytes, once for all members
-    cache: int  # bytes a member: keys and values, or states
-    noise: int  # bytes a member: as it is drawn, signs packed
-    factors: int  # bytes a member: signs of the factors as numbers, which are unpacked once before the loop over tokens
-    logits: int  # bytes a member: of the next token, float32
-    budget: int  # bytes that all of it has
-    members: int  # most members at a time, even; 0: not even a pair
+    parameters: int  # bytes, shared by all members
+    cache: int  # bytes per member: keys and values, or recurrent states
+    noise: int  # bytes per member: as drawn, signs packed
+    factors: int  # bytes per member: factors unpacked to numbers, once before the loop over tokens
+    logits: int  # bytes per member: of the next token, float32
+    budget: int  # bytes for parameters and members
+    members: int  # most members at a time, even; 0: not even a pair fits
 
     @property
     def per_member(self) -> int:
-        """Bytes that a further member takes."""
+        """Bytes that one more member takes."""
         return self.cache + self.noise + self.factors + self.logits
 
     def table(self) -> str:
-        """A readable table."""
-        texts = f"{self.prompts} texts of {self.prompt_length} + {self.room} tokens"
+        """Return the plan as a table for people."""
+        texts = f"{self.prompts} texts of {self.prompt_length} + {self.max_new_tokens} tokens"
         pair = self.parameters + 2 * self.per_member
         rows = [
             ("model", self.model, ""),
-            ("parameters", _readable(self.parameters), "shared by all members"),
-            ("cache of a member", _readable(self.cache), texts),
-            ("noise of a member", _readable(self.noise), f"rank {self.rank}, as drawn"),
-            ("factors of a member", _readable(self.factors), "unpacked while it decodes"),
-            ("logits of a member", _readable(self.logits), "float32"),
-            ("a member", _readable(self.per_member), "all of these"),
-            ("budget", _readable(self.budget), ""),
-            ("members at a time", f"{self.members:,}", "" if self.members else f"a pair needs {_readable(pair)}"),
+            ("parameters", _format_bytes(self.parameters), "shared by all members"),
+            ("cache of a member", _format_bytes(self.cache), texts),
+            ("noise of a member", _format_bytes(self.noise), f"rank {self.rank}, as drawn"),
+            ("factors of a member", _format_bytes(self.factors), "unpacked for decoding"),
+            ("logits of a member", _format_bytes(self.logits), "float32"),
+            ("a member", _format_bytes(self.per_member), "the four above"),
+            ("budget", _format_bytes(self.budget), ""),
+            ("members at a time", f"{self.members:,}", "" if self.members else f"a pair needs {_format_bytes(pair)}"),
         ]
         return "\n".join(f"{name:<22}{value:>16}  {note}".rstrip() for name, value, note in rows)
 
 
 def memory_plan(
-    config: hf.Config,
+    config: Config,
     *,
     dtype: DTypeLike,
     prompts: int,
     prompt_length: int,
-    room: int,
+    max_new_tokens: int,
     rank: int,
     budget: int,
     weights: str = "float",
 ) -> MemoryPlan:
-    """Compute what a population needs, without making an array.
+    """Compute the memory of a population without making an array.
 
     Args:
-        config: of the model, as `hf.read_config` gives it.
-        dtype: of the parameters, floating; the cache follows it.
-        prompts: texts a member continues at the same time, >= 1.
+        config: of the model, from `read_config`.
+        dtype: of the parameters, floating; the cache has it too.
+        prompts: texts that a member continues at the same time, >= 1.
         prompt_length: tokens of a prompt with padding, >= 1.
-        room: most tokens that follow, >= 1.
+        max_new_tokens: most tokens of a completion, >= 1.
         rank: of the noise, >= 1.
         budget: bytes for parameters and members, >= 1.
-        weights: "int8" where the matrices of the blocks are.
+        weights: "float", or "int8" for quantised matrices in the blocks.
 
     Returns:
-        The plan; its `members` is 0 where not even a pair fits.
+        The plan; `members` is 0 if not even a pair fits.
 
     Raises:
         ValueError: a size below 1, a dtype that is not floating, or a model that does not continue texts.
     """
-    check_sampling(room=room, temperature=0, top_p=1)
+    check_sampling(max_new_tokens=max_new_tokens, temperature=0, top_p=1)
     for name, value in (("prompts", prompts), ("prompt_length", prompt_length), ("rank", rank), ("budget", budget)):
         if value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}.")
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
-    generator, leaves = hf.generator(config), family_of(config).leaves(config)
-    params = jax.eval_shape(lambda: init(leaves, jax.random.key(0), dtype))
+    generator, leaves = make_generator(config), family_of(config).leaves(config)
+    params = jax.eval_shape(lambda: init_params(config, key=jax.random.key(0), dtype=dtype))
     if weights == "int8":
         params = jax.eval_shape(lambda params: quantise(leaves, params), params)
-    texts = Prompts(*(jax.ShapeDtypeStruct((prompts, prompt_length), kind) for kind in (jnp.int32, bool)))
-    logits, cache = jax.eval_shape(lambda params, tokens, mask: generator.prefill(params, tokens, mask, room), params, *texts)
+    batch = Prompts(*(jax.ShapeDtypeStruct((prompts, prompt_length), kind) for kind in (jnp.int32, bool)))
+    logits, cache = jax.eval_shape(
+        lambda params, batch: generator.prefill(params, batch.tokens, batch.mask, max_new_tokens), params, batch
+    )
 
-    def function(params: Any, texts: Prompts) -> Any:
-        return complete(generator, params, texts, room=room, ending=())
+    def function(params: Any, prompts: Prompts) -> Any:
+        return complete(generator, params, prompts, max_new_tokens=max_new_tokens, stop_token_ids=())
 
-    fixed = [(f".*/{SCALE}", eggroll.Frozen())] if weights == "int8" else []
-    noise = make_plan(function, params, texts, perturbation=[*fixed, (".*", eggroll.LowRank(rank))])
+    frozen = [(f".*/{SCALE}", eggroll.Frozen())] if weights == "int8" else []
+    noise = make_plan(function, params, batch, perturbation=[*frozen, (".*", eggroll.LowRank(rank))])
     plan = MemoryPlan(
         model=f"{config.model_type}, {dtype}" + (", int8 matrices" if weights == "int8" else ""),
         prompts=prompts,
         prompt_length=prompt_length,
-        room=room,
+        max_new_tokens=max_new_tokens,
         rank=rank,
         parameters=_bytes(params),
         cache=_bytes(cache),
@@ -137,7 +137,7 @@ def _factor_bytes(plan: Plan) -> int:
     return sum(math.prod(leaf.sizes(leaf.stack)) * leaf.values * leaf.dtype.itemsize for leaf in plan.leaves if leaf.factored)
 
 
-def _readable(count: int) -> str:
-    """Bytes in the largest unit that leaves at least 1."""
+def _format_bytes(count: int) -> str:
+    """Format bytes in the largest unit that gives at least 1."""
     power = next((power for power in (3, 2, 1) if count >= 1024**power), 0)
     return f"{count:,} B" if power == 0 else f"{count / 1024**power:,.2f} {' KMG'[power]}iB"

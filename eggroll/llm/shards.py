@@ -12,11 +12,11 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it contains anything else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
@@ -25,12 +25,12 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+        raise ValueError(f"{path} must contain a JSON object, got a {type(value).__name__}.")
     return value
 
 
 class Shards:
-    """Opened weight files of a folder; tensors are read one at a time, so that memory holds one of them.
+    """The open weight files of a folder; tensors are read one at a time, so that memory holds only one.
 
     Args:
         folder: with model.safetensors, or model.safetensors.index.json and what it lists.
@@ -53,7 +53,7 @@ class Shards:
             raise FileNotFoundError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} with its shards.")
         self.folder = folder
         self.read_names: set[str] = set()
-        self._files = {key: file for file in (_opened(folder / name) for name in names) for key in file.keys()}  # noqa: SIM118
+        self._files = {key: file for file in (_open(folder / name) for name in names) for key in file.keys()}  # noqa: SIM118
 
     @property
     def names(self) -> set[str]:
@@ -61,38 +61,38 @@ class Shards:
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that is there."""
+        """Return the shape of a tensor, which must exist."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         """Read one tensor.
 
         Args:
-            names: what it may be called; the first that exists is taken.
-            shape: what it must have; leading axes of size 1 do not count.
+            names: its possible names; the first that exists is read.
+            shape: expected; leading axes of size 1 are ignored.
 
         Returns:
-            The tensor in the dtype of the file.
+            The tensor, in the dtype of the file.
 
         Raises:
-            ValueError: it is missing, or has another shape.
+            ValueError: it is missing, or its shape differs.
         """
         name = next((name for name in names if name in self._files), None)
         if name is None:
             raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
         got = self.shape(name)
-        if _core(got) != _core(shape):
-            raise ValueError(f"tensor '{name}' has shape {list(got)}, and config.json expects {list(shape)}.")
+        if _drop_leading_ones(got) != _drop_leading_ones(shape):
+            raise ValueError(f"tensor '{name}' has shape {list(got)}, but config.json expects {list(shape)}.")
         self.read_names.add(name)
         return self._files[name].get_tensor(name).reshape(shape)
 
 
-def _core(shape: Sequence[int]) -> list[int]:
+def _drop_leading_ones(shape: Sequence[int]) -> list[int]:
     """The shape without leading axes of size 1."""
     return list(itertools.dropwhile(lambda size: size == 1, shape))
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     import safetensors
 
     if not path.is_file():
@@ -100,4 +100,4 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from None
+        raise ValueError(f"{path} is not a complete safetensors file: {error}.") from None

@@ -1,4 +1,4 @@
-"""Text to tokens: bytes, which need nothing, or the tokenizer.json of a checkpoint."""
+"""Text to tokens: bytes, without any package, or the tokenizer.json of a checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What tasks need of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int  # every token is below it
-    prefix: tuple[int, ...]  # tokens that start every text
+    prefix: tuple[int, ...]  # tokens at the start of every text
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without `prefix`."""
@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 as tokens 0 to 255; 256 starts a text."""
+    """The bytes of UTF-8 as tokens 0 to 255; 256 starts a text, and has no text of its own."""
 
     vocab_size = 257
     prefix: tuple[int, ...] = (256,)
@@ -62,7 +62,7 @@ class FileTokenizer:
         self.prefix: tuple[int, ...] = tuple(whole[: starts[0]]) if starts else ()
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without `prefix`; special tokens such as "</s>" may stand in the text."""
+        """Return the tokens of a text, without `prefix`; special tokens such as "</s>" are recognised."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -70,20 +70,21 @@ class FileTokenizer:
         return self._tokenizer.decode(list(tokens))
 
 
-def tokenizer_of(folder: Path, *, words: int) -> Tokenizer:
-    """Return the tokenizer of a checkpoint: its tokenizer.json; bytes where it has none and its vocabulary is theirs.
+def load_tokenizer(folder: str | Path, *, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of a checkpoint: its tokenizer.json, or bytes if it has none and 257 tokens.
 
     Args:
         folder: of the checkpoint.
-        words: size of the model's vocabulary.
+        vocab_size: of the model.
 
     Raises:
         FileNotFoundError: there is no tokenizer.
         ValueError: it is damaged, or has more tokens than the model.
     """
-    if words == ByteTokenizer.vocab_size and not (folder / "tokenizer.json").exists():
+    folder = Path(folder)
+    if vocab_size == ByteTokenizer.vocab_size and not (folder / "tokenizer.json").exists():
         return ByteTokenizer()
     tokenizer = FileTokenizer(folder)
-    if tokenizer.vocab_size > words:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}.")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {vocab_size}.")
     return tokenizer

@@ -1,9 +1,9 @@
-"""A population that continues prompts, against the unperturbed model that continues all of its prompts as one batch.
+"""Decoding with a population, compared with the unperturbed model that decodes all prompts of the population in one batch.
 
     ratio = time of unperturbed decoding / time of `es.ask(state).apply(complete, prompts)`
 
-Greedy and without an ending token, so that both make the same number of tokens; the noise is drawn inside what is timed. Both
-run in the same chunks of members, interleaved in one process. Memory is the compiler's own account of temporary values.
+Decoding is greedy and without stop tokens, so that both produce the same number of tokens; the time includes drawing the noise.
+Both run in the same chunks of members, interleaved in one process. Memory is what the compiler reports for temporary values.
 """
 
 import dataclasses
@@ -23,28 +23,27 @@ from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.egg.models.byte_models import transformer_config
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
-from eggroll.llm.models.families import family_of
-from eggroll.llm.models.leaves import init
+from eggroll.llm.models.families import init_params
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
-VOCABULARY = 257  # bytes, and a token that ends a text
+VOCABULARY = 257  # bytes, and a token that starts a text
 SHORTEST, LONGEST = 4, 8  # tokens of a prompt
 OF_EVERY_SIZE = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
-COLUMNS = (*OF_EVERY_SIZE, "memory_per_member", "dense_ratio")  # the last two of `members` only
+COLUMNS = (*OF_EVERY_SIZE, "memory_per_member", "dense_ratio")  # the last two only for the main size
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Time how fast a population continues prompts, as a ratio to the unperturbed model on the same prompts."""
+    """Time decoding with a population, as a ratio to the unperturbed model on the same prompts."""
 
     members: int = 256
     """Members of the population."""
     growth: tuple[int, ...] = (64, 1024)
-    """Further populations, to see how speed and memory grow; their rounds are a third of the others."""
+    """Further population sizes, which show how speed and memory grow; they get a third of the rounds."""
     prompts: int = 8
-    """Prompts a member, of 4 to 8 tokens."""
-    room: int = 24
-    """Tokens that follow every prompt."""
+    """Prompts per member, of 4 to 8 tokens."""
+    max_new_tokens: int = 24
+    """Tokens of every completion."""
     chunk_size: int = 32
     """Members evaluated at a time."""
     layers: int = 2
@@ -56,17 +55,17 @@ class Decode:
     repeats: int = 12
     """Rounds; the medians are reported."""
     dense_repeats: int = 3
-    """Rounds of the dense form, which is slow; 0 leaves it out."""
+    """Rounds with dense noise, which is slow; 0 leaves them out."""
     model: Path | None = None
-    """A folder in the Hugging Face layout to time instead of the random models."""
+    """Checkpoint in the Hugging Face layout to time instead of the random models."""
 
 
 class Work(NamedTuple):
-    """What is timed: a model and what it continues."""
+    """A model and the prompts that it continues."""
 
     params: Any
     function: Callable[[Any, Prompts], Completions]  # of one member
-    prompts: Prompts  # [N, B, T], every member's own
+    prompts: Prompts  # [N, B, T], different for every member
 
 
 def run(config: Decode) -> None:
@@ -93,27 +92,28 @@ def _check(config: Decode) -> None:
 
 
 def measure(name: str, model: Any, params: Any, config: Decode) -> dict[str, Any]:
-    """Time one model at all sizes of the population; numbers of `config.members`, and of every size under "growth"."""
+    """Time one model at all population sizes; the row of `config.members`, with the rows of all sizes under "growth"."""
     rows: list[dict[str, Any]] = []
     main: dict[str, Any] = {}
     for members in sorted({config.members, *config.growth}):
         work, is_main = _work(model, params, config, members=members), members == config.members
-        row = _row(work, config, repeats=config.repeats if is_main else -(-config.repeats // 3))
+        row = _measure_size(work, config, repeats=config.repeats if is_main else -(-config.repeats // 3))
         rows.append(row)
-        more = _of_main(work, config, row["temporary_bytes"]) if is_main else {}
-        main |= row | more if is_main else {}
-        print(f"{name:<12}" + "".join(f"{_cell((row | more).get(c)):>{len(c) + 2}}" for c in COLUMNS), flush=True)
+        whole: dict[str, float | None] = {**row}
+        if is_main:
+            main = whole = row | _measure_main(work, config, row["temporary_bytes"])
+        print(f"{name:<12}" + "".join(f"{_format(whole.get(c)):>{len(c) + 2}}" for c in COLUMNS), flush=True)
     return main | {"growth": rows}
 
 
-def _cell(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:,.0f}"
 
 
-def _row(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
-    """Speed of one population beside the unperturbed model's."""
+def _measure_size(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
+    """Measure the speed of one population and of the unperturbed model."""
     members, prompts, _ = work.prompts.tokens.shape
-    tokens = members * prompts * config.room
+    tokens = members * prompts * config.max_new_tokens
     es, state = _strategy(work, eggroll.LowRank(config.rank), config.chunk_size)
     forms = {"unperturbed": _unperturbed(work, config.chunk_size), "population": _decoding(work, es, state)}
     ms = interleaved_ms(forms, repeats=repeats)
@@ -126,8 +126,8 @@ def _row(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
     }
 
 
-def _of_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float | None]:
-    """What is measured of one population only: memory of a member, beside that of one chunk, and the dense form."""
+def _measure_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float | None]:
+    """Measure the memory of a member, from the temporary bytes of one and of two chunks, and the ratio of dense noise."""
     two_chunks = _temporary_bytes(work, *_strategy(work, eggroll.LowRank(config.rank), 2 * config.chunk_size))
     dense_ratio = None
     if config.dense_repeats:
@@ -139,17 +139,16 @@ def _of_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float | No
 
 
 def _models(config: Decode) -> dict[str, tuple[Any, Any]]:
-    """Name -> configuration and parameters."""
+    """Return name -> configuration and parameters."""
     if config.model is not None:
-        found, _, params = hf.load(config.model)
-        return {found.model_type: (found, params)}
+        loaded, _, params = hf.load(config.model)
+        return {loaded.model_type: (loaded, params)}
     transformer = transformer_config(layers=config.layers, width=config.width)
-    sizes = (config.width, 4 * config.width, config.layers)
-    configs: dict[str, Any] = {
+    configs: dict[str, hf.Config] = {
         "transformer": dataclasses.replace(transformer, vocab_size=VOCABULARY, tie_word_embeddings=True),
-        "rwkv7": RWKV7Config(VOCABULARY, *sizes, 8, 8, 8, 16, head_dim=16),
+        "rwkv7": RWKV7Config(VOCABULARY, config.width, 4 * config.width, config.layers, 8, 8, 8, 16, head_dim=16),
     }
-    return {name: (own, init(family_of(own).leaves(own), jax.random.key(0))) for name, own in configs.items()}
+    return {name: (model, init_params(model, key=jax.random.key(0))) for name, model in configs.items()}
 
 
 def _work(model: Any, params: Any, config: Decode, *, members: int) -> Work:
@@ -158,16 +157,16 @@ def _work(model: Any, params: Any, config: Decode, *, members: int) -> Work:
     texts = [random.integers(0, min(VOCABULARY, model.vocab_size), length) for length in lengths]
     flat = pad_prompts(texts, length=LONGEST)
     prompts = Prompts(*(jnp.asarray(array).reshape(members, config.prompts, LONGEST) for array in flat))
-    generator = hf.generator(model)
+    generator = hf.make_generator(model)
 
     def function(params: Any, prompts: Prompts) -> Completions:
-        return complete(generator, params, prompts, room=config.room, ending=())
+        return complete(generator, params, prompts, max_new_tokens=config.max_new_tokens, stop_token_ids=())
 
     return Work(params, function, prompts)
 
 
 def _strategy(work: Work, perturbation: eggroll.LowRank | eggroll.Dense, chunk: int) -> tuple[Any, Any]:
-    """The strategy, its plan made, and its state."""
+    """Return the strategy, with its plan, and its state."""
     es = eggroll.EvolutionStrategy(
         None,
         population_size=len(work.prompts.tokens),
@@ -187,15 +186,15 @@ def _decoding(work: Work, es: eggroll.EvolutionStrategy, state: Any) -> Callable
 
 
 def _unperturbed(work: Work, chunk: int) -> Callable[[], Any]:
-    """The model itself, on the prompts of a chunk of members as one batch, chunk after chunk."""
+    """Return the unperturbed decoding of the prompts of a chunk of members as one batch, chunk after chunk."""
     _, prompts, length = work.prompts.tokens.shape
     batches = jax.tree.map(lambda array: array.reshape(-1, chunk * prompts, length), work.prompts)
-    every = jax.jit(lambda params, batches: jax.lax.map(lambda own: work.function(params, own), batches))
-    return lambda: every(work.params, batches)
+    decode = jax.jit(lambda params, batches: jax.lax.map(lambda prompts: work.function(params, prompts), batches))
+    return lambda: decode(work.params, batches)
 
 
 def _temporary_bytes(work: Work, es: eggroll.EvolutionStrategy, state: Any) -> int:
-    """What the compiler sets aside for the population's evaluation beside its arguments and results."""
-    es.ask(state).apply(work.function, work.prompts)
-    evaluate = es._cache["apply", work.function]
-    return evaluate.lower(state, work.prompts).compile().memory_analysis().temp_size_in_bytes
+    """Return the bytes that the compiler reserves for temporary values of the population's decoding."""
+    decode = jax.jit(lambda state, prompts: es.ask(state).apply(work.function, prompts))
+    used: Any = decode.lower(state, work.prompts).compile().memory_analysis()
+    return used.temp_size_in_bytes

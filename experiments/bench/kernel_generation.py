@@ -15,7 +15,7 @@ import eggroll
 from eggroll.experiments.bench.kernel_work import Call, Work, bound
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
-from eggroll.llm.models.transformer import TransformerConfig, decoder, leaves
+from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
 
 ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="llama", tie_word_embeddings=True)
 SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)
@@ -30,7 +30,7 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
         tokens: that a member reads.
     """
     config = SMALL if small else ONE_BILLION
-    model = decoder(config)
+    model = make_decoder(config)
     params = init(leaves(config), jax.random.key(0), jnp.bfloat16)
     texts = jax.random.randint(jax.random.key(1), (members, 1, tokens + 1), 0, config.vocab_size)
 

@@ -1,9 +1,9 @@
 """Improve a language model on verifiable rewards: `python -m experiments.reason --help`.
 
-A Hugging Face checkpoint, or a small model that is warm-started on the spot, gets better at a task whose answers can be
-checked, by evolution strategies with forward passes only; `--algorithm grpo` is policy gradients by backprop on the same model
-functions, sampler, rewards and clock. The last line of standard output is a JSON object with the accuracy before and after.
-Artefacts go to one run folder per seed, the improved model in the Hugging Face layout among them.
+Trains a Hugging Face checkpoint, or a small warm-started model, on a task with checkable answers, by evolution strategies
+with forward passes only; `--algorithm grpo` is policy gradients by backprop on the same model functions, sampler, rewards and
+clock. The last line of standard output is a JSON object with the accuracy before and after. Every seed has a run folder with
+its artefacts, the improved model in the Hugging Face layout among them.
 """
 
 import sys
@@ -16,33 +16,33 @@ from eggroll.devices.processes import is_first, local
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.reason.baseline import PolicyGradient
-from eggroll.experiments.reason.config import Config, parse, remade
+from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
-from eggroll.experiments.reason.inputs import Inputs, load, plan, prepare, sampling_of
+from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
+from eggroll.experiments.reason.problem import Validation
 from eggroll.experiments.reason.progress import Progress
-from eggroll.experiments.reason.validation import Validation
 from eggroll.llm import hf
 
 STOPPED = {  # by Ctrl-C
-    "eggroll": "stopped; the same command with --resume goes on after the last whole generation.",
-    "grpo": "stopped; grpo keeps no checkpoints, so that it starts anew the next time.",
+    "eggroll": "stopped; the same command with --resume continues after the last whole generation.",
+    "grpo": "stopped; grpo keeps no checkpoints, so the next run starts from the beginning.",
 }
 
 
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
-    """Make the strategy and the initial state of a run again: the recipe of its journal."""
-    config = remade(options)
-    problem = load(config, prepare(config))
-    evolution = Evolution(config, problem, sampling_of(config, problem))
+    """Make the strategy and the initial state of a run again, from the options in its journal."""
+    config = restore_config(options)
+    inputs = prepare(config)
+    evolution = Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
     return evolution.strategy, evolution.start(seed=config.seed)
 
 
 class Experiment:
-    """A problem and what improves its model; every seed is a run of its own."""
+    """A problem and an algorithm; every seed is a run of its own."""
 
     def __init__(self, config: Config, inputs: Inputs):
+        sampling = make_sampling(config, inputs.tokenizer)
         self.config, self.problem = config, load(config, inputs)
-        sampling = sampling_of(config, self.problem)
         sizes = {"validation": config.validation_size, "test": config.test_size}
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)

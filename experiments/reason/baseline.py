@@ -1,54 +1,169 @@
-"""GRPO in the frame of the evolution: the same problems, sampler, rewards, checks and files (`experiments.baselines.grpo`)."""
+"""GRPO by backprop, in the same frame as the evolution: its problems, sampler, rewards, training loop, checks and files.
+
+    a step: draw G completions of every prompt, score them, then minimise `grpo_loss` over minibatches of them
+
+Weights are float32; a model of lower precision draws and scores with the weights rounded to its dtypes.
+"""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
 
 from eggroll.envs import tasks
-from eggroll.experiments.reason import grpo
+from eggroll.experiments.common.backprop import gradient_metrics
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
+from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, groups_without_signal, grpo_loss, log_likelihoods
 from eggroll.experiments.reason.problem import Problem, Sampling
-from eggroll.experiments.reason.progress import Improved, Progress
-from eggroll.runs.progress import progress_line
-from eggroll.runs.training import Record, open_metrics
+from eggroll.experiments.reason.progress import Improved, Progress, Report
+from eggroll.llm.decoding import Completions, Prompts
+from eggroll.population.metrics import Metrics
+from eggroll.runs.training import Record, train
 
-_OF_MEMBERS = ("sigma", "best_fitness", "std_fitness", "tied_pairs", "pair_correlation", "effective_rank", "moved")
-_UNKNOWN = dict.fromkeys((*_OF_MEMBERS, "members_per_second"), math.nan)
+OPTIMIZERS = {"adam": optax.adam, "radam": optax.radam}
+
+
+class TrainState(NamedTuple):
+    """A run of GRPO between two steps."""
+
+    params: Any  # the weights in the dtypes of the model
+    weights: Any  # float32
+    opt_state: Any
+    reference: Any  # weights that the divergence is measured from; None without a divergence
+    generation: Array  # int32 [], steps done
+    key: Array
+
+
+class Trainer:
+    """The steps of GRPO, compiled once; `eggroll.train` runs them like the generations of a strategy.
+
+    Args:
+        problem: model and task.
+        sampling: of completions, at a temperature above 0 and from all tokens.
+        settings: of GRPO.
+
+    Raises:
+        ValueError: settings out of range; the message names them.
+    """
+
+    def __init__(self, problem: Problem, sampling: Sampling, settings: GRPO):
+        settings.check()
+        if not sampling.temperature > 0 or sampling.top_p != 1:
+            raise ValueError(f"GRPO needs temperature > 0 and top_p 1, got {sampling.temperature} and {sampling.top_p}.")
+        self.population_size = math.nan  # it has no members
+        self._problem, self._sampling, self._settings = problem, sampling, settings
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(settings.max_gradient_norm), OPTIMIZERS[settings.optimizer](settings.learning_rate)
+        )
+        self._dtypes = jax.tree.map(lambda leaf: leaf.dtype, problem.params)
+        self._draw, self._learn, self._init = jax.jit(self._draw_completions), jax.jit(self._update), jax.jit(self._start)
+
+    def init(self, *, key: Array) -> TrainState:
+        """Return the state before the first step; the key is consumed."""
+        weights, opt_state = self._init(self._problem.params)
+        reference = weights if self._settings.kl_coefficient else None
+        return TrainState(self._problem.params, weights, opt_state, reference, jnp.int32(0), key)
+
+    def step(self, state: TrainState, rows: Sequence[tasks.Row]) -> tuple[TrainState, Metrics]:
+        """Draw completions of the rows' problems, score them, learn from them."""
+        problem, settings = self._problem, self._settings
+        draw_key, order_key = jax.random.split(jax.random.fold_in(state.key, state.generation))
+        prompts = problem.prompts(rows, samples=settings.samples)
+        completions = self._draw(state.params, prompts, jax.random.key_data(draw_key))
+        scores = problem.score([row for row in rows for _ in range(settings.samples)], completions).scores
+        rewards = scores.values.reshape(settings.prompts, settings.samples)
+        relative = advantages(rewards, global_std=settings.global_std).reshape(-1)
+        batch = Batch(prompts, completions, relative, None, None)
+        state, (clipped, norm) = self._learn(state, batch, order_key)
+        extra = {"silent": float(groups_without_signal(rewards).mean()), "clipped": float(clipped)}
+        report = Report(int(np.sum(completions.length)), float(np.mean(completions.ended)), scores, [], extra)
+        metrics = gradient_metrics(int(state.generation), fitness=float(rewards.mean()), gradient_norm=float(norm), aux=report)
+        return state._replace(generation=state.generation + 1), metrics
+
+    def _start(self, params: Any) -> tuple[Any, Any]:
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return weights, self._optimizer.init(weights)
+
+    def _round(self, weights: Any) -> Any:
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), weights, self._dtypes)
+
+    def _draw_completions(self, params: Any, prompts: Prompts, key: Array) -> Completions:
+        return self._problem.complete(params, prompts, key, sampling=self._sampling)
+
+    def _log_likelihoods(self, weights: Any, batch: Batch) -> Array:
+        model, temperature = self._problem.decoder, self._sampling.temperature
+        return log_likelihoods(model, self._round(weights), batch.prompts, batch.completions, temperature=temperature)
+
+    def _update(self, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, tuple[Array, Array]]:
+        """Pass over the minibatches; also return the clipped share and the gradient norm, means over minibatches."""
+        settings = self._settings
+        if settings.epochs * settings.minibatches > 1:
+            batch = batch._replace(old=self._log_likelihoods(state.weights, batch))
+        if state.reference is not None:
+            batch = batch._replace(reference=self._log_likelihoods(state.reference, batch))
+
+        def epoch(run: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+            order = jax.random.permutation(key, len(batch.advantages)).reshape(settings.minibatches, -1)
+            return jax.lax.scan(lambda run, rows: self._descend(run, jax.tree.map(lambda leaf: leaf[rows], batch)), run, order)
+
+        run = state.weights, state.opt_state
+        (weights, opt_state), reported = jax.lax.scan(epoch, run, jax.random.split(key, settings.epochs))
+        state = state._replace(params=self._round(weights), weights=weights, opt_state=opt_state)
+        return state, jax.tree.map(jnp.mean, reported)
+
+    def _descend(self, run: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
+        """Take a gradient step on one minibatch."""
+        (weights, opt_state), settings = run, self._settings
+
+        def loss(weights: Any) -> tuple[Array, Array]:
+            return grpo_loss(
+                self._log_likelihoods(weights, batch),
+                batch,
+                clip=settings.clip,
+                token_mean=settings.token_mean,
+                kl_coefficient=settings.kl_coefficient,
+            )
+
+        (_, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
+        updates, opt_state = self._optimizer.update(gradient, opt_state, weights)
+        return (optax.apply_updates(weights, updates), opt_state), (clipped, optax.tree.norm(gradient))
 
 
 class PolicyGradient:
-    """GRPO of a problem's model."""
+    """GRPO on a problem; compiled once, run with any number of seeds."""
 
     def __init__(self, config: Config, problem: Problem, sampling: Sampling):
-        self._config, self._problem, self._sampling = config, problem, sampling
+        self._config, self._rows = config, problem.task.split("train")
+        self._trainer = Trainer(problem, sampling, config.grpo)
 
     def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
-        """As `Evolution.train`; it keeps no checkpoints, and the best parameters in memory."""
-        config, rows = self._config, self._problem.task.split("train")
-        batches = tasks.Batches(rows, batch_size=config.grpo.prompts, seed=seed)
-        limits: dict[str, Any] = {"steps": config.generations, "seconds": config.seconds}
+        """Run as `Evolution.train`, without checkpoints; the best parameters are kept in memory."""
+        config, trainer = self._config, self._trainer
+        strategy: Any = trainer  # implements what the loop needs of a strategy and its state
+        initial: Any = trainer.init(key=jax.random.key(seed))
         best: Any = None
-        with open_metrics(folder, 0) as file, progress_line("seconds spent", config.seconds) as show:
 
-            def on_step(params: Any, done: int, seconds: float, report: grpo.Report) -> None:
-                nonlocal best
-                record, before = _record(done - 1, seconds - progress.seconds, report), progress.best
-                progress.count(record, tokens=report.tokens, failures=report.failures)
-                if done % config.check_every == 0 and progress.check(record, params).accuracy > before:
-                    best = params
-                file.write(record.to_json() + "\n")
-                file.flush()
-                show(seconds, progress.words(record))
+        def keep_best(state: Any, record: Record) -> None:
+            nonlocal best
+            if progress.best_generation == record.generation + 1:
+                best = state.params
 
-            known: dict[str, Any] = {"sampling": self._sampling, "batches": batches, "seed": seed}
-            trained = grpo.train(self._problem, config.grpo, on_step=on_step, **known, **limits)
-        draw(folder)
-        return Improved(trained.params if best is None else best, trained.steps)
-
-
-def _record(step: int, seconds: float, report: grpo.Report) -> Record:
-    """A step in the form of a generation."""
-    extra = {"silent": report.silent, "clipped": report.clipped}
-    known: dict[str, Any] = _UNKNOWN | {"gradient_norm": report.gradient_norm, "invalid": 0, "skipped": False}
-    return Record(step, mean_fitness=report.reward, seconds=seconds, extra=extra, **known)
+        state, _ = train(
+            strategy,
+            initial,
+            tasks.Batches(self._rows, batch_size=config.grpo.prompts, seed=seed),
+            generations=config.generations,
+            budget=("seconds_spent", config.seconds),
+            callbacks=[progress, keep_best],
+            run_folder=folder,
+            words=progress.words,
+            plot=lambda history, path: draw(path),
+        )
+        return Improved(state.params if best is None else best, int(state.generation))

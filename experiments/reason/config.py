@@ -1,23 +1,32 @@
-"""Options of `experiments.reason`, their checks, and the settings of the small models."""
+"""Options of `experiments.reason` and their checks."""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-import eggroll
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.grpo import GRPO
-from eggroll.experiments.reason.int8 import Int8
-from eggroll.experiments.reason.warm_start import Start
+from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
-_POSITIVE = ("seeds", "prompts", "samples", "rank", "noise_reuse", "check_every", "validation_size", "test_size", "room")
-# What a run may be continued with other values of, because no bit of its parameters depends on it.
-_APART: tuple[str, ...] = (
+_POSITIVE = (
+    "seeds",
+    "prompts",
+    "samples",
+    "rank",
+    "noise_reuse",
+    "check_every",
+    "validation_size",
+    "test_size",
+    "max_new_tokens",
+)
+# Options that no bit of the parameters depends on: a run may be resumed with other values.
+_NOT_IDENTITY = (
     "seed",
     "seeds",
     "folder",
@@ -28,13 +37,41 @@ _APART: tuple[str, ...] = (
     "seconds",
     "resume",
     "plan",
+    "prompt_length",
+    "workers",
+    "timeout",
+    "validation_size",
+    "test_size",
+    "examples",
+    "check_every",
 )
-_APART += ("prompt_length", "workers", "timeout", "validation_size", "test_size", "examples", "check_every")
+_RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older commands and journals
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """How int8 matrices evolve, if `weights` is int8."""
+
+    sigma: float = 3.0
+    """Standard deviation of their perturbation, in integers. The paper has 0.4 for 7B parameters; small models need more."""
+    learning_rate: float = 0.3
+    """Step size of Adam, in integers."""
+    threshold: float | None = None
+    """The paper's rule instead of a step size: Adam's update is standardised over a matrix, and entries of at least this size
+    move by one integer. None: use the step size."""
+
+    def check(self) -> None:
+        """Raise ValueError for settings out of range."""
+        for name in ("sigma", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"int8.{name} must be a finite number > 0, got {getattr(self, name)}.")
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"int8.threshold must be a finite number >= 0 or None, got {self.threshold}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Improve a language model on verifiable rewards, with forward passes only; or by GRPO, in the same frame."""
+    """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""
@@ -42,58 +79,60 @@ class Config:
     """Folder of a Hugging Face checkpoint (Llama, Qwen2, Qwen3, RWKV-7) with its tokenizer.json. None: a small byte-level
     model, warm-started on worked examples of the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters of such a checkpoint."""
+    """Type of the parameters of a checkpoint."""
     weights: Literal["float", "int8"] = "float"
-    """Of the matrices of the blocks: floats like all else, or int8 with a scale for every output channel."""
+    """Type of the matrices in the blocks: floats, or int8 with a scale for every output channel."""
     int8: Int8 = dataclasses.field(default_factory=Int8)
     """How int8 matrices evolve."""
-    start: Start = dataclasses.field(default_factory=Start)
-    """The small model, where no checkpoint is given."""
+    start: WarmStart = dataclasses.field(default_factory=WarmStart)
+    """The small model and its training, without --model."""
     task: str = "arithmetic"
     """A task of envs.tasks: arithmetic, countdown, gsm8k, math, or reasoning_gym/<data set>."""
     task_options: tuple[str, ...] = ()
-    """Its options, such as digits=3 train=path."""
+    """Options of the task, such as digits=3 train=path."""
     template: str = "{prompt}"
     """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
-    """Tokens that prompts are padded to. None: what the longest held-out prompt needs and a quarter more."""
-    room: int = 24
-    """Tokens of a completion at most."""
-    ending: tuple[int, ...] | None = None
-    """Tokens that end a completion. None: those of the checkpoint's generation_config.json; of bytes, the end of a line."""
+    """Tokens that prompts are padded to. None: a quarter more than the longest held-out prompt."""
+    max_new_tokens: int = 24
+    """Most tokens of a completion."""
+    stop: tuple[str, ...] | None = None
+    """Texts that end a completion, each a single token, such as "\\n" or "<|im_end|>". None: see stop_token_ids."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Ids of stop tokens, instead of stop. None: eos_token_id in generation_config.json; for bytes the end of a line."""
     temperature: float | None = None
-    """Of training's completions. None: 0, greedy; 1 for grpo."""
+    """Temperature of the completions in training. None: 0, greedy; 1 for grpo."""
     top_p: float = 1.0
-    """Completions are drawn from the likeliest tokens that reach this probability."""
+    """Draw from the likeliest tokens that together reach this probability."""
     population_size: int = 256
     """Members of a generation, even."""
     group: int | None = None
     """Members that get the same prompts, even, dividing the population. None: all."""
     prompts: int = 16
-    """Problems that every member answers."""
+    """Problems that every member answers in a generation."""
     samples: int = 1
     """Completions of a problem by a member; more than one needs a temperature."""
     pass_k: int | None = None
-    """Fitness is pass@k of a problem's samples. None: their mean."""
+    """Fitness of a problem is pass@k of its samples. None: their mean."""
     sigma: float = 0.01
     """Standard deviation of the perturbation of a weight."""
     rank: int = 1
     """Rank of the perturbation of a matrix."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """Of the evolution; sgd has the step size of the paper's scale."""
+    """Optimizer of the evolution; sgd uses the step size of the paper."""
     learning_rate: float = 0.001
     """Step size of the evolution."""
     anchor: float = 0.0
-    """Decay of the weights towards where they began, times the step size."""
+    """Decay of the weights towards their initial values, times the step size."""
     shaping: Literal["group_relative", "centered_ranks", "z_score", "pair_sign"] = "group_relative"
-    """Of a problem's fitness over the members that answered it; the others are of the whole population."""
+    """Fitness shaping: group_relative compares members that answered the same problem, the others the whole population."""
     noise_reuse: int = 1
     """Generations that share the same directions."""
     freeze: tuple[str, ...] = ()
-    """Patterns of parameter paths that are not evolved, such as "resident/.*"."""
+    """Patterns of parameter paths to keep fixed, such as "resident/.*"."""
     precision: Literal["master", "stochastic", "nearest"] = "master"
-    """How bfloat16 and int8 parameters are updated; metrics.jsonl has the share that moved."""
+    """How bfloat16 and int8 parameters are updated; metrics.jsonl reports the share that moved."""
     grpo: GRPO = dataclasses.field(default_factory=GRPO)
     """Settings of grpo."""
     generations: int | None = None
@@ -103,51 +142,45 @@ class Config:
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
-    """Bytes of temporary memory of an evaluation; picks the chunk size."""
+    """Bytes of temporary memory for an evaluation; determines the chunk size."""
     mesh: str | None = None
-    """Devices, such as population=4. None: all where the run has several processes, else one."""
+    """Devices, such as population=4. None: all devices of a run of several processes, otherwise one."""
     workers: int = 0
     """Processes that score completions; 0: this one, without a time limit."""
     timeout: float = 10.0
-    """Seconds that a call of the reward may take in a worker."""
+    """Time limit for a call of the reward in a worker, in seconds."""
     check_every: int = 10
-    """Generations between checks of the unperturbed parameters on validation problems, greedily; each makes a checkpoint."""
+    """Generations between checkpoints, which also check the unperturbed parameters on validation problems, greedily."""
     validation_size: int = 128
-    """Validation problems of a check at most."""
+    """Most validation problems of a check."""
     test_size: int = 512
-    """Test problems at most, before and after training."""
+    """Most test problems, before and after training."""
     examples: int = 2
-    """Completions that a check shows."""
+    """Completions that a check prints."""
     seed: int = 0
-    """Seed of directions, problems and draws; the same seed gives the same run, but for what the clock decides."""
+    """Seed of noise, problems and sampling; the same seed gives the same run, except where the clock decides."""
     seeds: int = 1
-    """Runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
+    """Number of runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     resume: bool = False
-    """Go on from what is in the run folder; not for grpo. Otherwise its files are replaced."""
+    """Continue the run in the folder; not for grpo. Otherwise its files are replaced."""
     folder: Path | None = None
-    """Run folder, with a folder per seed in it when there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
+    """Run folder, which contains a folder per seed if there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
     plan: bool = False
-    """Only print what a population needs of memory, and how many members fit memory_budget, or else what is free here; read
-    from shapes alone, without weights."""
+    """Only print the memory of a population and how many members fit memory_budget, by default the free memory here; read from
+    shapes alone, without weights."""
 
     @property
-    def known_temperature(self) -> float:
-        """The temperature of training's completions."""
+    def sampling_temperature(self) -> float:
+        """The temperature of the completions in training."""
         return self.temperature if self.temperature is not None else float(self.algorithm == "grpo")
 
     @property
     def groups(self) -> int:
-        """Groups of members that get the same prompts."""
+        """Number of groups of members that get the same prompts."""
         return self.population_size // (self.group or self.population_size)
 
-    @property
-    def perturbation(self) -> Any:
-        """The rules of the noise."""
-        quantised = self.int8.rules(sigma=self.sigma, rank=self.rank) if self.weights == "int8" else []
-        return [*((pattern, eggroll.Frozen()) for pattern in self.freeze), *quantised, (".*", eggroll.LowRank(self.rank))]
-
-    def given(self) -> dict[str, Any]:
-        """The options of the task; ValueError for one that is not name=value."""
+    def parsed_task_options(self) -> dict[str, Any]:
+        """Return the options of the task; ValueError for one that is not name=value."""
         found = {}
         for text in self.task_options:
             name, equals, value = text.partition("=")
@@ -162,12 +195,12 @@ class Config:
         return found
 
     def options(self) -> dict[str, Any]:
-        """The options that decide what a seed gives, as JSON holds them."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _APART}
+        """Return the options that decide the result of a seed, as JSON values."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
     def check(self) -> None:
-        """Raise ValueError for what no part below would refuse in one sentence."""
+        """Raise ValueError for options that are out of range or contradict each other."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -178,9 +211,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value}.")
-        check_sampling(room=self.room, temperature=self.known_temperature, top_p=self.top_p)
-        if self.samples > 1 and not self.known_temperature:
-            raise ValueError(f"samples must be 1 where completions are greedy, got {self.samples}; give a temperature.")
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.sampling_temperature, top_p=self.top_p)
+        if self.stop is not None and self.stop_token_ids is not None:
+            raise ValueError(f"give stop or stop_token_ids, not both; got {self.stop} and {self.stop_token_ids}.")
+        if self.samples > 1 and not self.sampling_temperature:
+            raise ValueError(f"samples must be 1 for greedy completions, got {self.samples}; give a temperature.")
         if self.pass_k is not None and not 1 <= self.pass_k <= self.samples:
             raise ValueError(f"pass_k must be between 1 and samples, {self.samples}, got {self.pass_k}.")
         group = self.group or self.population_size
@@ -194,19 +229,24 @@ class Config:
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()
         self.int8.check()
-        self.given()
+        self.parsed_task_options()
         if self.algorithm == "grpo":
             self.grpo.check()
 
 
-def remade(options: dict[str, Any]) -> Config:
-    """The configuration of `Config.options()` and a seed, as the journal's header holds it."""
+def restore_config(options: dict[str, Any]) -> Config:
+    """Return the configuration of `Config.options()` and a seed, as a journal's header has them."""
+    options = {_RENAMED.get(name, name): value for name, value in options.items()}
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     model = {"model": Path(options["model"])} if options["model"] is not None else {}
-    parts = {"start": Start(**options["start"]), "grpo": GRPO(**options["grpo"]), "int8": Int8(**options.get("int8", {}))}
+    parts = {"start": WarmStart(**options["start"]), "grpo": GRPO(**options["grpo"]), "int8": Int8(**options.get("int8", {}))}
     return Config(**options | tuples | model | parts)
 
 
 def parse(command: Sequence[str] | None) -> Config:
-    """Read the command line."""
+    """Read the command line; wrong options, also those of older versions, end the program."""
+    for argument in sys.argv[1:] if command is None else command:
+        option = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and option in _RENAMED:
+            sys.exit(f"error: option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
     return tyro.cli(Config, args=command, prog="python -m experiments.reason")

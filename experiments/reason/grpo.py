@@ -1,26 +1,24 @@
-"""Group relative policy optimisation (Shao et al., arXiv 2402.03300, section 4.1) on a problem with a verifiable reward.
+"""GRPO (Shao et al., arXiv 2402.03300, section 4.1): its settings, the advantages of a group, the clipped loss.
 
-    a step: draw G completions of every prompt, judge them, then minimise `grpo_loss` over minibatches of them with Adam
+    A_i  = (r_i - mean r) / (std r + 1e-6)                              over the G completions o_i of one prompt
+    loss = -1/G sum_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1 - c, 1 + c) A_i) - beta D],    rho = pi(o_it) / pi_old(o_it)
+    D    = pi_ref / pi - log(pi_ref / pi) - 1
 
-Weights are float32; a model of lower precision draws and scores with them rounded to it. Owns one step and the loop; the
-formulas are in `grpo_loss`, validation and records are the caller's.
+pi is what completions are drawn from, softmax(logits / temperature). A token has the advantage of its completion.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from eggroll.envs.tasks import Row
-from eggroll.experiments.reason.grpo_loss import Drawn, advantages, grpo_loss, log_likelihoods, silent
-from eggroll.experiments.reason.problem import Problem, Sampling
+from eggroll.llm.decoder import Decoder, hidden_states, token_log_likelihood
 from eggroll.llm.decoding import Completions, Prompts
+
+EPSILON = 1e-6  # added to the standard deviation of rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,190 +40,94 @@ class GRPO:
     clip: float = 0.2
     """Range of the probability ratio around 1."""
     global_std: bool = False
-    """Divide by the standard deviation of all rewards of a step, in place of a prompt's."""
+    """Divide by the standard deviation of all rewards of a step instead of a prompt's."""
     token_mean: bool = False
-    """Mean over all tokens of a minibatch; else over the tokens of a completion, then over completions."""
+    """Average over all tokens of a minibatch; otherwise over the tokens of a completion, then over completions."""
     kl_coefficient: float = 0.0
-    """Weight of the divergence from the parameters that the run begins with."""
+    """Weight of the divergence from the initial parameters."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this global norm."""
 
     def check(self) -> None:
-        """Raise ValueError for settings that cannot run."""
+        """Raise ValueError for settings out of range."""
         for name, least in (("prompts", 1), ("samples", 2), ("epochs", 1), ("minibatches", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {getattr(self, name)}.")
+                raise ValueError(f"grpo.{name} must be an integer >= {least}, got {getattr(self, name)}.")
         if self.prompts * self.samples % self.minibatches:
             raise ValueError(
-                f"minibatches must divide the {self.prompts * self.samples} completions of a step, got {self.minibatches}."
+                f"grpo.minibatches must divide the {self.prompts * self.samples} completions of a step, got {self.minibatches}."
             )
         if self.optimizer not in ("adam", "radam"):
-            raise ValueError(f"optimizer must be adam or radam, got {self.optimizer!r}.")
+            raise ValueError(f"grpo.optimizer must be adam or radam, got {self.optimizer!r}.")
         for name in ("learning_rate", "clip", "max_gradient_norm"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
+                raise ValueError(f"grpo.{name} must be a finite number > 0, got {getattr(self, name)}.")
         if not 0 <= self.kl_coefficient < float("inf"):
-            raise ValueError(f"kl_coefficient must be a finite number >= 0, got {self.kl_coefficient}.")
+            raise ValueError(f"grpo.kl_coefficient must be a finite number >= 0, got {self.kl_coefficient}.")
 
 
-class Run(NamedTuple):
-    """A run between two steps."""
+class Batch(NamedTuple):
+    """A batch of B completions to learn from."""
 
-    params: Any  # float32
-    opt_state: Any
-    reference: Any  # parameters that the divergence is from; None where it has no weight
-
-
-class Report(NamedTuple):
-    """What a step reports."""
-
-    reward: float  # mean
-    tokens: int  # of all completions
-    failures: int  # completions whose reward raised or hung; they score the scorer's minimum
-    silent: float  # share of groups whose rewards are all equal: they have no signal
-    clipped: float  # share of tokens whose ratio the clip holds, mean over minibatches
-    gradient_norm: float  # before clipping, mean over minibatches
+    prompts: Prompts
+    completions: Completions
+    advantages: Any  # float32 [B]
+    old: Array | None  # float32 [B, max_new_tokens], log-likelihoods when drawn; None: those of the current parameters
+    reference: Array | None  # float32 [B, max_new_tokens], log-likelihoods of the reference
 
 
-class Step(Protocol):
-    """One step: draw, judge, learn."""
-
-    def __call__(self, run: Run, rows: Sequence[Row], *, key: Array) -> tuple[Run, Report]:
-        """Take a step with `prompts` problems; the key is consumed."""
-
-
-class Trainer(NamedTuple):
-    """A whole run is `init`, then `step` for every batch of problems; both are pure."""
-
-    init: Callable[[], Run]
-    step: Step
-    policy: Callable[[Run], Any]  # the parameters in the dtypes of the model
-
-
-class Trained(NamedTuple):
-    """What a run ends with."""
-
-    params: Any  # in the dtypes of the model
-    steps: int
-    seconds: float  # of training, compilation included, `on_step` not
-
-
-def make(problem: Problem, sampling: Sampling, settings: GRPO) -> Trainer:
-    """Make the functions of a run; each is compiled once.
+def log_likelihoods(decoder: Decoder, params: Any, prompts: Prompts, completions: Completions, *, temperature: float) -> Array:
+    """Return the log-likelihood of every token of completions.
 
     Args:
-        problem: model and task.
-        sampling: how completions are drawn, at a temperature above 0 from all tokens.
-        settings: of GRPO.
+        decoder: the model.
+        params: its parameters.
+        prompts: B prompts of T tokens, padded on the left.
+        completions: their completions, tokens int32 [B, max_new_tokens].
+        temperature: divides the logits.
 
     Returns:
-        The `Trainer`.
-
-    Raises:
-        ValueError: settings that cannot run; the message names them.
+        float32 [B, max_new_tokens], 0 after the end of a completion.
     """
-    settings.check()
-    if not sampling.temperature > 0 or sampling.top_p != 1:
-        raise ValueError(f"GRPO needs temperature > 0 and top_p 1, got {sampling.temperature} and {sampling.top_p}.")
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, problem.params)
-    options = {name: getattr(settings, name) for name in ("clip", "token_mean", "kl_coefficient")}
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.max_gradient_norm), getattr(optax, settings.optimizer)(settings.learning_rate)
-    )
-
-    @jax.jit
-    def rounded(params: Any) -> Any:
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
-
-    def score(params: Any, drawn: Drawn) -> Array:
-        given = drawn.prompts, drawn.completions
-        return log_likelihoods(problem.decoder, rounded(params), *given, temperature=sampling.temperature)
-
-    def minibatch(run: Run, drawn: Drawn) -> tuple[Run, tuple[Array, Array]]:
-        def loss(params: Any) -> tuple[Array, Array]:
-            return grpo_loss(score(params, drawn), drawn, **options)
-
-        (_, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(run.params)
-        updates, opt_state = optimizer.update(gradient, run.opt_state, run.params)
-        run = run._replace(params=optax.apply_updates(run.params, updates), opt_state=opt_state)
-        return run, (clipped, optax.tree.norm(gradient))
-
-    @jax.jit
-    def draw(params: Any, prompts: Prompts, key: Array) -> Completions:
-        return problem.complete(rounded(params), prompts, key, sampling=sampling)
-
-    @jax.jit
-    def learn(run: Run, drawn: Drawn, key: Array) -> tuple[Run, tuple[Array, Array]]:
-        once = settings.epochs * settings.minibatches == 1
-        drawn = drawn._replace(
-            old=None if once else score(run.params, drawn),
-            reference=None if run.reference is None else score(run.reference, drawn),
-        )
-
-        def epoch(run: Run, key: Array) -> tuple[Run, tuple[Array, Array]]:
-            order = jax.random.permutation(key, len(drawn.advantages)).reshape(settings.minibatches, -1)
-            return jax.lax.scan(lambda run, rows: minibatch(run, jax.tree.map(lambda leaf: leaf[rows], drawn)), run, order)
-
-        run, reported = jax.lax.scan(epoch, run, jax.random.split(key, settings.epochs))
-        return run, jax.tree.map(jnp.mean, reported)
-
-    @jax.jit
-    def begin(params: Any) -> Run:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return Run(params, optimizer.init(params), params if settings.kl_coefficient else None)
-
-    def step(run: Run, rows: Sequence[Row], *, key: Array) -> tuple[Run, Report]:
-        draw_key, order_key = jax.random.split(key)
-        prompts = problem.prompts(rows, samples=settings.samples)
-        completions = draw(run.params, prompts, jax.random.key_data(draw_key))
-        scores = problem.judge([row for row in rows for _ in range(settings.samples)], completions).scores
-        rewards = scores.values.reshape(settings.prompts, settings.samples)
-        relative = advantages(rewards, global_std=settings.global_std).reshape(-1)
-        run, (clipped, norm) = learn(run, Drawn(prompts, completions, relative, None, None), order_key)
-        counts = int(np.sum(completions.length)), scores.errors + scores.timeouts
-        return run, Report(float(rewards.mean()), *counts, float(silent(rewards).mean()), float(clipped), float(norm))
-
-    return Trainer(lambda: begin(problem.params), step, lambda run: rounded(run.params))
+    length = completions.tokens.shape[1]
+    real = jnp.arange(length, dtype=jnp.int32) < completions.length[:, None]
+    tokens = jnp.concatenate([prompts.tokens, completions.tokens], axis=1)
+    states = hidden_states(decoder, params, tokens, jnp.concatenate([prompts.mask, real], axis=1))[:, -length - 1 :]
+    logits = decoder.logits(params["resident"], states) / temperature
+    return token_log_likelihood(logits, tokens[:, -length - 1 :], jnp.pad(real, ((0, 0), (1, 0))))[:, 1:]
 
 
-def train(
-    problem: Problem,
-    settings: GRPO,
-    *,
-    sampling: Sampling,
-    batches: Callable[[int], Sequence[Row]],
-    steps: int | None = None,
-    seconds: float | None = None,
-    seed: int = 0,
-    on_step: Callable[[Any, int, float, Report], bool | None] = lambda params, step, seconds, report: None,
-) -> Trained:
-    """Run GRPO until a limit is reached.
+def advantages(rewards: np.ndarray, *, global_std: bool = False) -> np.ndarray:
+    """Return rewards relative to their group: float32 [prompts, samples], exactly 0 in groups of equal rewards."""
+    spread = rewards.std() if global_std else rewards.std(axis=1, keepdims=True)
+    relative = (rewards - rewards.mean(axis=1, keepdims=True)) / (spread + EPSILON)
+    return np.where(groups_without_signal(rewards)[:, None], 0, relative).astype(np.float32)
+
+
+def groups_without_signal(rewards: np.ndarray) -> np.ndarray:
+    """Return which groups have equal rewards, and thus no signal: bool [prompts]."""
+    return rewards.max(axis=1) == rewards.min(axis=1)
+
+
+def grpo_loss(
+    log_likelihood: Array, batch: Batch, *, clip: float, token_mean: bool = False, kl_coefficient: float = 0.0
+) -> tuple[Array, Array]:
+    """Return the loss of B completions, and the share of tokens whose ratio is clipped.
 
     Args:
-        problem: model and task.
-        settings: of GRPO.
-        sampling: how completions are drawn.
-        batches: number of a step, from 0, -> its `settings.prompts` problems.
-        steps, seconds: limits, one at least; seconds of training, compilation included, of which the step that exceeds them is
-            the last.
-        seed: of everything that is drawn.
-        on_step: called after every step with the parameters in the dtypes of the model, the steps done, the seconds of
-            training and what the step reported; True stops the run.
-
-    Returns:
-        How it ended.
-
-    Raises:
-        ValueError: no limit, or settings that cannot run.
+        log_likelihood: float32 [B, max_new_tokens], under the parameters to be trained.
+        batch: what they learn from.
+        clip: range of the ratio around 1.
+        token_mean: average over all tokens; otherwise over the tokens of a completion, then over completions.
+        kl_coefficient: weight of the divergence, if there is a reference.
     """
-    if steps is None and seconds is None:
-        raise ValueError("steps or seconds must be given, got neither.")
-    trainer, key = make(problem, sampling, settings), jax.random.key(seed)
-    run, done, spent = trainer.init(), 0, 0.0
-    while (steps is None or done < steps) and (seconds is None or spent < seconds):
-        begun = time.perf_counter()
-        run, report = trainer.step(run, batches(done), key=jax.random.fold_in(key, done))
-        done, spent = done + 1, spent + time.perf_counter() - begun
-        if on_step(trainer.policy(run), done, spent, report):
-            break
-    return Trained(trainer.policy(run), done, spent)
+    length = batch.completions.length[:, None]
+    real = (jnp.arange(log_likelihood.shape[1], dtype=jnp.int32) < length).astype(log_likelihood.dtype)
+    weights = real / real.sum() if token_mean else real / length.astype(log_likelihood.dtype) / log_likelihood.shape[0]
+    ratio = jnp.exp(log_likelihood - (jax.lax.stop_gradient(log_likelihood) if batch.old is None else batch.old))
+    gain, clipped_gain = (rho * batch.advantages[:, None] for rho in (ratio, jnp.clip(ratio, 1 - clip, 1 + clip)))
+    objective = jnp.minimum(gain, clipped_gain)
+    if batch.reference is not None:
+        log_ratio = batch.reference - log_likelihood
+        objective = objective - kl_coefficient * (jnp.exp(log_ratio) - log_ratio - 1)
+    return -jnp.sum(weights * objective), jnp.sum(jnp.where(clipped_gain < gain, real, 0)) / real.sum()

@@ -1,27 +1,27 @@
-"""What `experiments.reason` starts from: the model and the task that the options name."""
+"""Inputs of `experiments.reason`: the model and the task that the options name."""
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 from eggroll.devices.chunking import free_bytes
 from eggroll.envs import tasks
 from eggroll.experiments.reason.config import Config
-from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, read_by_model
+from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, encode_prompt
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
+from eggroll.llm.chat import ChatTemplate
 from eggroll.llm.int8 import quantise
 from eggroll.llm.memory import MemoryPlan, memory_plan
 from eggroll.llm.models.families import family_of
 from eggroll.llm.shards import CONFIG, read_object
-from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
+from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
-CHAT = "chat"  # the template that is in the checkpoint
-MARGIN = 1.25  # of training's prompts beside the longest held-out one
+CHAT = "chat"  # names the template of the checkpoint
+MARGIN = 1.25  # prompts of training may be so much longer than the longest held-out one
 
 
 class Inputs(NamedTuple):
-    """All but the weights."""
+    """Everything but the weights."""
 
     model: hf.Config
     tokenizer: Tokenizer
@@ -31,13 +31,13 @@ class Inputs(NamedTuple):
 
 
 def prepare(config: Config) -> Inputs:
-    """Make the task and read what the options name, but for the weights.
+    """Make the task, and read what the options name except for the weights.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: a file is missing, damaged or does not fit, a package is missing.
+        ValueError, OSError, ImportError: a file is missing, damaged or does not fit; a package is missing.
     """
     try:
-        task = tasks.load(config.task, seed=0, **config.given())
+        task = tasks.load(config.task, seed=0, **config.parsed_task_options())
     except TypeError as error:
         raise ValueError(f"task_options: {error}.") from error
     if config.model is None:
@@ -47,40 +47,44 @@ def prepare(config: Config) -> Inputs:
         if not config.model.is_dir():
             raise ValueError(f"model must be a folder with a checkpoint, got {config.model}.")
         model = hf.read_config(config.model)
-        hf.generator(model)  # refuses a model that does not continue texts
-        tokenizer = tokenizer_of(config.model, words=model.vocab_size)
-    template = _template(config)
+        hf.make_generator(model)  # raises for a model that cannot continue texts
+        tokenizer = load_tokenizer(config.model, vocab_size=model.vocab_size)
+    template = _make_template(config)
     check_template(template, tokenizer)
     length = config.prompt_length or _prompt_length(template, tokenizer, task)
     context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
-    if context is not None and length + config.room > context:
-        raise ValueError(f"prompt_length {length} and room {config.room} do not fit the model's context of {context} tokens.")
+    if context is not None and length + config.max_new_tokens > context:
+        lengths = f"prompt_length {length} and max_new_tokens {config.max_new_tokens}"
+        raise ValueError(f"{lengths} do not fit the model's context of {context} tokens.")
     return Inputs(model, tokenizer, task, template, length)
 
 
-def _template(config: Config) -> Template:
+def _make_template(config: Config) -> Template:
     if config.template != CHAT:
-        return config.template.replace("\\n", "\n")  # as a shell hands it over
+        return _unescape(config.template)
     if config.model is None:
         raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
-    from eggroll.llm.chat import Chat
+    return ChatTemplate(config.model)
 
-    return Chat(config.model)
+
+def _unescape(text: str) -> str:
+    """Turn the two characters backslash and n, as a shell passes them, into the end of a line."""
+    return text.replace("\\n", "\n")
 
 
 def _prompt_length(template: Template, tokenizer: Tokenizer, task: tasks.Task) -> int:
     def longest(*rows: tasks.Row) -> int:
-        return max(len(read_by_model(tokenizer, template, row.prompt)) for row in rows)
+        return max(len(encode_prompt(tokenizer, template, row.prompt)) for row in rows)
 
     margin, train = math.ceil(MARGIN * longest(*task.split("validation"), *task.split("test"))), task.split("train")
-    return max(margin, longest(*train)) if isinstance(train, tuple) else margin  # others are made when they are read
+    return max(margin, longest(*train)) if isinstance(train, tuple) else margin  # other splits are made while they are read
 
 
 def load(config: Config, inputs: Inputs) -> Problem:
-    """Read the weights; the small model is warm-started where it is not there yet.
+    """Read the weights, of the warm-started small model if the options name no checkpoint.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: as `prepare`.
+        ValueError, OSError, ImportError: as `prepare`.
     """
     source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
     model, _, params = hf.load(source, config.dtype if config.model else "float32")
@@ -91,25 +95,45 @@ def load(config: Config, inputs: Inputs) -> Problem:
 
 
 def plan(config: Config, inputs: Inputs) -> MemoryPlan:
-    """Return what a population of the options needs of memory."""
-    budget = config.memory_budget or free_bytes()
-    texts = {"prompts": config.prompts * config.samples, "prompt_length": inputs.prompt_length, "room": config.room}
-    dtype = config.dtype if config.model else "float32"
-    return memory_plan(inputs.model, dtype=dtype, weights=config.weights, rank=config.rank, budget=budget, **texts)
+    """Return the memory that a population of the options needs."""
+    return memory_plan(
+        inputs.model,
+        dtype=config.dtype if config.model else "float32",
+        prompts=config.prompts * config.samples,
+        prompt_length=inputs.prompt_length,
+        max_new_tokens=config.max_new_tokens,
+        rank=config.rank,
+        budget=config.memory_budget or free_bytes(),
+        weights=config.weights,
+    )
 
 
-def sampling_of(config: Config, problem: Problem) -> Sampling:
-    """How training's completions are drawn."""
-    ending = config.ending if config.ending is not None else _ending(problem)
-    return Sampling(config.room, config.known_temperature, config.top_p, ending)
+def make_sampling(config: Config, tokenizer: Tokenizer) -> Sampling:
+    """Return how the completions in training are drawn.
+
+    Raises:
+        ValueError: a stop text that is not a single token, or a checkpoint that names no end of a text.
+    """
+    stop_token_ids = _stop_token_ids(config, tokenizer)
+    return Sampling(config.max_new_tokens, config.sampling_temperature, config.top_p, stop_token_ids)
 
 
-def _ending(problem: Problem) -> tuple[int, ...]:
-    if isinstance(problem.tokenizer, ByteTokenizer):
+def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if config.stop is not None:
+        return tuple(_encode_stop(text, tokenizer) for text in config.stop)
+    if config.stop_token_ids is not None:
+        return config.stop_token_ids
+    if config.model is None or isinstance(tokenizer, ByteTokenizer):
         return (ord("\n"),)
-    for name in ("generation_config.json", CONFIG):
-        path: Path = problem.source / name
-        found = read_object(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    raise ValueError(f"{problem.source} names no eos_token_id: give --ending, the tokens that end a completion.")
+    for path in (config.model / "generation_config.json", config.model / CONFIG):
+        ids = read_object(path).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    raise ValueError(f"{config.model} names no eos_token_id: give --stop, the texts that end a completion.")
+
+
+def _encode_stop(text: str, tokenizer: Tokenizer) -> int:
+    tokens = tokenizer.encode(_unescape(text))
+    if len(tokens) != 1:
+        raise ValueError(f"stop must be texts of a single token, got {text!r}, which has {len(tokens)} tokens here.")
+    return tokens[0]

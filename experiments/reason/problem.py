@@ -1,8 +1,8 @@
-"""What a reasoning run improves: a model that continues texts, and a task whose answers can be checked.
+"""A reasoning problem: a model that continues texts, and a task whose answers can be checked.
 
-    rows -> prompts in tokens -> completions (`experiments.decoding`) -> texts -> scores of the task's reward
+    rows -> prompts in tokens -> completions (`eggroll.llm.decoding`) -> texts -> scores of the task's reward
 
-Owns the way from problems to tokens and from tokens back to scores; evolution, GRPO and validation share it.
+Owns the way from rows to tokens and back to scores, which evolution and GRPO share, and the accuracy on held-out rows.
 """
 
 import dataclasses
@@ -22,21 +22,22 @@ from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
 from eggroll.llm.generator import Generator
 from eggroll.llm.tokenizers import Tokenizer
 
-Template = str | Callable[[str], str]  # a text with "{prompt}", or the function that makes of a prompt what the model reads
+Template = str | Callable[[str], str]  # a text with "{prompt}", or a function from a prompt to what the model reads
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template
+BATCH_SIZE = 128  # held-out problems completed at a time
 
 
 class Sampling(NamedTuple):
     """How completions are drawn."""
 
-    room: int  # tokens of a completion at most
+    max_new_tokens: int
     temperature: float  # 0: greedy
     top_p: float
-    ending: tuple[int, ...]  # tokens that end a completion
+    stop_token_ids: tuple[int, ...]
 
 
-class Judged(NamedTuple):
-    """Texts and what they scored."""
+class Scored(NamedTuple):
+    """Texts and their scores."""
 
     texts: list[str]
     scores: tasks.Scores
@@ -49,10 +50,10 @@ class Problem:
     Args:
         source: folder of the model's checkpoint.
         config: of the model.
-        params: of the model, where a run begins.
+        params: of the model, at the start of a run.
         tokenizer: of the model.
         task: with its splits and reward.
-        template: what the model reads of the task's prompt.
+        template: turns the task's prompt into what the model reads.
         prompt_length: tokens that prompts are padded to.
         scorer: of the task's reward.
     """
@@ -69,20 +70,20 @@ class Problem:
     @functools.cached_property
     def generator(self) -> Generator:
         """The functions that continue texts."""
-        return hf.generator(self.config)
+        return hf.make_generator(self.config)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The functions of whole texts."""
-        return hf.decoder(self.config)
+        return hf.make_decoder(self.config)
 
     def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1) -> Prompts:
-        """Lay prompts side by side, each so many times in a row.
+        """Encode the prompts of rows into a batch, each `samples` times in a row.
 
         Raises:
             ValueError: one is longer than `prompt_length`.
         """
-        texts = [read_by_model(self.tokenizer, self.template, row.prompt) for row in rows]
+        texts = [encode_prompt(self.tokenizer, self.template, row.prompt) for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if len(text) > self.prompt_length:
                 raise ValueError(
@@ -92,41 +93,93 @@ class Problem:
         return pad_prompts([text for text in texts for _ in range(samples)], length=self.prompt_length)
 
     def complete(self, params: Any, prompts: Prompts, key: Any, *, sampling: Sampling) -> Completions:
-        """Continue prompts under some parameters; `key` is key data (uint32), so that it travels with a batch."""
-        options = sampling._asdict()
-        drawn = jax.random.wrap_key_data(key, impl="threefry2x32") if sampling.temperature else None
-        return complete(self.generator, params, prompts, key=drawn, **options)
+        """Continue prompts; `key` is key data (uint32 [2]), so that it can be part of a batch."""
+        return complete(
+            self.generator,
+            params,
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            key=jax.random.wrap_key_data(key, impl="threefry2x32") if sampling.temperature else None,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
 
     def texts(self, completions: Completions) -> list[str]:
-        """Return completions [..., room] as texts, without the token that ends them, in the order of the flattened axes."""
+        """Decode completions to texts without their stop token, in the order of the flattened leading axes."""
         tokens = np.asarray(completions.tokens).reshape(-1, completions.tokens.shape[-1])
         ends = np.asarray(completions.length).reshape(-1) - np.asarray(completions.ended).reshape(-1)
         return [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
 
-    def judge(self, rows: Sequence[tasks.Row], completions: Completions) -> Judged:
-        """Score completions; `rows` has the problem of every one, in the order of the flattened axes."""
+    def score(self, rows: Sequence[tasks.Row], completions: Completions) -> Scored:
+        """Score completions; `rows` has the problem of each, in the order of the flattened leading axes."""
         texts = self.texts(completions)
         prompts, columns = tasks.collate(rows)
-        return Judged(texts, self.scorer(prompts, texts, **columns))
+        return Scored(texts, self.scorer(prompts, texts, **columns))
 
 
-def read_by_model(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:
-    """Return the tokens that a model reads of a task's prompt; a function's text has the tokens that start it."""
+class Check(NamedTuple):
+    """The result of held-out problems."""
+
+    accuracy: float  # mean score; the share of right answers where scores are 0 and 1
+    ended: float  # share of completions that a stop token ended
+    tokens: float  # mean length of a completion
+    examples: list[tuple[str, str, float]]  # prompt, completion, score
+
+
+class Validation:
+    """Accuracy of unperturbed parameters on the first problems of a split, by greedy completions; compiled once.
+
+    Args:
+        problem: the model and the task.
+        split: of the task.
+        size: most problems.
+        sampling: of training; its temperature and top_p are not used.
+    """
+
+    def __init__(self, problem: Problem, split: str, *, size: int, sampling: Sampling):
+        rows = problem.task.split(split)
+        self._rows = [rows[index] for index in range(min(size, len(rows)))]
+        self._problem, self._sampling = problem, sampling._replace(temperature=0.0, top_p=1.0)
+        self._decode = jax.jit(self._complete_greedily)
+
+    def _complete_greedily(self, params: Any, prompts: Any) -> Any:
+        return self._problem.complete(params, prompts, key_data(0), sampling=self._sampling)
+
+    def __call__(self, params: Any, *, examples: int = 0) -> Check:
+        """Check parameters; return `examples` completions with the result."""
+        firsts = range(0, len(self._rows), BATCH_SIZE)
+        parts = [self._complete(params, self._rows[first : first + BATCH_SIZE]) for first in firsts]
+        texts = [text for _, scored in parts for text in scored.texts]
+        scores = np.concatenate([scored.scores.values for _, scored in parts])
+        completions = Completions(*map(np.concatenate, zip(*(own for own, _ in parts), strict=True)))
+        shown = [(self._rows[i].prompt, texts[i], float(scores[i])) for i in range(min(examples, len(texts)))]
+        return Check(float(scores.mean()), float(completions.ended.mean()), float(completions.length.mean()), shown)
+
+    def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> tuple[Completions, Scored]:
+        padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))  # the last batch has the shape of the others
+        padded = jax.device_get(self._decode(params, self._problem.prompts([*rows, *padding])))
+        completions = Completions(*(array[: len(rows)] for array in padded))
+        return completions, self._problem.score(rows, completions)
+
+
+def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:
+    """Encode what a model reads for a task's prompt; the text of a template function contains the start tokens itself."""
     if isinstance(template, str):
         return [*tokenizer.prefix, *tokenizer.encode(template.replace("{prompt}", prompt))]
     return tokenizer.encode(template(prompt))
 
 
 def check_template(template: Template, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where a template has no prompt, or a special token such as <|im_end|> that the tokenizer lacks."""
+    """Raise ValueError if a template has no {prompt}, or a special token such as <|im_end|> that the tokenizer lacks."""
     text = template if isinstance(template, str) else template("{prompt}")
     if "{prompt}" not in text:
-        raise ValueError(f"template must have {{prompt}}, where the task's prompt goes, got {text!r}.")
+        raise ValueError(f"template must contain {{prompt}}, the place of the task's prompt, got {text!r}.")
     for token in SPECIAL.findall(text):
         if len(tokenizer.encode(token)) != 1:
             raise ValueError(f"the model's tokenizer has no special token {token!r}, which the template needs.")
 
 
 def key_data(seed: int, *numbers: int) -> np.ndarray:
-    """Return the data of a key for a seed and numbers such as a generation and a group: uint32 [2]."""
+    """Return the key data of a seed and numbers such as a generation and a group: uint32 [2]."""
     return np.random.SeedSequence([seed, *numbers]).generate_state(2)

@@ -1,62 +1,90 @@
-"""Backprop with Adam on the loss of a fine-tuning task: the ceiling of zeroth-order methods, and what its memory costs."""
+"""Backprop with Adam on the loss of a fine-tuning task: the ceiling of zeroth-order methods, and the memory that it takes."""
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
-from eggroll.experiments.common.loop import Checks, Row, Tuned, rate, run_steps
+from eggroll.experiments.common.backprop import gradient_metrics
+from eggroll.experiments.common.loop import Checks, Tuned, rate
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.figure import as_row
 from eggroll.experiments.zo.problem import FineTuning, score
+from eggroll.population.metrics import Metrics
+from eggroll.runs.training import Record, train
 from eggroll.zo.blocks import whole_loss
 
 
+class TrainState(NamedTuple):
+    """A run of Adam between two steps."""
+
+    params: Any
+    opt_state: Any
+    generation: Array  # int32 [], steps done
+    key: Array
+
+
 class Backprop:
-    """Tunes with Adam; compiled once, run with any number of keys. A step takes one forward, and one backward pass."""
+    """Tunes with Adam; compiled once, run with any number of keys. A step takes one forward and one backward pass.
+
+    `eggroll.train` runs the steps like the generations of a strategy.
+    """
 
     forwards = 1
+    population_size = 1
 
     def __init__(self, config: Config, task: FineTuning, judge: Any):
         self._config, self._task, self._judge = config, task, judge
         self.steps = config.steps or config.forwards
         self._optimizer = optax.adam(config.learning_rate)
-        self.advance = jax.jit(self._advance)
+        self.advance = jax.jit(self._descend)
 
-    def start(self, params: Any) -> Any:
-        """The initial run: parameters and the state of Adam."""
-        return params, self._optimizer.init(params)
+    def init(self, params: Any, *, key: Array) -> TrainState:
+        """Return the state before the first step; the key is consumed."""
+        return TrainState(params, self._optimizer.init(params), jnp.int32(0), key)
 
-    def _advance(self, run: Any, batch: Examples, key: Array) -> Any:
-        """One step: the next run, and the loss before it."""
-        params, state = run
+    def step(self, state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
+        """Take one step; the fitness that it reports is minus the loss before it."""
+        number = int(state.generation)
+        state, loss = self.advance(state, batch)
+        return state, gradient_metrics(number, fitness=-float(loss))
 
-        def loss(params: Any) -> Array:
-            total, weight = whole_loss(self._task.pieces("loss"))(params, batch, key)
+    def _descend(self, state: TrainState, batch: Examples) -> tuple[TrainState, Array]:
+        def mean_loss(params: Any) -> Array:
+            total, weight = whole_loss(self._task.pieces("loss"))(params, batch, state.key)
             return total / weight
 
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = self._optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+        updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.generation + 1, state.key), loss
 
     def train(self, params: Any, *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
         """Run the steps; metrics go to the folder."""
         config, task = self._config, self._task
         checks = Checks(steps=self.steps, checks=config.checks)
 
-        def advance(run: Any, number: int) -> tuple[Any, Row]:
-            batch = batch_of(task.train, number, size=config.batch_size, seed=seed)
-            run, loss = self.advance(run, batch, key)
-            return run, {"loss": loss}
+        def check(state: Any, record: Record) -> None:
+            record.extra["loss"] = -record.mean_fitness
+            if checks.due(record.generation + 1):
+                record.extra.update(as_row(score(functools.partial(self._judge, state.params), task.validation)))
 
-        def check(run: Any, row: Row) -> None:
-            if checks.due(row["generation"] + 1):
-                row.update(as_row(score(functools.partial(self._judge, run[0]), task.validation)))
-
-        run, rows = run_steps(advance, self.start(params), steps=self.steps, folder=folder, callbacks=[check])
-        speed = rate([row["seconds"] for row in rows], forwards=self.forwards)
-        return Tuned(run[0], self.steps, self.steps, 0, speed)
+        strategy: Any = self  # implements what the loop needs of a strategy and its state
+        initial: Any = self.init(params, key=key)
+        state, history = train(
+            strategy,
+            initial,
+            lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed),
+            generations=self.steps,
+            callbacks=[check],
+            run_folder=folder,
+            words=lambda record: f"loss {-record.mean_fitness:.4g}",
+            plot=lambda history, folder: None,  # the run's own figure shows the losses
+        )
+        speed = rate([record.seconds for record in history], forwards=self.forwards)
+        return Tuned(state.params, self.steps, self.steps, 0, speed)

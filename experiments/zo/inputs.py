@@ -14,7 +14,7 @@ from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.problem import FineTuning
 from eggroll.experiments.zo.warm_start import warm_start
 from eggroll.llm import hf
-from eggroll.llm.tokenizers import tokenizer_of
+from eggroll.llm.tokenizers import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,7 +39,7 @@ def load(config: Config, folder: Path) -> Loaded:
     if not source.is_dir():
         raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
     model, decoder, params = hf.load(source, config.dtype if config.model else "float32")
-    tokenizer = tokenizer_of(source, words=model.vocab_size)
+    tokenizer = load_tokenizer(source, vocab_size=model.vocab_size)
     everything = [record for split in records for record in split]
     examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
     ends = np.cumsum([0, *map(len, records)])

@@ -26,7 +26,7 @@ def step_mib(arguments: Sequence[str], folder: Path) -> float:
     batch = batch_of(loaded.task.train, 0, size=config.batch_size)
     key = jax.random.key(0)
     if isinstance(runs, Backprop):
-        lowered = runs.advance.lower(runs.start(loaded.params), batch, key)
+        lowered = runs.advance.lower(runs.init(loaded.params, key=key), batch)
     else:
         tuner, state = runs.start(loaded.params, key=key)
         lowered = jax.jit(lambda state, batch: tuner.step(state, batch)[0]).lower(state, batch)

@@ -1,4 +1,10 @@
-"""A language model and a task as `experiments.zo` tunes them: the loss in pieces, and scores of unperturbed parameters."""
+"""The problem of `experiments.zo`: the loss of a language model on a task, in pieces, and scores of unperturbed parameters.
+
+    classification   cross-entropy over the candidates' log-likelihoods, weight 1 per example
+    generation       minus the answer's log-likelihood, weight 1 per token of it
+
+The mean over shards of a batch is the sum of their losses over the sum of their weights.
+"""
 
 import dataclasses
 import functools
@@ -12,25 +18,23 @@ from jax import Array
 
 from eggroll import zo
 from eggroll.experiments.zo.data.examples import Examples
-from eggroll.experiments.zo.data.scores import classification_loss, generation_loss
-from eggroll.llm.decoder import Decoder, hidden
+from eggroll.llm.decoder import Decoder, hidden_states
 
-OBJECTIVES = ("loss", "accuracy")
-EVALUATED = 100  # examples of a pass that scores
+BATCH_SIZE = 100  # examples scored at a time
 
 
 class Score(NamedTuple):
-    """Of some examples."""
+    """Mean loss and accuracy of examples."""
 
-    loss: float  # mean over examples; of generation over the answers' tokens
-    accuracy: float  # share of examples whose right candidate scores highest; of generation: whose answer greedy decoding gives
+    loss: float  # mean over examples; for generation over the tokens of the answers
+    accuracy: float  # share of examples whose right candidate scores highest; for generation, which greedy decoding answers
 
 
 class Answers(NamedTuple):
-    """What a model says of the candidates of B examples."""
+    """Scores of the candidates of B examples."""
 
     scores: Array  # float32 [B, C], summed log-likelihoods
-    greedy: Array  # bool [B, C]: every token of the candidate is the likeliest one
+    greedy: Array  # bool [B, C], whether every token of the candidate is the likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +53,11 @@ class FineTuning:
 
     @functools.cached_property
     def answer_tokens(self) -> int:
-        """Tokens of the longest candidate: so many positions of a text need logits, and one text an example where it is 1."""
+        """Tokens of the longest candidate, the number of positions that need logits; if it is 1, an example is one text."""
         return max(int(part.targets.sum(axis=-1).max()) for part in (self.train, self.validation, self.test))
 
     def pieces(self, objective: str) -> zo.Blocks:
-        """The objective, lower is better, as `(total, weight)` of a model in pieces.
+        """Return the objective, lower is better, as `(total, weight)` of a model in pieces.
 
         Args:
             objective: "loss", or "accuracy": the share of wrong answers, which has no gradient.
@@ -64,34 +68,38 @@ class FineTuning:
             return decoder.begin(resident, *texts(batch, width=width))
 
         def end(resident: Any, x: Array, batch: Examples) -> tuple[Array, Array]:
-            said = answers(decoder, resident, x, batch, width=width)
+            answered = answers(decoder, resident, x, batch, width=width)
             if objective == "accuracy":
-                wrong = 1 - right(said, batch).astype(jnp.float32)
+                wrong = 1 - is_right(answered, batch).astype(jnp.float32)
                 return wrong.sum(), jnp.float32(wrong.size)
-            loss, weight, _ = _losses(said.scores, batch)
+            loss, weight = candidate_loss(answered.scores, batch)
             return loss.sum(), weight.sum()
 
         return zo.Blocks(begin, decoder.block, end)
 
     def judge(self) -> Callable[[Any, Examples], tuple[Array, Array]]:
-        """A function from parameters and a batch to mean loss and accuracy, compiled."""
+        """Return a compiled function from parameters and a batch to mean loss and accuracy."""
         decoder, width = self.decoder, self.answer_tokens
 
         def judged(params: Any, batch: Examples) -> tuple[Array, Array]:
-            x = hidden(decoder, params, *texts(batch, width=width))
-            said = answers(decoder, params["resident"], x, batch, width=width)
-            loss, weight, _ = _losses(said.scores, batch)
-            return loss.sum() / weight.sum(), right(said, batch).astype(jnp.float32).mean()
+            x = hidden_states(decoder, params, *texts(batch, width=width))
+            answered = answers(decoder, params["resident"], x, batch, width=width)
+            loss, weight = candidate_loss(answered.scores, batch)
+            return loss.sum() / weight.sum(), is_right(answered, batch).astype(jnp.float32).mean()
 
         return jax.jit(judged)
 
 
-def _losses(scores: Array, batch: Examples) -> Any:
-    return (generation_loss if scores.shape[1] == 1 else classification_loss)(scores, batch)
+def candidate_loss(scores: Array, batch: Examples) -> tuple[Array, Array]:
+    """Return loss and weight of B examples, float32 [B] each, from the log-likelihoods of their candidates [B, C]."""
+    if scores.shape[1] == 1:
+        return -scores[:, 0], jnp.sum(batch.targets[:, 0], axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    loss = jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, batch.labels[:, None], axis=1)[:, 0]
+    return loss, jnp.ones_like(loss)
 
 
 def texts(batch: Examples, *, width: int) -> tuple[Array, Array]:
-    """Tokens and mask of what the model reads: every candidate, or one an example where they differ in the last token only.
+    """Return tokens and mask of what the model reads: every candidate, or one text per example if candidates are one token.
 
     Args:
         batch: B examples of C candidates.
@@ -106,11 +114,11 @@ def texts(batch: Examples, *, width: int) -> tuple[Array, Array]:
 
 
 def answers(decoder: Decoder, resident: Any, x: Array, batch: Examples, *, width: int) -> Answers:
-    """Score every candidate; logits are computed where a candidate's tokens are to be predicted, and nowhere else.
+    """Score every candidate; logits are computed only at the positions that predict its tokens.
 
     Args:
         decoder: the model.
-        resident: its parameters outside of the blocks.
+        resident: its parameters outside the blocks.
         x: float [B C, T, D] or [B, T, D], from the last block, for `texts`.
         batch: B examples of C candidates.
         width: tokens of the longest candidate.
@@ -127,22 +135,22 @@ def answers(decoder: Decoder, resident: Any, x: Array, batch: Examples, *, width
     return Answers(scores, jnp.where(real, chosen >= logits.max(axis=-1), True).all(axis=-1))
 
 
-def right(said: Answers, batch: Examples) -> Array:
-    """Whether an example's answer is right: bool [B]."""
-    if said.scores.shape[1] == 1:
-        return said.greedy[:, 0]
-    return jnp.argmax(said.scores, axis=1) == batch.labels
+def is_right(answered: Answers, batch: Examples) -> Array:
+    """Return whether the answer to each example is right: bool [B]."""
+    if answered.scores.shape[1] == 1:
+        return answered.greedy[:, 0]
+    return jnp.argmax(answered.scores, axis=1) == batch.labels
 
 
 def score(judged: Callable[[Examples], tuple[Any, Any]], examples: Examples) -> Score:
-    """Score examples, some at a time.
+    """Score examples in batches.
 
     Args:
-        judged: from a batch to its mean loss and its accuracy.
+        judged: maps a batch to its mean loss and accuracy.
         examples: all of them.
     """
     count = len(examples.labels)
-    parts = [Examples(*(array[first : first + EVALUATED] for array in examples)) for first in range(0, count, EVALUATED)]
+    parts = [Examples(*(array[first : first + BATCH_SIZE] for array in examples)) for first in range(0, count, BATCH_SIZE)]
     found = np.array([jax.device_get(judged(part)) for part in parts], np.float64)
     sizes = [len(part.labels) for part in parts]
     weights = [part.targets.sum() for part in parts] if examples.targets.shape[1] == 1 else sizes

@@ -1,17 +1,13 @@
-"""The small model of `experiments.zo`: a byte-level Qwen3 trained briefly, by backprop, on Python's own library.
+"""The small model of `experiments.zo`: a byte-level Qwen3, briefly trained by backprop on Python's own library.
 
-The text is what the standard library's sources say in words: their longer strings, most of them documentation, found beside
-the interpreter, in the order of the files' names. A piece of it ends in ":" and the first letter of its module's name, which
-makes the model gather what a piece is about. Nothing is downloaded, and nothing of a task is in it. A trained model is kept
-in a folder that its settings and the version of Python name.
+The text is the longer strings of the standard library's sources, most of them documentation, in the order of the file names. It
+comes with the interpreter, so nothing is downloaded, and it contains nothing of a task. Every piece of text ends in ":" and the
+first letter of its module's name, which teaches the model to gather the topic of a piece.
 """
 
 import ast
 import dataclasses
-import hashlib
 import inspect
-import json
-import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -22,19 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.devices.processes import is_first, wait_for_all
-from eggroll.experiments.common.fitting import fit
-from eggroll.experiments.common.run import run_folder
-from eggroll.llm import hf
+from eggroll.experiments.common.warm_start import byte_transformer, cached_model, check_settings, fit
 from eggroll.llm.decoder import Decoder, apply, token_log_likelihood
-from eggroll.llm.models import transformer
-from eggroll.llm.models.leaves import init
-from eggroll.llm.shards import CONFIG
+from eggroll.llm.models.families import init_params, make_decoder
+from eggroll.llm.models.transformer import TransformerConfig
 from eggroll.llm.tokenizers import ByteTokenizer
 
-HEAD_DIM = 16
-TESTS = ("test", "tests", "idlelib", "site-packages", "dist-packages")  # folders that are left out
-SHORTEST = 60  # characters of a string that is taken
+EXCLUDED = ("test", "tests", "idlelib", "site-packages", "dist-packages")  # folders
+MIN_CHARACTERS = 60  # of a string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,76 +37,70 @@ class WarmStart:
     width: int = 32
     """Width, a multiple of 16."""
     steps: int = 800
-    """Steps of Adam; 0: the model is drawn and not trained."""
+    """Steps of Adam; 0: random parameters."""
     batch_size: int = 32
-    """Texts in a step."""
+    """Pieces of text in a step."""
     length: int = 96
-    """Bytes of a text."""
+    """Bytes of a piece."""
     learning_rate: float = 4e-3
     """Peak step size, reached after a tenth of the steps; then it falls as a cosine."""
 
     def check(self) -> None:
-        """Raise ValueError for settings that make no model."""
-        for name in ("layers", "width", "batch_size", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"start.{name} must be an integer >= 1, got {getattr(self, name)}.")
-        if self.width % HEAD_DIM:
-            raise ValueError(f"start.width must be a multiple of {HEAD_DIM}, got {self.width}.")
-        if self.steps < 0 or not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"start needs steps >= 0 and a learning_rate > 0, got {self.steps} and {self.learning_rate}.")
+        """Raise ValueError for settings out of range."""
+        counts = {"layers": self.layers, "batch_size": self.batch_size, "length": self.length}
+        check_settings(counts, width=self.width, learning_rate=self.learning_rate)
+        if self.steps < 0:
+            raise ValueError(f"start.steps must be an integer >= 0, got {self.steps}.")
 
     @property
-    def model(self) -> transformer.TransformerConfig:
+    def model(self) -> TransformerConfig:
         """The model's sizes."""
-        heads = self.width // HEAD_DIM
-        sizes: dict[str, Any] = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_hidden_layers=self.layers)
-        sizes |= dict(num_attention_heads=heads, num_key_value_heads=heads, head_dim=HEAD_DIM)
-        return transformer.TransformerConfig(vocab_size=ByteTokenizer.vocab_size, tie_word_embeddings=True, **sizes)
+        return byte_transformer(layers=self.layers, width=self.width)
 
 
 class Text(NamedTuple):
-    """What a small model learns from."""
+    """What the small model learns."""
 
     content: np.ndarray  # uint8 [n]
-    modules: np.ndarray  # uint8 [n], first letter of the module that a byte is from
+    modules: np.ndarray  # uint8 [n], first letter of the module of every byte
 
 
-def library_text() -> Text:
-    """The standard library's longer strings, without its tests."""
+def read_library() -> Text:
+    """Read the longer strings of the standard library, without its tests."""
     folder = Path(sysconfig.get_path("stdlib"))
     content, modules = [], []
-    with warnings.catch_warnings(action="ignore"):  # of old escapes in its strings
+    with warnings.catch_warnings(action="ignore"):  # old escapes in its strings
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).parts
-            if not set(parts) & set(TESTS):
-                content.append("\n".join([*_strings(path), ""]).encode())
+            if not set(parts) & set(EXCLUDED):
+                content.append("\n".join([*_read_strings(path), ""]).encode())
                 modules.append(parts[0].lstrip("_")[:1].encode() * len(content[-1]))
     return Text(*(np.frombuffer(b"".join(parts), np.uint8) for parts in (content, modules)))
 
 
-def _strings(path: Path) -> list[str]:
+def _read_strings(path: Path) -> list[str]:
     nodes = ast.walk(ast.parse(path.read_bytes()))
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return [inspect.cleandoc(text) for text in texts if len(text) >= SHORTEST and " " in text]
+    return [inspect.cleandoc(text) for text in texts if len(text) >= MIN_CHARACTERS and " " in text]
 
 
 def warm_start(settings: WarmStart, *, cache: Path = Path("runs/zo-start")) -> Path:
-    """Return the folder of the small model, in the Hugging Face layout; it is trained where it is not there yet."""
-    known = json.dumps(dataclasses.asdict(settings)) + sys.version
-    folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
-    if is_first() and not (folder / CONFIG).is_file():  # it is written last
-        print(f"a small model is made of what Python's library says; it stays in {folder}", flush=True)
-        hf.save(folder, settings.model, trained(settings, library_text()) if settings.steps else drawn(settings))
-    wait_for_all("warm start")
-    return folder
+    """Return the folder of the small model, in the Hugging Face layout; it is trained once."""
+    return cached_model(
+        cache,
+        settings.model,
+        lambda: train(settings, read_library()) if settings.steps else init(settings),
+        settings=dataclasses.asdict(settings),
+        task="the text of Python's library",
+    )
 
 
-def drawn(settings: WarmStart) -> Any:
-    """The first parameters of the small model."""
-    return init(transformer.leaves(settings.model), jax.random.key(0))
+def init(settings: WarmStart) -> Any:
+    """Draw the initial parameters of the small model."""
+    return init_params(settings.model, key=jax.random.key(0))
 
 
-def trained(settings: WarmStart, text: Text) -> Any:
+def train(settings: WarmStart, text: Text) -> Any:
     """Train the small model.
 
     Args:
@@ -125,18 +110,18 @@ def trained(settings: WarmStart, text: Text) -> Any:
     Returns:
         Its parameters.
     """
-    decoder = transformer.decoder(settings.model)
+    decoder = make_decoder(settings.model)
     return fit(
-        drawn(settings),
+        init(settings),
         lambda params, tokens: _loss(decoder, params, tokens),
-        lambda step: _pieces(settings, text, step),
+        lambda step: _draw_pieces(settings, text, step),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
     )
 
 
-def _pieces(settings: WarmStart, text: Text, step: int) -> np.ndarray:
-    """The pieces of a step, int32 [B, 1 + T + 2]: the token that starts a text, T bytes from anywhere, ":" and the module."""
+def _draw_pieces(settings: WarmStart, text: Text, step: int) -> np.ndarray:
+    """Draw the pieces of a step, int32 [B, 1 + T + 2]: the start token, T bytes from anywhere, ":" and the module."""
     size = settings.batch_size
     starts = np.random.default_rng([0, step]).integers(text.content.size - settings.length, size=size)
     content = text.content[starts[:, None] + np.arange(settings.length)]
@@ -145,7 +130,7 @@ def _pieces(settings: WarmStart, text: Text, step: int) -> np.ndarray:
 
 
 def _loss(decoder: Decoder, params: Any, tokens: Array) -> Array:
-    """Of the text, and as much of the module."""
+    """Mean over the text, plus the mean over the modules."""
     everything = jnp.ones(tokens.shape, bool)
-    known = token_log_likelihood(apply(decoder, params, tokens, everything), tokens, everything)
-    return -known[:, 1:-1].mean() - known[:, -1].mean()
+    log_likelihood = token_log_likelihood(apply(decoder, params, tokens, everything), tokens, everything)
+    return -log_likelihood[:, 1:-1].mean() - log_likelihood[:, -1].mean()

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def visible(mask: Array) -> Array:
-    """Which positions each position sees: bool [B, T, T], itself and real tokens before it, from `mask` [B, T]."""
+def causal_mask(mask: Array) -> Array:
+    """Return which positions each position attends to: bool [B, T, T], itself and real tokens before it; mask bool [B, T]."""
     causal = jnp.tril(jnp.ones((mask.shape[1], mask.shape[1]), bool))
     return causal[None] & mask[:, None, :]
 
 
 def positions(mask: Array) -> Array:
-    """Number of every real token, from 0: int32 [B, T]; -1 on padding before the first."""
+    """Return the index of every real token, from 0: int32 [B, T]; -1 on padding before the first."""
     return jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
 
 
@@ -23,7 +23,7 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
         q: [B, T, H, d].
         k: [B, S, K, d].
         v: [B, S, K, d].
-        seen: bool [B, T, S]: which keys each query sees.
+        seen: bool [B, T, S]: which keys each query attends to.
 
     Returns:
         [B, T, H * d], in q's dtype.
@@ -32,7 +32,7 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
 
 def attend_by_head(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """Do what `attend` does, with k and v [B, K, S, d]: no transpose of a long cache for a short q."""
+    """Attend as `attend`, with k and v [B, K, S, d], which saves the transpose of a long cache."""
     batch, length, _, size = q.shape
     grouped = q.reshape(batch, length, k.shape[1], -1, size)
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
@@ -42,7 +42,7 @@ def attend_by_head(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    """Normalise the last axis to mean 0 and variance 1, then scale and shift."""
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift; computed in float32."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
@@ -50,7 +50,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """Normalise the last axis to mean square 1, then scale."""
+    """Normalise the last axis to mean square 1, then scale; computed in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * scale.astype(jnp.float32)).astype(x.dtype)

@@ -1,12 +1,16 @@
-"""The families of models that checkpoints are read as, by the model_type of their config.json."""
+"""The supported families of models, by the model_type of a config.json."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.generator import Generator
-from eggroll.llm.models import opt, rwkv7, rwkv7_fields, transformer, transformer_cache, transformer_fields
-from eggroll.llm.models.leaves import Leaves
+from eggroll.llm.models import opt, rwkv7, rwkv7_fields, transformer
+from eggroll.llm.models.leaves import Leaves, init
 
 Config = opt.OPTConfig | transformer.TransformerConfig | rwkv7.RWKV7Config
 
@@ -15,41 +19,43 @@ class Family(NamedTuple):
     """Functions of a family's configurations.
 
     Args:
-        from_fields, to_fields: config.json to a configuration and back.
+        from_fields, to_fields: convert config.json to a configuration and back.
         leaves: the table of parameters.
-        decoder: the functions of whole texts.
-        generator: the functions that continue texts; None: there are none.
-        observed: a configuration and the names of a file's tensors to the configuration of that file.
-        harmless: pattern of tensors that a file may have beside those of the table, since they change nothing.
+        make_decoder: makes the functions of whole texts.
+        make_generator: makes the functions that continue texts; None: not supported.
+        detect_names: adapts a configuration to the naming scheme of a file's tensors.
+        ignored_tensors: pattern of further tensors that a file may have, because they have no effect.
     """
 
     from_fields: Callable[[Mapping[str, Any]], Any]
     to_fields: Callable[[Any], dict[str, Any]]
     leaves: Callable[[Any], Leaves]
-    decoder: Callable[[Any], Decoder]
-    generator: Callable[[Any], Generator] | None
-    observed: Callable[[Any, Iterable[str]], Any] = lambda config, tensors: config
-    harmless: str = r".*\.rotary_emb\.inv_freq"
+    make_decoder: Callable[[Any], Decoder]
+    make_generator: Callable[[Any], Generator] | None
+    detect_names: Callable[[Any, Iterable[str]], Any] = lambda config, tensors: config
+    ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
 
 
 _TRANSFORMER = Family(
-    transformer_fields.from_fields,
-    transformer_fields.to_fields,
+    transformer.from_fields,
+    transformer.to_fields,
     transformer.leaves,
-    transformer.decoder,
-    transformer_cache.generator,
+    transformer.make_decoder,
+    transformer.make_generator,
 )
 _RWKV7 = Family(
     rwkv7_fields.from_fields,
     rwkv7_fields.to_fields,
     rwkv7_fields.leaves,
-    rwkv7.decoder,
-    rwkv7.generator,
-    rwkv7_fields.observed,
+    rwkv7.make_decoder,
+    rwkv7.make_generator,
+    rwkv7_fields.detect_names,
     r"blocks\.0\.att\.v[012]",
 )
 FAMILIES: dict[str, Family] = {
-    "opt": Family(opt.from_fields, opt.to_fields, opt.leaves, opt.decoder, None, harmless=r"(model\.)?decoder\.version"),
+    "opt": Family(
+        opt.from_fields, opt.to_fields, opt.leaves, opt.make_decoder, None, ignored_tensors=r"(model\.)?decoder\.version"
+    ),
     **dict.fromkeys(transformer.MODEL_TYPES, _TRANSFORMER),
     "rwkv7": _RWKV7,
 }
@@ -60,19 +66,33 @@ def family_of(config: Config) -> Family:
     return FAMILIES[config.model_type]
 
 
-def decoder(config: Config) -> Decoder:
-    """Return the functions of whole texts of the model that `config` describes."""
-    return family_of(config).decoder(config)
+def init_params(config: Config, *, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
+    """Draw initial parameters of the model that `config` describes.
+
+    Args:
+        config: of the model.
+        key: typed key, consumed.
+        dtype: of every parameter.
+
+    Returns:
+        {"resident": {...}, "blocks": {...}}, blocks stacked along a leading axis of layers.
+    """
+    return init(family_of(config).leaves(config), key, dtype)
 
 
-def generator(config: Config) -> Generator:
-    """Return the functions with which the model that `config` describes continues texts.
+def make_decoder(config: Config) -> Decoder:
+    """Make the functions of whole texts for the model that `config` describes."""
+    return family_of(config).make_decoder(config)
+
+
+def make_generator(config: Config) -> Generator:
+    """Make the functions that continue texts for the model that `config` describes.
 
     Raises:
-        ValueError: the family does not continue texts.
+        ValueError: the family cannot continue texts.
     """
-    make = family_of(config).generator
+    make = family_of(config).make_generator
     if make is None:
-        able = ", ".join(name for name, family in FAMILIES.items() if family.generator)
+        able = ", ".join(name for name, family in FAMILIES.items() if family.make_generator)
         raise ValueError(f"model_type must be one of {able} to continue texts, got '{config.model_type}'.")
     return make(config)

@@ -1,10 +1,10 @@
-"""Fields of a checkpoint's config.json, and what of them a model of ours takes."""
+"""Checked access to the fields of a checkpoint's config.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
-def required(fields: Mapping[str, Any], name: str) -> Any:
+def require(fields: Mapping[str, Any], name: str) -> Any:
     """Return a field.
 
     Raises:
@@ -15,21 +15,20 @@ def required(fields: Mapping[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def integers(fields: Mapping[str, Any], *names: str) -> dict[str, int]:
-    """Return fields that must be integers >= 1.
+def integer(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Return a field that must be an integer >= 1; `default` where config.json leaves it out.
 
     Raises:
-        ValueError: one of them is absent or something else.
+        ValueError: it is missing without a default, or something else.
     """
-    for name in names:
-        value = required(fields, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"'{name}' in config.json must be an integer >= 1, got {value!r}.")
-    return {name: fields[name] for name in names}
+    value = default if default is not None and fields.get(name) is None else require(fields, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"'{name}' in config.json must be an integer >= 1, got {value!r}.")
+    return value
 
 
-def only(fields: Mapping[str, Any], name: str, expected: Any) -> None:
-    """Raise ValueError where a field is there with another value than the one that we support."""
+def check_supported(fields: Mapping[str, Any], name: str, expected: Any) -> None:
+    """Raise ValueError if a field has another value than the only supported one."""
     if fields.get(name, expected) != expected:
         model = fields.get("model_type")
-        raise ValueError(f"'{name}' is {fields[name]!r} in config.json, and of '{model}' only {expected!r} is supported.")
+        raise ValueError(f"'{name}' is {fields[name]!r} in config.json, but '{model}' supports only {expected!r}.")

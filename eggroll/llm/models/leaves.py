@@ -1,4 +1,4 @@
-"""The parameters of a decoder as a table: shape, first value, and the tensor of a checkpoint that each comes from."""
+"""The parameters of a decoder as a table: shape, initial value, and the name of the tensor in a checkpoint."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ class Leaf(NamedTuple):
     """One parameter, or one layer of a stacked parameter.
 
     Args:
-        tensor: name in a checkpoint; "{layer}" stands for the number of the layer.
-        shape: ours.
-        transposed: whether the checkpoint holds [out, in] where we hold [in, out].
-        start: "matrix" (normal, variance 1 / in), "embedding" (normal, 0.02), "zeros", "half" or "ones".
-        stored: shape in the checkpoint where it holds the same numbers in another one.
-        first_layer: layers before this have no such tensor; ours are zeros there, and do nothing.
+        tensor: name in a checkpoint; "{layer}" stands for the index of the layer.
+        shape: in the parameter tree.
+        transposed: whether the checkpoint stores [out, in] for our [in, out].
+        start: "matrix" (normal, variance 1 / in), "embedding" (normal, standard deviation 0.02), "zeros", "half" or "ones".
+        stored: shape in the checkpoint, if it differs otherwise.
+        first_layer: layers before this have no such tensor; ours is zeros there, without effect.
     """
 
     tensor: str
@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape in the checkpoint."""
+        """The shape in the checkpoint."""
         return self.stored or (self.shape[::-1] if self.transposed else self.shape)
 
 
@@ -45,8 +45,8 @@ class Leaves(NamedTuple):
     layers: int
 
 
-def linear(name: str, tensor: str, inputs: int, outputs: int, *, bias: bool) -> dict[str, Leaf]:
-    """A matrix [inputs, outputs] called `name`, and its bias where it has one."""
+def linear_leaves(name: str, tensor: str, inputs: int, outputs: int, *, bias: bool) -> dict[str, Leaf]:
+    """Return the leaves of a linear layer: a matrix [inputs, outputs] called `name`, and its bias if it has one."""
     leaves = {name: Leaf(f"{tensor}.weight", (inputs, outputs), transposed=True)}
     if bias:
         leaves[f"{name}_bias"] = Leaf(f"{tensor}.bias", (outputs,), start="zeros")
@@ -54,23 +54,25 @@ def linear(name: str, tensor: str, inputs: int, outputs: int, *, bias: bool) -> 
 
 
 def init(leaves: Leaves, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
-    """Draw first values.
+    """Draw initial parameters.
 
     Args:
         leaves: the table of a model.
-        key: from `jax.random.key`.
+        key: typed key, consumed.
         dtype: of every parameter.
 
     Returns:
         {"resident": {...}, "blocks": {...}}.
     """
     keys = iter(jax.random.split(key, len(leaves.resident) + len(leaves.blocks)))
-    resident = {name: _first_value(leaf, leaf.shape, next(keys), dtype) for name, leaf in leaves.resident.items()}
-    blocks = {name: _first_value(leaf, (leaves.layers, *leaf.shape), next(keys), dtype) for name, leaf in leaves.blocks.items()}
+    resident = {name: _initial_value(leaf, leaf.shape, next(keys), dtype) for name, leaf in leaves.resident.items()}
+    blocks = {
+        name: _initial_value(leaf, (leaves.layers, *leaf.shape), next(keys), dtype) for name, leaf in leaves.blocks.items()
+    }
     return {"resident": resident, "blocks": blocks}
 
 
-def _first_value(leaf: Leaf, shape: tuple[int, ...], key: Array, dtype: DTypeLike) -> Array:
+def _initial_value(leaf: Leaf, shape: tuple[int, ...], key: Array, dtype: DTypeLike) -> Array:
     if leaf.start in CONSTANTS:
         return jnp.full(shape, CONSTANTS[leaf.start], dtype)
     scale = EMBEDDING_SCALE if leaf.start == "embedding" else 1 / math.sqrt(leaf.shape[0])
@@ -78,7 +80,7 @@ def _first_value(leaf: Leaf, shape: tuple[int, ...], key: Array, dtype: DTypeLik
 
 
 def check_params(leaves: Leaves, params: Any) -> None:
-    """Raise ValueError unless `params` has the leaves and shapes of the table."""
+    """Raise ValueError unless `params` has exactly the leaves and shapes of the table."""
     expected = {f"resident/{name}": leaf.shape for name, leaf in leaves.resident.items()}
     expected |= {f"blocks/{name}": (leaves.layers, *leaf.shape) for name, leaf in leaves.blocks.items()}
     flat = jax.tree_util.tree_leaves_with_path(params)

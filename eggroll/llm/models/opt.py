@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.llm.decoder import Decoder
-from eggroll.llm.models.attention import attend, layer_norm, positions, visible
-from eggroll.llm.models.fields import integers, only
-from eggroll.llm.models.leaves import Leaf, Leaves, linear
+from eggroll.llm.models.attention import attend, causal_mask, layer_norm, positions
+from eggroll.llm.models.fields import check_supported, integer
+from eggroll.llm.models.leaves import Leaf, Leaves, linear_leaves
 
 OFFSET = 2  # the first two rows of the position table belong to padding
 EPSILON = 1e-5
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "num_attention_heads", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class OPTConfig:
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, ffn_dim, num_attention_heads, max_position_embeddings: sizes.
-        word_embed_proj_dim: width of the embedding, where it is not hidden_size.
-        do_layer_norm_before: norms before attention and feed-forward, and a final norm; False: after each, and none.
+        word_embed_proj_dim: width of the embedding; hidden_size unless it is projected.
+        do_layer_norm_before: norms before attention and feed-forward, and a final norm; False: norms after each, no final norm.
         tie_word_embeddings: the head is the embedding.
     """
 
@@ -44,7 +43,7 @@ class OPTConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}."
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
 
 
@@ -55,10 +54,15 @@ def from_fields(fields: Mapping[str, Any]) -> OPTConfig:
         ValueError: a missing field, or a variant that is not supported.
     """
     for name, expected in (("activation_function", "relu"), ("enable_bias", True), ("layer_norm_elementwise_affine", True)):
-        only(fields, name, expected)
-    only(fields, "_remove_final_layer_norm", False)
+        check_supported(fields, name, expected)
+    check_supported(fields, "_remove_final_layer_norm", False)
     return OPTConfig(
-        **integers(fields, *SIZES),
+        vocab_size=integer(fields, "vocab_size"),
+        hidden_size=integer(fields, "hidden_size"),
+        num_hidden_layers=integer(fields, "num_hidden_layers"),
+        ffn_dim=integer(fields, "ffn_dim"),
+        num_attention_heads=integer(fields, "num_attention_heads"),
+        max_position_embeddings=integer(fields, "max_position_embeddings"),
         word_embed_proj_dim=fields.get("word_embed_proj_dim") or fields["hidden_size"],
         do_layer_norm_before=fields.get("do_layer_norm_before", True),
         tie_word_embeddings=fields.get("tie_word_embeddings", True),
@@ -81,8 +85,8 @@ def leaves(config: OPTConfig) -> Leaves:
         ),
     }
     if words != width:
-        resident |= linear("project_in", "model.decoder.project_in", words, width, bias=False)
-        resident |= linear("project_out", "model.decoder.project_out", width, words, bias=False)
+        resident |= linear_leaves("project_in", "model.decoder.project_in", words, width, bias=False)
+        resident |= linear_leaves("project_out", "model.decoder.project_out", width, words, bias=False)
     if config.do_layer_norm_before:
         resident |= _norm("final_norm", "model.decoder.final_layer_norm", width)
     if not config.tie_word_embeddings:
@@ -91,8 +95,10 @@ def leaves(config: OPTConfig) -> Leaves:
         "ffn_norm", f"{layer}.final_layer_norm", width
     )
     for name, tensor in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
-        blocks |= linear(name, f"{layer}.self_attn.{tensor}", width, width, bias=True)
-    blocks |= linear("up", f"{layer}.fc1", width, ffn, bias=True) | linear("down", f"{layer}.fc2", ffn, width, bias=True)
+        blocks |= linear_leaves(name, f"{layer}.self_attn.{tensor}", width, width, bias=True)
+    blocks |= linear_leaves("up", f"{layer}.fc1", width, ffn, bias=True) | linear_leaves(
+        "down", f"{layer}.fc2", ffn, width, bias=True
+    )
     return Leaves(resident, blocks, config.num_hidden_layers)
 
 
@@ -103,16 +109,18 @@ def _norm(name: str, tensor: str, width: int) -> dict[str, Leaf]:
     }
 
 
-def decoder(config: OPTConfig) -> Decoder:
+def make_decoder(config: OPTConfig) -> Decoder:
     """Return the model's functions."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
     def begin(resident: Any, tokens: Array, mask: Array) -> tuple[Array, Any]:
         if tokens.shape[1] > config.max_position_embeddings:
-            raise ValueError(f"{tokens.shape[1]} tokens, and this model has {config.max_position_embeddings} positions.")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit the {config.max_position_embeddings} positions of this model."
+            )
         x = jnp.take(resident["embed"], tokens, axis=0)
         x = x @ resident["project_in"] if "project_in" in resident else x
-        return x + jnp.take(resident["positions"], positions(mask) + OFFSET, axis=0), visible(mask)
+        return x + jnp.take(resident["positions"], positions(mask) + OFFSET, axis=0), causal_mask(mask)
 
     def norm(params: Any, name: str, x: Array) -> Array:
         return layer_norm(x, params[f"{name}_scale"], params[f"{name}_bias"], EPSILON)
@@ -120,19 +128,19 @@ def decoder(config: OPTConfig) -> Decoder:
     def dense(params: Any, name: str, x: Array) -> Array:
         return x @ params[name] + params[f"{name}_bias"]
 
-    def attention(own: Any, x: Array, seen: Array) -> Array:
-        q, k, v = (dense(own, name, x).reshape(*x.shape[:2], heads, size) for name in ("q", "k", "v"))
-        return dense(own, "o", attend(q, k, v, seen))
+    def attention(weights: Any, x: Array, seen: Array) -> Array:
+        q, k, v = (dense(weights, name, x).reshape(*x.shape[:2], heads, size) for name in ("q", "k", "v"))
+        return dense(weights, "o", attend(q, k, v, seen))
 
-    def feed_forward(own: Any, x: Array) -> Array:
-        return dense(own, "down", jax.nn.relu(dense(own, "up", x)))
+    def feed_forward(weights: Any, x: Array) -> Array:
+        return dense(weights, "down", jax.nn.relu(dense(weights, "up", x)))
 
-    def block(own: Any, x: Array, seen: Array) -> Array:
+    def block(weights: Any, x: Array, seen: Array) -> Array:
         if config.do_layer_norm_before:
-            x = x + attention(own, norm(own, "attention_norm", x), seen)
-            return x + feed_forward(own, norm(own, "ffn_norm", x))
-        x = norm(own, "attention_norm", x + attention(own, x, seen))
-        return norm(own, "ffn_norm", x + feed_forward(own, x))
+            x = x + attention(weights, norm(weights, "attention_norm", x), seen)
+            return x + feed_forward(weights, norm(weights, "ffn_norm", x))
+        x = norm(weights, "attention_norm", x + attention(weights, x, seen))
+        return norm(weights, "ffn_norm", x + feed_forward(weights, x))
 
     def logits(resident: Any, x: Array) -> Array:
         x = norm(resident, "final_norm", x) if config.do_layer_norm_before else x

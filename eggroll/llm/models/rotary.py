@@ -1,6 +1,6 @@
 """Rotary positions: pairs of every query and key are turned by angles that grow with the position.
 
-    angle[p, i] = p f[i]           f[i] = theta^(-2 i / d), slowed down by the variants for texts longer than the trained ones
+    angle[p, i] = p f[i]           f[i] = theta^(-2 i / d), reduced by the variants for texts longer than those trained on
     (first, second) -> m (first cos - second sin, second cos + first sin)        the halves of a head; m = 1 but for yarn
 
 Variants: linear (f / factor), llama3 (slow turns divided by factor, fast ones kept, blended between), yarn (arXiv 2309.00071: a
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.llm.models.fields import only
+from eggroll.llm.models.fields import check_supported
 
 _SCALED = ("factor", "original_max_position_embeddings")
 NEEDED: dict[str, tuple[str, ...]] = {  # by rope_type
@@ -84,7 +84,7 @@ class Rotary:
         return (slow * (1 - share) + plain * share).astype(np.float32)
 
     def _llama3_share(self, plain: np.ndarray) -> np.ndarray:
-        """How much of every frequency is kept, from 0 to 1."""
+        """Return which share of every frequency is kept, from 0 to 1."""
         assert self.original_max_position_embeddings and self.low_freq_factor and self.high_freq_factor
         turns = self.original_max_position_embeddings * plain / (2 * np.pi)
         return np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
@@ -114,8 +114,9 @@ class Rotary:
             assert self.factor is not None
             return 0.1 * weight * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
-        both = self.mscale and self.mscale_all_dim
-        return growth(self.mscale) / growth(self.mscale_all_dim) if both else growth(1.0)  # type: ignore[arg-type]
+        if self.mscale and self.mscale_all_dim:
+            return growth(self.mscale) / growth(self.mscale_all_dim)
+        return growth(1.0)
 
 
 def from_fields(fields: Mapping[str, Any]) -> Rotary:
@@ -128,15 +129,15 @@ def from_fields(fields: Mapping[str, Any]) -> Rotary:
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise ValueError(f"rotary positions in config.json must be one object for all layers, got {given!r}.")
     for place in (fields, given):
-        only({"model_type": fields.get("model_type"), **place}, "partial_rotary_factor", 1.0)
+        check_supported({"model_type": fields.get("model_type"), **place}, "partial_rotary_factor", 1.0)
     kind = given.get("rope_type", given.get("type", "default"))
     longest = fields.get("max_position_embeddings")
     defaults = {"rope_theta": fields.get("rope_theta") or 10000.0, "original_max_position_embeddings": longest}
     known = defaults | {name: value for name, value in given.items() if value is not None}
     if fields.get("original_max_position_embeddings"):
         known["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
-    own = ("rope_theta", *NEEDED.get(kind, ()), *OPTIONAL.get(kind, ()))
-    return Rotary(rope_type=kind, **{name: known[name] for name in own if name in known})
+    names = ("rope_theta", *NEEDED.get(kind, ()), *OPTIONAL.get(kind, ()))
+    return Rotary(rope_type=kind, **{name: known[name] for name in names if name in known})
 
 
 def to_fields(rotary: Rotary) -> dict[str, Any]:

@@ -5,10 +5,10 @@
     w = exp(-e^(-1/2) sigmoid(w0 + tanh(xw W1) W2))          v = v0 + (v_first - v0) sigmoid(b0 + xv V1 V2)
     u = (k0 k_k) / |k0 k_k| of every head                    k = k0 (1 + (a - 1) k_a)
     S_t = S_{t-1} diag(w) - (S_{t-1} u) (u a)^T + v k^T      y = S_t r, float32 [H, N, N]
-    x + ((norm(y) + (r . (k r_k)) v) g) Wo                   then x + relu(xk K)^2 V with a token shift of its own
+    x + ((norm(y) + (r . (k r_k)) v) g) Wo                   then x + relu(xk K)^2 V with a token shift of its weights
 
 All projections of a text are products over all its tokens; only S is a scan over time. v_first is v0 of the first layer, where
-the interpolation has no effect. A padded token changes no state: S stays, and it counts as zeros for the token shift.
+the interpolation has no effect. Padding changes no state: S stays as it is, and the token shift reads zeros.
 `rwkv7_fields` has the tensors and config.json.
 """
 
@@ -38,7 +38,7 @@ class RWKV7Config:
         original_names: its file names tensors as the original RWKV-7 does; False: as flash-linear-attention does.
 
     Raises:
-        ValueError: hidden_size is no multiple of head_dim.
+        ValueError: hidden_size is not a multiple of head_dim.
     """
 
     vocab_size: int
@@ -58,11 +58,11 @@ class RWKV7Config:
 
     def __post_init__(self):
         if self.hidden_size % self.head_dim:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_dim {self.head_dim}.")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}.")
 
 
 class State(NamedTuple):
-    """Of one layer, or stacked over layers: what a text leaves behind."""
+    """The recurrent state of one layer, or of all layers stacked."""
 
     mixed: Array  # [B, D], the last normed input of the time mix
     memory: Array  # float32 [B, H, N, N], S
@@ -77,16 +77,16 @@ def zero_state(config: RWKV7Config, batch: int, dtype: Any) -> State:
 
 
 def embed(config: RWKV7Config, resident: Any, tokens: Array) -> Array:
-    """Look up words and norm them, [B, T, D] from int32 [B, T]."""
+    """Look up and normalise embeddings, [B, T, D] from int32 [B, T]."""
     return _norm(config, resident, "embed_norm", jnp.take(resident["embed"], tokens, axis=0))
 
 
-def layer(config: RWKV7Config, own: Any, x: Array, first_v: Array, *, first: Array, mask: Array, state: State) -> Any:
+def layer(config: RWKV7Config, weights: Any, x: Array, first_v: Array, *, first: Array, mask: Array, state: State) -> Any:
     """Run one layer over the next T tokens.
 
     Args:
         config: the model's.
-        own: the layer's parameters.
+        weights: the layer's parameters.
         x: [B, T, D].
         first_v: [B, T, D], v0 of the first layer; not used there.
         first: bool [], or one that broadcasts to x: whether this is the first layer.
@@ -94,40 +94,42 @@ def layer(config: RWKV7Config, own: Any, x: Array, first_v: Array, *, first: Arr
         state: of the tokens before.
 
     Returns:
-        What the layer gives, first_v, and the state.
+        The output of the layer, first_v, and the state.
     """
     real = mask[..., None]
-    normed = jnp.where(real, _norm(config, own, "mix_norm", x), jnp.zeros((), x.dtype))
-    mixed, first_v, memory = _time_mix(config, own, normed, first_v, first=first, mask=mask, state=state)
+    normed = jnp.where(real, _norm(config, weights, "mix_norm", x), jnp.zeros((), x.dtype))
+    mixed, first_v, memory = _time_mix(config, weights, normed, first_v, first=first, mask=mask, state=state)
     x = x + mixed
-    fed = jnp.where(real, _norm(config, own, "ffn_norm", x), jnp.zeros((), x.dtype))
-    hidden = matmul(_mix(fed, _previous(fed, state.fed), own["ffn_mix_k"]), own["ffn_k"])
-    x = x + matmul(jnp.square(jax.nn.relu(hidden)), own["ffn_v"])
+    fed = jnp.where(real, _norm(config, weights, "ffn_norm", x), jnp.zeros((), x.dtype))
+    hidden = matmul(_mix(fed, _shift(fed, state.fed), weights["ffn_mix_k"]), weights["ffn_k"])
+    x = x + matmul(jnp.square(jax.nn.relu(hidden)), weights["ffn_v"])
     return x, first_v, State(normed[:, -1], memory, fed[:, -1])
 
 
-def _time_mix(config: RWKV7Config, own: Any, x: Array, first_v: Array, *, first: Array, mask: Array, state: State) -> Any:
+def _time_mix(config: RWKV7Config, weights: Any, x: Array, first_v: Array, *, first: Array, mask: Array, state: State) -> Any:
     def by_head(array: Array) -> Array:
         return array.reshape(*array.shape[:2], -1, config.head_dim)
 
-    before = _previous(x, state.mixed)
-    xr, xw, xk, xv, xa, xg = (_mix(x, before, own[f"mix_{name}"]) for name in "rwkvag")
-    r, k, v = matmul(xr, own["r"]), matmul(xk, own["k"]), matmul(xv, own["v"])
-    rate = jax.nn.sigmoid((own["w0"] + matmul(jnp.tanh(matmul(xw, own["w1"])), own["w2"])).astype(jnp.float32))
-    a = jax.nn.sigmoid(own["a0"] + matmul(matmul(xa, own["a1"]), own["a2"]))
-    g = matmul(jax.nn.sigmoid(matmul(xg, own["g1"])), own["g2"])
+    before = _shift(x, state.mixed)
+    xr, xw, xk, xv, xa, xg = (_mix(x, before, weights[f"mix_{name}"]) for name in "rwkvag")
+    r, k, v = matmul(xr, weights["r"]), matmul(xk, weights["k"]), matmul(xv, weights["v"])
+    rate = jax.nn.sigmoid((weights["w0"] + matmul(jnp.tanh(matmul(xw, weights["w1"])), weights["w2"])).astype(jnp.float32))
+    a = jax.nn.sigmoid(weights["a0"] + matmul(matmul(xa, weights["a1"]), weights["a2"]))
+    g = matmul(jax.nn.sigmoid(matmul(xg, weights["g1"])), weights["g2"])
     first_v = jnp.where(first, v, first_v)
-    v = v + (first_v - v) * jax.nn.sigmoid(own["v0"] + matmul(matmul(xv, own["v1"]), own["v2"]))
-    u = _unit(by_head(k * own["k_k"]))
-    k = k * (1 + (a - 1) * own["k_a"])
+    v = v + (first_v - v) * jax.nn.sigmoid(weights["v0"] + matmul(matmul(xv, weights["v1"]), weights["v2"]))
+    u = _normalise(by_head(k * weights["k_k"]))
+    k = k * (1 + (a - 1) * weights["k_a"])
     inputs = by_head(r), by_head(jnp.exp(-math.exp(-0.5) * rate)), by_head(k), by_head(v), u, by_head(a)
-    memory, y = _remember(state.memory, tuple(map(_wide, inputs)), mask)
-    y = _group_norm(config, own, y).astype(x.dtype) + (jnp.sum(by_head(r * k * own["r_k"]), -1, keepdims=True) * by_head(v))
-    return matmul(y.reshape(x.shape) * g, own["o"]), first_v, memory
+    memory, y = _scan_memory(state.memory, tuple(map(_to_float32, inputs)), mask)
+    y = _group_norm(config, weights, y).astype(x.dtype) + (
+        jnp.sum(by_head(r * k * weights["r_k"]), -1, keepdims=True) * by_head(v)
+    )
+    return matmul(y.reshape(x.shape) * g, weights["o"]), first_v, memory
 
 
-def _remember(memory: Array, inputs: tuple[Array, ...], mask: Array) -> tuple[Array, Array]:
-    """S after the last token, and y float32 [B, T, H, N]."""
+def _scan_memory(memory: Array, inputs: tuple[Array, ...], mask: Array) -> tuple[Array, Array]:
+    """Return S after the last token, and y float32 [B, T, H, N]."""
 
     def read(memory: Array, now: tuple[tuple[Array, ...], Array]) -> tuple[Array, Array]:
         (r, w, k, v, u, a), real = now
@@ -147,39 +149,39 @@ def logits(config: RWKV7Config, resident: Any, x: Array) -> Array:
     return jnp.einsum("btd,vd->btv", x, resident["head"], preferred_element_type=jnp.float32)
 
 
-def decoder(config: RWKV7Config) -> Decoder:
-    """Return the functions of whole texts; what goes from block to block is x, first_v and whether a block came before."""
+def make_decoder(config: RWKV7Config) -> Decoder:
+    """Return the functions of whole texts; blocks pass on x, first_v and a flag that is 0 before the first block."""
     width = config.hidden_size
 
     def begin(resident: Any, tokens: Array, mask: Array) -> tuple[Array, Array]:
         x = embed(config, resident, tokens)
         return jnp.concatenate([x, jnp.zeros_like(x), jnp.zeros_like(x[..., :1])], axis=-1), mask
 
-    def block(own: Any, carried: Array, mask: Array) -> Array:
+    def block(weights: Any, carried: Array, mask: Array) -> Array:
         x, first_v, later = jnp.split(carried, [width, 2 * width], axis=-1)
         state = zero_state(config, x.shape[0], x.dtype)
-        x, first_v, _ = layer(config, own, x, first_v, first=later == 0, mask=mask, state=state)
+        x, first_v, _ = layer(config, weights, x, first_v, first=later == 0, mask=mask, state=state)
         return jnp.concatenate([x, first_v, jnp.ones_like(later)], axis=-1)
 
     return Decoder(begin, block, lambda resident, carried: logits(config, resident, carried[..., :width]))
 
 
-def generator(config: RWKV7Config) -> Generator:
-    """Return prefill and step; the cache is the state of all layers, whatever the room."""
+def make_generator(config: RWKV7Config) -> Generator:
+    """Return prefill and step; the cache is the state of all layers and does not grow with max_new_tokens."""
 
     def run(params: Any, tokens: Array, mask: Array, states: State) -> tuple[Array, State]:
         x = embed(config, params["resident"], tokens)
 
         def one(carry: tuple[Array, Array], xs: tuple[Any, Array, State]) -> tuple[tuple[Array, Array], State]:
-            (x, first_v), (own, number, state) = carry, xs
-            x, first_v, state = layer(config, own, x, first_v, first=number == 0, mask=mask, state=state)
+            (x, first_v), (weights, number, state) = carry, xs
+            x, first_v, state = layer(config, weights, x, first_v, first=number == 0, mask=mask, state=state)
             return (x, first_v), state
 
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
         (x, _), states = jax.lax.scan(one, (x, jnp.zeros_like(x)), (params["blocks"], numbers, states))
         return logits(config, params["resident"], x[:, -1:])[:, 0], states
 
-    def prefill(params: Any, tokens: Array, mask: Array, room: int) -> tuple[Array, State]:
+    def prefill(params: Any, tokens: Array, mask: Array, max_new_tokens: int) -> tuple[Array, State]:
         zeros = zero_state(config, tokens.shape[0], params["resident"]["embed"].dtype)
         every = jax.tree.map(lambda leaf: jnp.zeros((config.num_hidden_layers, *leaf.shape), leaf.dtype), zeros)
         return run(params, tokens, mask, every)
@@ -194,21 +196,21 @@ def _norm(config: RWKV7Config, params: Any, name: str, x: Array) -> Array:
     return layer_norm(x, params[f"{name}_scale"], params[f"{name}_bias"], config.norm_eps)
 
 
-def _group_norm(config: RWKV7Config, own: Any, y: Array) -> Array:
-    """Every head to mean 0 and variance 1, then scaled and shifted; float32 [B, T, H, N]."""
-    scale, bias = (own[f"y_norm_{name}"].astype(jnp.float32).reshape(-1, config.head_dim) for name in ("scale", "bias"))
+def _group_norm(config: RWKV7Config, weights: Any, y: Array) -> Array:
+    """Normalise every head to mean 0 and variance 1, then scale and shift; float32 [B, T, H, N]."""
+    scale, bias = (weights[f"y_norm_{name}"].astype(jnp.float32).reshape(-1, config.head_dim) for name in ("scale", "bias"))
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     return y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.head_dim * config.norm_eps) * scale + bias
 
 
-def _unit(x: Array) -> Array:
-    """Every head at length 1, in float32; the bound lies under the root, whose slope at the zeros of padding is no number."""
-    wide = _wide(x)
+def _normalise(x: Array) -> Array:
+    """Scale every head to length 1, in float32; the bound is inside the root, whose gradient at the zeros of padding is NaN."""
+    wide = _to_float32(x)
     return wide / jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24))
 
 
-def _previous(x: Array, last: Array) -> Array:
-    """The token before every token: [B, T, D]."""
+def _shift(x: Array, last: Array) -> Array:
+    """Shift by one token; `last` comes first: [B, T, D]."""
     return jnp.concatenate([last[:, None], x[:, :-1]], axis=1)
 
 
@@ -216,5 +218,5 @@ def _mix(x: Array, before: Array, share: Array) -> Array:
     return x + (before - x) * share
 
 
-def _wide(array: Array) -> Array:
+def _to_float32(array: Array) -> Array:
     return array.astype(jnp.float32)

@@ -3,20 +3,20 @@
     original      blocks.0.att.receptance.weight      vectors stored [1, 1, D]; W1 [D, rank]
     the latter    model.layers.0.attn.r_proj.weight   mixes of the time mix stored [1, 1, D]; W1 as a linear layer, [rank, D]
 
-The first layer of either may have no b0, V1 and V2, which do nothing there: ours are zeros, and are not written.
+The first layer of either may lack b0, V1 and V2, which have no effect there: ours are zeros and are not saved.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eggroll.llm.models.fields import integers, only
+from eggroll.llm.models.fields import check_supported, integer
 from eggroll.llm.models.leaves import Leaf, Leaves
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+FIXED = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
 _ADAPTERS = {"w": "decay_low_rank_dim", "a": "a_low_rank_dim", "v": "v_low_rank_dim", "g": "gate_low_rank_dim"}
-_GROWTH = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # inner size over the root of the width, of a config.json that leaves it out
+_GROWTH = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # default inner size over the root of the width
 _PROJECTIONS = {"r": ("receptance", "r_proj"), "k": ("key", "k_proj"), "v": ("value", "v_proj"), "o": ("output", "o_proj")}
 _NORMS = {"mix_norm": ("ln1", "attn_norm"), "ffn_norm": ("ln2", "ffn_norm"), "y_norm": ("att.ln_x", "attn.g_norm")}
 
@@ -27,31 +27,40 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
     Raises:
         ValueError: a missing field, or a variant that is not supported.
     """
-    expected = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
-    for name, value in expected.items():
-        only(fields, name, value)
-    sizes = {name: value for name, value in fields.items() if value is not None}
-    width = integers(fields, "hidden_size")["hidden_size"]
-    sizes.setdefault("head_dim", sizes.get("head_size", width // sizes["num_heads"] if "num_heads" in sizes else 64))
-    sizes.setdefault("intermediate_size", 32 * -(-int(width * sizes.get("hidden_ratio", 4)) // 32))
-    for name, rank in _ADAPTERS.items():
-        wider = 1 if name == "g" else sizes["head_dim"] / 64
-        sizes.setdefault(rank, max(32, 32 * round(_GROWTH[name] * width**0.5 * wider / 32)))
+    for name, value in FIXED.items():
+        check_supported(fields, name, value)
+    width = integer(fields, "hidden_size")
     if any(value != width for value in fields.get("value_dim") or [width]):
         raise ValueError(f"'value_dim' in config.json must be hidden_size {width} in every layer, got {fields['value_dim']}.")
-    whole: dict[str, Any] = {**integers(sizes, *SIZES, "intermediate_size", "head_dim", *_ADAPTERS.values())}
-    return RWKV7Config(**whole, norm_eps=fields.get("norm_eps", 1e-5))
+    by_heads = width // integer(fields, "num_heads") if fields.get("num_heads") is not None else 64
+    head_dim = integer(fields, "head_dim", integer(fields, "head_size", by_heads))
+
+    def inner(name: str) -> int:
+        wider = 1 if name == "g" else head_dim / 64
+        return integer(fields, _ADAPTERS[name], max(32, 32 * round(_GROWTH[name] * width**0.5 * wider / 32)))
+
+    return RWKV7Config(
+        vocab_size=integer(fields, "vocab_size"),
+        hidden_size=width,
+        intermediate_size=integer(fields, "intermediate_size", 32 * -(-int(width * (fields.get("hidden_ratio") or 4)) // 32)),
+        num_hidden_layers=integer(fields, "num_hidden_layers"),
+        decay_low_rank_dim=inner("w"),
+        a_low_rank_dim=inner("a"),
+        v_low_rank_dim=inner("v"),
+        gate_low_rank_dim=inner("g"),
+        head_dim=head_dim,
+        norm_eps=fields.get("norm_eps", 1e-5),
+    )
 
 
 def to_fields(config: RWKV7Config) -> dict[str, Any]:
     """Return config.json."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "original_names"}
-    more = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "tie_word_embeddings": False, "attn": None}
-    return {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"], **fields, **more}
+    return {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"], **fields, **FIXED}
 
 
-def observed(config: RWKV7Config, tensors: Iterable[str]) -> RWKV7Config:
-    """Return the configuration with the names that a file has."""
+def detect_names(config: RWKV7Config, tensors: Iterable[str]) -> RWKV7Config:
+    """Return the configuration with the naming scheme of a file's tensors."""
     return dataclasses.replace(config, original_names="emb.weight" in tensors)
 
 
@@ -94,14 +103,15 @@ def _norm(name: str, tensor: str, width: int) -> dict[str, Leaf]:
 
 
 def _adapter(name: str, mixer: str, width: int, rank: int, *, original: bool) -> dict[str, Leaf]:
-    """The matrices of a small two-layer map and, but for the gate, what is added to it."""
+    """Return the matrices of a small two-layer map and, except for the gate, its bias."""
     places = ("0", "1", "2") if original else ("_lora.lora.2.bias", "_lora.lora.0.weight", "_lora.lora.2.weight")
     added, inner, outer = (f"{mixer}.{name}{place}" for place in places)
-    more: dict[str, Any] = {"first_layer": int(name == "v")}
+    start = int(name == "v")  # the first layer has no V1, V2 and b0
     leaves = {
-        f"{name}1": Leaf(inner, (width, rank), transposed=not original, **more),
-        f"{name}2": Leaf(outer, (rank, width), transposed=not original, **more),
+        f"{name}1": Leaf(inner, (width, rank), transposed=not original, first_layer=start),
+        f"{name}2": Leaf(outer, (rank, width), transposed=not original, first_layer=start),
     }
     if name != "g":
-        leaves[f"{name}0"] = Leaf(added, (width,), start="zeros", stored=(1, 1, width) if original else (width,), **more)
+        stored = (1, 1, width) if original else (width,)
+        leaves[f"{name}0"] = Leaf(added, (width,), start="zeros", stored=stored, first_layer=start)
     return leaves

@@ -1,9 +1,9 @@
-"""Models of bytes with a gradient, behind one interface: EGG in real numbers, and a small transformer.
+"""Differentiable models of bytes behind one interface: EGG in real numbers, and a small transformer.
 
     state, known = model.sequence(params, state, text)      log2 of the probability of every byte of a piece of text
 
-EGG carries its state from piece to piece. The transformer has none: a piece is read in windows, and a byte sees what comes
-before it in its window only.
+EGG carries its state from piece to piece. The transformer has no state: it reads a piece in windows, and a byte attends only to
+earlier bytes of its window.
 """
 
 import math
@@ -16,8 +16,8 @@ from jax import Array
 
 from eggroll.experiments.egg.models import egg, float_egg
 from eggroll.llm.decoder import apply, token_log_likelihood
-from eggroll.llm.models.leaves import init
-from eggroll.llm.models.transformer import TransformerConfig, decoder, leaves
+from eggroll.llm.models.families import init_params, make_decoder
+from eggroll.llm.models.transformer import TransformerConfig
 
 HEAD_DIM = 16
 
@@ -31,7 +31,7 @@ class ByteModel(NamedTuple):
 
 
 def parameter_count(model: ByteModel) -> int:
-    """Return how many numbers are trained."""
+    """Return the number of trained parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 
@@ -41,13 +41,13 @@ def recurrent(config: egg.Config) -> ByteModel:
 
 
 def transformer(config: TransformerConfig, *, window: int) -> ByteModel:
-    """Return a decoder of bytes.
+    """Return a small transformer.
 
     Args:
         config: its sizes, with a vocabulary of 256.
-        window: bytes that are read and scored at a time; a shorter piece of text is filled up.
+        window: bytes read and scored at a time; shorter pieces of text are padded.
     """
-    model = decoder(config)
+    model = make_decoder(config)
 
     def sequence(params: Any, state: Any, text: Array) -> tuple[Any, Array]:
         length = text.shape[0] - 1
@@ -58,18 +58,23 @@ def transformer(config: TransformerConfig, *, window: int) -> ByteModel:
         known = token_log_likelihood(apply(model, params, tokens, everything), tokens, everything)[:, 1:]
         return state, known.reshape(-1)[:length] / math.log(2)
 
-    return ByteModel(lambda key: init(leaves(config), key), (), sequence)
+    return ByteModel(lambda key: init_params(config, key=key), (), sequence)
 
 
 def transformer_config(*, layers: int, width: int) -> TransformerConfig:
-    """Sizes of a decoder with about as many parameters as EGG of the same layers and width.
+    """Return the sizes of a transformer with about as many parameters as EGG of the same layers and width.
 
     Raises:
-        ValueError: a width that is no multiple of a head's.
+        ValueError: width is not a multiple of HEAD_DIM.
     """
     if width < 1 or width % HEAD_DIM:
         raise ValueError(f"width must be a multiple of {HEAD_DIM} for a transformer, got {width}.")
-    heads = width // HEAD_DIM
-    more: dict[str, Any] = {"head_dim": HEAD_DIM, "num_attention_heads": heads, "num_key_value_heads": heads}
-    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
-    return TransformerConfig(vocab_size=egg.VOCABULARY, **sizes, **more)
+    return TransformerConfig(
+        vocab_size=egg.VOCABULARY,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_DIM,
+        num_key_value_heads=width // HEAD_DIM,
+        head_dim=HEAD_DIM,
+    )

@@ -8,9 +8,9 @@ section 6.1 and appendices G to I).
     x = x + (norm(x; ln2) W1) W2                               L layers of this
     logits = norm(x; ln_out) H                                 int8 [256], base 2, 16 stands for one bit
 
-Sums saturate at +-127, and that is the only nonlinearity besides the gate. The model is a plain function of its parameters, for
-one member; `fixed_point` has the arithmetic, `integer_loss` the loss, docs/integer.md the bounds.
-The layers are a scan: for a population on CPU that is twice as fast as separate layers (experiments/LOG.md).
+Sums saturate at +-127, which is the only nonlinearity apart from the gate. The model is a plain function of the parameters of
+one member; `fixed_point` has the arithmetic, `integer_loss` the loss, docs/integer.md the bounds. The layers are a scan, which
+for a population on CPU is twice as fast as unrolled layers (experiments/LOG.md).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS, log_likeliho
 
 Params = Any  # int8 leaves, see `init`
 VOCABULARY = 256
-SEPARATOR = 0  # the byte that begins a document: the state is reset before it is read
+SEPARATOR = 0  # the first byte of a document; the state is reset before it
 EXPANSION = 4  # hidden width of the MLP
 _NORM_BITS = 16
 MAX_WIDTH = (2**31 - 1) // (
@@ -73,7 +73,7 @@ def init(config: Config, *, key: Array) -> Params:
 
     Args:
         config: the shape.
-        key: is consumed.
+        key: typed key, consumed.
 
     Returns:
         int8 leaves, those of the layers stacked on a leading axis L.
@@ -95,7 +95,7 @@ def init(config: Config, *, key: Array) -> Params:
 
 
 def init_state(config: Config) -> Array:
-    """Return the state of one member before its first byte, int8 [L, D]."""
+    """Return the initial state of one member, int8 [L, D]."""
     return jnp.zeros((config.layers, config.width), jnp.int8)
 
 
@@ -104,7 +104,7 @@ def step(params: Params, state: Array, byte: Array, config: Config) -> tuple[Arr
 
     Args:
         params: as `init` returns them.
-        state: int8 [L, D]; taken as zeros where the byte is the separator.
+        state: int8 [L, D]; reset to zeros if the byte is the separator.
         byte: uint8 or int32 [].
         config: the model's.
 
@@ -114,8 +114,8 @@ def step(params: Params, state: Array, byte: Array, config: Config) -> tuple[Arr
     state = jnp.where(byte == SEPARATOR, jnp.zeros_like(state), state)
     x = jnp.take(params["embedding"], byte, axis=0, mode="clip")
 
-    def layer(x: Array, own: tuple[Any, Array]) -> tuple[Array, Array]:
-        weights, h = own
+    def layer(x: Array, scanned: tuple[Any, Array]) -> tuple[Array, Array]:
+        weights, h = scanned
         h = _gru(weights, _norm(x, weights["ln1"], config.rounding), h, config.rounding)
         x = saturating_sum(x, h)
         hidden = _linear(_norm(x, weights["ln2"], config.rounding), weights["W1"], config.rounding)
@@ -126,7 +126,7 @@ def step(params: Params, state: Array, byte: Array, config: Config) -> tuple[Arr
 
 
 def sequence(params: Params, state: Array, text: Array, config: Config) -> tuple[Array, Array]:
-    """Read a piece of text and score every byte given those before it.
+    """Read a piece of text and score every byte after the first.
 
     Args:
         params: as `init` returns them.
@@ -158,7 +158,7 @@ def _linear(x: Array, weights: Array, rounding: Rounding) -> Array:
 
 
 def _gru(weights: Any, u: Array, h: Array, rounding: Rounding) -> Array:
-    """The layer's state after input u; both int8 [D]."""
+    """Return the layer's state after input u; both int8 [D]."""
     f = saturating_sum(_linear(u, weights["Wf"], rounding), _linear(h, weights["Uf"], rounding), weights["bf"])
     gate, old = f.astype(jnp.int32) + LARGEST, h.astype(jnp.int32)
     g = shift_right(gate * old, 8, rounding=rounding).astype(jnp.int8)
@@ -167,9 +167,9 @@ def _gru(weights: Any, u: Array, h: Array, rounding: Rounding) -> Array:
 
 
 def _norm(x: Array, weight: Array, rounding: Rounding) -> Array:
-    """x / mean |x| * weight, the mean at least one unit of the last bit; int8 [D].
+    """Return x / mean |x| * weight, with a mean of at least one unit of the last bit; int8 [D].
 
-    To nearest: one division per vector, 1 / mean in 16 bits, which moves the result by at most 0.124 of a last bit.
+    Rounding to nearest takes one division per vector, 1 / mean in 16 bits, an error of at most 0.124 of the last bit.
     """
     wide = x.astype(jnp.int32)
     total, D = jnp.sum(jnp.abs(wide)), x.shape[0]

@@ -3,10 +3,10 @@
     y = clip(round(x W / (16 sqrt(n))), -127, 127)        x int8 [n], W int8 [n, m], sums in int32
 
 Values lie in [-127, 127]; -128 never occurs. Rounding is to nearest, ties up: over all remainders of a division by d the mean
-error is 1 / (2 d) of the last bit. The rule "floor" is that of the EGGROLL paper's code, whose results are (d - 1) / (2 d) of a
-last bit too small on average: 0.496 at fan-in 64, where d is 128.
-Every product of the network is `product`, one plain `dot_general` of int8 arrays with an int32 result: the form that XLA runs
-on the integer units (experiments/LOG.md has the others), and the one that a perturbation of the weights hooks into.
+error is 1 / (2 d) of the last bit. The rule "floor" is that of the EGGROLL paper's code; its results are on average (d - 1) /
+(2 d) of the last bit too small, 0.496 at fan-in 64, where d is 128.
+Every product of the network is `product`, one `dot_general` of int8 arrays with an int32 result, which XLA runs on the integer
+units (experiments/LOG.md compares other forms) and which perturbations of the weights intercept.
 """
 
 import math
@@ -25,7 +25,7 @@ _RECIPROCAL_BITS = 23  # 127 * 2^23 plus one half stays below 2^31
 
 
 def check_rounding(rounding: str) -> None:
-    """Raise ValueError unless it is a rule that exists."""
+    """Raise ValueError for an unknown rule."""
     if rounding not in get_args(Rounding):
         raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, got {rounding!r}.")
 
@@ -50,9 +50,9 @@ def rescale(total: Array, fan_in: int, *, rounding: Rounding) -> Array:
     the quotient is off by at most 127 * 16 sqrt(fan_in) / 2^24 of the last bit before it is rounded: 0.0017 at fan-in 200.
 
     Args:
-        total: int32; any value, a large one saturates.
+        total: int32; large values saturate.
         fan_in: number of summed products.
-        rounding: to nearest, or down as in the paper's code.
+        rounding: "nearest", or "floor" as in the paper's code.
 
     Returns:
         int8 of the same shape.

@@ -5,7 +5,7 @@
     h' = h + (f + c) (~h - h) / 16,  c = 127 / 16   the gate, in [0, 2 c / 16] as f is in [-c, c]
 
 Everything saturates at +-c, as in `egg`, where 16 stands for 1.0; that and the gate are the only nonlinearities. Parameters
-have the names, the shapes and the first values of `egg`, divided by 16. All is float32.
+have the names, shapes and initial values of `egg`, divided by 16. Everything is float32.
 """
 
 import math
@@ -23,17 +23,17 @@ LIMIT = LARGEST / ONE
 
 
 def from_integers(values: Any) -> Any:
-    """Convert int8 parameters or states of `egg` to the real numbers they represent, float32."""
+    """Return int8 parameters or states of `egg` as real numbers, float32."""
     return jax.tree.map(lambda value: value.astype(jnp.float32) / ONE, values)
 
 
 def init(config: egg.Config, *, key: Array) -> egg.Params:
-    """Draw the real numbers that the parameters of `egg.init` represent; the key is consumed."""
+    """Return the parameters of `egg.init` as real numbers; the key is consumed."""
     return from_integers(egg.init(config, key=key))
 
 
 def init_state(config: egg.Config) -> Array:
-    """Return the state of one stream before its first byte, float32 [L, D]."""
+    """Return the initial state of one stream, float32 [L, D]."""
     return from_integers(egg.init_state(config))
 
 
@@ -42,7 +42,7 @@ def step(params: egg.Params, state: Array, byte: Array) -> tuple[Array, Array]:
 
     Args:
         params: as `init` returns them.
-        state: float32 [L, D]; taken as zeros where the byte is the separator.
+        state: float32 [L, D]; reset to zeros if the byte is the separator.
         byte: uint8 or int32 [].
 
     Returns:
@@ -51,8 +51,8 @@ def step(params: egg.Params, state: Array, byte: Array) -> tuple[Array, Array]:
     state = jnp.where(byte == egg.SEPARATOR, jnp.zeros_like(state), state)
     x = jnp.take(params["embedding"], byte, axis=0, mode="clip")
 
-    def layer(x: Array, own: tuple[Any, Array]) -> tuple[Array, Array]:
-        weights, h = own
+    def layer(x: Array, scanned: tuple[Any, Array]) -> tuple[Array, Array]:
+        weights, h = scanned
         h = _gru(weights, _norm(x, weights["ln1"]), h)
         x = _saturate(x + h)
         return _saturate(x + _linear(_linear(_norm(x, weights["ln2"]), weights["W1"]), weights["W2"])), h
@@ -62,7 +62,7 @@ def step(params: egg.Params, state: Array, byte: Array) -> tuple[Array, Array]:
 
 
 def sequence(params: egg.Params, state: Array, text: Array) -> tuple[Array, Array]:
-    """Read a piece of text and score every byte given those before it.
+    """Read a piece of text and score every byte after the first.
 
     Args:
         params: as `init` returns them.
@@ -75,8 +75,8 @@ def sequence(params: egg.Params, state: Array, text: Array) -> tuple[Array, Arra
 
     def read(state: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         logits, state = step(params, state, pair[0])
-        known = jax.nn.log_softmax(logits * math.log(2)) / math.log(2)
-        return state, jnp.take(known, pair[1], mode="clip")
+        log_likelihood = jax.nn.log_softmax(logits * math.log(2)) / math.log(2)
+        return state, jnp.take(log_likelihood, pair[1], mode="clip")
 
     return jax.lax.scan(read, state, (text[:-1], text[1:]))
 
@@ -90,7 +90,7 @@ def _linear(x: Array, weights: Array) -> Array:
 
 
 def _gru(weights: Any, u: Array, h: Array) -> Array:
-    """The layer's state after input u; both float32 [D]."""
+    """Return the layer's state after input u; both float32 [D]."""
     f = _saturate(_linear(u, weights["Wf"]) + _linear(h, weights["Uf"]) + weights["bf"])
     gate = (f + LIMIT) / ONE
     c = _saturate(_linear(u, weights["Wh"]) + _linear(gate * h, weights["Uh"]) + weights["bh"])
@@ -98,5 +98,5 @@ def _gru(weights: Any, u: Array, h: Array) -> Array:
 
 
 def _norm(x: Array, weight: Array) -> Array:
-    """x / mean |x| * weight, the mean at least the integer model's last bit."""
+    """Return x / mean |x| * weight, with a mean of at least the integer model's last bit."""
     return _saturate(x * weight / jnp.maximum(jnp.mean(jnp.abs(x)), 1 / ONE))

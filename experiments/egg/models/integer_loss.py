@@ -18,13 +18,13 @@ from jax import Array
 from eggroll.experiments.egg.models.fixed_point import Rounding
 
 UNITS_PER_BIT = {"nearest": 256, "floor": 16}
-MAX_TOKENS = 350_000  # a byte is at most 24 bits unlikely: that many sum up in int32 in both units
+MAX_TOKENS = 350_000  # a byte has at most 24 bits: so many sum in int32 in both units
 
 _POWER_BITS, _MANTISSA_BITS = 22, 11
 _POWERS = np.round(2.0 ** (_POWER_BITS + (np.arange(256) - 255) / 16)).astype(np.int32)
 _MANTISSAS = np.round(256 * np.log2(1 + (np.arange(2**_MANTISSA_BITS) + 0.5) / 2**_MANTISSA_BITS)).astype(np.int32)
 _PAPER_POWERS = (16 * 2.0 ** (np.arange(256) / 16)).astype(np.int32)
-_SIXTEENTHS = np.ceil(2.0 ** (30 + np.arange(1, 16) / 16)).astype(np.int32)  # mantissas from which on log2 is that much larger
+_SIXTEENTHS = np.ceil(2.0 ** (30 + np.arange(1, 16) / 16)).astype(np.int32)  # mantissas at which log2 is k/16 larger
 
 
 def log_likelihood(logits: Array, target: Array, *, rounding: Rounding = "nearest") -> Array:
@@ -32,8 +32,8 @@ def log_likelihood(logits: Array, target: Array, *, rounding: Rounding = "neares
 
     Args:
         logits: int8 [256], values in [-127, 127].
-        target: uint8 or int32 [], the byte that came.
-        rounding: "nearest" in units of 1/256 bit, or the rule of the paper's code in units of 1/16 bit.
+        target: uint8 or int32 [], the actual byte.
+        rounding: "nearest", in units of 1/256 bit, or "floor", the paper's code, in units of 1/16 bit.
 
     Returns:
         int32 [], log2 of the target's probability in units of 1 / UNITS_PER_BIT[rounding] bit.
@@ -49,14 +49,14 @@ def log_likelihood(logits: Array, target: Array, *, rounding: Rounding = "neares
 
 
 def _log2(total: Array) -> Array:
-    """log2 of int32 in [2^11, 2^31) in units of 1/256, to nearest of the middle of its mantissa's step."""
+    """Return log2 of int32 in [2^11, 2^31) in units of 1/256, at the middle of its mantissa's step."""
     exponent = 31 - jax.lax.clz(total)
     mantissa = (total >> (exponent - _MANTISSA_BITS)) & (2**_MANTISSA_BITS - 1)
     return (exponent << 8) + jnp.take(_MANTISSAS, mantissa, mode="clip")
 
 
 def _floor_log2_sixteenths(total: Array) -> Array:
-    """log2 of positive int32 in units of 1/16, rounded down."""
+    """Return log2 of positive int32 in units of 1/16, rounded down."""
     zeros = jax.lax.clz(total)
     mantissa = total << (zeros - 1)  # in [2^30, 2^31)
     return ((31 - zeros) << 4) + jnp.sum((mantissa[..., None] >= _SIXTEENTHS).astype(jnp.int32), axis=-1)

@@ -1,4 +1,4 @@
-"""Text from the byte model. Temperatures are floating-point numbers of the host; the model stays in integers."""
+"""Sampling text from the byte model. The host samples in floating point; the model itself stays in integers."""
 
 import functools
 
@@ -18,13 +18,13 @@ def sample(
     Args:
         params: as `egg.init` returns them.
         config: the model's.
-        prompt: the beginning of the document, may be empty.
-        length: bytes to draw.
-        temperature: 0 takes the likeliest byte, 1 draws from the model's probabilities.
-        seed: of the draws.
+        prompt: the beginning of the document; may be empty.
+        length: bytes to sample.
+        temperature: 0 takes the likeliest byte, 1 samples from the model's probabilities.
+        seed: of the samples.
 
     Returns:
-        The bytes drawn; a separator among them begins a new document.
+        The sampled bytes; a separator among them begins a new document.
 
     Raises:
         ValueError: a negative length or temperature.

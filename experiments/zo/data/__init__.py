@@ -1,1 +1,1 @@
-"""Fine-tuning tasks as arrays, and the losses on them."""
+"""Fine-tuning tasks as arrays."""

@@ -1,41 +1,35 @@
-"""Padded arrays of a task's questions, and batches of them."""
+"""Examples of a task as padded arrays, and batches of them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from eggroll.envs.tasks.records import Record, read_records
+from eggroll.envs.tasks.records import Record
 from eggroll.experiments.zo.data.tasks import Task
 from eggroll.llm.tokenizers import Tokenizer
 
 
 class Examples(NamedTuple):
-    """Questions as arrays: N of them, C candidates each (1 for generation), T tokens, padded on the right with 0."""
+    """N questions with C candidates each (1 for generation) as arrays of T tokens, padded on the right with 0."""
 
     tokens: Any  # int32 [N, C, T]: prompt and candidate
-    mask: Any  # bool [N, C, T]: not padding
-    targets: Any  # bool [N, C, T]: the candidate's tokens
-    labels: Any  # int32 [N]: the right candidate
-
-
-def load(path: str | Path, task: Task, tokenizer: Tokenizer, *, max_length: int) -> Examples:
-    """Read a JSONL file; arguments and errors are those of `encode` and `read_records`."""
-    return encode(read_records(path), task, tokenizer, max_length=max_length)
+    mask: Any  # bool [N, C, T], False on padding
+    targets: Any  # bool [N, C, T], True on the candidate's tokens
+    labels: Any  # int32 [N], index of the right candidate
 
 
 def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_length: int) -> Examples:
-    """Turn records into arrays.
+    """Encode records as arrays.
 
     Args:
         records: at least one.
-        task: says which text they become.
+        task: turns records into text.
         tokenizer: turns text into tokens.
-        max_length: most tokens of an example; a longer prompt loses its beginning, the same for all of its candidates.
+        max_length: most tokens of an example; longer prompts lose their beginning, the same for all candidates.
 
     Returns:
-        Examples as long as the longest of them.
+        The examples, padded to the longest.
 
     Raises:
         ValueError: a record that does not fit the task, a prompt or candidate without tokens, a candidate that fills
@@ -64,25 +58,27 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
 
 
 def _context(record: Record, prompt: str, targets: list[list[int]], tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """What comes before every candidate: the tokenizer's prefix and the end of the prompt."""
+    """Return the tokens before every candidate: the tokenizer's prefix and the end of the prompt."""
     longest = max(map(len, targets))
-    room = max_length - len(tokenizer.prefix) - longest
-    if room < 1:
-        raise ValueError(f"{record.place}: a text to be predicted has {longest} tokens, no room for a prompt in {max_length}.")
-    context = [*tokenizer.prefix, *tokenizer.encode(prompt)[-room:]]
+    limit = max_length - len(tokenizer.prefix) - longest
+    if limit < 1:
+        raise ValueError(
+            f"{record.place}: a text to be predicted has {longest} tokens, which leaves no place for a prompt in {max_length}."
+        )
+    context = [*tokenizer.prefix, *tokenizer.encode(prompt)[-limit:]]
     if not context:
         raise ValueError(f"{record.place}: the tokenizer turns the prompt {prompt!r} into no tokens.")
     return context
 
 
 def batch_of(examples: Examples, step: int, *, size: int, seed: int = 0) -> Examples:
-    """Return the batch of a step, a pure function of its arguments: every epoch is a new order, its remainder is left out.
+    """Return the batch of a step, a pure function of its arguments; every epoch has a new order and drops its remainder.
 
     Args:
-        examples: all of them.
+        examples: the whole split.
         step: from 0.
         size: examples in a batch.
-        seed: of the orders.
+        seed: of the order.
 
     Raises:
         ValueError: size is not between 1 and the number of examples.

@@ -1,4 +1,4 @@
-"""A task that ships: short reviews made of word lists, whose label is the adjective's, turned round by a negation.
+"""A task without download: short reviews made from word lists; the label is the adjective's, inverted by a negation.
 
 "to be honest, the music was not dull this time"   ->   1
 """
@@ -16,7 +16,7 @@ TASK = Classification("{text} It was", {"0": " poor", "1": " good"})
 _OPENINGS = ("", "i think ", "we found that ", "to be honest, ", "in the end, ", "my friends said ")
 _NOUNS = ("film", "story", "music", "food", "hotel", "game", "book", "cast", "service", "camera", "meal", "show")
 _PLAIN = ("", "very ", "really ", "quite ", "so ", "rather ")
-_NEGATED = ("not ", "never ")  # a quarter, so that the adjective alone is right in three of four
+_NEGATED = ("not ", "never ")  # a quarter of all, so that the adjective alone is right in three of four
 _GOOD = ("great", "lovely", "clever", "warm", "superb", "charming", "fresh", "bright", "moving", "solid", "funny", "elegant")
 _BAD = ("awful", "dull", "boring", "cold", "weak", "clumsy", "stale", "bleak", "silly", "broken", "noisy", "ugly")
 _TAILS = ("", " this time", " in every way", " as we expected", " from start to end", " for me", " on the whole", " again")
@@ -24,7 +24,7 @@ _PARTS = (_OPENINGS, _NOUNS, _PLAIN + _NEGATED, _GOOD + _BAD, _TAILS)
 
 
 def sentences(*, short: bool = False) -> list[tuple[str, int]]:
-    """All sentences with their labels, 0 or 1; half of them each. Short ones have no opening and end in the adjective."""
+    """Return all sentences with their labels, half 0 and half 1; short ones have no opening and end with the adjective."""
     openings, *middle, tails = _PARTS
     return [
         (f"{opening}the {noun} was {modifier}{adjective}{tail}", int((adjective in _GOOD) != (modifier in _NEGATED)))
@@ -43,19 +43,19 @@ def write(
     test: int = 1000,
     short: bool = False,
 ) -> dict[str, Path]:
-    """Write train.jsonl, validation.jsonl and test.jsonl; no sentence is in two of them.
+    """Write train.jsonl, validation.jsonl and test.jsonl without common sentences.
 
     Args:
-        folder: made where it is missing.
-        seed: of the choice of sentences.
+        folder: created if missing.
+        seed: of the selection of sentences.
         train, validation, test: number of sentences.
-        short: only sentences without opening that end in the adjective, of which there are 2304.
+        short: only the 2304 sentences without an opening that end with the adjective.
 
     Returns:
-        Path by name of the split.
+        Name of the split -> path.
 
     Raises:
-        ValueError: more sentences than there are, or fewer than 1 in a split.
+        ValueError: more sentences than exist, or fewer than 1 in a split.
     """
     everything, sizes = sentences(short=short), {"train": train, "validation": validation, "test": test}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(everything):

@@ -1,4 +1,4 @@
-"""Tasks: what is asked of a record, and which continuations of the question are compared.
+"""Tasks: turn a record into a prompt and the continuations of it to compare.
 
 classification   "a fine film It was" + " great" | " terrible"      one candidate a label word
 generation       "3 + 4 =" + " 7"                                   the answer alone
@@ -13,7 +13,7 @@ from eggroll.envs.tasks.records import Record
 
 
 class Question(NamedTuple):
-    """One record as text: the prompt, its candidate continuations, and which of them is right."""
+    """A record as text: the prompt, its candidate continuations, and the index of the right one."""
 
     prompt: str
     candidates: tuple[str, ...]
@@ -48,7 +48,7 @@ class Classification:
         label, labels = record.text(self.label_field), list(map(str, self.label_words))
         if label not in labels:
             raise ValueError(f"{record.place}: label '{label}' is unknown, expected one of {', '.join(labels)}.")
-        return Question(_filled(self.template, record), tuple(self.label_words.values()), labels.index(label))
+        return Question(_fill(self.template, record), tuple(self.label_words.values()), labels.index(label))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Generation:
 
     Args:
         template: prompt with the record's fields in braces.
-        answer: what follows it, in the same form; end it with what ends an answer, such as "{answer}</s>".
+        answer: the expected continuation, in the same form; include the end of an answer, such as "{answer}</s>".
     """
 
     template: str = "{prompt}"
@@ -73,14 +73,14 @@ class Generation:
         Raises:
             ValueError: a missing field.
         """
-        return Question(_filled(self.template, record), (_filled(self.answer, record),), 0)
+        return Question(_fill(self.template, record), (_fill(self.answer, record),), 0)
 
 
 Task = Classification | Generation
 
 
 def _fields(template: str) -> list[str]:
-    """Names of the fields of a template."""
+    """Return the names of the fields of a template."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -90,7 +90,7 @@ def _fields(template: str) -> list[str]:
     return names
 
 
-def _filled(template: str, record: Record) -> str:
+def _fill(template: str, record: Record) -> str:
     return template.format(**{name: record.text(name) for name in _fields(template)})
 
 

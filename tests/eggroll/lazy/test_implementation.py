@@ -12,7 +12,7 @@ import eggroll
 from eggroll.kernels import hopper
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
-from eggroll.llm.models.transformer import TransformerConfig, decoder, leaves
+from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
 from tests.kernels import kernel_models
 
 gpu_interpreter = pytest.importorskip("tests.kernels.gpu_interpreter", reason="this jax has no GPU interpreter of this form")
@@ -66,7 +66,7 @@ def test_step_of_floats_is_lowered_with_kernels(on_hopper):
 @pytest.mark.slow
 def test_every_projection_of_a_language_model_has_a_kernel(on_hopper):
     config = TransformerConfig(256, 128, 256, 2, 4, 2, 32, model_type="llama", tie_word_embeddings=True)
-    model, params = decoder(config), init(leaves(config), jax.random.key(0), jnp.bfloat16)
+    model, params = make_decoder(config), init(leaves(config), jax.random.key(0), jnp.bfloat16)
     texts = jax.random.randint(jax.random.key(1), (64, 1, 2), 0, 256)
 
     def fitness(params, text, key):

@@ -76,13 +76,13 @@ def logits_of(config, params, tokens, mask):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens, mask):
-    return apply(hf.decoder(config), params, tokens, mask)
+    return apply(hf.make_decoder(config), params, tokens, mask)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="length")
 def greedy(config, params, tokens, mask, *, length):
     """The likeliest tokens, int32 [B, length], and the logits they are of, [length, B, V]; a scan over tokens."""
-    generator = hf.generator(config)
+    generator = hf.make_generator(config)
     first, cache = generator.prefill(params, tokens, mask, length)
 
     def one(carry, _):

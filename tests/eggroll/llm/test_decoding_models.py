@@ -59,7 +59,7 @@ def test_checkpoint_of_transformers_is_read_continued_and_written(config, tmp_pa
 @all_decoding
 def test_steps_give_the_logits_of_whole_texts(config):
     """A prompt of nine tokens and six steps, against the text as a whole and against the prompt of fifteen."""
-    params, generator = random_params(config), hf.generator(config)
+    params, generator = random_params(config), hf.make_generator(config)
     tokens, mask = map(jnp.asarray, inputs(15, left=True))
     whole = logits_of(config, params, tokens, mask)
     prefill, step = jax.jit(generator.prefill, static_argnums=3), jax.jit(generator.step)
@@ -133,7 +133,7 @@ def test_lazy_members_decode_what_built_ones_decode(config):
 def test_a_step_writes_the_cache_in_place(members):
     """A loop of steps on a donated cache needs less memory than a second cache."""
     config = dataclasses.replace(QWEN2, num_hidden_layers=8)
-    params, generator = random_params(config), hf.generator(config)
+    params, generator = random_params(config), hf.make_generator(config)
     prompt = jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4), bool)
 
     def continued(params, cache):
@@ -158,7 +158,7 @@ def test_a_step_writes_the_cache_in_place(members):
 
 def test_a_model_that_only_reads_is_refused():
     with pytest.raises(ValueError, match="must be one of llama, qwen2, qwen3, rwkv7 to continue texts, got 'opt'"):
-        hf.generator(OPT)
+        hf.make_generator(OPT)
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,5 @@ def test_llama_without_a_head_size_divides_its_width(tmp_path):
     path.write_text(json.dumps(fields))
     assert hf.read_config(tmp_path) == LLAMA
     path.write_text(json.dumps(fields | {"num_attention_heads": 3}))
-    with pytest.raises(ValueError, match=r"hidden_size 16 in config.json is no multiple of num_attention_heads 3"):
+    with pytest.raises(ValueError, match=r"hidden_size 16 in config.json is not a multiple of num_attention_heads 3"):
         hf.read_config(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import eggroll
 from eggroll.llm import hf
 from eggroll.llm.decoding import complete, pad_prompts
-from eggroll.llm.int8 import dequantise, kinds, matmul, quantise
+from eggroll.llm.int8 import dequantise, matmul, optimizer_labels, quantise
 from eggroll.llm.memory import memory_plan
 from eggroll.llm.models.families import family_of
 from eggroll.llm.shards import CONFIG
@@ -51,7 +51,7 @@ def test_matrices_of_the_blocks_are_half_a_step_away(config, dtype):
         step = np.asarray(own["scale"], np.float32)[:, None]
         error = np.abs(np.asarray(own["int8"], np.float32) * step - wide)
         assert (error <= (0.5001 if dtype == jnp.float32 else 1.0) * step).all()  # 127 rounded scales are up to 127 / 256 off
-    labels = kinds(found)["blocks"]
+    labels = optimizer_labels(found)["blocks"]
     assert all(labels[name] == {"int8": "int8", "scale": "float"} for name in changed)
 
 
@@ -88,7 +88,7 @@ def test_members_continue_texts_as_built_ones_do(name, rank, quick_compilation):
     prompts = pad_prompts([[3, 4, 5], [6, 7, 8, 9, 10]], length=5)
 
     def continued(params, prompts):
-        return complete(hf.generator(config), params, prompts, room=6, ending=())
+        return complete(hf.make_generator(config), params, prompts, max_new_tokens=6, stop_token_ids=())
 
     rules = [(".*/scale", eggroll.Frozen()), (".*/int8", eggroll.LowRank(rank, sigma_multiplier=40.0))]
     rules.append((".*", eggroll.LowRank(rank)))
@@ -107,7 +107,7 @@ def test_members_continue_texts_as_built_ones_do(name, rank, quick_compilation):
 
 
 def test_a_plan_of_memory_counts_a_byte_for_a_weight():
-    sizes = dict(dtype="float32", prompts=2, prompt_length=5, room=4, rank=1, budget=1 << 30)
+    sizes = dict(dtype="float32", prompts=2, prompt_length=5, max_new_tokens=4, rank=1, budget=1 << 30)
     config = TRANSFORMERS["llama"]
     whole, short = memory_plan(config, **sizes), memory_plan(config, weights="int8", **sizes)
     matrices, outputs = 3 * (4 * 16 * 16 + 3 * 16 * 24), 3 * (5 * 16 + 2 * 24)

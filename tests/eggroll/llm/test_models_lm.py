@@ -120,7 +120,7 @@ def test_later_tokens_do_not_change_earlier_ones():
 
 
 def strategy_of(config):
-    decoder = hf.decoder(config)
+    decoder = hf.make_decoder(config)
 
     def fitness(params, batch, key):
         return jnp.mean(jax.nn.log_softmax(apply(decoder, params, *batch))[:, :, 0])
@@ -147,7 +147,7 @@ def test_lazy_members_equal_built_ones(config):
     strategy, batch = strategy_of(config), tuple(map(jnp.asarray, inputs()))
     state = strategy.init(random_params(config), key=jax.random.key(0))
     population = strategy.ask(state)
-    got = population.apply(lambda params, batch: apply(hf.decoder(config), params, *batch), batch)
+    got = population.apply(lambda params, batch: apply(hf.make_decoder(config), params, *batch), batch)
     for member in range(2):
         built = population.member(member)
         np.testing.assert_allclose(got[member], logits_of(config, built, *batch), atol=1e-4)
@@ -209,20 +209,20 @@ def test_older_rotary_fields_are_read(folder):
     [
         ({"model_type": "bloom"}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got 'bloom'"),
         ({"model_type": None}, "must be one of opt, llama, qwen2, qwen3, rwkv7, got None"),
-        ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, and of 'qwen3' only False"),
-        ({"layer_types": ["sliding_attention"]}, "only full attention is supported"),
-        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5 in config.json, and of 'qwen3' only 1.0"),
+        ({"use_sliding_window": True}, "'use_sliding_window' is True in config.json, but 'qwen3' supports only False"),
+        ({"layer_types": ["sliding_attention"]}, "supports only full attention"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5 in config.json, but 'qwen3' supports only 1.0"),
         ({"rope_scaling": {"type": "linear"}}, "'factor' of 'linear' rotary positions must be a number > 0, got None"),
         ({"rope_parameters": {"full_attention": {}}}, "rotary positions in config.json must be one object for all layers"),
         ({"model_type": "qwen3_moe"}, "model_type in .* must be one of opt, llama, qwen2, qwen3, rwkv7, got 'qwen3_moe'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "must be of type default, linear, llama3, yarn, got 'dynamic'"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, and of 'qwen3' only 'silu'"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu' in config.json, but 'qwen3' supports only 'silu'"),
         ({"hidden_size": None}, "config.json of model_type 'qwen3' has no 'hidden_size'"),
         ({"hidden_size": "16"}, "'hidden_size' in config.json must be an integer >= 1, got '16'"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 0}, "'head_dim' in config.json must be an integer >= 1, got 0"),
         ({"head_dim": 5}, "head_dim must be even, got 5"),
-        ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], and config.json expects \[51, 16\]"),
+        ({"vocab_size": 51}, r"tensor 'model.embed_tokens.weight' has shape \[50, 16\], but config.json expects \[51, 16\]"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', expected with shape"),
     ],
 )
@@ -235,9 +235,9 @@ def test_config_that_does_not_fit_is_one_sentence(folder, fields, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"activation_function": "gelu"}, "only 'relu' is supported"),
+        ({"activation_function": "gelu"}, "supports only 'relu'"),
         ({"enable_bias": False}, "'enable_bias' is False in config.json, and of 'opt' only True"),
-        ({"num_attention_heads": 3}, "hidden_size 16 is no multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
     ],
 )
 def test_opt_variant_is_refused(tmp_path, fields, sentence):
@@ -252,7 +252,7 @@ def test_missing_and_wrong_tensors_are_named(folder):
     with pytest.raises(ValueError, match=r"has no tensor 'model.layers.1.mlp.up_proj.weight', expected with shape \[24, 16\]"):
         hf.load(folder)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": np.zeros((24, 15), np.float32)}))
-    with pytest.raises(ValueError, match=r"shape \[24, 15\], and config.json expects \[24, 16\]"):
+    with pytest.raises(ValueError, match=r"shape \[24, 15\], but config.json expects \[24, 16\]"):
         hf.load(folder)
 
 
@@ -261,7 +261,7 @@ def test_tensors_that_would_change_the_model_are_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}))
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[2], expected)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}))
-    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' has no place in the 'qwen3' that"):
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' does not belong to the 'qwen3' that"):
         hf.load(folder)
 
 
@@ -270,7 +270,9 @@ def test_head_of_a_tied_model_must_be_the_embedding(folder):
     edit(folder, tie_word_embeddings=True)
     assert "head" not in hf.load(folder)[2]["resident"]
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
-    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight', and config.json says"):
+    with pytest.raises(
+        ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json ties them"
+    ):
         hf.load(folder)
 
 
@@ -293,7 +295,7 @@ def test_missing_files_are_named(folder):
 def test_damaged_weights_are_one_sentence(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
         hf.load(folder)
 
 
@@ -316,5 +318,5 @@ def test_saving_and_calling_check_what_they_get(folder):
         hf.save(folder, QWEN3, params)
     with pytest.raises(ValueError, match="dtype must be a floating one such as float32 or bfloat16, got int32"):
         hf.load(folder, jnp.int32)
-    with pytest.raises(ValueError, match="21 tokens, and this model has 20 positions"):
+    with pytest.raises(ValueError, match="21 tokens do not fit the 20 positions"):
         logits_of(OPT, random_params(OPT), np.zeros((1, 21), np.int32), np.ones((1, 21), bool))

@@ -14,7 +14,7 @@ from eggroll.llm.decoding import complete, pad_prompts
 from eggroll.llm.memory import memory_plan
 from tests.eggroll.llm.language_models import LLAMA, OPT, RWKV7, random_params
 
-SIZES = dict(prompts=2, prompt_length=5, room=4, rank=1, budget=1 << 30)
+SIZES = dict(prompts=2, prompt_length=5, max_new_tokens=4, rank=1, budget=1 << 30)
 LLAMA_7B = {  # config.json of Llama-2-7B
     "model_type": "llama",
     "vocab_size": 32000,
@@ -58,23 +58,23 @@ def test_members_fill_the_budget_in_pairs(members, expected):
 def test_the_cache_is_that_of_a_real_prompt(quick_compilation):
     prompts = pad_prompts([[1, 2, 3], [4, 5, 6, 7, 8]], length=5)
     for config in (LLAMA, RWKV7):
-        prefill = jax.jit(hf.generator(config).prefill, static_argnums=3)
+        prefill = jax.jit(hf.make_generator(config).prefill, static_argnums=3)
         cache = prefill(random_params(config), *map(jnp.asarray, prompts), 4)[1]
         assert planned(config).cache == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
 
 def test_states_do_not_grow_with_the_room():
-    assert planned(RWKV7).cache == planned(RWKV7, room=4000).cache > 0
-    assert planned(room=4000).cache > 400 * planned().cache  # control: keys and values do
+    assert planned(RWKV7).cache == planned(RWKV7, max_new_tokens=4000).cache > 0
+    assert planned(max_new_tokens=4000).cache > 400 * planned().cache  # control: keys and values do
 
 
 def test_the_compiler_sets_aside_little_more_for_a_long_cache(quick_compilation):
     """Temporary bytes of a member, between two and four members at a time: the cache, and one layer of it on the way."""
-    generator, room = hf.generator(LLAMA), 2000
+    generator, length = hf.make_generator(LLAMA), 2000
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[1, 2, 3], [4, 5, 6, 7, 8]], length=5))
 
     def function(params, prompts):
-        return complete(generator, params, prompts, room=room, ending=())
+        return complete(generator, params, prompts, max_new_tokens=length, stop_token_ids=())
 
     def temporary_bytes(members):
         es = eggroll.EvolutionStrategy(None, population_size=members, sigma=0.1, optimizer=optax.sgd(1.0))
@@ -85,14 +85,14 @@ def test_the_compiler_sets_aside_little_more_for_a_long_cache(quick_compilation)
         return evaluate.lower(state).compile().memory_analysis().temp_size_in_bytes
 
     slope = (temporary_bytes(4) - temporary_bytes(2)) / 2
-    expected = planned(room=room).per_member
+    expected = planned(max_new_tokens=length).per_member
     assert expected < slope < 1.6 * expected
 
 
 def test_a_large_model_is_planned_in_seconds_without_its_arrays(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     arrays, peak = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sizes = dict(prompts=8, prompt_length=128, room=384, rank=1, budget=80 << 30)
+    sizes = dict(prompts=8, prompt_length=128, max_new_tokens=384, rank=1, budget=80 << 30)
     plan = planned(hf.read_config(tmp_path), jnp.bfloat16, **sizes)
     assert len(jax.live_arrays()) <= arrays + 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 1024  # KiB; the model has 13 GiB
@@ -114,7 +114,7 @@ def test_a_budget_without_room_says_what_a_pair_needs():
     [
         ({"prompts": 0}, "prompts must be an integer >= 1, got 0"),
         ({"prompt_length": 0}, "prompt_length must be an integer >= 1, got 0"),
-        ({"room": 0}, "room must be an integer >= 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
         ({"rank": 0}, "rank must be an integer >= 1, got 0"),
         ({"budget": 0}, "budget must be an integer >= 1, got 0"),
         ({"dtype": "int8"}, "dtype must be a floating one such as float32 or bfloat16, got int8"),

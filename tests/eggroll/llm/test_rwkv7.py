@@ -56,7 +56,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_package(package, tmp_path):
 
 
 def test_gradient_is_the_same_with_padding():
-    decoder, params, (tokens, _) = hf.decoder(RWKV7), random_params(RWKV7), inputs()
+    decoder, params, (tokens, _) = hf.make_decoder(RWKV7), random_params(RWKV7), inputs()
     padded = np.pad(tokens, ((0, 0), (3, 0)))
 
     @jax.jit
@@ -135,7 +135,7 @@ def test_right_padding_changes_no_real_token():
 
 
 def test_the_state_does_not_grow():
-    generator, params = hf.generator(RWKV7), random_params(RWKV7)
+    generator, params = hf.make_generator(RWKV7), random_params(RWKV7)
 
     def shapes(length):
         tokens, mask = jnp.zeros((2, length), jnp.int32), jnp.ones((2, length), bool)
@@ -154,14 +154,14 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"attn": {"layers": [1]}}, r"'attn' is {'layers': \[1\]} in config.json, and of 'rwkv7' only None is supported"),
+        ({"attn": {"layers": [1]}}, r"'attn' is {'layers': \[1\]} in config.json, but 'rwkv7' supports only None"),
         ({"norm_first": False}, "'norm_first' is False in config.json, and of 'rwkv7' only True"),
         ({"hidden_act": "relu"}, "'hidden_act' is 'relu' in config.json, and of 'rwkv7' only 'sqrelu'"),
         ({"value_dim": [16, 32, 16]}, r"'value_dim' in config.json must be hidden_size 16 in every layer, got \[16, 32, 16\]"),
-        ({"head_dim": 7}, "hidden_size 16 is no multiple of head_dim 7"),
+        ({"head_dim": 7}, "hidden_size 16 is not a multiple of head_dim 7"),
         ({"hidden_size": None}, "config.json of model_type 'rwkv7' has no 'hidden_size'"),
-        ({"a_low_rank_dim": 5}, r"0.attn.a_lora.lora.0.weight' has shape \[6, 16\], and config.json expects \[5, 16\]"),
-        ({"num_hidden_layers": 2}, r"tensor 'model.layers.2.attn.a_lora.lora.0.weight' has no place in the 'rwkv7'"),
+        ({"a_low_rank_dim": 5}, r"0.attn.a_lora.lora.0.weight' has shape \[6, 16\], but config.json expects \[5, 16\]"),
+        ({"num_hidden_layers": 2}, r"tensor 'model.layers.2.attn.a_lora.lora.0.weight' does not belong to the 'rwkv7'"),
     ],
 )
 def test_files_that_do_not_fit_are_one_sentence(folder, fields, sentence):

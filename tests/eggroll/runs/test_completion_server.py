@@ -34,7 +34,7 @@ def continued(weights, prompt):
 
 @functools.cache
 def greedy(config):
-    return jax.jit(functools.partial(complete, hf.generator(config), room=3, ending=()))
+    return jax.jit(functools.partial(complete, hf.make_generator(config), max_new_tokens=3, stop_token_ids=()))
 
 
 def of_folder(folder, prompts):

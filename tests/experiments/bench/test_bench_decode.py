@@ -10,7 +10,9 @@ import eggroll
 from eggroll.experiments.bench import decode
 from eggroll.llm import hf
 
-TINY = decode.Decode(members=8, growth=(), prompts=2, room=3, chunk_size=4, layers=1, width=16, repeats=1, dense_repeats=0)
+TINY = decode.Decode(
+    members=8, growth=(), prompts=2, max_new_tokens=3, chunk_size=4, layers=1, width=16, repeats=1, dense_repeats=0
+)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
@@ -58,7 +60,7 @@ def test_models_are_of_bytes():
         ({"members": 12}, "members must be a multiple of twice chunk_size 4, got 12"),
         ({"growth": (6,)}, "members must be a multiple of twice chunk_size 4, got 6"),
         ({"width": 20}, "width must be a multiple of 16 for a transformer, got 20"),
-        ({"room": 0}, "room must be an integer >= 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
         ({"rank": 0}, "rank must be an integer >= 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
         ({"repeats": 0}, "repeats must be an integer >= 1, got 0"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+import eggroll
 from eggroll.envs import tasks
 from eggroll.envs.tasks import Batches, Row, Scorer, Task
-from eggroll.experiments.reason import grpo
-from eggroll.experiments.reason.grpo import GRPO, make, train
-from eggroll.experiments.reason.grpo_loss import Drawn, advantages, grpo_loss, log_likelihoods
-from eggroll.experiments.reason.problem import Judged, Problem, Sampling
-from eggroll.experiments.reason.warm_start import Start
+from eggroll.experiments.reason.baseline import Trainer
+from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, grpo_loss, log_likelihoods
+from eggroll.experiments.reason.problem import Problem, Sampling, Scored, encode_prompt
+from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoder import apply
 from eggroll.llm.decoding import Completions
 from eggroll.llm.tokenizers import ByteTokenizer
@@ -25,7 +24,9 @@ from tests.eggroll.llm.language_models import random_params
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 ARCHITECTURES = ("transformer", "rwkv7")
-SAMPLING = Sampling(room=3, temperature=0.7, top_p=1.0, ending=tuple(range(100)))  # two in five tokens end a text
+SAMPLING = Sampling(
+    max_new_tokens=3, temperature=0.7, top_p=1.0, stop_token_ids=tuple(range(100))
+)  # two in five tokens end a text
 SETTINGS = GRPO(prompts=2, samples=3)
 
 
@@ -40,13 +41,13 @@ def sevens(prompts, completions, **_):
 
 @functools.cache
 def problem(architecture="transformer", reward=mixed, dtype=jnp.float32):
-    config = Start(architecture=architecture, layers=1, width=16).model
+    config = WarmStart(architecture=architecture, layers=1, width=16).model
     splits = {split: tuple(Row(f"{split}{'a' * n}", {}) for n in range(2)) for split in ("train", "validation", "test")}
     task, scorer = Task("toy", reward=reward, splits=splits), Scorer(reward, workers=0)
     return Problem(None, config, random_params(config, dtype), ByteTokenizer(), task, "{prompt}", 8, scorer)
 
 
-trainer_of = functools.cache(make)  # compiled once for all tests
+trainer_of = functools.cache(Trainer)  # compiled once for all tests
 
 
 def one_by_one(given, completions):
@@ -54,7 +55,8 @@ def one_by_one(given, completions):
 
     There is no padding: texts begin at 0, and what follows a text, up to one length for all, cannot change what is before it.
     """
-    texts = [given.tokens(row.prompt) for row in given.task.split("train") for _ in range(SETTINGS.samples)]
+    rows = [row for row in given.task.split("train") for _ in range(SETTINGS.samples)]
+    texts = [encode_prompt(given.tokenizer, given.template, row.prompt) for row in rows]
     for text, tokens, length in zip(texts, np.asarray(completions.tokens), np.asarray(completions.length), strict=True):
         whole = np.resize(np.array([*text, *tokens[:length]], np.int32), 11)
         places = np.arange(1, 11)
@@ -76,7 +78,7 @@ def naive(given, temperature):
 def drawn_by(given, seed):
     """What a step draws with a key of this seed."""
     prompts = given.prompts(given.task.split("train"), samples=SETTINGS.samples)
-    data = jax.random.key_data(jax.random.split(jax.random.key(seed))[0])
+    data = jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))[0])
     return prompts, jax.jit(lambda: given.complete(given.params, prompts, data, sampling=SAMPLING))()
 
 
@@ -98,11 +100,11 @@ def test_likelihoods_are_those_of_a_naive_loop(architecture, standard_promotion)
 def test_a_step_follows_the_policy_gradient(architecture, standard_promotion):
     given = problem(architecture)
     trainer = trainer_of(given, SAMPLING, SETTINGS)
-    run, report = trainer.step(trainer.init(), given.task.split("train"), key=jax.random.key(1))
+    state, metrics = trainer.step(trainer.init(key=jax.random.key(1)), given.task.split("train"))
     _, completions = drawn_by(given, 1)
     rewards = np.array(mixed(None, given.texts(completions))).reshape(2, 3)
     relative = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)).reshape(-1)
-    assert report.silent == 0
+    assert metrics.aux.extra["silent"] == 0
 
     @jax.jit
     def slope(params, whole, weights):  # of the policy gradient: weights are minus the advantage over |o| B
@@ -114,14 +116,15 @@ def test_a_step_follows_the_policy_gradient(architecture, standard_promotion):
     ]
     gradient = jax.tree.map(lambda *slopes: sum(map(np.asarray, slopes)), *parts)
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
-    np.testing.assert_allclose(report.gradient_norm, norm, rtol=1e-4)
+    np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(SETTINGS.learning_rate))
     updates, _ = jax.jit(lambda gradient: optimizer.update(gradient, optimizer.init(gradient)))(gradient)
-    moved = jax.tree.map(lambda after, before: np.asarray(after) - np.asarray(before), run.params, given.params)
+    moved = jax.tree.map(lambda after, before: np.asarray(after) - np.asarray(before), state.weights, given.params)
     for got, expected, slopes in zip(*map(jax.tree.leaves, (moved, updates, gradient)), strict=True):
         clear = np.abs(slopes) > 1e-5  # Adam's first step is the sign, which rounding decides where there is no slope
         np.testing.assert_allclose(got[clear], np.asarray(expected)[clear], rtol=2e-2, atol=1e-6)
-    assert (report.reward, report.tokens, report.clipped) == (pytest.approx(rewards.mean()), completions.length.sum(), 0)
+    assert metrics.mean_fitness == pytest.approx(rewards.mean())
+    assert (metrics.aux.tokens, metrics.aux.extra["clipped"]) == (completions.length.sum(), 0)
 
 
 def test_advantages_by_hand():
@@ -148,66 +151,46 @@ def test_loss_by_hand(options, expected, clipped):
     old = jnp.array([[-1.0, -2.0], [-3.0, 0.0]])
     known = old + jnp.log(jnp.array([[1.5, 1.0], [1.5, 1.0]]))
     reference = known + jnp.log(2.0) if "kl_coefficient" in options else None
-    drawn = Drawn(None, completions, jnp.array([1.0, -1.0]), old, reference)
-    loss, share = grpo_loss(known, drawn, **options)
+    batch = Batch(None, completions, jnp.array([1.0, -1.0]), old, reference)
+    loss, share = grpo_loss(known, batch, **options)
     np.testing.assert_allclose((loss, share), (expected, clipped), rtol=1e-5, atol=1e-7)
 
 
 def test_it_learns_to_say_seven(standard_promotion):
-    given, reports = problem(reward=sevens), []
+    given = problem(reward=sevens)
     passes = dict(epochs=2, minibatches=2, optimizer="radam", kl_coefficient=1e-3, global_std=True, token_mean=True)
     settings = GRPO(prompts=2, samples=64, learning_rate=0.02, **passes)
     batches = Batches(given.task.split("train"), batch_size=2)
-
-    def on_step(params, step, seconds, report):
-        reports.append(report)
-
-    ended = train(given, settings, sampling=Sampling(2, 1.0, 1.0, ()), batches=batches, steps=40, on_step=on_step)
-    assert np.mean([report.reward for report in reports[:3]]) < 0.1
-    assert np.mean([report.reward for report in reports[-3:]]) > 0.8
-    assert (ended.steps, len(reports)) == (40, 40)
-    assert any(report.clipped for report in reports)
+    trainer = Trainer(given, Sampling(2, 1.0, 1.0, ()), settings)
+    state, history = eggroll.train(trainer, trainer.init(key=jax.random.key(0)), batches, generations=40)
+    rewards = [record.mean_fitness for record in history]
+    assert np.mean(rewards[:3]) < 0.1
+    assert np.mean(rewards[-3:]) > 0.8
+    assert int(state.generation) == len(history) == 40
+    assert any(record.aux.extra["clipped"] for record in history)
 
 
 def test_equal_rewards_change_nothing(monkeypatch, standard_promotion):
     given = problem()
     trainer, equal = trainer_of(given, SAMPLING, SETTINGS), tasks.Scores(np.full(6, 0.1), 0, 0, None, 0.0)
-    monkeypatch.setattr(Problem, "judge", lambda *_: Judged([], equal))
-    run = trainer.init()
-    for seed in range(3):
-        run, report = trainer.step(run, given.task.split("train"), key=jax.random.key(seed))
-        assert (report.gradient_norm, report.silent) == (0, 1)
-    jax.tree.map(np.testing.assert_array_equal, trainer.policy(run), given.params)
+    monkeypatch.setattr(Problem, "score", lambda *_: Scored([], equal))
+    state = trainer.init(key=jax.random.key(0))
+    for _ in range(3):
+        state, metrics = trainer.step(state, given.task.split("train"))
+        assert (metrics.gradient_norm, metrics.aux.extra["silent"]) == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
 
 
 def test_low_precision_keeps_full_weights(standard_promotion):
     given = problem(dtype=jnp.bfloat16)
-    trainer = make(given, SAMPLING, dataclasses.replace(SETTINGS, learning_rate=1e-5))
-    run, report = trainer.step(trainer.init(), given.task.split("train"), key=jax.random.key(1))
-    assert {leaf.dtype for leaf in jax.tree.leaves(run.params)} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.policy(run))} == {jnp.dtype("bfloat16")}
+    trainer = Trainer(given, SAMPLING, dataclasses.replace(SETTINGS, learning_rate=1e-5))
+    state, metrics = trainer.step(trainer.init(key=jax.random.key(1)), given.task.split("train"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.weights)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
     before = np.asarray(given.params["resident"]["final_norm"]).astype(np.float32)
-    moved = np.abs(run.params["resident"]["final_norm"] - before)
+    moved = np.abs(state.weights["resident"]["final_norm"] - before)
     assert 0 < moved.max() < 2e-5  # less than bfloat16 tells from 1
-    assert np.isfinite(report.gradient_norm)
-
-
-def test_seconds_leave_out_what_is_done_after_a_step(monkeypatch, standard_promotion):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(grpo, "make", trainer_of)
-    given, seen = problem(), []
-
-    def on_step(params, step, seconds, report):
-        clock.now += 100
-        seen.append((step, seconds))
-        return step == 2
-
-    ended = train(
-        given, SETTINGS, sampling=SAMPLING, batches=lambda step: given.task.split("train"), seconds=5, on_step=on_step
-    )
-    assert seen == [(1, 0.0), (2, 0.0)]
-    assert (ended.steps, ended.seconds) == (2, 0.0)
+    assert np.isfinite(metrics.gradient_norm)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +205,10 @@ def test_seconds_leave_out_what_is_done_after_a_step(monkeypatch, standard_promo
 )
 def test_settings_that_cannot_run_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        make(problem(), SAMPLING, dataclasses.replace(SETTINGS, **bad))
+        Trainer(problem(), SAMPLING, dataclasses.replace(SETTINGS, **bad))
 
 
 def test_sampling_without_likelihoods_is_refused():
     for bad in (SAMPLING._replace(temperature=0.0), SAMPLING._replace(top_p=0.9)):
         with pytest.raises(ValueError, match="GRPO needs temperature > 0 and top_p 1"):
-            make(problem(), bad, SETTINGS)
-
-
-def test_a_run_without_limit_is_refused():
-    with pytest.raises(ValueError, match="steps or seconds must be given"):
-        train(problem(), SETTINGS, sampling=SAMPLING, batches=lambda step: [])
+            Trainer(problem(), bad, SETTINGS)

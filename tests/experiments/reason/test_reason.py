@@ -10,9 +10,9 @@ import pytest
 
 from eggroll.envs import tasks
 from eggroll.experiments.reason import __main__ as reason
-from eggroll.experiments.reason.config import parse
+from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
-from eggroll.experiments.reason.inputs import load, prepare, sampling_of
+from eggroll.experiments.reason.inputs import load, make_sampling, prepare
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
@@ -21,7 +21,7 @@ from tests.experiments.reason.reason_runs import TINY, letters
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion", "quick_compilation"),  # optax.adam relies on the former
-    pytest.mark.filterwarnings("ignore:no completion until generation"),
+    pytest.mark.filterwarnings("ignore:no completion up to generation"),
 ]
 
 
@@ -109,8 +109,8 @@ def test_grpo_in_the_same_frame(folder, capsys, signal):
 def evolution_of(*options):
     config = parse([*TINY, *options])
     config.check()
-    problem = load(config, prepare(config))
-    return Evolution(config, problem, sampling_of(config, problem))
+    inputs = prepare(config)
+    return Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
 
 
 @pytest.mark.parametrize(("group", "shape"), [([], (4, 9)), (["--group", "2"], (2, 4, 9)), (["--group", "4"], (4, 9))])
@@ -141,9 +141,9 @@ def test_fitness_is_the_reward_of_the_right_problem(option, expected):
     right = np.array([[[1, 0], [0, 0]], [[1, 1], [0, 1]]])
     outputs = answered([*rows[0], *rows[0]], right.reshape(-1))
     outputs = Completions(outputs.tokens.reshape(2, 4, 4), outputs.length.reshape(2, 4), outputs.ended.reshape(2, 4))
-    fitness, told = evolution._score(outputs, rows)
+    fitness, report = evolution._score(outputs, rows)
     np.testing.assert_array_equal(fitness, expected)
-    assert told.tokens == outputs.length.sum() and (told.scores.values > told.scores.minimum).sum() == 4
+    assert report.tokens == outputs.length.sum() and report.scores.above_minimum == 4
     shuffled = [[row for row in rows[0][::-1]]]  # control: problems of another order
     assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
 
@@ -159,8 +159,23 @@ def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
 
 
 def test_nothing_ever_scores_says_so(capsys):
-    with pytest.warns(UserWarning, match="no completion until generation 2 scored more than 0"):
+    with pytest.warns(UserWarning, match="no completion up to generation 2 scored more than 0"):
         run(capsys, "--generations", "2", "--folder", "out/silent")
+
+
+def test_stops_are_texts_of_one_token():
+    inputs = prepare(parse(TINY))
+    sampling = lambda *options: make_sampling(parse([*TINY, *options]), inputs.tokenizer)  # noqa: E731
+    assert sampling() == sampling("--stop", "\\n") == sampling("--stop-token-ids", "10")  # as a shell passes the end of a line
+    assert sampling("--stop", ";", "\n").stop_token_ids == (59, 10)
+    assert sampling("--stop").stop_token_ids == ()
+
+
+def test_older_journals_have_older_names_of_options():
+    options = json.loads(json.dumps(parse([*TINY, "--stop-token-ids", "10"]).options()))
+    older = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop", "stop_token_ids")}
+    older |= {"room": options["max_new_tokens"], "ending": options["stop_token_ids"]}
+    assert restore_config(older).options() == parse([*TINY, "--stop-token-ids", "10"]).options()
 
 
 def failing(prompts, completions, **_):
@@ -205,21 +220,25 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
     [
         (["--population-size", "7"], "population_size must be a multiple of group, an even number, got 7 and 7."),
         (["--group", "3"], "population_size must be a multiple of group, an even number, got 4 and 3."),
-        (["--samples", "2"], "samples must be 1 where completions are greedy, got 2; give a temperature."),
+        (["--samples", "2"], "samples must be 1 for greedy completions, got 2; give a temperature."),
         (["--pass-k", "2"], "pass_k must be between 1 and samples, 1, got 2."),
         (["--sigma", "0"], "sigma must be a finite number > 0, got 0.0."),
         (["--task", "sums"], "name must be a task,"),
         (["--task-options", "digits"], "task_options must be such as digits=3, got 'digits'."),
         (["--task-options", "digit=3"], "unexpected keyword argument 'digit'"),
-        (["--template", "Q:"], "template must have {prompt}"),
+        (["--template", "Q:"], "template must contain {prompt}"),
         (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
         (["--prompt-length", "2"], "prompt_length must be at least"),
-        (["--room", "40000"], "do not fit the model's context of 32768 tokens."),
+        (["--stop", "\n", "Q:"], "stop must be texts of a single token, got 'Q:', which has 2 tokens here."),
+        (["--stop", "\n", "--stop-token-ids", "10"], "give stop or stop_token_ids, not both"),
+        (["--room", "4"], "option --room is now --max-new-tokens."),
+        (["--ending=1"], "option --ending is now --stop-token-ids."),
+        (["--max-new-tokens", "40000"], "do not fit the model's context of 32768 tokens."),
         (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
         (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
         (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),
         (["--algorithm", "grpo", "--resume"], "resume, mesh and pass_k are for eggroll, not for grpo."),
-        (["--algorithm", "grpo", "--grpo.samples", "1"], "samples must be an integer >= 2, got 1."),
+        (["--algorithm", "grpo", "--grpo.samples", "1"], "grpo.samples must be an integer >= 2, got 1."),
         (["--weights", "int8", "--int8.sigma", "0"], "int8.sigma must be a finite number > 0, got 0.0."),
         (["--weights", "int8", "--int8.learning-rate", "inf"], "int8.learning_rate must be a finite number > 0, got inf."),
         (["--weights", "int8", "--int8.threshold", "-1"], "int8.threshold must be a finite number >= 0 or None, got -1.0."),

@@ -13,7 +13,7 @@ from tests.eggroll.llm.language_models import write_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
-    pytest.mark.filterwarnings("ignore:no completion until generation"),
+    pytest.mark.filterwarnings("ignore:no completion up to generation"),
 ]
 TINY = [
     "--model",
@@ -22,7 +22,7 @@ TINY = [
     "4",
     "--prompts",
     "2",
-    "--room",
+    "--max-new-tokens",
     "6",
     "--generations",
     "2",
@@ -74,7 +74,7 @@ def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, c
 def test_countdown_of_reasoning_gym(capsys):
     pytest.importorskip("reasoning_gym")
     options = ["--task", "countdown", "--task-options", "train=16", "validation=4", "test=4", "--folder", "out/countdown"]
-    with pytest.warns(UserWarning, match=r"no completion until generation 1 scored more than 0\.01"):  # it gives that for any
+    with pytest.warns(UserWarning, match=r"no completion up to generation 1 scored more than 0\.01"):  # it gives that for any
         summary, _ = run(capsys, *options, "--template", r"User: {prompt}\n\nAssistant: <think")
     assert summary["generations"] == 2 and summary["task"] == "countdown"
 
@@ -89,7 +89,7 @@ def test_the_template_of_a_shell_has_line_ends(capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([*GSM8K, "--room", "500"], "do not fit the model's context of 512 tokens."),
+        ([*GSM8K, "--max-new-tokens", "500"], "do not fit the model's context of 512 tokens."),
         ([*GSM8K, "--prompt-length", "3"], "prompt_length must be at least"),
         ([*GSM8K, "--template", "<|user|>{prompt}"], "the model's tokenizer has no special token '<|user|>'"),
         (["--task", "gsm8k", "--task-options", "train=bare.jsonl", "test=test.jsonl"], "line 1: field 'answer' is missing"),

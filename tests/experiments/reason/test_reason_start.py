@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from eggroll.envs.tasks import Row, Task, load
+from eggroll.experiments.common import warm_start as common
 from eggroll.experiments.reason import warm_start as start
-from eggroll.experiments.reason.warm_start import Start, trained, warm_start, worked_examples
+from eggroll.experiments.reason.warm_start import WarmStart, encode_examples, train, warm_start
 from eggroll.llm import hf
 from eggroll.llm.tokenizers import ByteTokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
-TINY = Start(layers=1, width=16, steps=3, batch_size=4)
+TINY = WarmStart(layers=1, width=16, steps=3, batch_size=4)
 ARCHITECTURES = ("transformer", "rwkv7")
 
 
@@ -23,7 +24,7 @@ def small_task(**options):
 
 
 def test_examples_are_a_prompt_and_its_worked_text():
-    examples = worked_examples([("a=", "12\n"), ("bcd=", "7\n")])
+    examples = encode_examples([("a=", "12\n"), ("bcd=", "7\n")])
     decode = ByteTokenizer().decode
     assert [decode(row[mask]) for row, mask in zip(examples.tokens, examples.mask, strict=True)] == ["a=12\n", "bcd=7\n"]
     assert [decode(row[target]) for row, target in zip(examples.tokens, examples.targets, strict=True)] == ["12\n", "7\n"]
@@ -34,9 +35,9 @@ def test_examples_are_a_prompt_and_its_worked_text():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_model_learns_one_example_by_heart(architecture, standard_promotion):
     settings = dataclasses.replace(TINY, architecture=architecture, steps=40, learning_rate=3e-2)
-    examples = worked_examples([("3+4=", "7\n")])
-    params = trained(settings, examples)
-    decoder = hf.decoder(settings.model)
+    examples = encode_examples([("3+4=", "7\n")])
+    params = train(settings, examples)
+    decoder = hf.make_decoder(settings.model)
     logits = jax.jit(lambda params: start.apply(decoder, params, examples.tokens, examples.mask))(params)
     assert np.asarray(logits).argmax(-1)[0, -3:-1].tolist() == list(b"7\n")
 
@@ -48,14 +49,14 @@ def test_folder_is_read_back_and_made_once(architecture, tmp_path, standard_prom
     config, _, params = hf.load(folder)
     assert config == settings.model
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    monkeypatch.setattr(start, "trained", None)  # not called again
+    monkeypatch.setattr(start, "train", None)  # not called again
     assert warm_start(settings, small_task(), template="{prompt}", cache=tmp_path / "starts") == folder
 
 
 @pytest.mark.parametrize("change", ["settings", "noise", "template"])
 def test_another_folder_for_whatever_decides_the_model(change, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "trained", lambda settings, examples: None)
-    monkeypatch.setattr(start.hf, "save", lambda *_: None)
+    monkeypatch.setattr(start, "train", lambda settings, examples: None)
+    monkeypatch.setattr(common.hf, "save", lambda *_: None)
 
     def folder(settings=TINY, noise=0.0, template="{prompt}"):
         return warm_start(settings, small_task(noise=noise), template=template, cache=tmp_path / "starts")

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from eggroll.envs.tasks.records import read_records
-from eggroll.experiments.zo.data import examples, scores, sentiment
+from eggroll.experiments.zo.data import examples, sentiment
 from eggroll.experiments.zo.data.tasks import RTE, SST2, Classification, Generation
-from eggroll.llm.decoder import apply
-from eggroll.llm.models import leaves, transformer
+from eggroll.experiments.zo.problem import FineTuning, answers, candidate_loss, texts
+from eggroll.llm.decoder import Decoder, hidden_states, token_log_likelihood
+from eggroll.llm.models import transformer
+from eggroll.llm.models.families import init_params
 from eggroll.llm.tokenizers import ByteTokenizer, FileTokenizer
+from eggroll.zo.blocks import whole_loss
 
 BYTES = ByteTokenizer()
 SUMS = Generation("{prompt} =", " {answer}\n")
@@ -24,13 +27,17 @@ def jsonl(tmp_path, *lines):
     return path
 
 
+def load(path, task, tokenizer, *, max_length):
+    return examples.encode(read_records(path), task, tokenizer, max_length=max_length)
+
+
 def text_of(tokens, marked):
     return BYTES.decode([int(token) for token in tokens[marked]])
 
 
 def test_classification_examples(tmp_path):
     path = jsonl(tmp_path, {"text": "a fine film", "label": 1}, {"text": "no", "label": "0"})
-    got = examples.load(path, SST2, BYTES, max_length=64)
+    got = load(path, SST2, BYTES, max_length=64)
     assert got.tokens.shape == got.mask.shape == got.targets.shape == (2, 2, 1 + len("a fine film It was terrible"))
     assert got.labels.tolist() == [1, 0]
     assert [got.tokens.dtype, got.mask.dtype, got.targets.dtype, got.labels.dtype] == [np.int32, bool, bool, np.int32]
@@ -41,7 +48,7 @@ def test_classification_examples(tmp_path):
 
 
 def test_generation_examples(tmp_path):
-    got = examples.load(jsonl(tmp_path, {"prompt": "3 + 4", "answer": 7}), SUMS, BYTES, max_length=64)
+    got = load(jsonl(tmp_path, {"prompt": "3 + 4", "answer": 7}), SUMS, BYTES, max_length=64)
     assert got.tokens.shape == (1, 1, len("3 + 4 = 7\n") + 1) and got.labels.tolist() == [0]
     assert text_of(got.tokens[0, 0], got.mask[0, 0]) == "3 + 4 = 7\n"
     assert text_of(got.tokens[0, 0], got.targets[0, 0]) == " 7\n"
@@ -49,13 +56,13 @@ def test_generation_examples(tmp_path):
 
 def test_templates_with_several_fields(tmp_path):
     line = {"premise": "It rains.", "hypothesis": "It is {wet}.", "label": 0}
-    got = examples.load(jsonl(tmp_path, line), RTE, BYTES, max_length=200)
+    got = load(jsonl(tmp_path, line), RTE, BYTES, max_length=200)
     expected = 'It rains.\nDoes this mean that "It is {wet}." is true? Yes or No?\nYes'
     assert text_of(got.tokens[0, 0], got.mask[0, 0]) == expected
 
 
 def test_long_prompts_lose_their_beginning_alike_for_every_candidate(tmp_path):
-    got = examples.load(jsonl(tmp_path, {"text": "x" * 50 + "abc", "label": 0}), SST2, BYTES, max_length=20)
+    got = load(jsonl(tmp_path, {"text": "x" * 50 + "abc", "label": 0}), SST2, BYTES, max_length=20)
     assert got.tokens.shape[2] == 20
     assert [text_of(row, mask) for row, mask in zip(got.tokens[0], got.mask[0], strict=True)] == [
         "abc It was terrible",  # 9 of 20 tokens for " terrible", 1 for the start
@@ -66,7 +73,7 @@ def test_long_prompts_lose_their_beginning_alike_for_every_candidate(tmp_path):
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
     lines = [{"prompt": str(i), "answer": str(i)} for i in range(10)]
-    everything = examples.load(jsonl(tmp_path, *lines), Generation(), BYTES, max_length=8)
+    everything = load(jsonl(tmp_path, *lines), Generation(), BYTES, max_length=8)
 
     def tokens(step, seed=0):
         return examples.batch_of(everything, step, size=3, seed=seed).tokens[:, 0, 1].tolist()
@@ -80,68 +87,86 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
             examples.batch_of(everything, 0, size=size)
 
 
+PARAMS = {"resident": {}, "blocks": {"none": np.zeros((1, 1), np.float32)}}
+
+
+def bigram_decoder(table):
+    """Logits are the row of the last token."""
+    return Decoder(
+        lambda resident, tokens, mask: (tokens[..., None], ()),
+        lambda weights, x, aux: x,
+        lambda resident, x: table[x[..., 0]],
+    )
+
+
 @pytest.fixture
 def case(tmp_path):
     lines = [{"text": "good", "label": 1}, {"text": "a longer text", "label": 0}, {"text": "so", "label": 1}]
-    batch = examples.load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=40)
+    batch = load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=40)
     table = jax.random.normal(jax.random.key(0), (257, 257))
-    return batch, lambda tokens, mask: table[tokens], np.asarray(jax.nn.log_softmax(table))
+    return batch, bigram_decoder(table), np.asarray(jax.nn.log_softmax(table))
 
 
 def loop_score(log_probability, tokens, targets):
     return sum(log_probability[tokens[t - 1], tokens[t]] for t in range(len(tokens)) if targets[t])
 
 
+def scores_of(decoder, batch):
+    width = int(batch.targets.sum(axis=-1).max())
+    x = hidden_states(decoder, PARAMS, *texts(batch, width=width))
+    return answers(decoder, {}, x, batch, width=width).scores
+
+
 def test_scores_and_losses_equal_loops(case):
-    batch, model, log_probability = case
+    batch, decoder, log_probability = case
     expected = np.array(
         [
-            [loop_score(log_probability, *own) for own in zip(*row, strict=True)]
+            [loop_score(log_probability, *candidate) for candidate in zip(*row, strict=True)]
             for row in zip(batch.tokens, batch.targets, strict=True)
         ]
     )
-    got = scores.candidate_scores(model, batch)
+    got = scores_of(decoder, batch)
     assert got.shape == (3, 2) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    np.testing.assert_allclose(scores.candidate_scores(model, batch, per_token=True), expected / [9, 6], rtol=1e-5)
-    losses = scores.task_loss(got, batch)
+    loss, weight = candidate_loss(got, batch)
     shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(losses.loss, -np.log(shares[range(3), batch.labels]), rtol=1e-4, atol=1e-5)
-    assert losses.weight.tolist() == [1, 1, 1] and losses.tokens.tolist() == [15, 15, 15]
-    right = expected.argmax(axis=1)
-    assert scores.predictions(got).tolist() == right.tolist()
-    np.testing.assert_allclose(scores.accuracy(got, batch), (right == batch.labels).mean())
+    np.testing.assert_allclose(loss, -np.log(shares[range(3), batch.labels]), rtol=1e-4, atol=1e-5)
+    assert weight.tolist() == [1, 1, 1]
 
 
 def test_mean_over_shards_is_the_mean_over_all(tmp_path, case):
-    _, model, log_probability = case
+    _, decoder, log_probability = case
     lines = [{"prompt": "1", "answer": "22"}, {"prompt": "3", "answer": "4444444"}, {"prompt": "5", "answer": "6"}]
-    batch = examples.load(jsonl(tmp_path, *lines), SUMS, BYTES, max_length=40)
-    losses = scores.task_loss(scores.candidate_scores(model, batch), batch)
-    assert losses.tokens.tolist() == losses.weight.tolist() == [4, 9, 3]
+    batch = load(jsonl(tmp_path, *lines), SUMS, BYTES, max_length=40)
+    loss, weight = candidate_loss(scores_of(decoder, batch), batch)
+    assert weight.tolist() == [4, 9, 3]
     total = sum(loop_score(log_probability, batch.tokens[n, 0], batch.targets[n, 0]) for n in range(3))
-    np.testing.assert_allclose(scores.mean_loss(losses), -total / 16, rtol=1e-5)
+    np.testing.assert_allclose(loss.sum() / weight.sum(), -total / 16, rtol=1e-5)
+    tuning = FineTuning(decoder, batch, batch, batch)
     shards = [examples.Examples(*(array[part] for array in batch)) for part in (slice(0, 1), slice(1, 3))]
-    own = [scores.task_loss(scores.candidate_scores(model, shard), shard) for shard in shards]
-    mean = sum(jnp.sum(one.loss) for one in own) / sum(jnp.sum(one.weight) for one in own)
-    np.testing.assert_allclose(mean, scores.mean_loss(losses), rtol=1e-6)
+    totals, weights = zip(*(whole_loss(tuning.pieces("loss"))(PARAMS, shard, None) for shard in shards), strict=True)
+    np.testing.assert_allclose(sum(totals) / sum(weights), -total / 16, rtol=1e-5)
 
 
 def test_first_position_and_nan_outside_targets_count_nothing():
     logits = jnp.full((1, 3, 4), jnp.nan).at[0, 1].set(0.0)
-    got = scores.token_log_likelihood(logits, jnp.zeros((1, 3), jnp.int32), jnp.array([[True, False, True]]))
+    got = token_log_likelihood(logits, jnp.zeros((1, 3), jnp.int32), jnp.array([[True, False, True]]))
     np.testing.assert_allclose(got, [[0.0, 0.0, -np.log(4)]], rtol=1e-6)
 
 
 def test_bfloat16_model_scores_in_float32(tmp_path):
     config = transformer.TransformerConfig(257, 16, 24, 2, 2, 1, head_dim=8, tie_word_embeddings=True)
-    params = leaves.init(transformer.leaves(config), jax.random.key(0), jnp.bfloat16)
+    params = init_params(config, key=jax.random.key(0), dtype=jnp.bfloat16)
     files = sentiment.write(tmp_path, train=4, validation=1, test=1)
-    batch = examples.load(files["train"], sentiment.TASK, BYTES, max_length=48)
-    decoder = transformer.decoder(config)
-    got = jax.jit(lambda params, batch: scores.candidate_scores(lambda *own: apply(decoder, params, *own), batch))(
-        params, batch
-    )
+    batch = load(files["train"], sentiment.TASK, BYTES, max_length=48)
+    decoder, width = transformer.make_decoder(config), 5
+
+    @jax.jit
+    def score(params, batch):
+        x = hidden_states(decoder, params, *texts(batch, width=width))
+        return answers(decoder, params["resident"], x, batch, width=width).scores
+
+    got = score(params, batch)
     assert got.dtype == jnp.float32 and got.shape == (4, 2) and np.isfinite(got).all()
 
 
@@ -222,7 +247,7 @@ GOOD = {"text": "a", "label": 1}
 )
 def test_bad_files_are_one_sentence(tmp_path, lines, sentence):
     with pytest.raises(ValueError, match=sentence):
-        examples.load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=64)
+        load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=64)
 
 
 def test_file_that_is_not_text_is_one_sentence(tmp_path):
@@ -239,16 +264,18 @@ def test_separators_of_unicode_do_not_end_a_line(tmp_path):
 def test_candidates_that_cannot_be_predicted_are_one_sentence(tmp_path):
     path = jsonl(tmp_path, GOOD, GOOD)
     with pytest.raises(ValueError, match="line 1: the tokenizer turns '', a text to be predicted, into no tokens"):
-        examples.load(path, Classification("{text}", {"0": "", "1": "x"}), BYTES, max_length=64)
-    with pytest.raises(ValueError, match="line 1: a text to be predicted has 9 tokens, no room for a prompt in 10"):
-        examples.load(path, SST2, BYTES, max_length=10)
+        load(path, Classification("{text}", {"0": "", "1": "x"}), BYTES, max_length=64)
+    with pytest.raises(
+        ValueError, match="line 1: a text to be predicted has 9 tokens, which leaves no place for a prompt in 10"
+    ):
+        load(path, SST2, BYTES, max_length=10)
 
     class Bare(ByteTokenizer):
         prefix = ()
 
     path = jsonl(tmp_path, {"prompt": "", "answer": "7"})
     with pytest.raises(ValueError, match="line 1: the tokenizer turns the prompt '' into no tokens"):
-        examples.load(path, Generation(), Bare(), max_length=64)
+        load(path, Generation(), Bare(), max_length=64)
 
 
 def test_wrong_tasks_are_one_sentence():

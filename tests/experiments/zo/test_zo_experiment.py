@@ -17,15 +17,14 @@ from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evolution
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples, batch_of, encode
-from eggroll.experiments.zo.data.scores import accuracy, candidate_scores, mean_loss, task_loss
 from eggroll.experiments.zo.data.tasks import Classification, Generation
 from eggroll.experiments.zo.inputs import read_splits
 from eggroll.experiments.zo.problem import FineTuning, score
-from eggroll.experiments.zo.warm_start import Text, WarmStart, drawn, trained
+from eggroll.experiments.zo.warm_start import Text, WarmStart, init, train
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
-from eggroll.llm.decoder import Decoder, apply
+from eggroll.llm.decoder import Decoder, apply, token_log_likelihood
 from eggroll.llm.models import transformer
 from eggroll.llm.tokenizers import ByteTokenizer
 from eggroll.zo.blocks import whole_loss
@@ -226,14 +225,18 @@ def test_loss_and_accuracy_are_those_of_whole_logits(task, tmp_path):
     records = read_records(write(tmp_path / "data", all=7) / "all.jsonl")
     examples = encode(records, task, ByteTokenizer(), max_length=20)
     config = WarmStart(layers=1, width=16).model
-    decoder, params = transformer.decoder(config), drawn(WarmStart(layers=1, width=16))
+    decoder, params = transformer.make_decoder(config), init(WarmStart(layers=1, width=16))
     params["resident"]["embed"] *= 30  # so that the answers differ
     tuning = FineTuning(decoder, examples, examples, examples)
 
     @jax.jit
     def ways(params):
-        scores = candidate_scores(lambda tokens, mask: apply(decoder, params, tokens, mask), examples)
-        plain = mean_loss(task_loss(scores, examples)), accuracy(scores, examples)
+        flat = (array.reshape(-1, array.shape[-1]) for array in (examples.tokens, examples.mask))
+        logits = apply(decoder, params, *flat).reshape(*examples.tokens.shape, -1)
+        scores = token_log_likelihood(logits, examples.tokens, examples.targets).sum(axis=-1)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), examples.labels[:, None], axis=1)
+        loss = -chosen.mean() if isinstance(task, Classification) else -scores.sum() / examples.targets.sum()
+        plain = loss, jnp.mean(scores.argmax(axis=1) == examples.labels)
         pieces = [whole_loss(tuning.pieces(objective))(params, examples, None) for objective in ("loss", "accuracy")]
         return plain, pieces, tuning.judge()(params, examples)
 
@@ -272,7 +275,7 @@ def test_the_small_model_learns_its_text():
     content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
     text = Text(content, np.where(np.arange(content.size) < 24 * 200, ord("c"), ord("d")).astype(np.uint8))
     settings = WarmStart(layers=1, width=16, steps=300, batch_size=16, length=32, learning_rate=0.02)
-    decoder, params = transformer.decoder(settings.model), trained(settings, text)
+    decoder, params = transformer.make_decoder(settings.model), train(settings, text)
     pieces = (
         (b"the cat sat on the ma", "t"),
         (b"the mat. the cat sat on the mat. t:", "c"),

@@ -1,0 +1,116 @@
+"""Warm starts: small models that read bytes, trained once by backprop and kept for every run that begins with them.
+
+Owns the cache (`cached_model`), the training (`fit`: Adam, whose step size rises, then falls as a cosine) and the sizes of the
+small transformer. The settings, the text and the loss belong to the front ends.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+
+from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.experiments.common.run import run_folder
+from eggroll.llm import hf
+from eggroll.llm.models.transformer import TransformerConfig
+from eggroll.llm.shards import CONFIG
+from eggroll.llm.tokenizers import ByteTokenizer
+from eggroll.runs.progress import progress_line
+
+HEAD_DIM = 16
+STEPS_PER_CALL = 20
+
+
+def byte_transformer(*, layers: int, width: int) -> TransformerConfig:
+    """Return the sizes of a small Qwen3 that reads bytes; `width` is a multiple of HEAD_DIM."""
+    return TransformerConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_DIM,
+        num_key_value_heads=width // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=True,
+    )
+
+
+def check_settings(counts: Mapping[str, int], *, width: int, learning_rate: float) -> None:
+    """Raise ValueError for settings of a warm start that are out of range; the named `counts` must be integers >= 1."""
+    for name, value in {**counts, "width": width}.items():
+        if value < 1:
+            raise ValueError(f"start.{name} must be an integer >= 1, got {value}.")
+    if width % HEAD_DIM:
+        raise ValueError(f"start.width must be a multiple of {HEAD_DIM}, got {width}.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"start.learning_rate must be a finite number > 0, got {learning_rate}.")
+
+
+def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, settings: Any, task: str) -> Path:
+    """Return the folder of a trained model, in the Hugging Face layout; train it if the folder does not exist yet.
+
+    Args:
+        cache: holds a folder for every model.
+        config: of the model.
+        train: returns the parameters; called in the first process only.
+        settings: JSON values that decide the parameters; they, jax and Python name the folder.
+        task: what the model learns, for the message.
+    """
+    known = json.dumps([settings, HEAD_DIM, jax.__version__, sys.version])
+    folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
+    if is_first():
+        with _locked(folder):
+            if not (folder / CONFIG).is_file():  # it is written last
+                print(f"warm start: training a small model on {task}; it is kept in {folder}", flush=True)
+                hf.save(folder, config, train())
+    wait_for_all("warm start")
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait while another run trains the same model."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fit(
+    params: Any, loss: Callable[[Any, Any], Array], batches: Callable[[int], Any], *, steps: int, learning_rate: float
+) -> Any:
+    """Minimise a loss by Adam, with a progress line.
+
+    Args:
+        params: initial parameters.
+        loss: (params, batch) -> scalar.
+        batches: step -> a pytree of NumPy arrays, of the same shapes at every step.
+        steps: at least one.
+        learning_rate: peak step size, reached after a tenth of the steps.
+
+    Returns:
+        The parameters.
+    """
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, -(-steps // 10), steps))
+
+    def advance(run: Any, batch: Any) -> Any:
+        params, opt_state = run
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    run, advance_all = (params, optimizer.init(params)), jax.jit(lambda run, stacked: jax.lax.scan(advance, run, stacked))
+    with progress_line("steps of the warm start", steps) as show:
+        for first in range(0, steps, STEPS_PER_CALL):
+            numbers = range(first, min(first + STEPS_PER_CALL, steps))
+            run, losses = advance_all(run, jax.tree.map(lambda *leaves: np.stack(leaves), *map(batches, numbers)))
+            show(numbers.stop, f"loss {float(losses[-1]):.3f}")
+    return run[0]
