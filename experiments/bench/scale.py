@@ -77,7 +77,7 @@ def run(config: Scale) -> None:
 
 def _run_on_virtual_devices(config: Scale) -> int:
     """Run in a process of its own, whose JAX sees the devices; return its exit status."""
-    code = f"from experiments.bench import scale; scale.run(scale.{config!r})"
+    code = f"from eggroll.experiments.bench import scale; scale.run(scale.{config!r})"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={config.devices}"
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
