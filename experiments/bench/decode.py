@@ -1,9 +1,9 @@
-"""A population that completes prompts, against the unperturbed model that completes all of them as one batch.
+"""A population that continues prompts, against the unperturbed model that continues all of its prompts as one batch.
 
     ratio = time of unperturbed decoding / time of `es.ask(state).apply(complete, prompts)`
 
-Decoding is greedy and without stop tokens, so that both generate the same number of tokens; drawing the noise is timed. Both
-run in the same chunks of members, interleaved in one process. Memory is the compiler's count of temporary values.
+Greedy and without an ending token, so that both make the same number of tokens; the noise is drawn inside what is timed. Both
+run in the same chunks of members, interleaved in one process. Memory is the compiler's own account of temporary values.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ from eggroll.llm.models.rwkv7 import RWKV7Config
 
 VOCABULARY = 257  # bytes, and a token that ends a text
 SHORTEST, LONGEST = 4, 8  # tokens of a prompt
-SIZE_COLUMNS = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
-COLUMNS = (*SIZE_COLUMNS, "memory_per_member", "dense_ratio")  # the last two of `members` only
+OF_EVERY_SIZE = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
+COLUMNS = (*OF_EVERY_SIZE, "memory_per_member", "dense_ratio")  # the last two of `members` only
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Time how fast a population completes prompts, as a ratio to the unperturbed model on the same prompts."""
+    """Time how fast a population continues prompts, as a ratio to the unperturbed model on the same prompts."""
 
     members: int = 256
     """Members of the population."""
     growth: tuple[int, ...] = (64, 1024)
-    """Further population sizes, to see how speed and memory grow; with a third of the rounds."""
+    """Further populations, to see how speed and memory grow; their rounds are a third of the others."""
     prompts: int = 8
-    """Prompts per member, of 4 to 8 tokens."""
+    """Prompts a member, of 4 to 8 tokens."""
     room: int = 24
     """Tokens that follow every prompt."""
     chunk_size: int = 32
@@ -56,13 +56,13 @@ class Decode:
     repeats: int = 12
     """Rounds; the medians are reported."""
     dense_repeats: int = 3
-    """Rounds of the dense form, which is slow; 0 skips it."""
+    """Rounds of the dense form, which is slow; 0 leaves it out."""
     model: Path | None = None
     """A folder in the Hugging Face layout to time instead of the random models."""
 
 
 class Work(NamedTuple):
-    """A model and the prompts that it completes."""
+    """What is timed: a model and what it continues."""
 
     params: Any
     function: Callable[[Any, Prompts], Completions]  # of one member
@@ -100,7 +100,7 @@ def measure(name: str, model: Any, params: Any, config: Decode) -> dict[str, Any
         work, is_main = _work(model, params, config, members=members), members == config.members
         row = _row(work, config, repeats=config.repeats if is_main else -(-config.repeats // 3))
         rows.append(row)
-        more = _measure_main(work, config, row["temporary_bytes"]) if is_main else {}
+        more = _of_main(work, config, row["temporary_bytes"]) if is_main else {}
         main |= row | more if is_main else {}
         print(f"{name:<12}" + "".join(f"{_cell((row | more).get(c)):>{len(c) + 2}}" for c in COLUMNS), flush=True)
     return main | {"growth": rows}
@@ -111,7 +111,7 @@ def _cell(value: float | None) -> str:
 
 
 def _row(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
-    """Speed of one population and of the unperturbed model."""
+    """Speed of one population beside the unperturbed model's."""
     members, prompts, _ = work.prompts.tokens.shape
     tokens = members * prompts * config.room
     es, state = _strategy(work, eggroll.LowRank(config.rank), config.chunk_size)
@@ -126,8 +126,8 @@ def _row(work: Work, config: Decode, *, repeats: int) -> dict[str, Any]:
     }
 
 
-def _measure_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float | None]:
-    """Measure what only the main population reports: memory per member beyond that of one chunk, and the dense form."""
+def _of_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float | None]:
+    """What is measured of one population only: memory of a member, beside that of one chunk, and the dense form."""
     two_chunks = _temporary_bytes(work, *_strategy(work, eggroll.LowRank(config.rank), 2 * config.chunk_size))
     dense_ratio = None
     if config.dense_repeats:
@@ -195,7 +195,7 @@ def _unperturbed(work: Work, chunk: int) -> Callable[[], Any]:
 
 
 def _temporary_bytes(work: Work, es: eggroll.EvolutionStrategy, state: Any) -> int:
-    """Temporary bytes of the population's evaluation, without arguments and results."""
+    """What the compiler sets aside for the population's evaluation beside its arguments and results."""
     es.ask(state).apply(work.function, work.prompts)
     evaluate = es._cache["apply", work.function]
     return evaluate.lower(state, work.prompts).compile().memory_analysis().temp_size_in_bytes
