@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test jax011 slow heavy lint types wheel bench suites parity tasks
+.PHONY: run test jax011 slow heavy lint types bench suites parity tasks
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -31,6 +31,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+.PHONY: wheel
 wheel:  ## build the wheel, install it in a fresh environment next to other packages, run the README's example there
 	$(PYTHON) tests/wheel.py $(CONSTRAINTS)
 
