@@ -31,6 +31,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+.PHONY: wheel
+wheel:  ## build the wheel, install it in a fresh environment next to other packages, run the README's example there
+	$(PYTHON) tests/wheel.py $(CONSTRAINTS)
+
 suites: $(SUITES)  ## install the other suites of environments, and Ray; their tests no longer skip
 
 parity: $(READY)  ## torch, transformers and rwkv, which language models are compared with; their tests no longer skip

@@ -14,7 +14,7 @@ class Case(NamedTuple):
 
     function: Callable  # function(params, batch) -> scalar fitness of one member
     params: Any
-    batch: Array  # [N, ...], an entry per member
+    batch: Array  # [N, ...], one entry per member
     chunk_size: int  # members evaluated at a time, chosen by `--tune`
     dense_chunk_size: int  # the same for the dense form, whose members hold whole matrices
 

@@ -1,4 +1,4 @@
-"""Bytes that cross devices, read from a compiled program."""
+"""Bytes that cross between devices, read from a compiled program."""
 
 import math
 import re
@@ -15,7 +15,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
         hlo: `compiled.as_text()`.
 
     Returns:
-        Kind -> bytes; the kinds that occur. A collective in the body of a loop counts once.
+        Kind -> bytes, for the kinds that occur. A collective in the body of a loop counts once.
     """
     total: dict[str, int] = {}
     for shapes, kind in _LINE.findall(hlo):
@@ -24,7 +24,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
 
 
 def largest_collective(hlo: str, kind: str) -> int:
-    """Bytes of the largest single array that a kind of collective gives; 0 without one."""
+    """Bytes of the largest array that a kind of collective returns; 0 if there is none."""
     lines = [shapes for shapes, name in _LINE.findall(hlo) if name == kind]
     return max((_bytes(array) for shapes in lines for array in _ARRAY.findall(shapes)), default=0)
 

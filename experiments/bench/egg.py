@@ -1,7 +1,7 @@
 """A generation of integer pretraining against unperturbed inference of the same inputs.
 
-Interleaved in one process: unperturbed inference of every member's text and state, batched as the engine batches them; the
-perturbed forward; the update; the whole generation.
+Interleaved in one process: unperturbed inference of every member's text and state, batched as in the engine; the perturbed
+forward; the update; the whole generation.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class EGG:
     train: Config = dataclasses.field(default_factory=Config)
     """Options of `experiments.egg`."""
     repeats: int = 15
-    """Rounds; medians are reported, and the least of the rounds beside."""
+    """Rounds; medians and the fastest round are reported."""
 
 
 def run(config: EGG) -> None:
@@ -59,7 +59,7 @@ def _row(config: Config, times: dict[str, list[float]], reduce: Callable[[list[f
 
 
 def _forms(config: Config) -> dict[str, Callable[[], Any]]:
-    """What is timed, from a state whose members have read some text."""
+    """Forms to time, starting from a state whose members have read some text."""
     texts = corpus.load(config.data, cache=config.cache)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     es, state = evolution.start(config, init_key=init_key, run_key=run_key)

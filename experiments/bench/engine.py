@@ -1,8 +1,8 @@
 """The engine against pure batched inference of the same inputs, and against dense noise.
 
 For every case, interleaved in one process: unperturbed inference, perturbed forward, update, generation, dense generation.
-Inference is one batched call over all members. Where members are evaluated in chunks that fit the cache, inference gains from
-the same chunks too: that form and the stricter ratio to it are listed beside.
+Inference is one batched call over all members. When members are evaluated in chunks that fit the cache, inference gains from
+the same chunks too, so the stricter ratio to chunked inference is reported as well.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ class Engine:
     repeats: int = 15
     """Rounds; the medians are reported."""
     dense_repeats: int = 3
-    """Rounds of the dense form, which is slow; 0 leaves it out."""
+    """Rounds of the dense form, which is slow; 0 skips it."""
     distribution: str = "rademacher"
     """Distribution of the factors: rademacher or normal."""
     rank: int = 1
     """Rank of the perturbation."""
     tune: bool = False
-    """Time the generation at several chunk sizes as well and print them."""
+    """Also time the generation at several chunk sizes and print them."""
 
 
 def run(config: Engine) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
     unknown = [name for name in config.cases if name not in CASES]
     if unknown:
-        raise SystemExit(f"error: cases must be out of {', '.join(CASES)}, got {', '.join(unknown)}.")
+        raise SystemExit(f"error: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}.")
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     columns = ("inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "chunked_ratio", "dense_ratio")

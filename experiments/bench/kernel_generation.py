@@ -1,4 +1,4 @@
-"""A whole generation of a language model for the kernel benchmark, beside pure batched inference of the same inputs.
+"""A whole generation of a language model for the kernel benchmark, next to pure batched inference of the same inputs.
 
 The model is random and has the sizes of Llama 3.2 1B, in bfloat16; every member reads a short text of its own and is scored by
 the likelihood of each next token. The engine chooses its implementation itself.
@@ -26,8 +26,8 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
 
     Args:
         small: a model of two layers.
-        members: of the population.
-        tokens: that a member reads.
+        members: population size.
+        tokens: tokens that each member reads.
     """
     config = SMALL if small else ONE_BILLION
     model = make_decoder(config)
@@ -36,11 +36,12 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
 
     def likelihood(params: Any, text: Array, key: Array | None = None) -> Array:
         read, following = text[:, :-1], text[:, 1:]
-        known = jax.nn.log_softmax(apply(model, params, read, jnp.ones(read.shape, bool)))
-        return jnp.take_along_axis(known, following[..., None], axis=-1).mean()
+        log_probabilities = jax.nn.log_softmax(apply(model, params, read, jnp.ones(read.shape, bool)))
+        return jnp.take_along_axis(log_probabilities, following[..., None], axis=-1).mean()
 
-    options: dict[str, Any] = dict(population_size=members, members_per_batch=1, perturbation=eggroll.LowRank())
-    es = eggroll.EvolutionStrategy(likelihood, sigma=1e-3, optimizer=optax.sgd(1e-3), **options)
+    es = eggroll.EvolutionStrategy(
+        likelihood, population_size=members, sigma=1e-3, optimizer=optax.sgd(1e-3), members_per_batch=1
+    )
     state = es.init(params, key=jax.random.key(2))
     products = [leaf.implementation for leaf in es.plan(state, texts).leaves if leaf.role == "low-rank"]
     by_kernel = sum(name != "reference" for name in products)

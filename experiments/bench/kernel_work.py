@@ -1,11 +1,11 @@
-"""What the kernel benchmark times: the measured cases of every kernel, each as calls without arguments, and its size.
+"""The measured cases of every kernel, each as calls without arguments, with operations and bytes.
 
-    plain       the product of the same inputs without noise: one jnp product; of an update, one of ready bfloat16 factors
-    dense       the noise of every pair built beforehand, then multiplied; of one small case
+    plain       the product of the same inputs without noise: one jnp product; for an update, one of ready bfloat16 factors
+    dense       the noise of every pair, materialised beforehand, then multiplied; for one small case
     reference   the operation in plain JAX
-    mosaic_gpu  the kernel: with the tiles it chooses, then with others, which its name says
+    mosaic_gpu  the kernel: with the tiles it chooses, then with others, named in the row
 
-A call of a named implementation runs it or raises. The size of a case is that of its plain product.
+A named implementation runs or raises. Operations and bytes of a case are those of its plain product.
 """
 
 import functools
@@ -29,7 +29,7 @@ from eggroll.kernels.lowrank_update import cases as update_cases
 from eggroll.kernels.lowrank_update import config as update_config
 from eggroll.kernels.lowrank_update.api import lowrank_update
 
-DENSE = "policy-mlp"  # the case whose noise is built
+DENSE = "policy-mlp"  # the case whose noise is materialised
 LARGEST_SMALL = {"pairs": 8, "rows": 4, "m": 256, "n": 256}  # sizes of a shrunk case, at most
 TWO_ROUNDINGS = 2.0**-6  # to bfloat16, relative to the largest result
 HIDDEN: tuple[Literal["inside", "before"], ...] = ("inside", "before")
@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
 
 def works(op: str, *, small: bool) -> list[tuple[str, Callable[[], Work]]]:
-    """Names of the measured cases of an operation and what makes them; operands are made when a case is."""
+    """Names of the measured cases of an operation, and functions that make them with their operands."""
     measured: dict[str, tuple[Callable[[Any], Work], list]] = {
         "lowrank_dot": (_dot, dot_cases.MEASURED),
         "lowrank_update": (_update, update_cases.MEASURED),
@@ -66,16 +66,16 @@ def works(op: str, *, small: bool) -> list[tuple[str, Callable[[], Work]]]:
         "together": (_together, [case for case in dot_cases.MEASURED if case.name.startswith("paper-")]),
     }
     make, cases = measured[op]
-    return [(case.name, functools.partial(make, _shrunk(case) if small else case)) for case in cases]
+    return [(case.name, functools.partial(make, _shrink(case) if small else case)) for case in cases]
 
 
 def bound(function: Callable, *arguments: Any) -> Callable[[], Any]:
-    """The function, compiled, with its arguments."""
+    """Compile the function and bind its arguments."""
     jitted = jax.jit(function)
     return lambda: jitted(*arguments)
 
 
-def _shrunk(case: Any) -> Any:
+def _shrink(case: Any) -> Any:
     return case._replace(
         **{name: min(getattr(case, name), most) for name, most in LARGEST_SMALL.items() if name in case._fields}
     )
@@ -86,14 +86,16 @@ def _shape(case: Any, noise: str) -> str:
     return f"{case.pairs}{rows}, {case.m} x {case.n}, rank {case.rank}, {noise}"
 
 
-def _calls(of: Callable[[str, Any], Callable[[], Any]], chosen: Any, others: Iterable[Any], fit: Callable) -> dict[str, Call]:
-    """The reference, the kernel as it chooses its tiles, and with others cut to what fits; one that does not fit raises."""
-    calls = {"reference": Call(of("reference", None)), "mosaic_gpu": Call(of("mosaic_gpu", None), chosen)}
+def _calls(
+    make_call: Callable[[str, Any], Callable[[], Any]], chosen: Any, others: Iterable[Any], fit: Callable
+) -> dict[str, Call]:
+    """The reference, the kernel with its own tiles, and with other tiles cut to fit; a call whose tiles do not fit raises."""
+    calls = {"reference": Call(make_call("reference", None)), "mosaic_gpu": Call(make_call("mosaic_gpu", None), chosen)}
     for config in others:
         name = f"mosaic_gpu {config.tile_columns}" + (f" {config.hidden}" if hasattr(config, "hidden") else "")
         try:
             fitting = fit(config)
-            calls[name] = Call(of("mosaic_gpu", fitting), fitting)
+            calls[name] = Call(make_call("mosaic_gpu", fitting), fitting)
         except NotImplementedError as error:
             calls[name] = Call(functools.partial(_raise, error), config)
     return calls
@@ -115,17 +117,17 @@ def _dot(case: dot_cases.Case) -> Work:
     groups = Groups.of(case.pairs, case.rows, case.rank, least_terms=least_terms(noise))
     chosen = dot_config.choose(groups, case.m, case.n)
 
-    def of(implementation: str, config: Any) -> Callable[[], Array]:
-        options: dict = dict(rank=case.rank, implementation=implementation, config=config)
-        return bound(lambda x, w, noise, scale: lowrank_dot(x, w, noise, scale=scale, **options), x, w, noise, scale)
+    def make_call(implementation: str, config: Any) -> Callable[[], Array]:
+        dot = functools.partial(lowrank_dot, rank=case.rank, implementation=implementation, config=config)
+        return bound(lambda x, w, noise, scale: dot(x, w, noise, scale=scale), x, w, noise, scale)
 
     widths = [chosen.tile_columns, *_neighbours(case.n, chosen.tile_columns)]
     tiles = [dot_config.Config(columns, hidden=hidden) for columns in widths for hidden in HIDDEN]
     others = [tile for tile in tiles if (tile.tile_columns, tile.hidden) != (chosen.tile_columns, chosen.hidden)]
     calls = {"plain": _plain(x, w, jnp.bfloat16)}
-    calls |= _calls(of, chosen, others, lambda config: dot_config.fit(config, groups, case.m))
+    calls |= _calls(make_call, chosen, others, lambda config: dot_config.fit(config, groups, case.m))
     if case.name == DENSE:
-        built = jax.jit(functools.partial(_built, case))(noise)
+        built = jax.jit(functools.partial(_build_noise, case))(noise)
         calls["dense"] = Call(bound(_dense, x, w, built, scale))
     return Work("lowrank_dot", case.name, _shape(case, FORMS[case.form]), calls, *_size(case, 2, 2))
 
@@ -136,15 +138,17 @@ def _update(case: update_cases.Case) -> Work:
     packed = case.form != "values"
     chosen = update_config.choose(case.m, case.n, terms, packed=packed)
 
-    def of(implementation: str, config: Any) -> Callable[[], Array]:
-        options: dict = dict(rank=case.rank, rows=case.m, columns=case.n, implementation=implementation, config=config)
-        return bound(lambda coefficients, noise: lowrank_update(coefficients, noise, **options), coefficients, noise)
+    def make_call(implementation: str, config: Any) -> Callable[[], Array]:
+        update = functools.partial(lowrank_update, rank=case.rank, rows=case.m, columns=case.n)
+        return bound(functools.partial(update, implementation=implementation, config=config), coefficients, noise)
 
     others = [update_config.Config(columns) for columns in _neighbours(case.n, chosen.tile_columns)]
-    calls = _calls(of, chosen, others, lambda config: update_config.fit(config, terms, packed=packed))
+    calls = _calls(make_call, chosen, others, lambda config: update_config.fit(config, terms, packed=packed))
     count, (m, n) = case.pairs * case.rank, (case.m, case.n)
     size = 2.0 * count * m * n, 2.0 * count * (m + n) + 4.0 * m * n
-    return Work("lowrank_update", case.name, _shape(case, FORMS[case.form]), {"plain": _ready(case, noise)} | calls, *size)
+    return Work(
+        "lowrank_update", case.name, _shape(case, FORMS[case.form]), {"plain": _factor_product(case, noise)} | calls, *size
+    )
 
 
 def _int8(case: int8_cases.Case) -> Work:
@@ -154,13 +158,13 @@ def _int8(case: int8_cases.Case) -> Work:
     groups = Groups.of(case.pairs, case.rows, case.rank, least_terms=LEAST_TERMS)
     chosen = int8_config.choose(groups, case.m, case.n)
 
-    def of(implementation: str, config: Any) -> Callable[[], Array]:
-        options: dict = dict(bits=case.bits, shift=case.shift, implementation=implementation, config=config)
-        return bound(lambda x, w, noise, sign: int8_dot(x, w, noise, sign=sign, **options), x, w, noise, sign)
+    def make_call(implementation: str, config: Any) -> Callable[[], Array]:
+        dot = functools.partial(int8_dot, bits=case.bits, shift=case.shift, implementation=implementation, config=config)
+        return bound(lambda x, w, noise, sign: dot(x, w, noise, sign=sign), x, w, noise, sign)
 
     others = [int8_config.Config(columns) for columns in _neighbours(case.n, chosen.tile_columns) if columns <= 128]
     calls = {"plain": _plain(x, w, jnp.int32)}
-    calls |= _calls(of, chosen, others, lambda config: int8_config.fit(config, groups, case.m))
+    calls |= _calls(make_call, chosen, others, lambda config: int8_config.fit(config, groups, case.m))
     return Work("int8_dot", case.name, _shape(case, "given"), calls, *_size(case, 1, 4), dtype="int8", tolerance=0.0)
 
 
@@ -183,15 +187,15 @@ def _plain(x: Array, w: Array, dtype: Any) -> Call:
     return Call(bound(product, x.reshape(-1, x.shape[-1]), w), checked=False)
 
 
-def _ready(case: update_cases.Case, noise: Noise) -> Call:
-    """One product of bfloat16 factors that are ready."""
+def _factor_product(case: update_cases.Case, noise: Noise) -> Call:
+    """One product of ready bfloat16 factors."""
     values = values_of(noise, rank=case.rank, rows=case.m, columns=case.n, dtype=jnp.bfloat16)
     left, right = (factor.reshape(-1, factor.shape[-1]) for factor in values)
     product = functools.partial(jnp.einsum, "km,kn->mn", preferred_element_type=jnp.float32)
     return Call(bound(product, left, right), checked=False)
 
 
-def _built(case: dot_cases.Case, noise: Noise) -> Array:
+def _build_noise(case: dot_cases.Case, noise: Noise) -> Array:
     """The noise of every pair, bfloat16 [P, m, n]."""
     values = values_of(noise, rank=case.rank, rows=case.m, columns=case.n, dtype=jnp.bfloat16)
     return jnp.einsum("pkm,pkn->pmn", *values)

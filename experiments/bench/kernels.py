@@ -1,11 +1,11 @@
-"""The kernels against the plain product of the same inputs, and against what this machine can do at best.
+"""The kernels against the plain product of the same inputs, and against the roofline of this machine.
 
     ratio     milliseconds of the plain product / milliseconds of the row
-    roofline  max(operations / peak, bytes / bandwidth) of the plain product / the row; peak and bandwidth are those of a large
-              product and of a copy in the same run, so a small case that stays in the cache may be above 1
+    roofline  max(operations / peak, bytes / bandwidth) of the plain product / the row; peak and bandwidth are measured in the
+              same run with a large product and a copy, so a small case that stays in the cache may exceed 1
 
-Every implementation is named: a row that cannot run says why, and so does one whose result is not the reference's. Calls of a
-case are interleaved and queued (`timing.queued_ms`); a "*" marks rows that the dispatch of a call may limit.
+Every implementation is named: a row that cannot run, or whose result differs from the reference's, says why. The calls of a
+case are interleaved and queued (`timing.queued_ms`); "*" marks rows that dispatch may limit.
 """
 
 import dataclasses
@@ -39,19 +39,19 @@ class Kernels:
     cases: tuple[str, ...] = ()
     """Run only cases whose name contains one of these."""
     small: bool = False
-    """Shrink the cases; always so where there is no GPU. Figures of shrunk cases say nothing about the goals."""
+    """Shrink the cases; always on without a GPU. Shrunk cases say nothing about the goals."""
     repeats: int = 12
     """Rounds; the medians are reported."""
     members: int = 256
-    """Members of the generation; 8 where it is small."""
+    """Members of the generation; at most 8 if small."""
     tokens: int = 1
-    """Tokens that a member of the generation reads."""
+    """Tokens that each member of the generation reads."""
     verbose: bool = False
-    """Name every call on standard error before its first run: where a kernel hangs, the last one named is it."""
+    """Name every call on standard error before its first run; if a kernel hangs, it is the last one named."""
 
 
 class Peak(NamedTuple):
-    """What this machine does at best, measured."""
+    """Measured peak rates of this machine."""
 
     operations: dict[str, float]  # dtype -> operations a second
     bandwidth: float  # bytes a second, reads and writes
@@ -98,7 +98,7 @@ def run(config: Kernels) -> None:
 def _check(config: Kernels) -> None:
     unknown = [op for op in config.ops if op not in OPS]
     if unknown:
-        raise SystemExit(f"error: ops must be out of {', '.join(OPS)}, got {', '.join(unknown)}.")
+        raise SystemExit(f"error: ops must be among {', '.join(OPS)}, got {', '.join(unknown)}.")
     for name in ("repeats", "members", "tokens"):
         if getattr(config, name) < 1:
             raise SystemExit(f"error: {name} must be an integer >= 1, got {getattr(config, name)}.")
@@ -114,7 +114,7 @@ def _works(op: str, config: Kernels, small: bool) -> list[tuple[str, Callable[[]
 def measure_peak(settings: Settings) -> Peak:
     """Time a large product of each dtype, a copy, and a call that computes nothing."""
     size, copied = (256, 1 << 24) if settings.small else (8192, 1 << 31)
-    random = jax.random.randint(jax.random.key(0), (size, size), -127, 128)  # of constants a product draws less power
+    random = jax.random.randint(jax.random.key(0), (size, size), -127, 128)  # a product of constants draws less power
     forms = {"copy": bound(jnp.copy, jnp.zeros(copied, jnp.int8)), "nothing": bound(jnp.copy, jnp.zeros(8))}
     for dtype, total in (("bfloat16", jnp.bfloat16), ("int8", jnp.int32)):
         product = functools.partial(jnp.matmul, preferred_element_type=total)
@@ -131,16 +131,16 @@ def measure(op: str, name: str, make: Callable[[], Work], peak: Peak, settings: 
     except Exception as error:
         rows = [{"op": op, "case": name, "implementation": "all", "failed": _reason(error)}]
     else:
-        failed, differences = _tried(work, settings.verbose)
-        ms = _timed(work, failed, settings)
+        failed, differences = _try_calls(work, settings.verbose)
+        ms = _time_calls(work, failed, settings)
         rows = [_row(work, called, ms, failed, differences, peak) for called in work.calls]
     for row in rows:
         print(_line(row), flush=True)
     return rows
 
 
-def _tried(work: Work, verbose: bool) -> tuple[dict[str, str], dict[str, float]]:
-    """Run every call once: why those failed that did, and how far results are from the reference's."""
+def _try_calls(work: Work, verbose: bool) -> tuple[dict[str, str], dict[str, float]]:
+    """Run every call once; return why calls failed, and how far results are from the reference's."""
     failed: dict[str, str] = {}
     differences: dict[str, float] = {}
     reference = None
@@ -153,14 +153,16 @@ def _tried(work: Work, verbose: bool) -> tuple[dict[str, str], dict[str, float]]
             if call.checked and name != "reference":
                 differences[name] = found = _difference(result, reference)
                 if not found <= work.tolerance:
-                    failed[name] = f"differs from the reference by {found:.1e} of its largest, {work.tolerance:.1e} is allowed"
+                    failed[name] = (
+                        f"differs from the reference by {found:.1e} of its largest entry, tolerance {work.tolerance:.1e}"
+                    )
         except Exception as error:
             failed[name] = _reason(error)
     return failed, differences
 
 
-def _timed(work: Work, failed: dict[str, str], settings: Settings) -> dict[str, float]:
-    """Milliseconds of the calls that did not fail; an error now cannot be laid to one of them and fails them all."""
+def _time_calls(work: Work, failed: dict[str, str], settings: Settings) -> dict[str, float]:
+    """Milliseconds of the calls that did not fail; an error here cannot be attributed to one call, so it fails all of them."""
     forms = {name: call.run for name, call in work.calls.items() if name not in failed}
     try:
         return queued_ms(forms, repeats=settings.repeats, round_ms=settings.round_ms)
@@ -177,7 +179,7 @@ def _distances(result: Array, reference: Array) -> tuple[Array, Array]:
 
 
 def _difference(result: Any, reference: Any) -> float:
-    """The largest distance of an array from the reference's, relative to the largest entry there."""
+    """The largest distance of an array from the reference, relative to the reference's largest entry."""
     pairs = zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True)
     distances = [np.asarray(_distances(*pair), np.float64) for pair in pairs]
     return float(np.max([distance / largest for distance, largest in distances]))  # NaN stays
@@ -217,7 +219,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def goals_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every goal, the ratio that the kernel reached (the lowest of all its cases), whether it passed; None: not measured."""
+    """Each goal with the kernel's ratio (the lowest of its cases) and whether it passed; None: not measured."""
     names = {
         "paper_values": ("lowrank_dot", "paper-values"),
         "paper_keys": ("lowrank_dot", "paper-keys"),

@@ -1,6 +1,6 @@
 """One generation of a very large population, in chunks that the engine chooses from a byte budget: members, seconds, memory.
 
-Every case runs in a process of its own, so that the peak of its resident memory is its own.
+Every case runs in its own process, so that its peak of resident memory is separate.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Populations:
     memory_budget: int = 1 << 30
     """Bytes of temporary memory of an evaluation, from which the engine chooses the chunks."""
     case: str | None = None
-    """Only this one, mlp or toy, in this process; None: each in its own."""
+    """Run only this case, mlp or toy, in this process; None: each in its own process."""
 
 
 def run(config: Populations) -> None:
@@ -39,7 +39,7 @@ def run(config: Populations) -> None:
     if config.case is not None:
         if config.case not in CASES:
             raise SystemExit(f"error: case must be one of {', '.join(CASES)}, got {config.case!r}.")
-        print_summary(_measured(config.case, config.memory_budget))
+        print_summary(_measure(config.case, config.memory_budget))
         return
     rows = {}
     print(f"{'case':<6}{'members':>10}{'chunk':>8}{'seconds':>9}{'members/s':>12}{'peak MiB':>10}{'start MiB':>11}")
@@ -53,12 +53,13 @@ def run(config: Populations) -> None:
     print_summary({**rows, "about": machine()})
 
 
-def _measured(name: str, budget: int) -> dict[str, Any]:
-    """A generation after one that compiles."""
+def _measure(name: str, budget: int) -> dict[str, Any]:
+    """Time one generation after the one that compiles."""
     logging.basicConfig(format="%(message)s")
-    fitness, params, batch = _problem(name)
-    options: dict[str, Any] = dict(population_size=CASES[name], sigma=0.02, optimizer=optax.sgd(0.1))
-    es = eggroll.EvolutionStrategy(fitness, **options, memory_budget=budget)
+    fitness, params, batch = _make_problem(name)
+    es = eggroll.EvolutionStrategy(
+        fitness, population_size=CASES[name], sigma=0.02, optimizer=optax.sgd(0.1), memory_budget=budget
+    )
     state = es.init(params, key=jax.random.key(1))
     start_mib = peak_mib()
     state, _ = jax.block_until_ready(es.step(state, batch))
@@ -71,7 +72,7 @@ def _measured(name: str, budget: int) -> dict[str, Any]:
     return row | {"mean_fitness": float(metrics.mean_fitness), "start_mib": start_mib, "peak_mib": peak_mib()}
 
 
-def _problem(name: str) -> tuple[Any, Any, Any]:
+def _make_problem(name: str) -> tuple[Any, Any, Any]:
     """Fitness, parameters and batch."""
     if name == "toy":
         return (lambda params, batch, key: -jnp.sum((params["w"] - 1) ** 2)), {"w": jnp.zeros(100)}, None

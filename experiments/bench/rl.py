@@ -1,6 +1,6 @@
 """Reinforcement learning against evosax: seconds and generations to a mean return, members per second, peak memory.
 
-Every seed of either library is a process of its own, ours and theirs in turn; see `experiments.bench.rl_sides` for one of them.
+Each seed of each library runs in its own process, ours and theirs alternating: `experiments.bench.rl_sides`.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ class RL:
     seeds: int = 5
     """Runs of each library."""
     generations: int = 100
-    """Generations at most; a run that ends without the target counts as infinitely long."""
+    """Maximum number of generations; a run that misses the target counts as infinitely long."""
     population_size: int = 256
     """Members evaluated per generation, even."""
     episodes: int = 4
     """Episodes per member."""
     sigma: float = 0.05
-    """Standard deviation of the perturbation, of both libraries."""
+    """Standard deviation of the perturbation, for both libraries."""
     learning_rate: float = 0.01
-    """Step size of Adam, of both libraries."""
+    """Learning rate of Adam, for both libraries."""
     hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the policy's hidden layers."""
 
@@ -51,7 +51,7 @@ class RL:
         if self.population_size < 2 or self.population_size % 2:
             raise ValueError(f"population_size must be an even integer >= 2, got {self.population_size}.")
         if "/" in self.env:
-            raise ValueError(f"env must be an environment of gymnax, which both libraries know, got {self.env!r}.")
+            raise ValueError(f"env must be a gymnax environment, which both libraries support, got {self.env!r}.")
 
 
 def run(config: RL) -> None:
@@ -78,7 +78,7 @@ def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
     """Run one seed of one library in a new process.
 
     Raises:
-        SystemExit: the process failed; its last words are in the message.
+        SystemExit: the process failed; the error quotes its last line.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
     argument = json.dumps(settings | {"library": library, "seed": seed})
@@ -86,8 +86,8 @@ def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
     cold = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compilation is part of what is timed
     done = subprocess.run(command, capture_output=True, text=True, env=cold)
     if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise SystemExit(f"error: seed {seed} of {library} failed: {words[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise SystemExit(f"error: seed {seed} of {library} failed: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

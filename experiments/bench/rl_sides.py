@@ -1,9 +1,9 @@
-"""One run of the reinforcement-learning benchmark in a process of its own: ours, or evosax's Open_ES.
+"""One run of the reinforcement-learning benchmark, in its own process: ours, or evosax's Open_ES.
 
     python -m experiments.bench.rl_sides '{"library": "ours", "seed": 0, ...}'
 
-Both start from the same parameters of the same policy and are judged after every generation by the same held-out episodes,
-whose time is not counted. The clock covers compilation and generations, not imports.
+Both start from the same parameters of the same policy and are evaluated after every generation on the same held-out episodes,
+whose time is not counted. The time includes compilation and generations, not imports.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one process runs."""
+    """Settings of one process."""
 
     library: str  # "ours" or "evosax"
     seed: int
@@ -48,8 +48,14 @@ class Side:
     @property
     def config(self) -> Config:
         """The same as options of `experiments.rl`."""
-        names = ("env", "population_size", "episodes", "sigma", "learning_rate")
-        return Config(hidden_sizes=tuple(self.hidden_sizes), **{name: getattr(self, name) for name in names})
+        return Config(
+            env=self.env,
+            population_size=self.population_size,
+            episodes=self.episodes,
+            sigma=self.sigma,
+            learning_rate=self.learning_rate,
+            hidden_sizes=tuple(self.hidden_sizes),
+        )
 
 
 def run(side: Side) -> dict[str, Any]:
@@ -70,10 +76,10 @@ def run(side: Side) -> dict[str, Any]:
     prepared = time.perf_counter() - start
     while not reached and len(seconds) < side.generations:
         start = time.perf_counter()
-        mean_params, known = jax.block_until_ready(advance(len(seconds)))
+        mean_params, observed = jax.block_until_ready(advance(len(seconds)))
         seconds.append(time.perf_counter() - start)
         key = jax.random.fold_in(check_key, len(seconds))
-        reached = evaluation.mean_return(mean_params, known, key=key) >= side.target
+        reached = evaluation.mean_return(mean_params, observed, key=key) >= side.target
     steady = seconds[2:]  # evosax compiles in its first two generations
     return {
         "seconds": prepared + sum(seconds) if reached else None,
@@ -87,13 +93,13 @@ def run(side: Side) -> dict[str, Any]:
 def ours(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
     """Make the generation of this library: rank-1 noise, Adam, centred ranks."""
     es = make_strategy(side.config, task)
-    state, known = es.init(params, key=key), envs.initial_statistics(task.environment.observation_shape)
+    state, observed = es.init(params, key=key), envs.initial_statistics(task.environment.observation_shape)
 
     def advance(generation: int) -> tuple[Any, envs.ObservationStatistics]:
-        nonlocal state, known
-        state, metrics = es.step(state, known)
-        known = envs.merge(known, metrics.aux)
-        return state.params, known
+        nonlocal state, observed
+        state, metrics = es.step(state, observed)
+        observed = envs.merge(observed, metrics.aux)
+        return state.params, observed
 
     return advance
 
@@ -136,8 +142,8 @@ def evosax(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
         nonlocal state, problem_state
         state, problem_state = step(state, problem_state, jax.random.fold_in(run_key, generation))
         number = jnp.asarray(problem_state.obs_counter, jnp.float32)
-        known = envs.ObservationStatistics(number, problem_state.obs_mean, problem_state.obs_var_sum)
-        return es.get_mean(state), known
+        observed = envs.ObservationStatistics(number, problem_state.obs_mean, problem_state.obs_var_sum)
+        return es.get_mean(state), observed
 
     return advance
 

@@ -1,10 +1,10 @@
-"""One generation over meshes of devices: what crosses, what it changes, how much memory a device needs.
+"""One generation over meshes of devices: bytes that cross, differences to one device, memory per device.
 
 A shared batch, an MLP of three hidden layers, SGD with momentum (Adam turns gradient entries that cancel up to rounding into
-whole steps, so it would hide how near two gradients are). Every mesh runs the same generation as one device does; the bytes
-are read from the compiled program and stand beside those of the cost model (docs/scaling.md). Without enough devices the
-benchmark starts itself again with virtual CPU devices: those say nothing about speed, so no time is reported. A collective
-in the loop over chunks counts once; only the partitioner's, with "model", are there.
+full steps, which would hide how close two gradients are). Every mesh runs the same generation as one device; the bytes are read
+from the compiled program and compared with the cost model (docs/scaling.md). Without enough devices the benchmark restarts
+itself with virtual CPU devices, which say nothing about speed, so no time is reported. A collective in the loop over chunks
+counts once; only the partitioner's collectives, with "model", are there.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Scale:
     """Compare a generation over meshes of devices with the same generation on one device."""
 
     devices: int = 8
-    """Devices of a mesh, a multiple of 2; virtual ones where the machine has fewer."""
+    """Devices of a mesh, a multiple of 2; virtual ones if the machine has fewer."""
     members: int = 256
     """Members of the population."""
     width: int = 256
@@ -39,7 +39,7 @@ class Scale:
     examples: int = 64
     """Examples of the batch."""
     chunk_size: int = 16
-    """Members that a device evaluates at a time."""
+    """Members that a device evaluates at once."""
     growths: tuple[int, ...] = (1, 4, 16)
     """Multiples of the population whose memory is compared."""
 
@@ -52,22 +52,22 @@ def run(config: Scale) -> None:
         raise SystemExit(_run_on_virtual_devices(config))
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
-    params, batch = _workload(config)
+    params, batch = _make_workload(config)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{config.members} members, {size:,} parameters, {config.examples} examples, chunks of {config.chunk_size} members")
-    es, state = _strategy(config, None, params)
-    alone = _outcome(_compiled(es, state, batch), state, batch)
+    es, state = _make_strategy(config, params, mesh=None)
+    alone = _run_generation(_compile(es, state, batch), state, batch)
     print(f"{'mesh':<34}{'bytes crossing':>16}{'cost model':>12}{'fitness diff':>14}{'update diff':>13}{'device bytes':>14}")
     rows = {}
-    for name, (mesh, options) in _meshes(config).items():
-        rows[name] = row = _compared(config, mesh, options, params, batch, alone)
+    for name, (mesh, shard_optimizer) in _meshes(config).items():
+        rows[name] = row = _compare(config, params, batch, alone, mesh=mesh, shard_optimizer=shard_optimizer)
         numbers = f"{row['collective_total']:>16,}{row['predicted_bytes'] or '-':>12}{row['fitness_difference']:>14.1e}"
         print(f"{name:<34}{numbers}{row['update_difference']:>13.1e}{row['peak_bytes']:>14,}", flush=True)
     first = next(iter(_meshes(config).values()))[0]
     memory = {}
     for growth in config.growths:
         larger = dataclasses.replace(config, members=growth * config.members)
-        memory[larger.members] = peak = _peak_bytes(_compiled(*_strategy(larger, first, params), batch))
+        memory[larger.members] = peak = _peak_bytes(_compile(*_make_strategy(larger, params, mesh=first), batch))
         print(f"{larger.members:>7} members: {peak:,} bytes a device")
     worst = {key: max(row[key] for row in rows.values()) for key in ("update_difference", "fitness_difference")}
     bytes_of = {name: row["collective_bytes"] for name, row in rows.items()}
@@ -76,8 +76,8 @@ def run(config: Scale) -> None:
 
 
 def _run_on_virtual_devices(config: Scale) -> int:
-    """Run in a process of its own, whose JAX sees the devices; return its exit status."""
-    code = f"from experiments.bench import scale; scale.run(scale.{config!r})"
+    """Run in a new process whose JAX sees the devices; return its exit status."""
+    code = f"from eggroll.experiments.bench import scale; scale.run(scale.{config!r})"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={config.devices}"
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -94,26 +94,28 @@ class _MLP(nn.Module):
         return nn.Dense(8)(x)
 
 
-def _workload(config: Scale) -> tuple[Any, Any]:
+def _make_workload(config: Scale) -> tuple[Any, Any]:
     x = jax.random.normal(jax.random.key(1), (config.examples, config.width))
     return _MLP(config.width).init(jax.random.key(0), x[:1]), (x, jnp.sin(x[:, :8]))
 
 
-def _meshes(config: Scale) -> dict[str, tuple[Mesh, dict]]:
+def _meshes(config: Scale) -> dict[str, tuple[Mesh, bool]]:
+    """Name -> mesh, and whether the optimizer state is sharded."""
+
     def mesh(*shape: int, names: tuple[str, ...]) -> Mesh:
         return Mesh(np.array(jax.devices()[: config.devices]).reshape(shape), names)
 
     half, whole = config.devices // 2, mesh(config.devices, names=("population",))
     return {
-        f"population {config.devices}": (whole, {}),
-        f"population {config.devices}, shard_optimizer": (whole, {"shard_optimizer": True}),
-        f"population {half}, data 2": (mesh(half, 2, names=("population", "data")), {}),
-        f"population {half}, model 2": (mesh(half, 2, names=("population", "model")), {}),
+        f"population {config.devices}": (whole, False),
+        f"population {config.devices}, shard_optimizer": (whole, True),
+        f"population {half}, data 2": (mesh(half, 2, names=("population", "data")), False),
+        f"population {half}, model 2": (mesh(half, 2, names=("population", "model")), False),
     }
 
 
-def _strategy(config: Scale, mesh: Mesh | None, params: Any, **options: Any) -> tuple[Any, Any]:
-    """A strategy and its initial state."""
+def _make_strategy(config: Scale, params: Any, *, mesh: Mesh | None, shard_optimizer: bool = False) -> tuple[Any, Any]:
+    """Make a strategy and its initial state."""
 
     def fitness(params: Any, batch: Any, key: jax.Array) -> jax.Array:
         outputs: Any = _MLP(config.width).apply(params, batch[0])
@@ -122,41 +124,50 @@ def _strategy(config: Scale, mesh: Mesh | None, params: Any, **options: Any) -> 
     if mesh is not None and "model" in mesh.axis_names:
         columns = lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "model")  # noqa: E731
         params = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, columns(leaf))), params)
-    options |= {"population_size": config.members, "chunk_size": config.chunk_size, "mesh": mesh}
-    es = eggroll.EvolutionStrategy(fitness, sigma=0.02, optimizer=optax.sgd(1e-3, momentum=0.9), **options)
+    es = eggroll.EvolutionStrategy(
+        fitness,
+        population_size=config.members,
+        sigma=0.02,
+        optimizer=optax.sgd(1e-3, momentum=0.9),
+        chunk_size=config.chunk_size,
+        mesh=mesh,
+        shard_optimizer=shard_optimizer,
+    )
     return es, es.init(params, key=jax.random.key(2))
 
 
-def _compiled(es: Any, state: Any, batch: Any) -> Any:
-    """A whole generation as one program."""
+def _compile(es: Any, state: Any, batch: Any) -> Any:
+    """Compile a whole generation as one program."""
     es.plan(state, batch)
     return jax.jit(es.step).lower(state, batch).compile()
 
 
-def _outcome(compiled: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-    """Parameters and fitness after one generation, on the host."""
+def _run_generation(compiled: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Run one generation; return parameters and fitness on the host."""
     state, metrics = compiled(state, batch)
     return jax.device_get((state.params, metrics.fitness))
 
 
-def _compared(config: Scale, mesh: Mesh, options: dict, params: Any, batch: Any, alone: tuple[Any, Any]) -> dict[str, Any]:
-    """One mesh: bytes, their prediction, differences to one device, memory."""
-    es, state = _strategy(config, mesh, params, **options)
-    compiled = _compiled(es, state, batch)
+def _compare(
+    config: Scale, params: Any, batch: Any, alone: tuple[Any, Any], *, mesh: Mesh, shard_optimizer: bool
+) -> dict[str, Any]:
+    """Measure one mesh: bytes, their prediction, differences to one device, memory."""
+    es, state = _make_strategy(config, params, mesh=mesh, shard_optimizer=shard_optimizer)
+    compiled = _compile(es, state, batch)
     crossing = collective_bytes(compiled.as_text())
-    weights, fitness = _outcome(compiled, state, jax.device_put(batch, compiled.input_shardings[0][1]))
+    weights, fitness = _run_generation(compiled, state, jax.device_put(batch, compiled.input_shardings[0][1]))
     return {
         "collective_bytes": crossing,
         "collective_total": sum(crossing.values()),
-        "predicted_bytes": _predicted_bytes(config, mesh, params, **options),
-        "fitness_difference": _difference(fitness, alone[1]),
-        "update_difference": _difference(weights, alone[0]),
+        "predicted_bytes": _predict_bytes(config, mesh, params, shard_optimizer=shard_optimizer),
+        "fitness_difference": _relative_difference(fitness, alone[1]),
+        "update_difference": _relative_difference(weights, alone[0]),
         "peak_bytes": _peak_bytes(compiled),
     }
 
 
-def _predicted_bytes(config: Scale, mesh: Mesh, params: Any, *, shard_optimizer: bool = False) -> int | None:
-    """The cost model of docs/scaling.md: sizes of the collectives' results. None with "model": the partitioner's choice."""
+def _predict_bytes(config: Scale, mesh: Mesh, params: Any, *, shard_optimizer: bool) -> int | None:
+    """Apply the cost model of docs/scaling.md: sizes of the collectives' results. None: the partitioner's ("model")."""
     if "model" in mesh.axis_names:
         return None
     gradient = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -166,7 +177,7 @@ def _predicted_bytes(config: Scale, mesh: Mesh, params: Any, *, shard_optimizer:
     return 4 * config.members + averaged + shared
 
 
-def _difference(tree: Any, reference: Any) -> float:
+def _relative_difference(tree: Any, reference: Any) -> float:
     """The largest difference of a leaf, relative to its largest entry."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Timing several forms of the same work in one process, interleaved, so that a busy moment of the machine hits all alike."""
+"""Times several forms of the same work in one process, interleaved, so that a busy machine affects all of them equally."""
 
 import functools
 import importlib.metadata
@@ -16,7 +16,7 @@ def interleaved_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -
 
     Args:
         forms: name -> function without arguments that returns arrays; each is called twice before the first round.
-        repeats: rounds, at least 10 for a number that is reported.
+        repeats: rounds, at least 10 for reported numbers.
 
     Returns:
         Name -> median milliseconds.
@@ -25,7 +25,7 @@ def interleaved_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -
 
 
 def rounds_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """As `interleaved_ms`, with the milliseconds of every round."""
+    """Like `interleaved_ms`, but return the milliseconds of every round."""
     for form in forms.values():
         jax.block_until_ready(form())
         jax.block_until_ready(form())
@@ -39,25 +39,25 @@ def rounds_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dic
 
 
 def queued_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int, round_ms: float) -> dict[str, float]:
-    """Time every form once per round, several calls of it in the device's queue where one is short.
+    """Time every form once per round; enqueue several calls of a short one.
 
-    A GPU works while the next call is dispatched; a wait after every call would add the dispatch to each.
+    A GPU works while the next call is dispatched; waiting after every call would add the dispatch time to each.
 
     Args:
         forms: name -> function without arguments that returns arrays; all are called before the first round.
-        repeats: rounds, at least 10 for a number that is reported.
-        round_ms: milliseconds that the calls of a round take at least, unless 100 take less; 0: one call a round.
+        repeats: rounds, at least 10 for reported numbers.
+        round_ms: least milliseconds of a round's calls, at most 100 of them; 0: one call per round.
 
     Returns:
-        Name -> median milliseconds of a call.
+        Name -> median milliseconds per call.
     """
     once = interleaved_ms(forms, repeats=1)
     counts = {name: max(1, min(100, math.ceil(round_ms / ms))) for name, ms in once.items()}
-    queued = {name: functools.partial(_several, form, counts[name]) for name, form in forms.items()}
+    queued = {name: functools.partial(_call_repeatedly, form, counts[name]) for name, form in forms.items()}
     return {name: ms / counts[name] for name, ms in interleaved_ms(queued, repeats=repeats).items()}
 
 
-def _several(form: Callable[[], object], count: int) -> object:
+def _call_repeatedly(form: Callable[[], object], count: int) -> object:
     for _ in range(count - 1):
         form()
     return form()

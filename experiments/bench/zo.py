@@ -4,7 +4,7 @@
     forwards_per_second      of every recipe, on the resident model
     lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
 
-The forms that are compared run in turn in one process. On CPU an "upload" is a copy in memory.
+Compared forms are interleaved in one process. On CPU an "upload" is a copy in memory.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from eggroll.experiments.common.run import print_summary
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
 
-SETTINGS: dict[str, dict[str, Any]] = {"fzoo": {"directions": 8}, "spsa15": {"directions": 8}}
-SETTINGS["grzo"] = {"directions": 8, "chunk_directions": None}  # 8 examples, each with a share of the tokens
+DIRECTIONS = {"fzoo": 8, "spsa15": 8, "grzo": 8}  # of a step; 1 of the other recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,9 @@ class ZO:
     width: int = 256
     """Width D; a block has 8 D^2 parameters."""
     tokens: int = 512
-    """Rows of x: the compute that an upload serves."""
+    """Rows of x: the compute per upload."""
     directions: tuple[int, ...] = (1, 4, 16)
-    """Directions a step; the last gives offload_ratio."""
+    """Directions per step; the last gives offload_ratio."""
     matrix: int = 8192
     """Rows and columns of the large matrix; 8192: 256 MiB."""
     rows: int = 1
@@ -53,10 +52,10 @@ def run(config: ZO) -> None:
     print(f"{'directions':>10}{'resident ms':>13}{'offloaded ms':>14}{'ratio':>8}")
     ratios = {}
     for count in config.directions:
-        times = interleaved_ms(_both(config, count), repeats=config.repeats)
+        times = interleaved_ms(_make_both_steps(config, count), repeats=config.repeats)
         ratios[str(count)] = ratio = times["resident"] / times["offloaded"]
         print(f"{count:>10}{times['resident']:>13.1f}{times['offloaded']:>14.1f}{ratio:>8.3f}", flush=True)
-    steps = {name: _stepper(tuner, config) for name, tuner in _recipes().items()}
+    steps = {name: _make_step(tuner, config) for name, tuner in _recipes().items()}
     times = interleaved_ms(steps, repeats=config.repeats)
     rates = {name: 1e3 * _forwards(tuner) / times[name] for name, tuner in _recipes().items()}
     print("  ".join(f"{name} {rate:,.0f} forwards/s" for name, rate in rates.items()))
@@ -68,14 +67,14 @@ def run(config: ZO) -> None:
     print_summary(summary | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about})
 
 
-def _end(resident: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
+def _mean_square(resident: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
     return jnp.mean((x @ resident["head"]) ** 2)
 
 
 PIECES = zo.Blocks(
     lambda resident, batch, key: (batch * resident["scale"], ()),
     lambda params, x, aux: x + jnp.tanh(x @ params["w"]) @ params["v"],
-    _end,
+    _mean_square,
 )
 
 
@@ -86,13 +85,13 @@ def _params(config: ZO) -> Any:
     return {"resident": {"scale": jnp.ones(d), "head": jnp.full((d, 1), 0.1)}, "blocks": blocks}
 
 
-def _stepper(tuner: Any, config: ZO) -> Callable[[], Any]:
-    """A function that goes one step on; the state stays with it."""
+def _make_step(tuner: Any, config: ZO) -> Callable[[], Any]:
+    """Make a function that runs one more step on the state it holds."""
     batch = jax.random.normal(jax.random.key(1), (config.tokens, config.width))
     if isinstance(tuner, zo.ZerothOrder):
         if zo.ESTIMATORS[tuner.estimator].per_example:
             batch = batch.reshape(tuner.directions, -1, config.width)
-        tuner.plan_of(_params(config), batch)  # that momentum follows
+        tuner.plan_of(_params(config), batch)  # the shape of momentum depends on it
     state = tuner.init(_params(config), key=jax.random.key(0))
 
     def step() -> Any:
@@ -103,14 +102,21 @@ def _stepper(tuner: Any, config: ZO) -> Callable[[], Any]:
     return step
 
 
-def _both(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
+def _make_both_steps(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
     tuner = zo.mezo(PIECES, learning_rate=1e-6, directions=directions, chunk_directions=1)
-    return {"resident": _stepper(tuner, config), "offloaded": _stepper(zo.Offload(tuner), config)}
+    return {"resident": _make_step(tuner, config), "offloaded": _make_step(zo.Offload(tuner), config)}
 
 
 def _recipes() -> dict[str, zo.ZerothOrder]:
-    more: dict[str, Any] = {"learning_rate": 1e-6, "chunk_directions": 1}
-    return {name: make(PIECES, **more | SETTINGS.get(name, {})) for name, make in zo.RECIPES.items()}
+    return {
+        name: make(
+            PIECES,
+            learning_rate=1e-6,
+            directions=DIRECTIONS.get(name, 1),
+            chunk_directions=None if name == "grzo" else 1,  # 8 examples, each with an equal part of the tokens
+        )
+        for name, make in zo.RECIPES.items()
+    }
 
 
 def _forwards(tuner: zo.ZerothOrder) -> int:
@@ -118,7 +124,7 @@ def _forwards(tuner: zo.ZerothOrder) -> int:
 
 
 def _batched(config: ZO) -> dict[str, Callable[[], Any]]:
-    """16 low-rank directions of one matrix, each with inputs of its own: in one pass, and one at a time by the same code."""
+    """16 low-rank directions of one matrix, each with its own inputs: in one pass, and one at a time by the same code."""
     size = config.matrix
     params = {"w": jnp.full((size, size), 1e-3)}
     x = jax.random.normal(jax.random.key(2), (16, config.rows, size))
@@ -129,8 +135,18 @@ def _batched(config: ZO) -> dict[str, Callable[[], Any]]:
     def forwards(params: Any, x: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
         key = jax.random.key(0)
         layout = PopulationLayout(count, members_per_batch=1, signs=(1.0,))
-        options: dict[str, Any] = dict(noise_key=key, noise_generation=jnp.int32(0), sigma=jnp.float32(0.1), evaluation_key=key)
-        return evaluate(product, plan, params, layout=layout, batch=x, first_pair=first, **options)
+        return evaluate(
+            product,
+            plan,
+            params,
+            layout=layout,
+            batch=x,
+            first_pair=first,
+            noise_key=key,
+            noise_generation=jnp.int32(0),
+            sigma=jnp.float32(0.1),
+            evaluation_key=key,
+        )
 
     compiled = {count: jax.jit(forwards, static_argnames="count") for count in (1, 16)}
     parts = [x[index : index + 1] for index in range(16)]

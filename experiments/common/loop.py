@@ -1,4 +1,4 @@
-"""What runs under `eggroll.train` share: when to check on validation examples, their result, and the reader of their metrics."""
+"""What runs under `eggroll.train` share: when to check on validation examples, their result, the reader of their metrics."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Run the three studies: figure, table, `metrics.json`, and the slopes as one last line of JSON."""
+"""Run the three studies: figure, table, `metrics.json`, and the slopes as the last line, JSON."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ class Config:
     rank: int = 1
     """Rank of the noise in the cosine and variance studies."""
     seed: int = 0
-    """Seed of everything drawn."""
+    """Random seed."""
     run: str = "estimator"
     """Folder of the artefacts, under runs/."""
 

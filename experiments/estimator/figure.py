@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from eggroll.experiments.estimator.studies import Curve
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
 
 
@@ -37,7 +37,7 @@ def draw_figure(bias: Sequence[Curve], cosine: Sequence[Curve], error: Sequence[
 
 
 def _draw_curve(panel: Axes, curve: Curve, index: int, *, label: str, shift: float = 1.0) -> None:
-    """Draw one curve; `shift` moves its points sideways by a factor so that equal curves stay visible."""
+    """Draw one curve; `shift` scales the abscissa of its points so that coinciding curves stay visible."""
     x, value, error, theory = np.array(curve.points).T
     color = COLORS[index % len(COLORS)]
     panel.plot(x, np.abs(theory), color=color, linewidth=1)

@@ -4,7 +4,7 @@
     curved     <A, w> + <B, w> |w|^2,  A and B orthonormal    gradient A at 0, smoothed gradient A + sigma^2 c B
     network    fit of a small multilayer perceptron           gradient by jax.grad
 
-Matrices are read through a product with the identity, since only a parameter that is contracted gets low-rank noise.
+Matrices are multiplied by the identity, since only a contracted parameter gets low-rank noise.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax import Array
 
 
 class Objective(NamedTuple):
-    """A fitness of one member, where it is probed, and the gradient an estimate is held against."""
+    """The fitness of one member, the parameters where it is probed, and the gradient that estimates are compared with."""
 
     fitness: Callable[[Any], Array]
     params: Any
@@ -30,8 +30,8 @@ def _contracted(matrix: Array) -> Array:
 def cubic(size: int, *, sigma: float, key: Array) -> Objective:
     """Make sum(w^3) minus the linear function that has its normal-smoothed gradient.
 
-    An estimate is exactly unbiased for the linear part at every rank, so subtracting it removes variance and nothing else: the
-    mean of the estimate is the bias sigma^2 (E[e^4] - 3), e being one entry of the noise.
+    An estimate is exactly unbiased for the linear part at every rank, so subtracting it only removes variance: the mean of
+    the estimate is the bias sigma^2 (E[e^4] - 3), where e is one entry of the noise.
 
     Args:
         size: rows and columns of the matrix.
@@ -79,8 +79,8 @@ def curved(size: int, *, key: Array) -> Objective:
 def curved_cosine(size: int, *, sigma: float, rank: int) -> float:
     """Cosine between gradient and expected estimate of `curved` under rank-r noise with normal factors.
 
-    The smoothed gradient is A + sigma^2 c B with c = sum_j E[e_i^2 e_j^2] = d + 2 + (4 size + 2) / r, so it leaves the gradient
-    where sigma passes d^(-1/2).
+    The smoothed gradient is A + sigma^2 c B with c = sum_j E[e_i^2 e_j^2] = d + 2 + (4 size + 2) / r, so the estimate turns
+    away from the gradient where sigma exceeds d^(-1/2).
     """
     c = size**2 + 2 + (4 * size + 2) / rank
     return (1.0 + (sigma**2 * c) ** 2) ** -0.5

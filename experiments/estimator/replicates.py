@@ -22,13 +22,13 @@ def replicator(
 
     Args:
         objective: what to estimate.
-        summary: reduces one estimate, a pytree like the parameters, to what is kept.
+        summary: reduces one estimate, a pytree like the parameters, to the statistics to keep.
         perturbation: the noise.
         num_pairs: P of every estimate.
         replicates: R, number of independent estimates.
 
     Returns:
-        `estimates(key, sigma)`, compiled once; it consumes the key and returns what `summary` returns with a leading axis of R.
+        `estimates(key, sigma)`, compiled once; it consumes the key and returns results of `summary` with a leading axis of R.
     """
     plan = make_plan(objective.fitness, objective.params, perturbation=perturbation)
 

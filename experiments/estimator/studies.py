@@ -17,7 +17,7 @@ from eggroll.noise.addresses import Distribution
 
 
 class Point(NamedTuple):
-    """One measured value: its abscissa, estimate, standard error, and what theory says."""
+    """One measured value: abscissa, estimate, standard error and theoretical value."""
 
     x: float
     value: float
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Measured points of one kind of noise or dimension; `slope` is their power law where one is expected."""
+    """Measured points of one kind of noise or dimension; `slope` is the exponent of their power law if one is expected."""
 
     label: str
     points: tuple[Point, ...]
@@ -76,8 +76,8 @@ def cosine_by_sigma(
 ) -> list[Curve]:
     """Measure the cosine between the curved objective's gradient and the expected estimate.
 
-    The squared length of the expected estimate is the mean product of two different replicates, which sampling noise does not
-    lengthen; the error is a jackknife over replicates.
+    The squared norm of the expected estimate is the mean product of two different replicates, which sampling noise does not
+    inflate; the error is a jackknife over replicates.
 
     Args:
         sigmas: standard deviations of the perturbation.
@@ -106,7 +106,7 @@ def cosine_by_sigma(
 
 
 def _cosine_of_mean(estimates: np.ndarray, gradient: np.ndarray) -> tuple[float, float]:
-    """Cosine between `gradient` [d] and the mean that [R, d] estimates scatter about, with its jackknife error."""
+    """Cosine between `gradient` [d] and the expectation of the [R, d] estimates, with its jackknife error."""
     along = estimates @ gradient / np.linalg.norm(gradient)
     products = estimates @ estimates.T
     count = len(estimates)
@@ -129,7 +129,7 @@ def error_by_population(
     Args:
         population_sizes: N.
         width: inputs and hidden units of the network.
-        sigma: standard deviation of the perturbation, small enough for the bias not to show.
+        sigma: standard deviation of the perturbation, small enough that the bias is negligible.
         rank: of the low-rank noise.
         replicates: estimates per point.
         key: consumed.

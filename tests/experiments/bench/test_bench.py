@@ -48,7 +48,7 @@ def test_dense_form_can_be_left_out(one_case, capsys, standard_promotion):
 
 
 def test_unknown_case_is_one_sentence():
-    with pytest.raises(SystemExit, match="error: cases must be out of mlp8, mlp128, transformer, policy, got mlp9"):
+    with pytest.raises(SystemExit, match="error: cases must be among mlp8, mlp128, transformer, policy, got mlp9"):
         engine.run(engine.Engine(cases=("mlp9",)))
 
 

@@ -65,7 +65,7 @@ def test_missing_evosax_is_one_sentence(monkeypatch):
     [
         ({"seeds": 0}, "error: seeds must be an integer >= 1, got 0."),
         ({"population_size": 7}, "error: population_size must be an even integer >= 2, got 7."),
-        ({"env": "brax/ant"}, "error: env must be an environment of gymnax, which both libraries know, got 'brax/ant'."),
+        ({"env": "brax/ant"}, "error: env must be a gymnax environment, which both libraries support, got 'brax/ant'."),
     ],
 )
 def test_wrong_settings_are_one_sentence(settings, words):

@@ -1,0 +1,1 @@
+"""Updates from projected gradients: descent, rebuilt Adam moments, momentum in a subspace."""
