@@ -30,7 +30,6 @@ def over_meshes():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_directions_signs_and_batches_over_devices_are_the_same_run(over_meshes):
     """20 steps, resident and offloaded: perturbation parallelism, of the two signs of one direction too, data parallelism with
@@ -42,7 +41,6 @@ def test_directions_signs_and_batches_over_devices_are_the_same_run(over_meshes)
         assert row["replicas_equal"], (name, row)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_block_lies_in_the_host_once_and_crosses_once(over_meshes):
     """In slices, not in copies; what a device gathers is the block, and nothing else crosses."""
@@ -51,7 +49,6 @@ def test_a_block_lies_in_the_host_once_and_crosses_once(over_meshes):
     assert block["crossing"] == {"all-gather": block["stored"] // 2}
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_what_cannot_be_spread_is_refused(over_meshes):
     words = {

@@ -138,7 +138,6 @@ def test_chunks_of_directions():
     np.testing.assert_allclose(flat(chunked.params), flat(whole.params), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_durable_runs_replay_it(tmp_path):
@@ -172,7 +171,6 @@ def test_wrong_use_is_refused():
 # --- two devices -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_two_devices_give_the_same_run():
     root = Path(__file__).parents[2]

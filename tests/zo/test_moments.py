@@ -163,7 +163,6 @@ def test_dense_noise_has_the_moments_of_optax():
         assert np.abs(flat(ours.params) - flat(PARAMS)).max() > 0.01
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_without_decay_it_is_lozo_also_where_the_right_factor_is_new():
     """The factors of the update are those of the perturbation, on every step: 7 steps, new at 3 and 6; blocks are stacked."""
@@ -185,7 +184,6 @@ def values(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_history_is_all_that_is_kept_and_memory_does_not_grow_with_it():
     """Temporary memory of an update of 8 equal matrices: the moves, and the moments of one matrix; all moments would be 16."""
@@ -225,7 +223,6 @@ def test_a_skipped_step_leaves_the_state_as_it_was(name):
     np.testing.assert_array_equal(flat(after.params), flat(state.params))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
@@ -249,7 +246,6 @@ def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
     np.testing.assert_array_equal(flat(whole.params), flat(parts.params))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_frozen_parameters_stay_and_short_floats_have_masters(name):
@@ -262,7 +258,6 @@ def test_frozen_parameters_stay_and_short_floats_have_masters(name):
     assert not np.array_equal(state.masters[1], half["kernel"].astype(jnp.float32))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_an_evolution_strategy_takes_the_rebuilt_moments():
     optimizer = optax.chain(zo.scale_by_rebuilt_adam(ADAM, directions=4), optax.scale(-0.05))
@@ -291,7 +286,6 @@ def test_offloaded_moments_pass_over_skipped_steps():
     assert 1e-3 < moved.max() < 2.1e-3  # two steps of Adam
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_two_devices_do_the_same():
     command, environment = (

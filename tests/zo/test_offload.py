@@ -17,9 +17,6 @@ KEY = jax.random.key(9)
 WARMUP = optax.linear_schedule(1e-3, 3e-2, 10)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def flat(tree):
     return np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(tree)])
 
@@ -56,9 +53,7 @@ SETTINGS = {
 LONG = ("directions in chunks", "curvature", "grzo", "adamezo")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy] * (name in LONG)) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SETTINGS])
 def test_an_offloaded_run_is_the_resident_run(name):
     """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
     own = tuner(**SETTINGS[name])

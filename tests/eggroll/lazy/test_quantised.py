@@ -92,7 +92,7 @@ def as_floats(params, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_member_is_float_of_q_plus_its_noise(name, quick_compilation):
+def test_a_member_is_float_of_q_plus_its_noise(name):
     """Against the built members, of both signs, and against the float model of the same values and addresses."""
     es, other = (strategy(perturbation=rules(SPECS[name])) for _ in range(2))
     state, floating = start(es), start(other, as_floats(PARAMS))
@@ -135,7 +135,7 @@ def test_no_weight_is_built_for_a_member(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_noise_has_the_dtype_of_the_conversion(dtype, quick_compilation):
+def test_noise_has_the_dtype_of_the_conversion(dtype):
     batch = BATCH[0].astype(dtype), BATCH[1]
     es, other = (strategy(perturbation=SPECS["normal-4"]) for _ in range(2))
     state, floating = start(es), start(other, as_floats(PARAMS, dtype))
@@ -157,7 +157,7 @@ def test_the_table_says_which_parameters_are_quantised():
     assert "dense" in rows["bias"]
 
 
-def test_a_conditional_and_a_loop_use_quantised_parameters(quick_compilation):
+def test_a_conditional_and_a_loop_use_quantised_parameters():
     def function(p, x):
         def turn(x):
             odd = jnp.sum(x) > 0
@@ -216,7 +216,7 @@ def fitness(p, batch, key):
     return -jnp.mean((model(p, batch)["product"] / 100 - 1) ** 2) - jnp.mean(model(p, batch)["head"]) / 1e4
 
 
-def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit(quick_compilation):
+def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit():
     coefficients, used = floats(PAIRS, seed=1), ("bias", "product", "view")
 
     def function(p, x):
@@ -264,7 +264,7 @@ def test_masters_add_up_and_stay_in_range():
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic", "nearest"])
-def test_floats_and_integers_evolve_together_and_are_replayed(precision, quick_compilation):
+def test_floats_and_integers_evolve_together_and_are_replayed(precision):
     rules = [("layers", eggroll.Frozen()), (".*", eggroll.LowRank())]
     params = PARAMS | {"layers": PARAMS["layers"].at[0, 0, 0].set(-128)}
     options = dict(perturbation=rules, precision=precision, shaping="z_score", optimizer=optax.sgd(2.0, momentum=0.9))

@@ -56,7 +56,7 @@ def test_matrices_of_the_blocks_are_half_a_step_away(config, dtype):
 
 
 @all_models
-def test_logits_and_tokens_are_those_of_the_float_values(config, quick_compilation):
+def test_logits_and_tokens_are_those_of_the_float_values(config):
     params = quantised(config)
     floats = dequantise(params)
     assert jax.tree.structure(floats) == jax.tree.structure(random_params(config))
@@ -83,7 +83,7 @@ def test_an_export_has_the_float_values(config, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "rank"), [("qwen3", 1), ("qwen3", 4), ("rwkv7", 1)])
-def test_members_continue_texts_as_built_ones_do(name, rank, quick_compilation):
+def test_members_continue_texts_as_built_ones_do(name, rank):
     config = MODELS[name]
     prompts = pad_prompts([[3, 4, 5], [6, 7, 8, 9, 10]], length=5)
 

@@ -48,7 +48,7 @@ CASES |= {"weight first": weight_first, "bfloat16": half_precision}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy]) if name == "plain_views" else name for name in CASES],
+    [pytest.param(name, marks=pytest.mark.slow) if name == "plain_views" else name for name in CASES],
 )
 def test_equals_the_built_members(name):
     function, params, batch = CASES[name]()
@@ -205,7 +205,6 @@ def test_a_linear_objective_is_exactly_unbiased_and_the_variance_follows_its_law
     assert np.abs(drawn.var(axis=0) / other - 1).max() > tolerance
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_offloaded_blocks_have_the_same_noise():
     tuner = zo.mezo(PIECES, learning_rate=1e-2, sigma=1e-2, directions=3, chunk_directions=2, perturbation=eggroll.Flipout())

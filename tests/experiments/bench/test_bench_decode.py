@@ -13,7 +13,7 @@ from eggroll.llm import hf
 TINY = decode.Decode(members=8, growth=(), prompts=2, room=3, chunk_size=4, layers=1, width=16, repeats=1, dense_repeats=0)
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 def transformer():

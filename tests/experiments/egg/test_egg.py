@@ -152,7 +152,6 @@ def test_a_generation_that_comes_out_differently_is_refused(texts, tmp_path, mon
         run(*options, "--resume")
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_chunks_give_the_same_bits(small_run, texts, tmp_path):
     summary, _ = run(*SMALL, *texts, "--chunk-size", "60", "--folder", str(tmp_path))
@@ -240,7 +239,6 @@ def started(options, **environment):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_two_devices_give_the_same_bits(small_run, texts, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

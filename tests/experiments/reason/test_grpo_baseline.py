@@ -22,7 +22,7 @@ from eggroll.llm.decoding import Completions
 from eggroll.llm.tokenizers import ByteTokenizer
 from tests.eggroll.llm.language_models import random_params
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy]
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("transformer", "rwkv7")
 SAMPLING = Sampling(room=3, temperature=0.7, top_p=1.0, ending=tuple(range(100)))  # two in five tokens end a text

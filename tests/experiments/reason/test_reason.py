@@ -20,7 +20,7 @@ from eggroll.llm.shards import CONFIG
 from tests.experiments.reason.reason_runs import TINY, letters
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),  # optax.adam relies on the former
+    pytest.mark.usefixtures("standard_promotion"),  # optax.adam relies on the former
     pytest.mark.filterwarnings("ignore:no completion until generation"),
 ]
 
@@ -78,7 +78,7 @@ def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
     "more",
     [
         ["--int8.threshold", "1", "--precision", "stochastic"],
-        pytest.param(["--start.architecture", "rwkv7"], marks=[pytest.mark.heavy, pytest.mark.slow]),
+        pytest.param(["--start.architecture", "rwkv7"], marks=pytest.mark.slow),
     ],
 )
 def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
@@ -148,7 +148,6 @@ def test_fitness_is_the_reward_of_the_right_problem(option, expected):
     assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
     runs = [
@@ -186,7 +185,6 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
     assert summary["members"] % 2 == 0 < summary["members"] and summary["budget"] == 1_000_000
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
     config = parse(TINY)
@@ -235,7 +233,6 @@ def test_wrong_options_are_one_sentence(options, sentence, capsys):
     assert text.startswith("error: ") and sentence in text and "\n" not in text
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_other_settings_are_refused_on_resume(capsys):
     run(capsys, "--generations", "2", "--folder", "out/other")

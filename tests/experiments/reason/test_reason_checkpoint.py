@@ -12,7 +12,7 @@ from eggroll.llm import hf
 from tests.eggroll.llm.language_models import write_checkpoint
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+    pytest.mark.usefixtures("standard_promotion"),
     pytest.mark.filterwarnings("ignore:no completion until generation"),
 ]
 TINY = [

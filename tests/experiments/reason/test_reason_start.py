@@ -12,7 +12,7 @@ from eggroll.experiments.reason.warm_start import Start, trained, warm_start, wo
 from eggroll.llm import hf
 from eggroll.llm.tokenizers import ByteTokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy]
+pytestmark = pytest.mark.slow
 
 TINY = Start(layers=1, width=16, steps=3, batch_size=4)
 ARCHITECTURES = ("transformer", "rwkv7")

@@ -19,7 +19,7 @@ from eggroll.llm import hf
 from tests.experiments.reason.reason_runs import IN_GENERATION_2, TINY, Ending, letters
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 CLOCK = {"seconds", "seconds_spent", "check_seconds", "tokens_per_second", "members_per_second"}
 OTHER = {*CLOCK, "training_seconds", "peak_mib", "limits"}  # of the summary, of the clock or of the command
 

@@ -25,7 +25,7 @@ from eggroll.experiments.rl.presets import PAPER
 from eggroll.journal import __main__ as journal
 from eggroll.noise import addresses
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")  # optax.adam relies on the former
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "50"]
 LIMITS = np.array([-1, -2, -np.inf], np.float32), np.array([3, -1, np.inf], np.float32)
 SMALL += ["--env-steps", "3000", "--checks", "20", "--target", "501"]
@@ -265,7 +265,7 @@ def test_run_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", range(5))
 def test_cartpole_is_solved(seed, capsys, tmp_path):
     summary = run(capsys, "--seed", str(seed), "--folder", str(tmp_path))
     assert summary["mean_return"] >= 475 and summary["seconds"] < 60
