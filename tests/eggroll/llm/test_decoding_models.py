@@ -33,6 +33,7 @@ LONG, NEW = 40, 64  # longer than what the scaled rotary positions call a traine
 all_decoding = pytest.mark.parametrize("config", DECODING.values(), ids=DECODING)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", TRANSFORMERS.values(), ids=TRANSFORMERS)
 def test_checkpoint_of_transformers_is_read_continued_and_written(config, tmp_path):

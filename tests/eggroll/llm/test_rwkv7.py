@@ -34,6 +34,7 @@ def package(monkeypatch):
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_logits_and_greedy_tokens_are_those_of_the_package(package, tmp_path):
     hf.save(tmp_path, ORIGINAL, random_params(ORIGINAL))

@@ -10,6 +10,7 @@ from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.update import estimator
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
+from tests.tables import covering
 
 M, N = 5, 4
 W = {"w": 0.5 * jax.random.normal(jax.random.key(1), (M, N))}
@@ -142,8 +143,7 @@ def fixed_plan(spec, shape=(M, N)):
     return make_plan(lambda p, x: x @ p["w"] + p["bias"], params, jnp.zeros((1, shape[0])), perturbation=spec)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=identity)
-@pytest.mark.parametrize("budget", [1, 700, 1500])
+@pytest.mark.parametrize(("spec", "budget"), covering(SPECS, [1, 700, 1500], strength=1))
 def test_chunked_equals_unchunked(spec, budget, monkeypatch):
     plan, coefficients = fixed_plan(spec), jax.random.normal(jax.random.key(5), (13,))
     options = dict(noise_key=jax.random.key(0), noise_generation=3, sigma=0.1)

@@ -12,6 +12,7 @@ from eggroll.llm import hf
 from tests.eggroll.llm.language_models import write_checkpoint
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("standard_promotion"),
     pytest.mark.filterwarnings("ignore:no completion until generation"),
 ]
