@@ -1,7 +1,4 @@
-"""GRZO: every example of a batch sees a direction of its own; against NumPy, the gradient, and over two devices.
-
-Run as a program it prints a JSON line of runs over 1 and 2 virtual devices.
-"""
+"""GRZO: every example of a batch sees a direction of its own; against NumPy, the gradient, and over two devices."""
 
 import math
 
