@@ -27,3 +27,15 @@ def covering(*axes, strength=2):
         )
         for row in rows
     ]
+
+
+def slow(*values):
+    """A slow row of a table."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def by_default(names, *chosen):
+    """Return rows for `parametrize`: all `names`, of which those that are not chosen are slow."""
+    names = [*names]
+    assert {*chosen} <= {*names}
+    return [name if name in chosen else slow(name) for name in names]

@@ -171,8 +171,11 @@ def integers():
         return state.params, state.member_state, metrics.fitness, metrics.coefficients
 
     expected = run()
-    meshes = {f"population {n}": (mesh(population=n), {}) for n in (1, 2, 4)}
-    meshes |= {"chunks": (mesh(population=2), {"chunk_size": 4}), "shares": (mesh(population=4), {"shard_optimizer": True})}
+    meshes = {
+        "population 4": (mesh(population=4), {}),
+        "chunks": (mesh(population=2), {"chunk_size": 4}),
+        "shares": (mesh(population=4), {"shard_optimizer": True}),
+    }
     found = {name: same(run(on, **options), expected) for name, (on, options) in meshes.items()}
     return found | {"moved": not same(expected[0], INTEGERS), "control": same(run(shaping="pair_sign"), expected)}
 

@@ -68,6 +68,7 @@ def test_states_do_not_grow_with_the_room():
     assert planned(room=4000).cache > 400 * planned().cache  # control: keys and values do
 
 
+@pytest.mark.slow
 def test_the_compiler_sets_aside_little_more_for_a_long_cache():
     """Temporary bytes of a member, between two and four members at a time: the cache, and one layer of it on the way."""
     generator, room = hf.generator(LLAMA), 2000
