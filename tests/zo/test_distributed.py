@@ -16,6 +16,7 @@ from eggroll.noise.plan import LeafPlan, Plan
 from eggroll.noise.rules import Dense, LowRank
 from eggroll.update.estimator import gradient
 from eggroll.zo.offload.devices import part_of_gradient
+from tests.tables import slow
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 RATE = optax.linear_schedule(1e-3, 3e-2, 10)
@@ -155,7 +156,7 @@ def test_what_cannot_be_spread_is_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("spec", [Dense("normal"), Dense("rademacher"), LowRank(2)])
+@pytest.mark.parametrize("spec", [slow(Dense("normal")), Dense("rademacher"), LowRank(2)])
 def test_a_part_of_the_gradient_is_cut_out_of_the_whole(spec):
     """Every part draws its own dense noise only."""
     role = "low-rank" if isinstance(spec, LowRank) else "dense"

@@ -11,6 +11,7 @@ import pytest
 import eggroll
 from eggroll import zo
 from eggroll.zo.offload import runner
+from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
 KEY = jax.random.key(9)
@@ -50,10 +51,7 @@ SETTINGS = {
 }
 
 
-LONG = ("directions in chunks", "curvature", "grzo", "adamezo")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SETTINGS])
+@pytest.mark.parametrize("name", by_default(SETTINGS, "mezo", "low-rank"))
 def test_an_offloaded_run_is_the_resident_run(name):
     """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
     own = tuner(**SETTINGS[name])
@@ -70,6 +68,7 @@ def test_an_offloaded_run_is_the_resident_run(name):
     np.testing.assert_allclose(away.loss(flushed, BATCH, key=KEY), whole[0] / whole[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_not_the_pending_ones_own_is_noticed():
     """The negative control: the deferred update with the rate of the next step, as the first implementations had it."""
     own = tuner()
@@ -147,6 +146,7 @@ def test_short_floats_travel_and_their_small_updates_arrive():
     assert abs(slope - 1) < 5 * error < slope
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_for_all_forwards_of_a_step():
     """A loss whose key adds much noise: the differences are those without it."""
     for estimator in zo.ESTIMATORS:
@@ -191,6 +191,7 @@ def test_a_restored_state_needs_the_plan_and_other_shapes_are_refused():
         away.step(other, BATCH)
 
 
+@pytest.mark.slow
 def test_one_bad_direction_and_overflow_are_the_resident_steps_matter():
     sick = PIECES._replace(end=lambda r, x, b: (jnp.where(r["norm"][0] > 1, jnp.inf, 1.0) * end(r, x, b)[0], end(r, x, b)[1]))
     huge = PIECES._replace(end=lambda r, x, b: (1e25 * end(r, x, b)[0], end(r, x, b)[1]))
