@@ -17,6 +17,7 @@ from eggroll.update import estimator
 from tests.eggroll.lazy.test_perturbed import arrays_of
 from tests.eggroll.models import MODELS
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
+from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 PAIRS, M, N = 7, 5, 4
@@ -46,10 +47,7 @@ CASES = {name: MODELS[name] for name in ("linen_tied_language_model", "plain_vie
 CASES |= {"weight first": weight_first, "bfloat16": half_precision}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "plain_views" else name for name in CASES],
-)
+@pytest.mark.parametrize("name", by_default(CASES, "plain_experts", "ensemble_vmap", "weight first", "bfloat16"))
 def test_equals_the_built_members(name):
     function, params, batch = CASES[name]()
     options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=optax.sgd(1.0))

@@ -99,6 +99,7 @@ def test_summary_and_artefacts(whole):
         assert (folder / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_bit_for_bit(whole, monkeypatch):
     experiment, summary, folder = whole
     stopped, other = evolution.train, folder.parent / "stopped"
@@ -133,6 +134,7 @@ def test_the_journal_knows_its_run(whole):
     assert config == dataclasses.replace(whole[0].config, folder=None)
 
 
+@pytest.mark.slow
 def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
     options = [*place[1][len(START) :], "--model", str(whole[2] / "model"), "--recipe", "adam", "--learning-rate", "0.01"]
     folder = place[0] / "adam"
