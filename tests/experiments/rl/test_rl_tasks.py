@@ -19,10 +19,10 @@ TINY = ["--population-size", "4", "--generations", "2", "--evaluation-episodes",
 
 
 def row(name):
-    """A task, skipped where its suite is not installed."""
+    """A slow row, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     skip = pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")
-    return pytest.param(name, marks=[skip] + [pytest.mark.slow] * (suite != "gymnax"), id=name)
+    return pytest.param(name, marks=[skip, pytest.mark.slow], id=name)
 
 
 @pytest.fixture(autouse=True)
