@@ -44,7 +44,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 set_option("jax_disable_most_optimizations", True)
 set_option("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_folder())))
-set_option("jax_persistent_cache_min_compile_time_secs", 0.1)
+set_option("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.hookimpl(tryfirst=True)
