@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test jax011 slow heavy lint types bench suites parity tasks
+.PHONY: run test jax011 night lint types bench suites parity tasks
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -18,11 +18,8 @@ test: $(READY)  ## the default test suite
 jax011:  ## the default test suite on jax 0.11, in an environment of its own; needs python >= 3.12, `PYTHON=python3.12` chooses it
 	$(MAKE) test VENV=.venv-jax011 CONSTRAINTS=constraints-jax011.txt
 
-slow: $(READY)  ## the tests the default suite leaves out
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not heavy and not gpu" $(ARGS)
-
-heavy: $(SUITES)  ## what takes a minute or more a test
-	$(BIN)/python -m pytest -n $(WORKERS) -m "heavy and not gpu" $(ARGS)
+night: $(READY)  ## the tests the default suite leaves out; those that need `make suites parity tasks` are skipped without them
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" -rs $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -533,7 +533,9 @@ def test_a_module_missing_when_an_environment_is_made_says_how_to_install_it(mon
 
 
 @pytest.mark.filterwarnings("ignore")  # the suites' own
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(
+    "suite", [suite if suite == "gymnax" else pytest.param(suite, marks=pytest.mark.slow) for suite in SUITES]
+)
 def test_an_installed_suite_suggests_its_own_names(suite):
     if not envs.is_installed(suite):
         pytest.skip(f"needs {suite}: {SUITES[suite].install}")

@@ -200,7 +200,7 @@ def case(name):
     """A slow row, skipped where the suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
     skip = pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")
-    marks = [skip, pytest.mark.slow, pytest.mark.filterwarnings("ignore")] + [pytest.mark.heavy] * (name in LONG)
+    marks = [skip, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
     return pytest.param(name, marks=marks, id=name)
 
 
@@ -213,7 +213,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [case(name) for name in NAMES])
-def test_every_suite_draws(name, tmp_path, quick_compilation):
+def test_every_suite_draws(name, tmp_path):
     environment = envs.make(name, max_steps=12)
     path = render_episode(environment, sampled_policy(environment), key=KEY, path=tmp_path / "episode.gif")
     frames, _ = read(path)

@@ -1,7 +1,7 @@
 """Conformance of every adapter: one table of environments, the same properties for all; a new adapter is one row.
 
 A hand-written loop records every step of a few short episodes under a random policy; the properties are read from the record.
-Suites that are not installed are skipped, with the command that installs them.
+The suites beyond gymnax are slow; one that is not installed is skipped, with the command that installs it.
 """
 
 import functools
@@ -16,16 +16,14 @@ import pytest
 from eggroll import envs
 from eggroll.envs.registry import SUITES
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore")]  # the suites' own
+pytestmark = pytest.mark.filterwarnings("ignore")  # the suites' own
 EPISODES, STEPS = 6, 40
 
-FAST = [
+NAMES = [
     *["CartPole-v1", "Pendulum-v1"],
     *["jumanji/Snake-v1", "jumanji/Game2048-v1", "jumanji/Knapsack-v1", "jumanji/Minesweeper-v0", "jumanji/RubiksCube-v0"],
     *["navix/DoorKey-8x8-v0", "navix/Navix-Dynamic-Obstacles-6x6-Random-v0", "navix/FourRooms-v0"],
     *["mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3"],
-]
-SLOW = [  # they compile for more than 10 s
     *["brax/inverted_double_pendulum", "brax/ant", "brax/humanoid@spring"],
     *["craftax/Craftax-Classic-Symbolic-v1", "craftax/Craftax-Symbolic-AutoReset-v1"],
     *["kinetix/s/h1_thrust_over_ball", "kinetix/m/h17_thrustcontrol_left", "kinetix/l/hard_pinball"],
@@ -33,22 +31,14 @@ SLOW = [  # they compile for more than 10 s
 ]
 
 
-HEAVY = [  # and of these one of each suite is enough for every change
-    *["brax/ant", "brax/humanoid@spring", "craftax/Craftax-Symbolic-AutoReset-v1"],
-    *["kinetix/m/h17_thrustcontrol_left", "kinetix/l/hard_pinball", "kinetix/s/h1_thrust_over_ball@continuous"],
-]
-
-
 def case(name, *more):
     """A row of the table, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
-    marks = [pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")]
-    return pytest.param(
-        name, *more, marks=marks + [pytest.mark.slow] * (name in SLOW) + [pytest.mark.heavy] * (name in HEAVY), id=name
-    )
+    skip = pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")
+    return pytest.param(name, *more, marks=[skip] + [pytest.mark.slow] * (suite != "gymnax"), id=name)
 
 
-CASES = [*map(case, FAST), *map(case, SLOW)]
+CASES = [*map(case, NAMES)]
 
 
 class Step(NamedTuple):

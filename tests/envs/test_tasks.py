@@ -81,6 +81,7 @@ def test_numbers_are_rewarded():
     assert tasks.number_matches([""] * 6, completions, answer=["1,234"] * 6, other=[0] * 6) == [1, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_mathematics_is_rewarded():
     given = [r"It is $\frac{2}{4}$.", "0.5", r"<think>3</think>\boxed{\frac12}", r"\frac{1}{3}", "rubbish \\frac{", ""]
@@ -239,6 +240,7 @@ def test_gsm8k_files(tmp_path):
     assert everything(tasks.load("gsm8k", train=train, test=test, validation=5, seed=1)) != splits
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_math_files(tmp_path):
     train = jsonl(tmp_path / "train.jsonl", *[{"problem": f"Half of {n}?", "answer": f"\\frac{{{n}}}{{2}}"} for n in range(5)])
@@ -341,6 +343,7 @@ def test_names_are_loadable():
     assert {"arithmetic", "countdown", "gsm8k", "math"} <= set(tasks.names())
 
 
+@pytest.mark.slow
 @needs_reasoning_gym
 def test_countdown():
     task = tasks.load("countdown", seed=7, train=1000, validation=8, test=8)
@@ -358,6 +361,7 @@ def test_countdown():
     assert scores.values.tolist() == [1.0] * 3 + [0.0] and scores.timeouts == 1
 
 
+@pytest.mark.slow
 @needs_reasoning_gym
 def test_reasoning_problems_are_made_from_seeds_that_no_split_shares():
     first, again, other = (tasks.load("reasoning_gym/chain_sum", seed=seed, train=50, test=20) for seed in (0, 0, 1))
@@ -369,6 +373,7 @@ def test_reasoning_problems_are_made_from_seeds_that_no_split_shares():
         first.split("train")[50]
 
 
+@pytest.mark.slow
 @needs_reasoning_gym
 def test_equal_problems_of_different_seeds_are_dropped():
     few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # a few hundred problems
@@ -382,6 +387,7 @@ def test_equal_problems_of_different_seeds_are_dropped():
         everything(tasks.load("reasoning_gym/chain_sum", train=99, validation=30, test=2000, **few))
 
 
+@pytest.mark.slow
 @needs_reasoning_gym
 @pytest.mark.parametrize(
     ("name", "options", "message"),

@@ -31,10 +31,17 @@ from eggroll.kernels.lowrank_update.cases import TESTED as UPDATE_CASES
 from eggroll.noise import addresses as addresses
 from eggroll.noise import integer
 from tests.kernels import kernel_cases
+from tests.tables import slow
 
 gpu_interpreter = pytest.importorskip("tests.kernels.gpu_interpreter", reason="this jax has no GPU interpreter of this form")
 ROOT = Path(__file__).parents[2]
 by_name = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
+
+
+def some(cases, *names):
+    """Rows of all cases; those that are not named are slow."""
+    assert {*names} <= {case.name for case in cases}
+    return by_name(argvalues=[case if case.name in names else slow(case) for case in cases])
 
 
 @pytest.fixture
@@ -44,19 +51,19 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "programs", lambda: 2)
 
 
-@by_name(argvalues=DOT_CASES)
+@some(DOT_CASES, "values-inside", "chosen", "rank-4-wide", "int8-inside", "rank-3-padded-terms", "long-rows")
 def test_reference_dot(case):
     kernel_cases.check_dot(case, jax.jit(kernel_cases.run_dot(case, "reference"))(*kernel_cases.float_operands(case)))
 
 
-@by_name(argvalues=UPDATE_CASES)
+@some(UPDATE_CASES, "values", "keys-padded", "words")
 def test_reference_update(case):
     kernel_cases.check_update(
         case, jax.jit(kernel_cases.run_update(case, "reference"))(*kernel_cases.update_operands(case)), 2.0**-20
     )
 
 
-@by_name(argvalues=INT8_CASES)
+@some(INT8_CASES, "totals", "rescaled", "four-digits")
 def test_reference_product(case):
     kernel_cases.check_product(case, jax.jit(kernel_cases.run_product(case, "reference"))(*kernel_cases.integer_operands(case)))
 
@@ -97,7 +104,7 @@ def test_step_lowers_for_cuda(case, on_hopper):
     assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_step(case, "mosaic_gpu"), *operands)
 
 
-@by_name(argvalues=INT8_CASES + INT8_MEASURED)
+@some(INT8_CASES + INT8_MEASURED, "totals", "rescaled")
 def test_product_lowers_for_cuda(case, on_hopper):
     operands = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, kernel_cases.integer_operands(case)))
     assert "mosaic_gpu" in gpu_interpreter.lowered_for_cuda(kernel_cases.run_product(case, "mosaic_gpu"), *operands)

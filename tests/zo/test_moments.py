@@ -1,24 +1,20 @@
 """Moments that are rebuilt or live in a subspace: against NumPy written from the papers' formulas, and what the state holds."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 import eggroll
 from eggroll import zo
 from eggroll.noise.draws import draw_pair
+from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, end, init
 
-ROOT = Path(__file__).parents[2]
 PARAMS = {"bias": jnp.zeros(6), "kernel": 0.5 * jax.random.normal(jax.random.key(3), (4, 6)), "out": jnp.ones((6, 2))}
 X = jax.random.normal(jax.random.key(1), (8, 4))
 SICK = jnp.full((8, 4), jnp.nan)  # no loss is finite: the step changes nothing
@@ -163,7 +159,6 @@ def test_dense_noise_has_the_moments_of_optax():
         assert np.abs(flat(ours.params) - flat(PARAMS)).max() > 0.01
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_without_decay_it_is_lozo_also_where_the_right_factor_is_new():
     """The factors of the update are those of the perturbation, on every step: 7 steps, new at 3 and 6; blocks are stacked."""
@@ -185,7 +180,6 @@ def values(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_history_is_all_that_is_kept_and_memory_does_not_grow_with_it():
     """Temporary memory of an update of 8 equal matrices: the moves, and the moments of one matrix; all moments would be 16."""
@@ -215,7 +209,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", by_default(METHODS, "lozo_m"))
 def test_a_skipped_step_leaves_the_state_as_it_was(name):
     tuner = zo.mezo(loss, learning_rate=0.05, sigma=SIGMA, **METHODS[name])
     state = run(tuner, [X] * 3)
@@ -225,7 +219,6 @@ def test_a_skipped_step_leaves_the_state_as_it_was(name):
     np.testing.assert_array_equal(flat(after.params), flat(state.params))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
@@ -249,7 +242,6 @@ def test_replay_and_resuming_give_the_same_bits(name, tmp_path):
     np.testing.assert_array_equal(flat(whole.params), flat(parts.params))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_frozen_parameters_stay_and_short_floats_have_masters(name):
@@ -262,7 +254,6 @@ def test_frozen_parameters_stay_and_short_floats_have_masters(name):
     assert not np.array_equal(state.masters[1], half["kernel"].astype(jnp.float32))
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_an_evolution_strategy_takes_the_rebuilt_moments():
     optimizer = optax.chain(zo.scale_by_rebuilt_adam(ADAM, directions=4), optax.scale(-0.05))
@@ -291,19 +282,28 @@ def test_offloaded_moments_pass_over_skipped_steps():
     assert 1e-3 < moved.max() < 2.1e-3  # two steps of Adam
 
 
-@pytest.mark.heavy
+def spread(name, on):
+    """The parameters after 12 steps, and whether replicas are equal to the bit."""
+    options = {
+        "adamezo": dict(adam=zo.RebuiltAdam(history=4), learning_rate=1e-3),
+        "lozo_m": dict(momentum=0.9, learning_rate=3e-2, perturbation=eggroll.LowRank(2, "normal", refresh=5)),
+    }
+    tuner = zo.mezo(PIECES, sigma=1e-2, weight_decay=0.1, directions=4, mesh=on, **options[name])
+    state = tuner.init(init(), key=jax.random.key(9), batch=BATCH)
+    for _ in range(12):
+        state, _ = tuner.step(state, BATCH)
+    kept = jax.tree.leaves((state.params, state.opt_state))
+    replicas = [[np.asarray(part.data).tobytes() for part in leaf.addressable_shards] for leaf in kept]
+    return flat(state.params), all(len(set(parts)) == 1 for parts in replicas)
+
+
 @pytest.mark.slow
-def test_two_devices_do_the_same():
-    command, environment = (
-        [sys.executable, str(ROOT / "tests" / "zo" / "moment_mesh_runs.py")],
-        os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 4
-    for name, row in rows.items():
-        assert row["params"] <= 5e-5 < 1e-3 < row["moved"] and row["replicas_equal"], (name, row)
+@pytest.mark.parametrize("axis", ["population", "data"])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_devices_do_the_same(name, axis):
+    (alone, _), (found, same) = spread(name, None), spread(name, Mesh(np.array(jax.devices()[:2]), (axis,)))
+    assert np.abs(found - alone).max() <= 5e-5 < 1e-3 < np.abs(found - flat(init())).max()
+    assert same
 
 
 @pytest.mark.parametrize(

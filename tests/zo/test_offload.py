@@ -12,13 +12,11 @@ import eggroll
 from eggroll import zo
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.zo.offload import runner
+from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
 KEY = jax.random.key(9)
 WARMUP = optax.linear_schedule(1e-3, 3e-2, 10)
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def flat(tree):
@@ -54,12 +52,7 @@ SETTINGS = {
 }
 
 
-LONG = ("directions in chunks", "curvature", "grzo", "adamezo")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy] * (name in LONG)) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", by_default(SETTINGS, "mezo", "low-rank"))
 def test_an_offloaded_run_is_the_resident_run(name):
     """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
     own = tuner(**SETTINGS[name])
@@ -76,6 +69,7 @@ def test_an_offloaded_run_is_the_resident_run(name):
     np.testing.assert_allclose(away.loss(flushed, BATCH, key=KEY), whole[0] / whole[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_another_step_gives_other_parameters():
     """The negative control: the deferred update with the rate of the next step, as the first implementations had it."""
     own = tuner()
@@ -160,6 +154,7 @@ def test_short_floats_are_transferred_and_small_updates_accumulate():
     assert abs(slope - 1) < 5 * error < slope
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_for_all_forwards_of_a_step():
     """A loss whose key adds much noise: the differences are those without it."""
     for estimator in zo.ESTIMATORS:
@@ -204,6 +199,7 @@ def test_a_restored_state_needs_the_plan_and_other_shapes_are_refused():
         away.step(other, BATCH)
 
 
+@pytest.mark.slow
 def test_a_bad_direction_and_an_overflow_are_handled_as_in_the_resident_step():
     sick = PIECES._replace(end=lambda r, x, b: (jnp.where(r["norm"][0] > 1, jnp.inf, 1.0) * end(r, x, b)[0], end(r, x, b)[1]))
     huge = PIECES._replace(end=lambda r, x, b: (1e25 * end(r, x, b)[0], end(r, x, b)[1]))

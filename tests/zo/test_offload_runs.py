@@ -16,7 +16,6 @@ from eggroll.journal import __main__ as command
 from eggroll.journal.fingerprint import fingerprint
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RECIPE = {"function": "tests.zo.test_offload_runs:make", "options": {"second_moment": 0.9, "transfer_dtype": "bfloat16"}}
 FIXED = {"precision": "master", "sigma": 1e-2}
 

@@ -9,7 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -1,11 +1,6 @@
-"""A generation over a mesh gives what one device gives: 8 virtual devices, in a process of their own (`mesh_runs`)."""
+"""A generation over a mesh gives what one device gives; `mesh_runs` has the runs."""
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import jax
 import numpy as np
@@ -14,117 +9,87 @@ import pytest
 from jax.sharding import Mesh
 
 import eggroll
+from tests.eggroll.devices import mesh_runs
+from tests.tables import by_default
 
-ROOT = Path(__file__).parents[3]
-SAME = [  # names of `mesh_runs.EQUAL`
-    "population 1",
-    "population 2",
-    "population 4, explicit axes",
+DEFAULT = [
     "population 8, two generations",
     "population 8, chunks",
-    "population 4, memory budget",
     "population 4, data 2, shard_optimizer",
-    "data 4",
-    "population 1, model 2",
     "population 2, data 2, model 2",
     "population 8, 11 pairs",
     "population 4, data 2, batch per member",
-    "population 4, batch per group",
     "population 8, member state",
-    "population 8, member state, 11 pairs",
     "population 4, data 2, aux",
-    "population 8, rules",
-    "population 4, data 2, quantised",
 ]
 
-
-def run_once(path: Path) -> dict:
-    """Run `mesh_runs` and keep what it prints in `path`, which the workers of pytest-xdist share."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            command = [sys.executable, str(ROOT / "tests/eggroll/devices/mesh_runs.py")]
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr
-            path.write_text(done.stdout.splitlines()[-1])
-    return json.loads(path.read_text())
+UNCHUNKED = ["population 1", "population 2", "population 4, explicit axes", "population 8, 11 pairs"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    return run_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "mesh.json")
-
-
-@pytest.mark.parametrize("name", SAME)
-def test_a_mesh_gives_what_one_device_gives(results, name):
-    found = results["equal"][name]
+@pytest.mark.parametrize("name", by_default(mesh_runs.EQUAL, *DEFAULT))
+def test_a_mesh_gives_what_one_device_gives(name):
+    found = mesh_runs.equal(name)
     assert found["fitness"] <= 1e-6
     assert max(found.values()) <= 1e-5, found
 
 
-def test_every_run_is_judged(results):
-    assert sorted(results["equal"]) == sorted(SAME)
+@pytest.mark.parametrize("name", by_default(UNCHUNKED, "population 8, 11 pairs"))
+def test_the_fitness_of_an_unchunked_population_is_the_same_bit_for_bit(name):
+    assert mesh_runs.equal(name)["fitness"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["population 1", "population 2", "population 4, explicit axes", "population 8, 11 pairs"])
-def test_the_fitness_of_an_unchunked_population_is_the_same_bit_for_bit(results, name):
-    assert results["equal"][name]["fitness"] == 0.0
-
-
-def test_padded_pairs_that_weigh_something_are_noticed(results):
+def test_padded_pairs_that_weigh_something_are_noticed():
     """The negative control of the comparison above."""
-    assert results["wrong_weights_of_padded_pairs"]["update"] > 1e-2
+    assert mesh_runs.wrong_weights_of_padded_pairs()["update"] > 1e-2
 
 
-def test_int8_parameters_are_the_same_bits_on_any_number_of_devices(results):
-    found = results["integers"]
-    assert not found.pop("control") and len(found) == 6 and all(found.values()), found
+def test_int8_parameters_are_the_same_bits_on_any_number_of_devices():
+    found = mesh_runs.integers()
+    assert not found.pop("control") and len(found) == 4 and all(found.values()), found
 
 
-def test_replay_tell_apply_and_an_outer_jit_are_the_same_generation(results):
-    found = results["cut_and_repeated"]
+def test_replay_tell_apply_and_an_outer_jit_are_the_same_generation():
+    found = mesh_runs.cut_and_repeated()
     assert found["replay"] and found["generation"] == 2
     assert found["told_fitness"] <= 1e-6 and found["applied"] <= 1e-5
-    assert found["told"] <= 1e-5 and results["placed"]["jitted"] <= 1e-5
+    assert found["told"] <= 1e-5 and mesh_runs.placed()["jitted"] <= 1e-5
 
 
-def test_nothing_recompiles_over_generations_sigma_and_replay(results):
-    assert results["cut_and_repeated"]["programs"] == [1, 1]
+def test_nothing_recompiles_over_generations_sigma_and_replay():
+    assert mesh_runs.cut_and_repeated()["programs"] == [1, 1]
 
 
-def test_invalid_members_are_the_same_matter_as_on_one_device(results):
-    assert results["invalid"] == {"invalid": 1, "skipped": [False, True], "kept": True}
+def test_invalid_members_are_the_same_matter_as_on_one_device():
+    assert mesh_runs.invalid() == {"invalid": 1, "skipped": [False, True], "kept": True}
 
 
-def test_only_fitness_and_the_gradient_cross(results):
-    found = results["placed"]
+def test_only_fitness_and_the_gradient_cross():
+    found = mesh_runs.placed()
     assert found["bytes"] == found["expected_bytes"]
 
 
-def test_a_sharded_optimizer_scatters_the_gradient_and_gathers_the_parameters(results):
-    found = results["placed"]
+def test_a_sharded_optimizer_scatters_the_gradient_and_gathers_the_parameters():
+    found = mesh_runs.placed()
     crossing, gradient = found["shared_bytes"], found["gradient_bytes"]
     assert crossing["reduce-scatter"] == gradient // 8 and crossing["all-gather"] == gradient + 4 * 32
     assert crossing["all-reduce"] < 100  # norms
-    assert found["momentum"] == "P('population',)" and found["momentum_share"] == [8, 128]
+    assert found["momentum"] == "P('population',)" and found["momentum_share"] == (8, 128)
 
 
-def test_parameters_over_model_stay_there_and_are_never_gathered(results):
-    found = results["placed"]
+def test_parameters_over_model_stay_there_and_are_never_gathered():
+    found = mesh_runs.placed()
     assert found["model"] == ["P(None, 'model')"] * 2
     assert found["model_gather"] <= found["parameter"] // 8  # shares of factors, not of parameters
     assert found["model_reduce"] <= found["parameter"] // 2  # the gradient of a device's own columns
     assert found["model_update"] <= 1e-5 and found["model_fitness"] <= 1e-6
 
 
-def test_member_state_lies_over_the_population(results):
-    assert results["placed"]["memory"] == "P('population',)"
+def test_member_state_lies_over_the_population():
+    assert mesh_runs.placed()["memory"] == "P('population',)"
 
 
-def test_checkpoints_and_durable_runs_go_on_on_another_mesh(results):
-    found = results["restored"]
+def test_checkpoints_and_durable_runs_go_on_on_another_mesh():
+    found = mesh_runs.restored()
     assert found["mesh"] == {"population": 2} and found["bits"] and found["went_on"] <= 1e-5
     assert found["durable"] and found["generation"] == 3
 
@@ -142,8 +107,9 @@ def test_checkpoints_and_durable_runs_go_on_on_another_mesh(results):
         ("shard_optimizer with model", "shard_optimizer needs a mesh with the axis 'population' and without 'model'"),
     ],
 )
-def test_what_a_mesh_cannot_do_is_one_sentence(results, name, message):
-    assert results["errors"][name].startswith(f"ValueError: {message}")
+def test_what_a_mesh_cannot_do_is_one_sentence(name, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        mesh_runs.ERRORS[name]()
 
 
 def one_device(*names):

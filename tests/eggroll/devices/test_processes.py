@@ -44,7 +44,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_the_run_of_one(alone, tmp_path, count):
     code, said = start(count, tmp_path, "same")
     assert code == 0, said

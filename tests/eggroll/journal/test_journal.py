@@ -16,7 +16,7 @@ from eggroll.journal import __main__ as __main__
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")  # optax.adam relies on the former
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 HEADER = Header(key=["threefry2x32", [0, 1]], config={"sigma": 0.1}, plan=["w"], fingerprint="f", versions={"jax": "x"})
 ENTRIES = [Entry(g, 0.1 + g, np.float32([g, -1.5, 0.25, np.nan, 3]), bytes([g] * g)) for g in range(6)]

@@ -13,6 +13,7 @@ from eggroll import zo
 from eggroll.update import estimator
 from eggroll.update.precision import apply_updates, init_masters
 from tests.eggroll.lazy.test_perturbed import arrays_of
+from tests.tables import by_default
 
 PAIRS = 7  # a prime that is no axis of any parameter
 SPECS = {
@@ -91,8 +92,8 @@ def as_floats(params, dtype=jnp.float32):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_a_member_is_float_of_q_plus_its_noise(name, quick_compilation):
+@pytest.mark.parametrize("name", by_default(SPECS, "normal-4", "flipout"))
+def test_a_member_is_float_of_q_plus_its_noise(name):
     """Against the built members, of both signs, and against the float model of the same values and addresses."""
     es, other = (strategy(perturbation=rules(SPECS[name])) for _ in range(2))
     state, floating = start(es), start(other, as_floats(PARAMS))
@@ -134,8 +135,8 @@ def test_no_weight_is_built_for_a_member(name):
     assert any(PAIRS in shape and shape[-2:] == (9, 6) for shape, _ in arrays_of(jaxpr))  # control
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_noise_has_the_dtype_of_the_conversion(dtype, quick_compilation):
+@pytest.mark.parametrize("dtype", by_default([jnp.bfloat16, jnp.float16], jnp.bfloat16))
+def test_noise_has_the_dtype_of_the_conversion(dtype):
     batch = BATCH[0].astype(dtype), BATCH[1]
     es, other = (strategy(perturbation=SPECS["normal-4"]) for _ in range(2))
     state, floating = start(es), start(other, as_floats(PARAMS, dtype))
@@ -157,7 +158,7 @@ def test_the_table_says_which_parameters_are_quantised():
     assert "dense" in rows["bias"]
 
 
-def test_a_conditional_and_a_loop_use_quantised_parameters(quick_compilation):
+def test_a_conditional_and_a_loop_use_quantised_parameters():
     def function(p, x):
         def turn(x):
             odd = jnp.sum(x) > 0
@@ -216,21 +217,21 @@ def fitness(p, batch, key):
     return -jnp.mean((model(p, batch)["product"] / 100 - 1) ** 2) - jnp.mean(model(p, batch)["head"]) / 1e4
 
 
-def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit(quick_compilation):
+@pytest.mark.parametrize("name", by_default(SPECS, "normal-4"))
+def test_the_gradient_is_that_of_a_float_parameter_bit_for_bit(name):
     coefficients, used = floats(PAIRS, seed=1), ("bias", "product", "view")
 
     def function(p, x):
         return x @ p["product"].astype(x.dtype) + p["bias"].astype(x.dtype), x @ p["view"].reshape(8, 6).T.astype(x.dtype)
 
     known = dict(noise_key=jax.random.key(1), noise_generation=2, sigma=0.4)
-    for spec in SPECS.values():
-        gradients = []
-        for params in (PARAMS, as_floats(PARAMS)):
-            es = strategy(perturbation=spec)
-            plan = es.plan(start(es, {name: params[name] for name in used}), BATCH[0], function=function)
-            gradients.append(jax.jit(lambda d, plan=plan: estimator.gradient(plan, d, **known))(coefficients))
-        for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
-            np.testing.assert_array_equal(one, other)
+    gradients = []
+    for params in (PARAMS, as_floats(PARAMS)):
+        es = strategy(perturbation=SPECS[name])
+        plan = es.plan(start(es, {own: params[own] for own in used}), BATCH[0], function=function)
+        gradients.append(jax.jit(lambda d, plan=plan: estimator.gradient(plan, d, **known))(coefficients))
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_rounding_keeps_the_mean_and_a_control_does_not():
@@ -263,8 +264,8 @@ def test_masters_add_up_and_stay_in_range():
     assert masters[0].tolist() == [pytest.approx(1.2), 127.0, -127.0, 5.0]
 
 
-@pytest.mark.parametrize("precision", ["master", "stochastic", "nearest"])
-def test_floats_and_integers_evolve_together_and_are_replayed(precision, quick_compilation):
+@pytest.mark.parametrize("precision", by_default(["master", "stochastic", "nearest"], "master", "stochastic"))
+def test_floats_and_integers_evolve_together_and_are_replayed(precision):
     rules = [("layers", eggroll.Frozen()), (".*", eggroll.LowRank())]
     params = PARAMS | {"layers": PARAMS["layers"].at[0, 0, 0].set(-128)}
     options = dict(perturbation=rules, precision=precision, shaping="z_score", optimizer=optax.sgd(2.0, momentum=0.9))

@@ -27,12 +27,21 @@ from tests.eggroll.llm.language_models import (
     reference,
     reference_logits,
 )
+from tests.tables import slow
 
 pytest.importorskip("safetensors")
 LONG, NEW = 40, 64  # longer than what the scaled rotary positions call a trained text
 all_decoding = pytest.mark.parametrize("config", DECODING.values(), ids=DECODING)
+each_kind = pytest.mark.parametrize(  # of model; the others differ in their rotary positions
+    "config",
+    [
+        pytest.param(own, id=name, marks=[] if name in ("qwen3", "rwkv7") else pytest.mark.slow)
+        for name, own in DECODING.items()
+    ],
+)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", TRANSFORMERS.values(), ids=TRANSFORMERS)
 def test_checkpoint_of_transformers_is_read_continued_and_written(config, tmp_path):
@@ -76,7 +85,7 @@ def test_steps_give_the_logits_of_whole_texts(config):
     ) if config.model_type == "rwkv7" else None
 
 
-@all_decoding
+@each_kind
 def test_left_padding_leaves_no_trace(config):
     """A padded text, whatever its padding holds, has the logits and tokens it has alone."""
     params = random_params(config)
@@ -89,7 +98,7 @@ def test_left_padding_leaves_no_trace(config):
     np.testing.assert_array_equal(greedy(config, params, other, mask, length=6)[1], logits)
 
 
-@all_decoding
+@each_kind
 def test_bfloat16_stays_near_float32(config):
     low = random_params(config, jnp.bfloat16)
     high = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
@@ -118,7 +127,7 @@ def test_every_matrix_gets_low_rank_noise_while_it_decodes(config):
         assert not matrix or leaf.stack == ((0,) if stacked else ()), leaf
 
 
-@pytest.mark.parametrize("config", [DECODING["qwen3"], DECODING["rwkv7"]], ids=["qwen3", "rwkv7"])
+@pytest.mark.parametrize("config", [slow(DECODING["qwen3"]), DECODING["rwkv7"]], ids=["qwen3", "rwkv7"])
 def test_lazy_members_decode_what_built_ones_decode(config):
     strategy, batch = strategy_of(config), tuple(map(jnp.asarray, inputs(left=True)))
     population = strategy.ask(strategy.init(random_params(config), key=jax.random.key(0)))

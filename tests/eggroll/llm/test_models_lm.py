@@ -37,6 +37,7 @@ CONFIGS = {
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
 @all_configs
@@ -54,6 +55,7 @@ def test_logits_equal_those_of_transformers(config, sharded, tmp_path):
     np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["opt", "qwen3"])
 def test_checkpoint_of_transformers_round_trips(family, tmp_path):
@@ -88,6 +90,7 @@ def test_bfloat16_is_near_float32(config, tmp_path):
     assert np.abs(low - high)[mask].mean() < 0.05 * np.abs(high).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_saved_bfloat16_is_read_by_transformers(tmp_path):
     params = random_params(QWEN3, jnp.bfloat16)

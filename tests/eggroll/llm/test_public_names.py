@@ -4,14 +4,11 @@ import doctest
 import subprocess
 import sys
 
-import pytest
-
 from eggroll import llm
 
 OPTIONAL = ("jinja2", "safetensors", "tokenizers", "torch", "transformers", "matplotlib", "tyro", "eggroll.experiments")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_example_runs():
     failed, attempted = doctest.testmod(llm)
     assert failed == 0 < attempted

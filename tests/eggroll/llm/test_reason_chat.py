@@ -27,6 +27,7 @@ MARKED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, MARKED], ids=["chatml", "llama2", "marked"])
 def test_texts_and_tokens_are_those_of_transformers(template, tmp_path):
     theirs = write_tokenizer(tmp_path, chat_template=template)
@@ -77,6 +78,7 @@ def test_without_a_template_that_works_it_is_one_sentence(settings, sentence, tm
     assert sentence in str(told.value) and "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_template_that_leaves_out_the_prompt_is_refused(tmp_path):
     write_tokenizer(tmp_path, chat_template="hello")
     with pytest.raises(ValueError, match=r"template must contain {prompt}, the place of the task's prompt, got 'hello'"):

@@ -55,7 +55,7 @@ def test_members_fill_the_budget_in_pairs(members, expected):
     assert planned(budget=budget).members == expected and planned(budget=budget - 1).members <= expected
 
 
-def test_the_cache_is_that_of_a_real_prompt(quick_compilation):
+def test_the_cache_is_that_of_a_real_prompt():
     prompts = pad_prompts([[1, 2, 3], [4, 5, 6, 7, 8]], length=5)
     for config in (LLAMA, RWKV7):
         prefill = jax.jit(hf.make_generator(config).prefill, static_argnums=3)
@@ -68,7 +68,8 @@ def test_states_do_not_grow_with_the_room():
     assert planned(max_new_tokens=4000).cache > 400 * planned().cache  # control: keys and values do
 
 
-def test_the_compiler_sets_aside_little_more_for_a_long_cache(quick_compilation):
+@pytest.mark.slow
+def test_the_compiler_sets_aside_little_more_for_a_long_cache():
     """Temporary bytes of a member, between two and four members at a time: the cache, and one layer of it on the way."""
     generator, length = hf.make_generator(LLAMA), 2000
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[1, 2, 3], [4, 5, 6, 7, 8]], length=5))

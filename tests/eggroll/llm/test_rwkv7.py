@@ -34,6 +34,7 @@ def package(monkeypatch):
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_logits_and_greedy_tokens_are_those_of_the_package(package, tmp_path):
     hf.save(tmp_path, ORIGINAL, random_params(ORIGINAL))
@@ -55,6 +56,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_package(package, tmp_path):
         np.testing.assert_array_equal(chosen[text], picked)
 
 
+@pytest.mark.slow
 def test_gradient_is_the_same_with_padding():
     decoder, params, (tokens, _) = hf.make_decoder(RWKV7), random_params(RWKV7), inputs()
     padded = np.pad(tokens, ((0, 0), (3, 0)))

@@ -17,6 +17,7 @@ from eggroll.update import estimator
 from tests.eggroll.lazy.test_perturbed import arrays_of
 from tests.eggroll.models import MODELS
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
+from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 PAIRS, M, N = 7, 5, 4
@@ -46,10 +47,7 @@ CASES = {name: MODELS[name] for name in ("linen_tied_language_model", "plain_vie
 CASES |= {"weight first": weight_first, "bfloat16": half_precision}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.heavy]) if name == "plain_views" else name for name in CASES],
-)
+@pytest.mark.parametrize("name", by_default(CASES, "plain_experts", "ensemble_vmap", "weight first", "bfloat16"))
 def test_equals_the_built_members(name):
     function, params, batch = CASES[name]()
     options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=optax.sgd(1.0))
@@ -205,7 +203,6 @@ def test_a_linear_objective_is_exactly_unbiased_and_the_variance_follows_its_law
     assert np.abs(drawn.var(axis=0) / other - 1).max() > tolerance
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_offloaded_blocks_have_the_same_noise():
     tuner = zo.mezo(PIECES, learning_rate=1e-2, sigma=1e-2, directions=3, chunk_directions=2, perturbation=eggroll.Flipout())

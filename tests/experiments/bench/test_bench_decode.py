@@ -15,7 +15,7 @@ TINY = decode.Decode(
 )
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 def transformer():

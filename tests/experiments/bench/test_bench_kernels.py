@@ -150,7 +150,7 @@ def test_short_calls_are_queued():
 
 
 @pytest.mark.slow
-def test_generation_beside_inference(capsys, quick_compilation):
+def test_generation_beside_inference(capsys):
     _, summary = run(capsys, ops=("generation",))
     plain, generation = summary["rows"]
     assert plain["implementation"] == "plain" and generation["implementation"] == "reference"

@@ -28,6 +28,7 @@ def test_ratios_of_medians_by_hand():
     assert math.isnan(unreached["evosax"]["members_per_second"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_our_side_reaches_an_easy_target_and_misses_a_hard_one():
     easy = run(Side(library="ours", seed=0, target=1.0, generations=5, **SMALL))

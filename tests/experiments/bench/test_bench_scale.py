@@ -25,6 +25,7 @@ def test_bytes_of_every_kind_of_collective():
     assert largest_collective(HLO, "all-gather") == 128 and largest_collective(HLO, "reduce-scatter") == 0
 
 
+@pytest.mark.slow
 def test_last_line_is_json_and_the_cost_model_holds():
     tiny = "scale.Scale(devices=2, members=16, width=8, examples=4, chunk_size=2, growths=(2, 8))"
     command = [sys.executable, "-c", f"from experiments.bench import scale; scale.run({tiny})"]

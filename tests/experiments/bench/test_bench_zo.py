@@ -9,7 +9,6 @@ import pytest
 from eggroll.experiments.bench import populations, zo
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_numbers_of_a_small_run(capsys):
     zo.run(zo.ZO(blocks=2, width=8, tokens=8, directions=(1, 2), matrix=64, repeats=2))

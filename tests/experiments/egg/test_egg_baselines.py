@@ -155,9 +155,7 @@ def baselines(*arguments):
     return json.loads(last), said
 
 
-@pytest.mark.parametrize(
-    "names", [["transformer-sgd"], pytest.param(list(baseline_suite.RATES), marks=[pytest.mark.slow, pytest.mark.heavy])]
-)
+@pytest.mark.parametrize("names", [["transformer-sgd"], pytest.param(list(baseline_suite.RATES), marks=pytest.mark.slow)])
 def test_command_line_from_options_to_artefacts(names, texts, tmp_path):
     summary, said = baselines(*SMALL, *texts, "--baselines", *names, "--folder", str(tmp_path))
     assert list(summary["baselines"]) == names and summary["bytes_per_update"] == 24

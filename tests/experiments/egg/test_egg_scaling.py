@@ -59,7 +59,6 @@ def test_bad_options_end_with_one_sentence(options, sentence, tmp_path):
     assert sentence in str(stopped.value)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from eggroll.llm.decoding import Completions
 from eggroll.llm.tokenizers import ByteTokenizer
 from tests.eggroll.llm.language_models import random_params
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy]
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("transformer", "rwkv7")
 SAMPLING = Sampling(

@@ -18,9 +18,10 @@ from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
 from eggroll.llm.shards import CONFIG
 from tests.experiments.reason.reason_runs import TINY, letters
+from tests.tables import slow
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),  # optax.adam relies on the former
+    pytest.mark.usefixtures("standard_promotion"),  # optax.adam relies on the former
     pytest.mark.filterwarnings("ignore:no completion up to generation"),
 ]
 
@@ -74,13 +75,8 @@ def test_a_run_leaves_its_files_and_goes_on_bit_for_bit(folder, capsys, signal):
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--int8.threshold", "1", "--precision", "stochastic"],
-        pytest.param(["--start.architecture", "rwkv7"], marks=[pytest.mark.heavy, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--int8.threshold", "1", "--precision", "stochastic"], ["--start.architecture", "rwkv7"]])
 def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
     options, out = ["--weights", "int8", *more], folder / f"out/int8-{len(more)}"
     run(capsys, *options, "--generations", "3", "--folder", f"{out}/whole")
@@ -97,6 +93,7 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
     assert summary["model"].endswith("float32, int8 matrices")
 
 
+@pytest.mark.slow
 def test_grpo_in_the_same_frame(folder, capsys, signal):
     options = ["--algorithm", "grpo", "--grpo.prompts", "2", "--grpo.samples", "2", "--generations", "2", "--seeds", "2"]
     summary = run(capsys, *options, "--folder", "out/grpo")
@@ -113,7 +110,7 @@ def evolution_of(*options):
     return Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
 
 
-@pytest.mark.parametrize(("group", "shape"), [([], (4, 9)), (["--group", "2"], (2, 4, 9)), (["--group", "4"], (4, 9))])
+@pytest.mark.parametrize(("group", "shape"), [slow([], (4, 9)), (["--group", "2"], (2, 4, 9)), slow(["--group", "4"], (4, 9))])
 def test_groups_get_problems_of_their_own(group, shape):
     evolution = evolution_of(*group, "--temperature", "1", "--samples", "2", "--prompt-length", "9")
     (prompts, key), rows = evolution.questions(3, seed=0)
@@ -148,7 +145,6 @@ def test_fitness_is_the_reward_of_the_right_problem(option, expected):
     assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
     runs = [
@@ -158,6 +154,7 @@ def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
     assert runs[0]["tokens"] == runs[1]["tokens"]
 
 
+@pytest.mark.slow
 def test_nothing_ever_scores_says_so(capsys):
     with pytest.warns(UserWarning, match="no completion up to generation 2 scored more than 0"):
         run(capsys, "--generations", "2", "--folder", "out/silent")
@@ -201,7 +198,6 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
     assert summary["members"] % 2 == 0 < summary["members"] and summary["budget"] == 1_000_000
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
     config = parse(TINY)
@@ -254,7 +250,6 @@ def test_wrong_options_are_one_sentence(options, sentence, capsys):
     assert text.startswith("error: ") and sentence in text and "\n" not in text
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_other_settings_are_refused_on_resume(capsys):
     run(capsys, "--generations", "2", "--folder", "out/other")

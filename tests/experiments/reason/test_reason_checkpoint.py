@@ -12,7 +12,8 @@ from eggroll.llm import hf
 from tests.eggroll.llm.language_models import write_checkpoint
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("standard_promotion"),
     pytest.mark.filterwarnings("ignore:no completion up to generation"),
 ]
 TINY = [

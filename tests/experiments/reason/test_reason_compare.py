@@ -23,7 +23,6 @@ def test_rows_and_table():
     assert make_table([row]).splitlines()[2] == f"| {' | '.join(cells)} |"
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_comparison_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

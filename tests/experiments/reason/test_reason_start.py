@@ -13,7 +13,7 @@ from eggroll.experiments.reason.warm_start import WarmStart, encode_examples, tr
 from eggroll.llm import hf
 from eggroll.llm.tokenizers import ByteTokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.heavy]
+pytestmark = pytest.mark.slow
 
 TINY = WarmStart(layers=1, width=16, steps=3, batch_size=4)
 ARCHITECTURES = ("transformer", "rwkv7")

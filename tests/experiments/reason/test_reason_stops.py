@@ -19,7 +19,7 @@ from eggroll.llm import hf
 from tests.experiments.reason.reason_runs import IN_GENERATION_2, TINY, Ending, letters
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 CLOCK = {"seconds", "seconds_spent", "check_seconds", "tokens_per_second", "members_per_second"}
 OTHER = {*CLOCK, "training_seconds", "peak_mib", "limits"}  # of the summary, of the clock or of the command
 
@@ -91,6 +91,7 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(capsys, whole):
     whole("killed")
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_sentence_and_leaves_a_run_that_goes_on(capsys, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         ending = Ending(IN_GENERATION_2, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -117,6 +118,7 @@ def cut(path, count):
         file.truncate(path.stat().st_size - count)
 
 
+@pytest.mark.slow
 def test_last_lines_that_were_cut_off_are_done_again(capsys, whole, caplog):
     out = Path("out/cut")
     shutil.copytree("out/whole", out)
@@ -127,6 +129,7 @@ def test_last_lines_that_were_cut_off_are_done_again(capsys, whole, caplog):
     whole("cut")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_a_kill_lost_is_rebuilt_where_it_is_the_best(capsys, whole):
     shutil.copytree("out/whole", "out/lost")
     for path in Path("out/lost/checkpoints/states").iterdir():

@@ -71,6 +71,7 @@ def test_compare_and_table():
     assert lines[2] == "| a | eggroll | 5.5 [5, 6] | 0 | 2 | 10 | 2.0 | 0.5 | 100 |" and len(lines) == 7
 
 
+@pytest.mark.slow
 def test_a_suite_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     """The second start finds everything; without one seed it runs that seed and gets the same numbers."""
     options = ["--envs", "CartPole-v1", "--algorithms", "eggroll", "random", "--seeds", "2", "--folder", str(tmp_path), *TINY]
@@ -91,6 +92,7 @@ def test_a_suite_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == second
 
 
+@pytest.mark.slow
 def test_other_options_are_refused_and_a_failed_run_is_told(capsys, tmp_path, monkeypatch):
     options = ["--envs", "CartPole-v1", "--algorithms", "random", "--seeds", "1", "--folder", str(tmp_path), *TINY]
     rl_suite.main(options)

@@ -11,29 +11,18 @@ from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl.presets import PAPER
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+    pytest.mark.usefixtures("standard_promotion"),
     pytest.mark.filterwarnings("ignore"),  # the suites' own warnings
 ]
 MULTI_AGENT = ("mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3")
-QUICK = ("gymnax", "jumanji", "navix", "mpe")  # the others compile for more than 10 s
-ONE_OF_EACH = (
-    "brax/inverted_double_pendulum",
-    "craftax/Craftax-Classic-Symbolic-v1",
-    "jumanji/Knapsack-v1",
-    "kinetix/s/h1_thrust_over_ball",
-    "mpe/simple_spread_v3",
-    "navix/FourRooms-v0",
-)
 TINY = ["--population-size", "4", "--generations", "2", "--evaluation-episodes", "2", "--max-steps", "10", "--checks", "1"]
 
 
 def row(name):
-    """A task, skipped where its suite is not installed."""
+    """A slow row, skipped where its suite is not installed."""
     suite = name.split("/")[0] if "/" in name else "gymnax"
-    marks = [pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")]
-    heavy = suite != "gymnax" and name not in ONE_OF_EACH
-    slow = suite not in QUICK or heavy
-    return pytest.param(name, marks=marks + [pytest.mark.slow] * slow + [pytest.mark.heavy] * heavy, id=name)
+    skip = pytest.mark.skipif(not envs.is_installed(suite), reason=f"needs {suite}: {SUITES[suite].install}")
+    return pytest.param(name, marks=[skip, pytest.mark.slow], id=name)
 
 
 @pytest.fixture(autouse=True)

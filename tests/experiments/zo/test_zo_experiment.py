@@ -98,6 +98,7 @@ def test_summary_and_artefacts(whole):
         assert (folder / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_bit_for_bit(whole, monkeypatch):
     experiment, summary, folder = whole
     stopped, other = evolution.train, folder.parent / "stopped"
@@ -132,6 +133,7 @@ def test_the_journal_knows_its_run(whole):
     assert config == dataclasses.replace(whole[0].config, folder=None)
 
 
+@pytest.mark.slow
 def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
     options = [*place[1][len(START) :], "--model", str(whole[2] / "model"), "--recipe", "adam", "--learning-rate", "0.01"]
     folder = place[0] / "adam"
@@ -146,7 +148,6 @@ def test_backprop_of_an_exported_model_on_several_seeds(whole, place, capsys):
     assert summary["train_accuracy"] == 1 and first["validation_loss_before"] == pytest.approx(whole[1]["validation_loss"])
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in library.RECIPES if name != "lozo_m"])  # whose momentum cannot be deferred
 def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, monkeypatch):
@@ -194,7 +195,6 @@ def test_an_offloaded_run_of_the_last_version_is_refused(place):
     assert not (folder / "journal.bin").exists()
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_checkpoints_bring_a_run_back_bit_for_bit(whole, place, capsys, monkeypatch):
     """As above with another process's memory: nothing but the folder is left."""
@@ -209,7 +209,6 @@ def test_checkpoints_bring_a_run_back_bit_for_bit(whole, place, capsys, monkeypa
     assert "3 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_accuracy_is_an_objective(place, capsys):
     options = [*place[1], "--recipe", "mezo", "--objective", "accuracy", "--steps", "2", "--batch-size", "12"]
@@ -269,7 +268,6 @@ def test_scores_weigh_parts_by_what_is_in_them():
     assert score(judged, examples) == ((100 * 200 + 200 * 150) / 550, 100 / 250)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_small_model_learns_its_text():
     content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)

@@ -26,7 +26,6 @@ def test_rows_and_table():
     assert make_table([row]).splitlines()[2] == f"| {' | '.join([*cells, '2', '10', '1.2', '200'])} |"
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_suite_searches_and_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     """Every recipe sees as many forwards; the second start finds everything."""
