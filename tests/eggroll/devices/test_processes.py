@@ -151,7 +151,7 @@ def test_launch_that_is_interrupted_says_one_sentence(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "launch", interrupted)
-    with pytest.raises(SystemExit, match="stopped: the processes were ended"):
+    with pytest.raises(SystemExit, match="interrupted: the processes were terminated"):
         launch.main(["2", "-m", "x"])
 
 

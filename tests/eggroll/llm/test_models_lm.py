@@ -239,7 +239,7 @@ def test_config_that_does_not_fit_is_one_sentence(folder, fields, sentence):
     ("fields", "sentence"),
     [
         ({"activation_function": "gelu"}, "supports only 'relu'"),
-        ({"enable_bias": False}, "'enable_bias' is False in config.json, and of 'opt' only True"),
+        ({"enable_bias": False}, "'enable_bias' is False in config.json, but 'opt' supports only True"),
         ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
     ],
 )

@@ -157,8 +157,8 @@ def folder(tmp_path):
     ("fields", "sentence"),
     [
         ({"attn": {"layers": [1]}}, r"'attn' is {'layers': \[1\]} in config.json, but 'rwkv7' supports only None"),
-        ({"norm_first": False}, "'norm_first' is False in config.json, and of 'rwkv7' only True"),
-        ({"hidden_act": "relu"}, "'hidden_act' is 'relu' in config.json, and of 'rwkv7' only 'sqrelu'"),
+        ({"norm_first": False}, "'norm_first' is False in config.json, but 'rwkv7' supports only True"),
+        ({"hidden_act": "relu"}, "'hidden_act' is 'relu' in config.json, but 'rwkv7' supports only 'sqrelu'"),
         ({"value_dim": [16, 32, 16]}, r"'value_dim' in config.json must be hidden_size 16 in every layer, got \[16, 32, 16\]"),
         ({"head_dim": 7}, "hidden_size 16 is not a multiple of head_dim 7"),
         ({"hidden_size": None}, "config.json of model_type 'rwkv7' has no 'hidden_size'"),

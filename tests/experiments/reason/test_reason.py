@@ -140,7 +140,7 @@ def test_fitness_is_the_reward_of_the_right_problem(option, expected):
     outputs = Completions(outputs.tokens.reshape(2, 4, 4), outputs.length.reshape(2, 4), outputs.ended.reshape(2, 4))
     fitness, report = evolution._score(outputs, rows)
     np.testing.assert_array_equal(fitness, expected)
-    assert report.tokens == outputs.length.sum() and report.scores.above_minimum == 4
+    assert report.tokens == outputs.length.sum() and (report.scores.values > report.scores.minimum).sum() == 4
     shuffled = [[row for row in rows[0][::-1]]]  # control: problems of another order
     assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
 
