@@ -103,6 +103,9 @@ class AskTell(Strategy[S], Protocol[S]):
     def plan(self, state: S, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Return the plan of `function(params, batch)`; None: of the fitness."""
 
+    def on_one_device(self) -> Self:
+        """Return the strategy without its mesh."""
+
     def ask(self, state: S) -> Population:
         """Return the population of this generation."""
 

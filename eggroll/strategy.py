@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,23 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from eggroll.devices import sharded
+from eggroll import generation, programs
 from eggroll.devices.chunking import layout_in_budget
-from eggroll.devices.mesh import Placement, of_outputs, of_report, of_update, place
+from eggroll.devices.mesh import Placement, output_shardings, replicated, report_shardings, shard_inputs, update_shardings
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import LowRank, Perturbation, check_params
-from eggroll.population.evaluate import evaluate
+from eggroll.plans import known_plan, plan_of
 from eggroll.population.fitness import member_arguments, normalised
 from eggroll.population.layout import PopulationLayout
-from eggroll.population.members import (
-    Population,
-    build_member,
-    by_member,
-    checked_coefficients,
-    checked_fitness,
-    of_params_and_batch,
-)
-from eggroll.population.metrics import FitnessReport, Metrics, of_valid, reduce_aux, report_fitness, valid_members
+from eggroll.population.members import Population, build_member, check_coefficients, check_fitness
+from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
 from eggroll.settings import check_settings
 from eggroll.state import ESState
 from eggroll.update import estimator
-from eggroll.update.parameters import UpdateReport, exact, initial, of_trained, reported, update
+from eggroll.update.parameters import UpdateReport, init_masters_and_optimizer, make_report, round_coefficients
 from eggroll.update.shaping import Shaping
 
 
@@ -88,7 +81,6 @@ class EvolutionStrategy:
     precision: str = "master"
     mesh: Mesh | None = None
     shard_optimizer: bool = False
-    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -98,9 +90,9 @@ class EvolutionStrategy:
         """Layout of the population without a memory budget."""
         return PopulationLayout.of_members(self.population_size, self.members_per_batch, self.chunk_size)
 
-    @functools.cached_property
+    @property
     def placement(self) -> Placement | None:
-        """Where a generation runs; None without a mesh."""
+        """How a generation is spread over the mesh; None without one."""
         return None if self.mesh is None else Placement(self.mesh, self.layout, self.shard_optimizer)
 
     def init(self, params: Any, *, key: Array, member_state: Any = None) -> ESState:
@@ -120,34 +112,41 @@ class EvolutionStrategy:
         addresses.check_key(key)
         check_params(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
-        masters, opt_state = initial(self.optimizer, params, self.perturbation, self.precision)
+        masters, opt_state = init_masters_and_optimizer(self.optimizer, params, self.perturbation, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
         sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, per_member)
-        return place(self.placement, state, None)[0]
+        return shard_inputs(self.placement, state, None)[0]
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
-        """Read the plan from one abstract trace; the first call fixes it for this strategy.
+        """Return the plan of the parameters, read from one abstract trace of a function.
+
+        The first function fixes the plan for parameters of these shapes; every later one is compared with it.
 
         Args:
             state: from `init`.
-            batch: as for `step`; arrays or shapes.
+            batch: as for `step`; arrays or shapes. None: the plan made before, if there is one.
             function: `function(params, batch)` to read instead of the fitness, for `ask`/`tell`.
 
         Returns:
             The `Plan`; `print(plan.table())` shows it.
+
+        Raises:
+            ValueError: the function uses a parameter differently from the plan.
         """
         if not isinstance(state, ESState):
             raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
-        if "plan" not in self._cache:
-            self.layout.check_batch(batch)
-            one_batch = self.layout.one_member(batch)
-            args = (one_batch,) if function else member_arguments(one_batch, state.member_state)
-            plan = make_plan(function or self._fitness(), state.params, *args, perturbation=self.perturbation)
-            estimator.check_sums(plan, num_pairs=self.population_size // 2)
-            self._cache["plan"] = plan
-        self._cache["plan"].check(state.params)
-        return self._cache["plan"]
+        inputs = None if batch is None and function is None else (batch, state.member_state)
+        read = functools.partial(self._read_plan, state, batch, function)
+        return plan_of(self, function, state.params, inputs, make=read)
+
+    def _read_plan(self, state: ESState, batch: Any, function: Callable | None) -> Plan:
+        self.layout.check_batch(batch)
+        one_batch = self.layout.one_member(batch)
+        arguments = (one_batch,) if function else member_arguments(one_batch, state.member_state)
+        plan = make_plan(function or self._fitness, state.params, *arguments, perturbation=self.perturbation)
+        estimator.check_sums(plan, num_pairs=self.layout.num_pairs)
+        return plan
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
         """Run one generation.
@@ -160,13 +159,16 @@ class EvolutionStrategy:
             `(state, metrics)`. Compiled at the first call; a later sigma or generation does not recompile.
         """
         self.layout.check_batch(batch)
-        self.plan(state, batch)
-        if self.placement is not None:
-            self.placement.check(self._fitness(), state, batch)
-        self._layout_of("layout", self._fitness(), state, batch)
-        state, batch = place(self.placement, state, batch, "split_batch")
-        score = self._jitted("score", self._evaluate_and_score, of_report(self.placement))
-        return self._finish(state, *score(state, batch))
+        plan, placement = self.plan(state, batch), self.placement
+        shapes = programs.signature((state, batch))
+        if placement is not None:
+            programs.remember("checked", self, shapes, make=lambda: placement.check(self._fitness, state, batch))
+        layout = self.chunked_layout(state, batch)
+        state, batch = shard_inputs(placement, state, batch, batch_over="examples")
+        evaluate = functools.partial(generation.evaluate_generation, self, plan, self._fitness, layout)
+        key, shardings = ("score", self, shapes, layout), report_shardings(placement)
+        program = programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=shardings)
+        return self._advance(plan, state, *program(state, batch))
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
@@ -191,10 +193,14 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        told = checked_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
-        self._known_plan("tell")
-        state, told = place(self.placement, state, told)
-        return self._finish(state, *self._jitted("told", self._score_told, of_report(self.placement))(state, *told))
+        told = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
+        plan = known_plan(self, state.params, needed_by="tell")
+        state, told = shard_inputs(self.placement, state, told)
+
+        score = functools.partial(generation.score_pairs, self, plan)
+        key, shardings = ("tell", self, programs.signature(state.params)), replicated(self.placement)
+        report = programs.compile_once(*key, function=score, out_shardings=shardings)(*told)
+        return self._advance(plan, state, report, state.member_state)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
         """Repeat the update of a generation without evaluating anything.
@@ -209,110 +215,84 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        coefficients = checked_coefficients(coefficients, population_size=self.population_size)
-        self._known_plan("replay")
-        return self._move(*place(self.placement, state, coefficients))[0]
+        coefficients = check_coefficients(coefficients, population_size=self.population_size)
+        plan = known_plan(self, state.params, needed_by="replay")
+        return self._update(plan, *shard_inputs(self.placement, state, coefficients))[0]
+
+    def on_one_device(self) -> Self:
+        """Return the strategy without its mesh."""
+        return dataclasses.replace(self, mesh=None, shard_optimizer=False)
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the fitness takes them."""
         return state.params
 
-    def _known_plan(self, needed_by: str) -> Plan:
-        """Return the plan made before; ValueError when there is none yet."""
-        if "plan" not in self._cache:
-            raise ValueError(f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)")
-        return self._cache["plan"]
+    def evaluate(self, state: ESState, batch: Any, *, function: Callable | None = None) -> Any:
+        """Evaluate every member, without shaping or update; for use inside a traced function.
 
-    def _evaluate_and_score(self, state: ESState, batch: Any) -> tuple[FitnessReport, Any]:
-        run = functools.partial(sharded.evaluate_fitness, placement=self.placement, aux=self.aux)
-        fitness, aux, member_state = self.evaluate(self._fitness(), state, batch, layout=self._cache["layout"], run=run)
-        return self._score(state, fitness.reshape(self.population_size, *fitness.shape[2:]), aux, member_state)
+        Args:
+            state: from `init` or the last `step`; its plan is known.
+            batch: as for `step`.
+            function: `function(params, batch, key, member_state)` of one member; None: the fitness, which gives
+                `(fitness, aux, member_state)`.
 
-    def _score(self, state: ESState, fitness: Array, aux: Any, member_state: Any) -> tuple[FitnessReport, Any]:
-        """Report the fitness, with the pair coefficients; and the member state, the old one for invalid members."""
-        plan, valid = self._cache["plan"], valid_members(fitness)
-        coefficients = estimator.coefficients_of(plan, self.shaping, fitness)
-        report = report_fitness(fitness, coefficients, rank=plan.max_rank, aux=reduce_aux(self.aux, aux, valid))
-        return report, of_valid(valid, member_state, state.member_state)
+        Returns:
+            The results with leading axes [P, 2].
+        """
+        plan = known_plan(self, state.params, needed_by="evaluate")
+        return generation.evaluate_members(self, plan, function or self._fitness, self.layout, state, batch)
 
-    def _score_told(self, state: ESState, fitness: Array, pairs: Array) -> tuple[FitnessReport, Any]:
-        report, _ = self._score(state._replace(member_state=None), fitness, None, None)
-        coefficients = estimator.of_all_pairs(self._cache["plan"], report.coefficients, pairs, num_pairs=self.layout.num_pairs)
-        return report._replace(coefficients=coefficients), state.member_state
+    def chunked_layout(self, state: ESState, batch: Any, *, function: Callable | None = None) -> PopulationLayout:
+        """Return the layout that a batch is evaluated in, in chunks that fit `memory_budget`.
 
-    def _finish(self, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
-        new_state, done = self._move(state, report.coefficients)
+        Args:
+            state: from `init`; its plan is known.
+            batch: as for `step`.
+            function: as for `Population.apply`; None: the fitness.
+        """
+        if self.memory_budget is None:
+            return self.layout
+        plan = known_plan(self, state.params, needed_by="memory_budget")
+        one_member = generation.ignore_key_and_state(function) if function else self._fitness
+        evaluate = functools.partial(generation.evaluate_members, self.on_one_device(), plan, one_member)
+
+        def choose() -> PopulationLayout:
+            budget, placement = self.memory_budget, self.placement
+            return layout_in_budget(evaluate, state, batch, layout=self.layout, budget=budget, placement=placement)
+
+        return programs.remember("layout", self, function, programs.signature((state, batch)), make=choose)
+
+    def _advance(self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
+        new_state, done = self._update(plan, state, report.coefficients)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
-        return new_state._replace(member_state=member_state), Metrics(state.generation, self._sigma(state), *report, *done)
-
-    def evaluate(self, function: Callable, state: ESState, batch: Any, *, layout: PopulationLayout, run: Any = evaluate) -> Any:
-        """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
-        return run(
-            function,
-            self._cache["plan"],
-            state.params,
-            layout=layout,
-            noise_key=state.key,
-            noise_generation=state.generation // self.noise_reuse,
-            sigma=self._sigma(state),
-            evaluation_key=jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation),
-            batch=batch,
-            member_state=state.member_state,
+        return new_state._replace(member_state=member_state), Metrics(
+            state.generation, generation.current_sigma(self, state), *report, *done
         )
 
-    def _layout_of(self, name: Any, function: Callable, state: ESState, batch: Any) -> PopulationLayout:
-        """The layout that a function is evaluated in, in chunks that fit `memory_budget`; found once."""
-        how: dict[str, Any] = {"layout": self.layout, "budget": self.memory_budget, "placement": self.placement}
-        run = functools.partial(self.evaluate, function)
-        return self._once(name, lambda: layout_in_budget(run, state, batch, **how))
+    def _update(self, plan: Plan, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
+        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
+        shardings, shapes = update_shardings(self.placement, state), programs.signature(state)
+        key = ("update", self, shapes, tuple(jax.tree.leaves(shardings)))
+        update = functools.partial(generation.update_parameters, self, plan, optimizer=self.optimizer)
+        program = programs.compile_once(*key, function=update, out_shardings=shardings)
+        state, done = program(state, round_coefficients(plan, coefficients, self.shaping))
+        return state, make_report(plan, done)
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
-        self.plan(state, batch, function=function)
-        state, one = state._replace(member_state=None), of_params_and_batch(function)
-        layout = self._layout_of(("layout", function), one, state, batch)
-        over = functools.partial(sharded.evaluate, placement=self.placement)
-        run = by_member(functools.partial(self.evaluate, one, layout=layout, run=over))
-        compiled = self._jitted(("apply", function), run, of_outputs(self.placement))
-        return compiled(*place(self.placement, state, batch, "whole_batch"))
+        plan, state = self.plan(state, batch, function=function), state._replace(member_state=None)
+        layout = self.chunked_layout(state, batch, function=function)
+        key, shardings = ("apply", self, function, programs.signature((state, batch)), layout), output_shardings(self.placement)
+        evaluate = functools.partial(generation.apply_to_members, self, plan, function, layout)
+        program = programs.compile_once(*key, function=evaluate, counted=(self, function), out_shardings=shardings)
+        return program(*shard_inputs(self.placement, state, batch, batch_over="members"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
-        draws = {"key": state.key, "generation": state.generation // self.noise_reuse, "sigma": self._sigma(state)}
-        return build_member(self._known_plan("member"), state.params, index, **draws)
+        plan, scalars = known_plan(self, state.params, needed_by="member"), generation.make_scalars(self, state)
+        return build_member(plan, state.params, index, scalars)
 
-    def _update(self, state: ESState, coefficients: Array) -> tuple[ESState, Any]:
-        optimizer = of_trained(self.optimizer, state.params, self.perturbation)
-        more: dict[str, Any] = {"sigma": self._sigma(state), "noise_generation": state.generation // self.noise_reuse}
-        more |= {"gradient": functools.partial(sharded.gradient, placement=self.placement), "precision": self.precision}
-        new_state, report = update(self._cache["plan"], optimizer, state, coefficients, **more)
-        new_state = new_state._replace(generation=state.generation + 1)
-        return new_state._replace(sigma=self._sigma(new_state)), report
-
-    def _sigma(self, state: ESState) -> Array:
-        return jnp.asarray(self.sigma(state.generation), jnp.float32) if callable(self.sigma) else state.sigma
-
-    def _move(self, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
-        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
-        plan, where = self._cache["plan"], of_update(self.placement, state)
-        name = "update" if where is None else ("update", *jax.tree.leaves(where))
-        state, done = self._jitted(name, self._update, where)(state, exact(plan, coefficients, self.shaping))
-        return state, reported(plan, done)
-
-    def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
-        return self._once(name, lambda: jax.jit(function, out_shardings=out_shardings))
-
-    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
-        if name not in self._cache:
-            self._cache[name] = make()
-        return self._cache[name]
-
+    @property
     def _fitness(self) -> Callable:
         return normalised(self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: with the plan, without compiled programs, and for one device."""
-        kept = {name: value for name, value in self._cache.items() if name in ("plan", "layout")}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "_"}
-        return fields | {"mesh": None, "shard_optimizer": False, "_cache": kept}
 
 
 _: type[AskTell[ESState]] = EvolutionStrategy  # checked by mypy

@@ -18,20 +18,21 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from eggroll import generation, plans, programs
 from eggroll.devices import sharded
-from eggroll.devices.mesh import Placement, of_update, place
+from eggroll.devices.mesh import Placement, shard_inputs, update_shardings
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
-from eggroll.population.layout import PopulationLayout
-from eggroll.population.metrics import Metrics, report_fitness
+from eggroll.population.layout import PopulationLayout, Scalars
+from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.state import ESState
-from eggroll.update.parameters import of_trained, update
+from eggroll.update.parameters import mask_frozen
 from eggroll.update.precision import float32_params, init_masters
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
-from eggroll.zo.estimators import ESTIMATORS, coefficients
+from eggroll.zo.estimators import ESTIMATORS, report_losses
 from eggroll.zo.optimizers.descent import Descent
 
 
@@ -68,7 +69,6 @@ class ZerothOrder:
     chunk_directions: int | None = None
     precision: str = "master"
     mesh: Mesh | None = None
-    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.loss) and not isinstance(self.loss, Blocks):
@@ -97,6 +97,7 @@ class ZerothOrder:
 
     # What the journal and the training loop ask of a strategy.
     noise_reuse = 1
+    aux = None
 
     @property
     def population_size(self) -> int:
@@ -126,9 +127,9 @@ class ZerothOrder:
         """Devices that share the forwards."""
         return self.mesh.shape.get("population", 1) if isinstance(self.mesh, Mesh) else 1
 
-    @functools.cached_property
+    @property
     def placement(self) -> Placement | None:
-        """Where a step runs; None without a mesh."""
+        """How a step is spread over the mesh; None without one."""
         return None if self.mesh is None else Placement(self.mesh, self.layout)
 
     def init(self, params: Any, *, key: Array, batch: Any = None) -> ESState:
@@ -149,12 +150,11 @@ class ZerothOrder:
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
         params = jax.tree.map(jnp.asarray, params)
-        if batch is not None:
-            self.plan_of(params, batch)
+        planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
         masters = init_masters(params, self.precision)
-        opt_state = self._optimizer(params).init(float32_params(params, masters))
+        opt_state = mask_frozen(self.optax_optimizer(planned), params, self.perturbation).init(float32_params(params, masters))
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(self.sigma), masters, None)
-        return place(self.placement, state, None)[0]
+        return shard_inputs(self.placement, state, None)[0]
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """Read the plan from one abstract trace of the loss; the first call fixes it. `print(plan.table())` shows it."""
@@ -162,15 +162,15 @@ class ZerothOrder:
 
     def plan_of(self, params: Any, batch: Any = None) -> Plan:
         """`plan` from parameters, or their shapes and dtypes."""
-        if "plan" not in self._cache:
-            shapes = jax.eval_shape(lambda x: x, batch)
-            if self._per_example:
-                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
-            key = jax.eval_shape(lambda: jax.random.key(0))
-            plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
-            self._cache["plan"] = stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
-        self._cache["plan"].check(params)
-        return self._cache["plan"]
+        return plans.plan_of(self, self.loss, params, batch, make=functools.partial(self._read_plan, params, batch))
+
+    def _read_plan(self, params: Any, batch: Any) -> Plan:
+        shapes = jax.eval_shape(lambda x: x, batch)
+        if self._per_example:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
+        return stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
         """Run one step.
@@ -185,12 +185,16 @@ class ZerothOrder:
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
         self.check_batch(batch)
-        self.plan(state, batch)
-        if self.placement is not None:
-            self.placement.check(lambda params, batch, key, _: self._weighted(params, batch, key), state, batch)
-        state, batch = place(self.placement, state, batch, "split_batch")
-        report = self._jitted("score", self._score)(state, batch)
-        new_state, done = self._move(state, report.coefficients)
+        plan = self.plan(state, batch)
+        placement, shapes = self.placement, programs.signature((state, batch))
+        if placement is not None:
+            programs.remember("checked", self, shapes, make=lambda: placement.check(self._weighted, state, batch))
+        state, batch = shard_inputs(placement, state, batch, batch_over="examples")
+        score = programs.compile_once(
+            "score", self, shapes, function=functools.partial(self._score, plan), counted=(self, self.loss)
+        )
+        report = score(state, batch)
+        new_state, done = self._update(plan, state, report.coefficients)
         return new_state, Metrics(state.generation, state.sigma, *report, *done)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
@@ -206,9 +210,8 @@ class ZerothOrder:
         given = jnp.asarray(coefficients, jnp.float32)
         if given.shape != (self.directions,):
             raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
-        if "plan" not in self._cache:
-            raise ValueError("replay needs the plan: call plan(state, batch).")
-        return self._move(*place(self.placement, state, given))[0]
+        plan = plans.known_plan(self, state.params, needed_by="replay")
+        return self._update(plan, *shard_inputs(self.placement, state, given))[0]
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the loss takes them."""
@@ -238,7 +241,7 @@ class ZerothOrder:
             raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
         return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight).astype(jnp.float32)
 
-    def _score(self, state: ESState, batch: Any) -> Any:
+    def _score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
         estimator, placement = ESTIMATORS[self.estimator], self.placement
         evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
 
@@ -247,9 +250,17 @@ class ZerothOrder:
                 results = jax.lax.psum(results, "data")
             return results[0] / results[1]
 
-        options: dict[str, Any] = dict(noise_key=state.key, noise_generation=state.generation, sigma=state.sigma)
-        options |= {"evaluation_key": evaluation_key, "batch": batch, "layout": self.layout, "placement": placement}
-        losses = sharded.evaluate(self._of_direction, self._cache["plan"], state.params, join=join, split=True, **options)
+        losses = sharded.evaluate(
+            self._of_direction,
+            plan,
+            state.params,
+            Scalars(state.key, state.generation, state.sigma, evaluation_key),
+            placement=placement,
+            layout=self.layout,
+            batch=batch,
+            split=True,
+            join=join,
+        )
         if placement is not None:
             losses = jax.lax.with_sharding_constraint(losses, placement.replicated)
         base = jnp.float32(jnp.nan)
@@ -257,35 +268,22 @@ class ZerothOrder:
             total, weight = self._weighted(state.params, batch, evaluation_key)
             base = total / weight
         losses = losses.reshape(self.directions, len(estimator.signs))
-        plus, other = losses[:, 0], losses[:, 1] if len(estimator.signs) == 2 else jnp.broadcast_to(base, losses.shape[:1])
-        found = coefficients(estimator, plus, other, base, sigma=state.sigma)
-        report = report_fitness(
-            -jnp.stack([plus, other], axis=1).reshape(-1), -found, rank=self._cache["plan"].max_rank, aux=None
-        )
-        return report._replace(mean_fitness=-base) if estimator.unperturbed else report
+        return report_losses(estimator, losses, base, sigma=state.sigma, rank=plan.max_rank)
 
-    def _move(self, state: ESState, given: Array) -> tuple[ESState, Any]:
+    def _update(self, plan: Plan, state: ESState, given: Array) -> tuple[ESState, Any]:
         """Update the parameters; a program of its own, so that `step` and `replay` give the same bits."""
-        where = of_update(self.placement, state)
-        name = "update" if where is None else ("update", *jax.tree.leaves(where))
-        return self._jitted(name, self._update, where)(state, given)
+        shardings, shapes = update_shardings(self.placement, state), programs.signature(state.params)
+        key = ("update", self, shapes, tuple(jax.tree.leaves(shardings)))
+        optimizer = self.optax_optimizer(plan)
+        update = functools.partial(generation.update_parameters, self, plan, optimizer=optimizer)
+        return programs.compile_once(*key, function=update, out_shardings=shardings)(state, given)
 
-    def _update(self, state: ESState, given: Array) -> tuple[ESState, Any]:
-        more: dict[str, Any] = dict(sigma=state.sigma, noise_generation=state.generation, precision=self.precision)
-        more["gradient"] = functools.partial(sharded.gradient, placement=self.placement)
-        new_state, report = update(self._cache["plan"], self._optimizer(state.params), state, given, **more)
-        return new_state._replace(generation=state.generation + 1), report
-
-    def _optimizer(self, params: Any) -> optax.GradientTransformation:
+    def optax_optimizer(self, plan: Plan | None) -> optax.GradientTransformation:
+        """Return the optimizer as an optax transformation; momentum needs the plan."""
         own = self.optimizer
         if isinstance(own, Descent):
-            own = own.transformation(directions=self.directions, plan=self._cache.get("plan"))
-        return of_trained(own, params, self.perturbation)
-
-    def _jitted(self, name: Any, function: Callable, out_shardings: Any = None) -> Callable:
-        if name not in self._cache:
-            self._cache[name] = jax.jit(function, out_shardings=out_shardings)
-        return self._cache[name]
+            own = own.transformation(directions=self.directions, plan=plan)
+        return own
 
 
 _: type[Strategy[ESState]] = ZerothOrder  # checked by mypy

@@ -46,7 +46,7 @@ def layout_in_budget(
     The evaluation is compiled for two small populations; what it needs grows linearly in the pairs.
 
     Args:
-        evaluate: `evaluate(state, batch, layout=layout)`, the evaluation of a population.
+        evaluate: `evaluate(layout, state, batch)`, the evaluation of a population.
         state: `ESState`; only shapes are used.
         batch: as for `step`.
         layout: the whole population; one that has chunks keeps them.
@@ -72,7 +72,7 @@ def layout_in_budget(
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)._replace(member_state=per_member)
         axis = {None: None, 1: 2 * pairs}.get(layout.members_per_batch)
         small_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((axis, *x.shape[1:]) if axis else x.shape, x.dtype), batch)
-        compiled = jax.jit(functools.partial(evaluate, layout=small)).lower(shapes, small_batch).compile()
+        compiled = jax.jit(functools.partial(evaluate, small)).lower(shapes, small_batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     sizes = (8, 16) if layout.num_pairs >= 16 else (1, 2)

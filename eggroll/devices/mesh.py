@@ -10,7 +10,7 @@ What runs there is in `sharded`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from eggroll.devices.processes import check_same
+from eggroll.devices.processes import check_same, local
 from eggroll.population.fitness import member_arguments
 from eggroll.population.layout import PopulationLayout
 from eggroll.state import ESState
 
 AXES = ("population", "data", "model")
+COMPARE_EVERY = 50  # generations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,6 @@ class Placement:
     mesh: Mesh
     layout: PopulationLayout
     shard_optimizer: bool = False
-    _checked: set = dataclasses.field(
-        default_factory=set, init=False, repr=False, compare=False
-    )  # shapes of batches; "batch": one was compared
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):
@@ -81,7 +79,7 @@ class Placement:
 
     @property
     def local_layout(self) -> PopulationLayout:
-        """What one device evaluates: ceil(P / devices) pairs; those past P weigh nothing."""
+        """What one device evaluates: ceil(P / devices) pairs; padding pairs have zero weight."""
         return dataclasses.replace(self.layout, num_pairs=-(-self.layout.num_pairs // self.size("population")))
 
     @property
@@ -159,18 +157,15 @@ class Placement:
 
         return jax.tree.map(share, jax.eval_shape(lambda x: x, batch))
 
-    def check(self, function: Callable, state: ESState, batch: Any) -> None:
-        """Check that a batch can be split, and that fitness and aux keep their shapes on a share of it.
+    def check(self, function: Callable, state: ESState, batch: Any) -> bool:
+        """Return True when a batch can be split, and fitness and aux keep their shapes on a share of it.
 
         Raises:
             ValueError: it cannot, or they do not: they would not be means over the examples.
         """
         if self.axis("data") is None:
-            return
+            return True
         share = self.local_batch(batch)
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(share))
-        if shapes in self._checked:
-            return
         if state.member_state is not None:
             raise ValueError("member_state cannot be carried on a mesh with the axis 'data': its shares would differ.")
         ones = (self.layout.one_member(batch), self.local_layout.one_member(share))
@@ -180,17 +175,19 @@ class Placement:
                 "fitness and aux must be means over the examples to split the batch over mesh axis 'data', but their shapes "
                 f"follow the batch: {_shapes(whole)} on all of it, {_shapes(part)} on a share."
             )
-        self._checked.add(shapes)
+        return True
 
 
-def place(placement: Placement | None, state: ESState, tree: Any, where: str = "replicated") -> tuple[ESState, Any]:
-    """Put a state, and a tree that goes with it, where the mesh wants them; nothing moves when they are there.
+def shard_inputs(
+    placement: Placement | None, state: ESState, tree: Any, *, batch_over: Literal["examples", "members"] | None = None
+) -> tuple[ESState, Any]:
+    """Shard a state, and a tree that goes with it, over the mesh; nothing moves when they already are.
 
     Args:
-        placement: None: they stay where they are.
+        placement: the mesh; None: one device.
         state: any state.
         tree: a batch, fitness or coefficients.
-        where: "replicated", or for a batch "split_batch" (its examples over "data") or "whole_batch".
+        batch_over: how a batch is sharded: its examples over "data" too, or its member axis alone; None: replicated.
 
     Returns:
         `(state, tree)`.
@@ -198,26 +195,37 @@ def place(placement: Placement | None, state: ESState, tree: Any, where: str = "
     if placement is None:
         return state, tree
     sharding, compared = placement.replicated, True
-    if where != "replicated":
-        sharding = NamedSharding(placement.mesh, placement.batch_spec(split=where == "split_batch", padded=False))
-        compared = "batch" not in placement._checked  # the first batch shows wrong seeds; comparing costs a meeting of all
-        placement._checked.add("batch")
-    placed = jax.tree.map(lambda leaf: put(leaf, sharding, compared=compared), tree)
-    return jax.tree.map(put, state, placement.shardings(state)), placed
+    if batch_over is not None:
+        sharding = NamedSharding(placement.mesh, placement.batch_spec(split=batch_over == "examples", padded=False))
+        compared = _compares_batch(placement, state)
+    sharded = jax.tree.map(lambda leaf: put(leaf, sharding, compared=compared), tree)
+    return jax.tree.map(put, state, placement.shardings(state)), sharded
 
 
-def of_report(placement: Placement | None) -> Any:
-    """Where the results of an evaluation lie: the report on every device, the members' state with its members."""
+def _compares_batch(placement: Placement, state: ESState) -> bool:
+    """Whether the processes compare their batches in this generation, which shows wrong seeds; it costs a collective."""
+    if placement.replicated.is_fully_addressable or isinstance(state.generation, jax.core.Tracer):
+        return False
+    return int(local(state.generation)) % COMPARE_EVERY == 0
+
+
+def report_shardings(placement: Placement | None) -> Any:
+    """Shardings of an evaluation's results: the report is replicated, the members' state stays with its members."""
     return None if placement is None else (placement.replicated, placement.per_member)
 
 
-def of_update(placement: Placement | None, state: ESState) -> Any:
-    """Where the results of an update lie: the state as it came, the report on every device."""
+def replicated(placement: Placement | None) -> Any:
+    """Sharding of what every device knows."""
+    return None if placement is None else placement.replicated
+
+
+def update_shardings(placement: Placement | None, state: ESState) -> Any:
+    """Shardings of an update's results: the state as it came, the report replicated."""
     return None if placement is None else (placement.shardings(state), placement.replicated)
 
 
-def of_outputs(placement: Placement | None) -> Any:
-    """Where outputs of members lie: with the members; on every device where those belong to several processes."""
+def output_shardings(placement: Placement | None) -> Any:
+    """Sharding of the members' outputs: with the members; replicated where the devices belong to several processes."""
     if placement is None or placement.replicated.is_fully_addressable:
         return None
     return placement.replicated

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from eggroll.devices.mesh import Placement
 from eggroll.noise.plan import LeafPlan, Plan
 from eggroll.population import evaluate as population
-from eggroll.population.layout import PopulationLayout
+from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.update import estimator
 
 OVER_SHARES: dict[str, Callable] = {  # how a reduction of aux joins the shares of the batch
@@ -34,7 +34,16 @@ OVER_SHARES: dict[str, Callable] = {  # how a reduction of aux joins the shares 
 
 
 def evaluate_fitness(
-    function: Callable, plan: Plan, params: Any, *, placement: Placement | None, aux: Any, **options: Any
+    function: Callable,
+    plan: Plan,
+    params: Any,
+    scalars: Scalars,
+    *,
+    placement: Placement | None,
+    layout: PopulationLayout,
+    aux: Any,
+    batch: Any = None,
+    member_state: Any = None,
 ) -> Any:
     """Evaluate a function from `fitness.normalised`; the batch is split over "data".
 
@@ -42,9 +51,12 @@ def evaluate_fitness(
         function: returns (fitness, aux, member_state) of one member.
         plan: the plan of `params`.
         params: unperturbed parameters.
-        placement: where to run; None: on one device.
+        scalars: key, generation and sigma of the noise, key of the evaluation.
+        placement: the mesh; None: one device.
+        layout: as for `evaluate`.
         aux: its reductions, names out of `metrics.REDUCTIONS`.
-        **options: the other arguments of `population.evaluate`.
+        batch: pytree.
+        member_state: pytree with leading axes [P, 2], or None.
 
     Returns:
         The results with leading axes [P, 2]; the fitness, averaged over the shares of the batch, is known to every device.
@@ -57,7 +69,18 @@ def evaluate_fitness(
         joined = jax.tree.map(lambda name, tree: jax.tree.map(lambda x: OVER_SHARES[name](x, "data"), tree), aux, values)
         return jax.lax.pmean(fitness, "data"), joined, member_state
 
-    fitness, values, member_state = evaluate(function, plan, params, placement=placement, join=join, split=True, **options)
+    fitness, values, member_state = evaluate(
+        function,
+        plan,
+        params,
+        scalars,
+        placement=placement,
+        layout=layout,
+        batch=batch,
+        member_state=member_state,
+        split=True,
+        join=join,
+    )
     if placement is not None:
         fitness = jax.lax.with_sharding_constraint(fitness, placement.replicated)
     return fitness, values, member_state
@@ -67,6 +90,7 @@ def evaluate(
     function: Callable,
     plan: Plan,
     params: Any,
+    scalars: Scalars,
     *,
     placement: Placement | None,
     layout: PopulationLayout,
@@ -74,7 +98,6 @@ def evaluate(
     member_state: Any = None,
     split: bool = False,
     join: Callable = lambda results: results,
-    **scalars: Any,
 ) -> Any:
     """`population.evaluate` over a mesh.
 
@@ -82,22 +105,39 @@ def evaluate(
         function: `function(params, batch, key, member_state) -> pytree`, one member.
         plan: the plan of `params`.
         params: unperturbed parameters.
-        placement: where to run; None: on one device.
+        scalars: key, generation and sigma of the noise, key of the evaluation.
+        placement: the mesh; None: one device.
         layout: the whole population; its chunks are those of one device.
         batch: pytree.
         member_state: pytree with leading axes [P, 2], or None.
         split: every device along "data" takes its share of the batch; otherwise all of it.
         join: what a device does with its results, the collectives over "data".
-        **scalars: keys, generation and sigma.
 
     Returns:
         The results with leading axes [P, 2], which lie over "population".
     """
+    scalars = scalars._replace(sigma=None) if plan.is_integer else scalars
+
+    def run(
+        layout: PopulationLayout, params: Any, batch: Any, member_state: Any, scalars: Scalars, first_pair: Array | int
+    ) -> Any:
+        results = population.evaluate(
+            function,
+            plan,
+            params,
+            layout=layout,
+            noise_key=scalars.noise_key,
+            noise_generation=scalars.noise_generation,
+            sigma=scalars.sigma,
+            evaluation_key=scalars.evaluation_key,
+            batch=batch,
+            member_state=member_state,
+            first_pair=first_pair,
+        )
+        return join(results)
+
     if placement is None or not placement.manual:
-        options = {"layout": layout, "batch": batch, "member_state": member_state, **scalars}
-        return join(population.evaluate(function, plan, params, **options))
-    if plan.is_integer:
-        scalars["sigma"] = None
+        return run(layout, params, batch, member_state, scalars, 0)
     local = dataclasses.replace(placement.local_layout, chunk_pairs=layout.chunk_pairs)
     devices = placement.size("population")
     padded = local.num_pairs * devices
@@ -106,8 +146,7 @@ def evaluate(
     member_state = _repeat_last(member_state, padded)
 
     def on_device(first_pair, params, batch, member_state, scalars):
-        options = {"layout": local, "first_pair": first_pair[0], "batch": batch, "member_state": member_state, **scalars}
-        return join(population.evaluate(function, plan, params, **options))
+        return run(local, params, batch, member_state, scalars, first_pair[0])
 
     members, everywhere = PartitionSpec(placement.axis("population")), PartitionSpec()
     in_specs = (members, everywhere, placement.batch_spec(split=split, padded=True), members, everywhere)
@@ -116,37 +155,56 @@ def evaluate(
     return results if padded == layout.num_pairs else jax.tree.map(lambda x: x[: layout.num_pairs], results)
 
 
-def gradient(plan: Plan, coefficients: Array, *, placement: Placement | None, **scalars: Any) -> Any:
+def gradient(
+    plan: Plan,
+    coefficients: Array,
+    *,
+    placement: Placement | None,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | None,
+) -> Any:
     """`estimator.gradient` over a mesh: the pairs are spread over "population" and "data".
 
     Args:
         plan: the plan the population was perturbed by.
         coefficients: float32 [P], or integers of int8 parameters.
-        placement: where to run; None: on one device.
-        **scalars: key, generation and sigma.
+        placement: the mesh; None: one device.
+        noise_key: the run's key.
+        noise_generation: generation // noise_reuse.
+        sigma: standard deviation the population was perturbed with; not used for int8 parameters.
 
     Returns:
         float32 or int32 pytree like the parameters; with `shard_optimizer` its leaves lie over "population".
     """
     if placement is None or not placement.manual:
-        return estimator.gradient(plan, coefficients, **scalars)
+        return estimator.gradient(plan, coefficients, noise_key=noise_key, noise_generation=noise_generation, sigma=sigma)
     num_pairs, devices = coefficients.shape[0], math.prod(map(placement.size, placement.manual))
     each = -(-num_pairs // devices)
     specs = [_gradient_spec(placement, leaf) for leaf in plan.leaves]
 
-    def on_device(first_pair, coefficients, scalars):
-        part = estimator.gradient(plan, coefficients, first_pair=first_pair[0], num_pairs=num_pairs, **scalars)
+    def on_device(first_pair, coefficients, noise_key, noise_generation, sigma):
+        part = estimator.gradient(
+            plan,
+            coefficients,
+            noise_key=noise_key,
+            noise_generation=noise_generation,
+            sigma=sigma,
+            first_pair=first_pair[0],
+            num_pairs=num_pairs,
+        )
         parts = zip(plan.leaves, jax.tree.leaves(part), specs, strict=True)
         return [part if leaf.role == "frozen" else _joined(placement, part, spec) for leaf, part, spec in parts]
 
     spread = PartitionSpec(placement.manual)
-    run = _over_devices(placement, on_device, (spread, spread, PartitionSpec()), specs)
-    first_pairs = each * jnp.arange(devices, dtype=jnp.int32)
-    return jax.tree.unflatten(plan.tree, run(first_pairs, pad_coefficients(coefficients, each * devices), scalars))
+    same = PartitionSpec()
+    run = _over_devices(placement, on_device, (spread, spread, same, same, same), specs)
+    first_pairs, padded = each * jnp.arange(devices, dtype=jnp.int32), pad_coefficients(coefficients, each * devices)
+    return jax.tree.unflatten(plan.tree, run(first_pairs, padded, noise_key, noise_generation, sigma))
 
 
 def pad_coefficients(coefficients: Array, size: int) -> Array:
-    """[P] to [size]: pairs past P weigh nothing."""
+    """[P] to [size]: padding pairs have zero weight."""
     return jnp.pad(coefficients, (0, size - coefficients.shape[0]))
 
 

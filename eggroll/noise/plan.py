@@ -145,13 +145,28 @@ class Plan:
         """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason."""
         return _table(self.leaves)
 
-    def check(self, params: Any) -> None:
-        """Raise ValueError unless `params` has the shapes and dtypes this plan was made for."""
-        leaves, tree = jax.tree.flatten(params)
-        if tree != self.tree or any(
-            (leaf.shape, leaf.dtype) != (p.shape, p.dtype) for leaf, p in zip(leaves, self.leaves, strict=True)
-        ):
-            raise ValueError("params differ in structure, shape or dtype from the parameters this strategy was planned for.")
+    @property
+    def shapes(self) -> Any:
+        """Shapes and dtypes of the parameters, as a pytree like them."""
+        return jax.tree.unflatten(self.tree, [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.leaves])
+
+    def check_uses(self, other: "Plan") -> None:
+        """Compare with the plan of another function of the same parameters, which may leave some of them unused.
+
+        Raises:
+            ValueError: the other function uses a parameter in another way; the message names it.
+        """
+        for own, its in zip(self.leaves, other.leaves, strict=True):
+            if its.role != "frozen" and _uses(own) != _uses(its):
+                raise ValueError(
+                    f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "
+                    f"function that came first, has it as {own.role} ({own.reason}). Give the parameter a rule in "
+                    "`perturbation`, or the function a strategy of its own."
+                )
+
+
+def _uses(leaf: LeafPlan) -> tuple:
+    return leaf.role, leaf.stack, leaf.rows, leaf.columns, leaf.converted
 
 
 def _table(leaves: Sequence[LeafPlan]) -> str:

@@ -1,11 +1,12 @@
-"""How a population is laid out: pairs, signs, chunks, and which members share which batch."""
+"""How a population is laid out (pairs, signs, chunks, shared batches), and the scalars that identify its perturbations."""
 
 import dataclasses
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 SIGNS = (1.0, -1.0)
 
@@ -85,3 +86,12 @@ class PopulationLayout:
 
 def _is_even(count: Any) -> bool:
     return isinstance(count, numbers.Integral) and int(count) >= 2 and int(count) % 2 == 0
+
+
+class Scalars(NamedTuple):
+    """What identifies the perturbations of a generation."""
+
+    noise_key: Array  # typed key of the run
+    noise_generation: Array  # int32 [], generation // noise_reuse
+    sigma: Array | None  # float32 []; not used for integer noise
+    evaluation_key: Array  # split per pair, unless the layout has `same_key`

@@ -15,6 +15,7 @@ from eggroll.lazy.quantised import OffGrid, off_grid
 from eggroll.noise import integer
 from eggroll.noise.draws import Flipped, built_noise, draw_pair
 from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.population.layout import Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,40 +59,25 @@ class Population:
         return self._member(index)
 
 
-def build_member(plan: Plan, params: Any, index: Array | int, *, key: Array, generation: Array, sigma: Array | None) -> Any:
+def build_member(plan: Plan, params: Any, index: Array | int, scalars: Scalars) -> Any:
     """Build the parameters of one member.
 
     Args:
         plan: the plan of `params`.
         params: unperturbed parameters.
         index: int32, in [0, N).
-        key: the run's key.
-        generation: int32, generation // noise_reuse.
-        sigma: float32, standard deviation of the perturbation; None for int8 parameters.
+        scalars: of the generation.
 
     Returns:
         A pytree like `params`.
     """
     pair, is_minus = jnp.divmod(jnp.asarray(index, jnp.int32), 2)
     sign = 1 - 2 * is_minus if plan.is_integer else 1.0 - 2.0 * is_minus.astype(jnp.float32)
-    return member_params(plan, params, draw_pair(plan, key, generation, pair), sign=sign, sigma=sigma, lazy=False)
+    noise = draw_pair(plan, scalars.noise_key, scalars.noise_generation, pair)
+    return member_params(plan, params, noise, sign=sign, sigma=scalars.sigma, lazy=False)
 
 
-def of_params_and_batch(function: Callable) -> Callable:
-    """Turn `function(params, batch)` into what a population is evaluated with."""
-
-    def one(params: Any, batch: Any, key: Array, member_state: Any) -> Any:
-        return function(params, batch)
-
-    return one
-
-
-def by_member(run: Callable) -> Callable:
-    """Let results with leading axes [P, 2] have one of N."""
-    return lambda *given: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), run(*given))
-
-
-def checked_coefficients(coefficients: Any, *, population_size: int) -> Array:
+def check_coefficients(coefficients: Any, *, population_size: int) -> Array:
     """Return coefficients of pairs as float32 [P]; ValueError for another shape."""
     coefficients = jnp.asarray(coefficients, jnp.float32)
     if coefficients.shape != (population_size // 2,):
@@ -99,7 +85,7 @@ def checked_coefficients(coefficients: Any, *, population_size: int) -> Array:
     return coefficients
 
 
-def checked_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
+def check_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
     """Return told fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
 
     Args:

@@ -99,7 +99,7 @@ def valid_members(fitness: Array) -> Array:
     return jnp.isfinite(fitness).reshape(fitness.shape[0], -1).any(axis=1)
 
 
-def of_valid(valid: Array, new: Any, old: Any) -> Any:
+def keep_valid(valid: Array, new: Any, old: Any) -> Any:
     """The new member state [P, 2, ...] where the member is valid, the old one where it is not."""
 
     def choose(new, old):

@@ -51,7 +51,7 @@ class External:
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """As `EvolutionStrategy.plan`, of `function`; `batch` is `(inputs, known)`."""
-        return self.es.plan(state, batch[0] if batch else None, function=self.function)
+        return self.es.plan(state, batch[0], function=self.function) if batch else self.es.plan(state)
 
     def step(self, state: ESState, batch: Any) -> tuple[ESState, Metrics]:
         """Run one generation.

@@ -6,9 +6,8 @@
             state, metrics = es.tell(state, fitness, pairs=pairs)
             workers.advance(state, metrics)
 
-Every worker holds the parameters, draws the noise of a member from its address, builds the member and calls
-`score(params, key)`. After a generation only the pair coefficients are sent, and every worker repeats the update. When a worker
-dies, its pairs go to another one and it is replaced; late pairs are dropped, and `tell` keeps the estimate unbiased.
+Every worker holds the parameters, builds members from their addresses and calls `score(params, key)`. After a generation it
+gets the coefficients and repeats the update. Dead workers are replaced; late pairs are dropped: the estimate stays unbiased.
 """
 
 import collections
@@ -22,19 +21,21 @@ import jax
 import numpy as np
 
 from eggroll.noise import addresses
+from eggroll.plans import adopt_plans, plans_of
 from eggroll.population.metrics import Metrics
 from eggroll.protocol import AskTell, State
 
 MANY_DEATHS = 3  # per worker and generation: above this the cause is not the machines
 MANY_GENERATIONS = 100  # spent on the same pairs: above this the worker is considered lost
 MAX_TEXT = 1000  # characters of an error
-Score = Callable[[Any, jax.Array], float]  # score(params of a member, key) -> fitness, one number, higher is better
+Score = Callable[[Any, jax.Array], float]  # (params of a member, key) -> fitness, higher is better
 
 
 class Worker:
     """One process: holds the state, builds and scores members on demand."""
 
-    def __init__(self, es: AskTell, score: Score):
+    def __init__(self, es: AskTell, plans: list, score: Score):
+        adopt_plans(es, plans)
         self._es, self._score = es, score
         self._build: Callable = jax.jit(lambda state, index: es.ask(state).member(index))
         self._state: Any = None
@@ -111,10 +112,10 @@ class RemoteEvaluator:
 
     Args:
         es: the strategy, with its plan.
-        score: `score(params, key) -> float` of one member, any Python code; both members of a pair get the same key. A member
-            whose score raises an error gets the fitness NaN; `report` has the text, and the first error is a warning.
+        score: `score(params, key) -> float` of one member; both members of a pair get the same key. One whose score raises an
+            error gets the fitness NaN; `report` has the text, and the first error is a warning.
         state: the state to evaluate first.
-        num_workers: processes, each with one CPU by default (see `resources`); Ray starts them as resources become free.
+        num_workers: processes, each with one CPU by default (see `resources`).
         pairs_per_task: pairs a worker gets at a time.
         deadline: seconds per generation, start-up of workers included, after which pairs are dropped; None: wait for all.
         resources: options of Ray actors, such as {"num_gpus": 1}.
@@ -143,7 +144,7 @@ class RemoteEvaluator:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
         self._actor = ray.remote(Worker).options(**({"num_cpus": 1} | (resources or {})))
-        self._arguments = ray.put(es), ray.put(score)
+        self._arguments = ray.put(es.on_one_device()), ray.put(plans_of(es)), ray.put(score)
         self._pairs_per_task, self.deadline = pairs_per_task, deadline
         self._workers: list[Any] = []
         self._updated: dict[Any, Any] = {}  # by worker that has the state: Ray's reference to its last `load` or `advance`
@@ -185,15 +186,14 @@ class RemoteEvaluator:
         """Evaluate the population.
 
         Args:
-            state: the state that the workers have: that of the constructor, or the last given to `advance`; sigma may differ.
+            state: that of the constructor, or the last given to `advance`; sigma may differ.
 
         Returns:
             `(fitness, pairs)` for `EvolutionStrategy.tell`: float32 [2 S], and the int32 pairs [S] that were in time, sorted.
 
         Raises:
             ValueError: the workers are at another generation.
-            RuntimeError: every pair was late, the score failed on every member, workers die as fast as they start, or the
-                evaluator is closed.
+            RuntimeError: every pair was late, the score failed on all members, all workers die, or the evaluator is closed.
         """
         generation, sigma = int(state.generation), float(state.sigma)
         if generation != int(self._state.generation):

@@ -48,18 +48,18 @@ class NoiseSource:
         return jax.tree.unflatten(tree, [leaf if _is_masked(leaf) else function(own, leaf) for own, leaf in pairs])
 
 
-def update(
+def apply_gradient(
     plan: Plan,
     optimizer: optax.GradientTransformation,
     state: ESState,
-    coefficients: Array,
+    ascent: Any,
     *,
+    coefficients: Array,
     sigma: Array,
     noise_generation: Array,
     precision: str,
-    gradient: Callable = estimator.gradient,
 ) -> tuple[ESState, Any]:
-    """Move the parameters.
+    """Update the parameters.
 
     Args:
         plan: the plan that the population was perturbed by.
@@ -67,28 +67,30 @@ def update(
             too. For int8 parameters one to int8 steps, `threshold`: it gets sums over the pairs, with `deviation` and
             `generation`.
         state: before the update.
-        coefficients: float32 [P], from `estimator.pair_coefficients`; for int8 parameters from `exact`.
+        ascent: the gradient estimate of `coefficients`, float32; for int8 parameters the sums over pairs, int32.
+        coefficients: float32 [P], from `estimator.pair_coefficients`; for int8 parameters from `round_coefficients`.
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
         precision: how short floats and quantised parameters are updated.
-        gradient: `estimator.gradient`, or the one that runs over a mesh.
 
     Returns:
-        The state with new params, opt_state and masters, and what `reported` makes a report of.
+        The state with new params, opt_state and masters, and what `make_report` makes a report of.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    if plan.is_integer:
-        options: dict[str, Any] = {"noise_generation": noise_generation, "gradient": gradient}
-        return _update_integers(plan, optimizer, state, coefficients, **options)
-    ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=sigma)
-    wide = float32_params(state.params, state.masters, quantised=plan.quantised)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-    known: dict[str, Any] = dict(coefficients=coefficients, sigma=sigma)
-    known["noise"] = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
-    updates, opt_state = optimizer.update(descent, state.opt_state, wide, **known)
-    rounding_key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation)
-    how: dict[str, Any] = {"precision": precision, "key": rounding_key, "quantised": plan.quantised}
-    params, masters = apply_updates(state.params, state.masters, updates, **how)
+    if plan.is_integer:
+        return _apply_integers(plan, optimizer, state, descent, coefficients)
+    wide = float32_params(state.params, state.masters, quantised=plan.quantised)
+    source = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
+    updates, opt_state = optimizer.update(descent, state.opt_state, wide, coefficients=coefficients, sigma=sigma, noise=source)
+    params, masters = apply_updates(
+        state.params,
+        state.masters,
+        updates,
+        precision=precision,
+        key=jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation),
+        quantised=plan.quantised,
+    )
     squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])
     skipped = ~jnp.isfinite(squares.sum())
     changed = state._replace(params=params, opt_state=opt_state, masters=masters)
@@ -97,14 +99,12 @@ def update(
     return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
 
 
-def _update_integers(
-    plan: Plan, optimizer: Any, state: ESState, coefficients: Array, *, noise_generation: Array, gradient: Callable
-) -> tuple[ESState, Array]:
-    """`update` of int8 parameters; nothing in it is a floating number. The weights of every leaf that moved: int32 [leaves]."""
-    ascent = gradient(plan, coefficients, noise_key=state.key, noise_generation=noise_generation, sigma=None)
-    descent = jax.tree.map(jnp.negative, ascent)
-    more = {"deviation": estimator.deviations(plan, coefficients), "generation": state.generation}
-    steps, opt_state = optimizer.update(descent, state.opt_state, state.params, **more)
+def _apply_integers(plan: Plan, optimizer: Any, state: ESState, descent: Any, coefficients: Array) -> tuple[ESState, Array]:
+    """`apply_gradient` of int8 parameters, in integers throughout. The weights of every leaf that moved: int32 [leaves]."""
+    deviation = estimator.deviations(plan, coefficients)
+    steps, opt_state = optimizer.update(
+        descent, state.opt_state, state.params, deviation=deviation, generation=state.generation
+    )
     params, counts = [], []
     for leaf, param, step in zip(plan.leaves, jax.tree.leaves(state.params), jax.tree.leaves(steps), strict=True):
         if leaf.integer and step.dtype != jnp.int8:
@@ -114,15 +114,15 @@ def _update_integers(
     return state._replace(params=jax.tree.unflatten(plan.tree, params), opt_state=opt_state), jnp.stack(counts)
 
 
-def exact(plan: Plan, coefficients: Array, shaping: Any) -> Array:
-    """Coefficients as `update` takes them: whole numbers, 0 for NaN, where the parameters are int8."""
+def round_coefficients(plan: Plan, coefficients: Array, shaping: Any) -> Array:
+    """Round the coefficients to whole numbers, 0 for NaN, where the parameters are int8."""
     if not plan.is_integer:
         return coefficients
     return jnp.nan_to_num(coefficients).astype(jnp.int8 if shaping == "pair_sign" else jnp.int32)
 
 
-def reported(plan: Plan, done: Any) -> UpdateReport:
-    """The report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
+def make_report(plan: Plan, done: Any) -> UpdateReport:
+    """Make the report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
     if not plan.is_integer:
         return done
     counts = done.astype(jnp.float32)
@@ -130,8 +130,8 @@ def reported(plan: Plan, done: Any) -> UpdateReport:
     return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size)
 
 
-def of_trained(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
-    """The user's optimizer, restricted to the parameters that are not frozen by rule (sums of int8 ones are zero there)."""
+def mask_frozen(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
+    """Restrict the user's optimizer to the parameters that are not frozen by rule (sums of int8 ones are zero there)."""
     mask = trainable(params, perturbation)
     if is_integer(perturbation) or all(jax.tree.leaves(mask)):
         return optimizer
@@ -139,12 +139,12 @@ def of_trained(optimizer: Any, params: Any, perturbation: Perturbation) -> optax
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def initial(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
-    """The masters and the optimizer's state of a new run."""
+def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
+    """Return the masters and the optimizer's state of a new run."""
     grid = quantised_leaves(params, perturbation)
     masters = init_masters(params, precision, quantised=grid)
     wide = float32_params(params, masters, quantised=grid)
-    return masters, of_trained(optimizer, params, perturbation).init(wide)
+    return masters, mask_frozen(optimizer, params, perturbation).init(wide)
 
 
 def _share_moved(plan: Plan, old: Any, new: Any) -> Array:

@@ -81,7 +81,7 @@ def _forms(config: Config) -> dict[str, Callable[[], Any]]:
 
     @jax.jit
     def forward(state: Any, text: Any) -> Any:
-        return es.evaluate(es._fitness(), state, text, layout=es.layout)
+        return es.evaluate(state, text)
 
     return {
         "inference": lambda: inference(state.params, state.member_state, text),

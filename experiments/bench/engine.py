@@ -117,7 +117,7 @@ def _engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callab
 
     @jax.jit
     def forward(state, batch):
-        return es.evaluate(lambda params, batch, key, _: case.function(params, batch), state, batch, layout=es.layout)
+        return es.evaluate(state, batch, function=lambda params, batch, key, _: case.function(params, batch))
 
     return {
         "forward": lambda: forward(state, case.batch),

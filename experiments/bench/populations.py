@@ -66,8 +66,8 @@ def _measure(name: str, budget: int) -> dict[str, Any]:
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(es.step(state, batch))
     seconds = time.perf_counter() - start
-    layout = es._cache.get("layout", es.layout)
-    row = {"members": es.population_size, "chunk": 2 * (layout.chunk_pairs or layout.num_pairs)}
+    layout = es.chunked_layout(state, batch)
+    row: dict[str, Any] = {"members": es.population_size, "chunk": 2 * (layout.chunk_pairs or layout.num_pairs)}
     row |= {"seconds": seconds, "members_per_second": es.population_size / seconds}
     return row | {"mean_fitness": float(metrics.mean_fitness), "start_mib": start_mib, "peak_mib": peak_mib()}
 

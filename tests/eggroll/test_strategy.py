@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import eggroll
+from eggroll import programs
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.zeros(3)}
 X = jax.random.normal(jax.random.key(2), (5, 4))
@@ -93,7 +94,7 @@ def test_nothing_recompiles_over_generations_and_sigma_changes():
         state, metrics = es.step(state._replace(sigma=jnp.float32(sigma)), X)
         assert float(metrics.sigma) == np.float32(sigma)
     assert len(traces) == after_first
-    assert [es._cache[name]._cache_size() for name in ("score", "update")] == [1, 1]
+    assert [program._cache_size() for name in ("score", "update") for program in programs.find_all(name, es)] == [1, 1]
 
 
 def test_sigma_schedule_follows_the_generation():
@@ -327,12 +328,13 @@ def test_a_batch_without_its_leading_axis_is_refused():
         es.step(start(es), X)
 
 
-def test_other_parameters_than_planned_are_refused():
+def test_parameters_of_other_shapes_get_a_plan_of_their_own():
     es = strategy()
     es.step(start(es), X)
     other = es.init({"w": jnp.zeros((4, 7)), "b": jnp.zeros(7)}, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="params differ in structure, shape or dtype"):
-        es.step(other, X)
+    with pytest.raises(ValueError, match="replay needs the plan"):
+        es.replay(other, jnp.zeros(es.population_size // 2))
+    assert es.plan(other, X).leaves[1].shape == (4, 7)
 
 
 def test_a_sigma_that_reaches_zero_changes_nothing_and_says_so():

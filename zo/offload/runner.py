@@ -25,8 +25,9 @@ from eggroll.devices.processes import gather
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Perturbation, check_params, refuse_quantised
-from eggroll.population.members import checked_coefficients
+from eggroll.population.members import check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
+from eggroll.programs import signature
 from eggroll.protocol import Strategy
 from eggroll.update.parameters import UpdateReport
 from eggroll.update.precision import is_low
@@ -173,7 +174,7 @@ class Offload:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        coefficients = checked_coefficients(coefficients, population_size=self.population_size)
+        coefficients = check_coefficients(coefficients, population_size=self.population_size)
         streams, updated = self._known_streams("replay"), self.flush(state)
         return self._defer(streams, updated, coefficients)[0]
 
@@ -218,7 +219,9 @@ class Offload:
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
         shapes, tuner = _shapes(state), self.tuner
-        plan = tuner.plan_of(shapes, batch)  # refuses parameters of other shapes
+        plan = tuner.plan_of(shapes, batch)
+        if self._cache.setdefault("shapes", signature(shapes)) != signature(shapes):
+            raise ValueError("params differ in structure, shape or dtype from the parameters this strategy was planned for.")
         if "streams" not in self._cache:
             assert isinstance(tuner.loss, Blocks)
             resident_plan, block_plan = split_plan(plan, shapes)

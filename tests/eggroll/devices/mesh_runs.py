@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eggroll
+from eggroll import programs
 from eggroll.devices import sharded
 from eggroll.experiments.bench.collectives import collective_bytes, largest_collective
 from eggroll.journal.checkpoint import Checkpoints
@@ -209,7 +210,7 @@ def cut_and_repeated():
         "told": difference(told.params, after.params),
         "told_fitness": difference(reported.fitness, metrics.fitness),
         "applied": difference([outputs[0], outputs[23]], by_hand),
-        "programs": [es._cache["score"]._cache_size(), sum(name[0] == "update" for name in es._cache)],
+        "programs": [programs.find_all("score", es)[0]._cache_size(), len(programs.find_all("update", es))],
         "generation": int(twice.generation),
     }
 

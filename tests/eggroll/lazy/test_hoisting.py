@@ -68,7 +68,7 @@ def test_noise_of_the_integer_model_is_not_transposed_in_its_loop_over_text(monk
     text = jnp.arange(8, dtype=jnp.uint8).reshape(2, 4)
 
     def evaluation(state):
-        return es.evaluate(es._fitness(), state, text, layout=es.layout)
+        return es.evaluate(state, text)
 
     found = transposes(jax.make_jaxpr(evaluation)(state).jaxpr)  # of the state and of products, which change
     with monkeypatch.context() as patch:

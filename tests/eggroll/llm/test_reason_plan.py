@@ -82,7 +82,7 @@ def test_the_compiler_sets_aside_little_more_for_a_long_cache():
         state = es.init(random_params(LLAMA), key=jax.random.key(0))
         es.plan(state, prompts, function=function)
         one = lambda params, prompts, key, _: function(params, prompts)  # noqa: E731
-        evaluate = jax.jit(lambda state: es.evaluate(one, state, prompts, layout=es.layout))
+        evaluate = jax.jit(lambda state: es.evaluate(state, prompts, function=one))
         return evaluate.lower(state).compile().memory_analysis().temp_size_in_bytes
 
     slope = (temporary_bytes(4) - temporary_bytes(2)) / 2

@@ -13,6 +13,7 @@ import pytest
 
 import eggroll
 from eggroll import zo
+from eggroll.generation import update_parameters
 from eggroll.noise import addresses, integer
 from eggroll.noise.draws import draw_pair
 from eggroll.update import estimator
@@ -216,8 +217,9 @@ def perturbation_std(spec, role):
     params = {"w": jnp.zeros((64, 512), jnp.int8)} if role == "low-rank" else {"w": jnp.zeros(4000, jnp.int8)}
     use = (lambda p, x: dot(x, p["w"])) if role == "low-rank" else (lambda p, x: p["w"] + 0 * x[0, 0])
     es = strategy(spec=spec, population_size=64)
-    outputs = es.ask(start(es, params)).apply(use, 16 * jnp.eye(64, dtype=jnp.int8))
-    assert es._cache["plan"].leaves[0].role == role
+    state = start(es, params)
+    outputs = es.ask(state).apply(use, 16 * jnp.eye(64, dtype=jnp.int8))
+    assert es.plan(state).leaves[0].role == role
     return float(np.asarray(outputs, np.float64).std()) / (256 if role == "low-rank" else 16)
 
 
@@ -454,9 +456,10 @@ def test_no_floating_number_in_evaluation_noise_shaping_and_update(spec, shaping
     plan = es.plan(state, TOKENS)
     shape = functools.partial(integer_coefficients, shaping, largest_noise=3481)
     fitness = jnp.arange(24, dtype=jnp.int32)
-    assert floats(functools.partial(es.evaluate, es._fitness(), layout=es.layout), state, TOKENS) == []
+    assert floats(es.evaluate, state, TOKENS) == []
     assert floats(lambda key, pair: draw_pair(plan, key, 0, pair), state.key, jnp.int32(0)) == []
-    assert floats(shape, fitness) == [] and floats(es._update, state, shape(fitness)) == []
+    update = functools.partial(update_parameters, es, plan, optimizer=es.optimizer)
+    assert floats(shape, fitness) == [] and floats(update, state, shape(fitness)) == []
 
 
 def test_the_search_for_floating_numbers_finds_one():

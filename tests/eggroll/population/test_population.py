@@ -143,13 +143,13 @@ def test_memory_budget_picks_chunks_says_so_and_changes_nothing(caplog):
     expected = whole.step(state, batch)[1].fitness
     tight = strategy(**options, memory_budget=20_000)
     np.testing.assert_allclose(tight.step(state, batch)[1].fitness, expected, rtol=1e-6)
-    assert 1 <= tight._cache["layout"].chunk_pairs < 256 and "512 members would need about" in caplog.text
+    assert 1 <= tight.chunked_layout(state, batch).chunk_pairs < 256 and "512 members would need about" in caplog.text
     outputs = tight.ask(state).apply(model, batch)
     np.testing.assert_allclose(outputs, whole.ask(state).apply(model, batch), rtol=1e-6)
-    assert 1 <= tight._cache["layout", model].chunk_pairs < 256
+    assert 1 <= tight.chunked_layout(state, batch, function=model).chunk_pairs < 256
     roomy = strategy(**options, memory_budget=1 << 30)
     roomy.step(state, batch)
-    assert roomy._cache["layout"].chunk_pairs is None
+    assert roomy.chunked_layout(state, batch).chunk_pairs is None
     with pytest.raises(ValueError, match="memory_budget of 10 bytes is too small"):
         strategy(**options, memory_budget=10).step(state, batch)
     for wrong in ("1GB", 0, 2.5):
@@ -161,9 +161,12 @@ def test_the_budget_of_the_device_is_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(chunking, "free_bytes", lambda: 40_000)
     options = dict(population_size=512, members_per_batch=1)
     by_device, by_bytes = (strategy(**options, memory_budget=budget) for budget in ("device", 20_000))
+    batch, layouts = jnp.ones((512, 5, 4)), []
     for es in (by_device, by_bytes):
-        es.step(es.init(PARAMS, key=jax.random.key(0)), jnp.ones((512, 5, 4)))
-    assert by_device._cache["layout"] == by_bytes._cache["layout"] != by_bytes.layout
+        state = es.init(PARAMS, key=jax.random.key(0))
+        es.step(state, batch)
+        layouts.append(es.chunked_layout(state, batch))
+    assert layouts[0] == layouts[1] != by_bytes.layout
 
 
 def test_chunks_bound_the_memory():
@@ -173,7 +176,7 @@ def test_chunks_bound_the_memory():
         es = strategy(population_size=population_size, chunk_size=32)
         state = es.init(PARAMS, key=jax.random.key(0))
         es.plan(state, X)
-        run = jax.jit(lambda state, batch: es.evaluate(lambda p, b, k, s: fitness(p, b, k), state, batch, layout=es.layout))
+        run = jax.jit(lambda state, batch: es.evaluate(state, batch, function=lambda p, b, k, s: fitness(p, b, k)))
         return run.lower(state, X).compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporary(1 << 10), temporary(1 << 14)

@@ -51,5 +51,10 @@ def test_ask_and_tell_are_a_protocol_of_their_own():
     assert {"ask", "tell"} <= members(AskTell) and not {"ask", "tell"} & members(Strategy)
     assert not {name for name in members(AskTell) if not hasattr(evolution(), name)}
     tuner = zo.mezo(PIECES, learning_rate=0.1)
-    assert {name for name in members(AskTell) if not hasattr(tuner, name)} == {"ask", "tell", "fitness"}  # the control
+    assert {name for name in members(AskTell) if not hasattr(tuner, name)} == {
+        "ask",
+        "tell",
+        "fitness",
+        "on_one_device",
+    }  # control
     assert tuner.step(tuner.init(init(), key=KEY), BATCH)[1].coefficients.shape == (tuner.population_size // 2,)

@@ -17,6 +17,8 @@ import optax
 import pytest
 
 import eggroll
+from eggroll import programs
+from eggroll.plans import adopt_plans, plans_of
 from eggroll.runs.remote import RemoteEvaluator
 
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
@@ -89,12 +91,18 @@ def test_wrong_pairs_are_refused(pairs, words):
         es.tell(state, jnp.zeros(4), pairs=pairs)
 
 
-def test_a_strategy_pickles_with_its_plan():
-    es, state = make(shaping="z_score")
+def test_a_strategy_and_its_plans_are_all_that_another_process_needs(monkeypatch):
+    sgd = optax.GradientTransformation(_no_state, _sgd)  # plain pickle refuses optax's closures
+    es, state = make(shaping="z_score", optimizer=sgd)
     es.step(state)
-    object.__setattr__(es, "optimizer", optax.GradientTransformation(_no_state, _sgd))  # plain pickle refuses optax's closures
-    again = pickle.loads(pickle.dumps(es))
-    np.testing.assert_array_equal(again.replay(state, jnp.ones(8)).params["w"], es.replay(state, jnp.ones(8)).params["w"])
+    expected = es.replay(state, jnp.ones(8)).params["w"]
+    pickled = pickle.dumps((es, plans_of(es)))
+    monkeypatch.setattr(programs, "_entries", type(programs._entries)())  # as in another process
+    other, plans = pickle.loads(pickled)
+    with pytest.raises(ValueError, match="replay needs the plan"):
+        other.replay(state, jnp.ones(8))
+    adopt_plans(other, plans)
+    np.testing.assert_array_equal(other.replay(state, jnp.ones(8)).params["w"], expected)
 
 
 def _no_state(params):

@@ -22,6 +22,7 @@ from eggroll.experiments.egg import evolution, problem
 from eggroll.experiments.egg.config import Config, parse
 from eggroll.experiments.egg.data import corpus
 from eggroll.experiments.egg.models import egg as model
+from eggroll.generation import update_parameters
 from eggroll.journal import __main__ as journal
 from eggroll.update import shaping
 
@@ -174,9 +175,10 @@ def test_no_floating_number_in_a_generation():
 
     def generation(params, key, member_state):
         now = state._replace(params=params, key=key, member_state=member_state)
-        fitness, _, after = es.evaluate(es._fitness(), now, text, layout=es.layout)
+        fitness, _, after = es.evaluate(now, text)
         better = shaping.integer_coefficients("pair_sign", fitness.reshape(-1), largest_noise=3481)
-        return es._update(now._replace(sigma=None), better)[0].params, after
+        moved, _ = update_parameters(es, es.plan(state), now._replace(sigma=None), better, optimizer=es.optimizer)
+        return moved.params, after
 
     program = jax.make_jaxpr(generation)(state.params, state.key, state.member_state)
     found = set(dtypes(program.jaxpr))

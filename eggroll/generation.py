@@ -1,0 +1,172 @@
+"""The traced parts of a generation, which a strategy compiles.
+
+evaluate_members    the population's results            population -> fitness
+score_generation    fitness -> report with the coefficients of the pairs
+update_parameters   coefficients -> gradient estimate -> optimizer -> new state
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from eggroll.devices import sharded
+from eggroll.devices.mesh import Placement
+from eggroll.noise import addresses
+from eggroll.noise.plan import Plan
+from eggroll.noise.rules import Perturbation
+from eggroll.population.layout import PopulationLayout, Scalars
+from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, report_fitness, valid_members
+from eggroll.state import ESState
+from eggroll.update import estimator
+from eggroll.update.parameters import apply_gradient, mask_frozen
+from eggroll.update.shaping import Shaping
+
+
+class Settings(Protocol):
+    """What the programs of a generation need to know of a strategy."""
+
+    @property
+    def population_size(self) -> int: ...  # noqa: D102
+    @property
+    def sigma(self) -> float | optax.Schedule | None: ...  # noqa: D102
+    @property
+    def perturbation(self) -> Perturbation: ...  # noqa: D102
+    @property
+    def shaping(self) -> str | Shaping: ...  # noqa: D102
+    @property
+    def noise_reuse(self) -> int: ...  # noqa: D102
+    @property
+    def aux(self) -> Any: ...  # noqa: D102
+    @property
+    def precision(self) -> str: ...  # noqa: D102
+    @property
+    def placement(self) -> Placement | None: ...  # noqa: D102
+
+
+def current_sigma(settings: Settings, state: ESState) -> Array:
+    """Return the standard deviation of a generation, float32 []."""
+    return jnp.asarray(settings.sigma(state.generation), jnp.float32) if callable(settings.sigma) else state.sigma
+
+
+def make_scalars(settings: Settings, state: ESState) -> Scalars:
+    """Return what identifies the perturbations and the randomness of a generation."""
+    evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
+    return Scalars(state.key, state.generation // settings.noise_reuse, current_sigma(settings, state), evaluation_key)
+
+
+def evaluate_members(
+    settings: Settings, plan: Plan, function: Callable, layout: PopulationLayout, state: ESState, batch: Any
+) -> Any:
+    """Run `function(params, batch, key, member_state)` for every member; results have leading axes [P, 2]."""
+    return sharded.evaluate(
+        function,
+        plan,
+        state.params,
+        make_scalars(settings, state),
+        placement=settings.placement,
+        layout=layout,
+        batch=batch,
+        member_state=state.member_state,
+    )
+
+
+def apply_to_members(
+    settings: Settings, plan: Plan, function: Callable, layout: PopulationLayout, state: ESState, batch: Any
+) -> Any:
+    """Apply `function(params, batch)` to every member; results have a leading axis of N."""
+    results = evaluate_members(settings, plan, ignore_key_and_state(function), layout, state, batch)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def ignore_key_and_state(function: Callable) -> Callable:
+    """Give `function(params, batch)` the signature of a member's evaluation."""
+
+    def one_member(params: Any, batch: Any, key: Array, member_state: Any) -> Any:
+        return function(params, batch)
+
+    return one_member
+
+
+def evaluate_generation(
+    settings: Settings, plan: Plan, fitness: Callable, layout: PopulationLayout, state: ESState, batch: Any
+) -> tuple[FitnessReport, Any]:
+    """Evaluate the population with a function from `fitness.normalised`; score it."""
+    values, aux, member_state = sharded.evaluate_fitness(
+        fitness,
+        plan,
+        state.params,
+        make_scalars(settings, state),
+        placement=settings.placement,
+        layout=layout,
+        aux=settings.aux,
+        batch=batch,
+        member_state=state.member_state,
+    )
+    values = values.reshape(settings.population_size, *values.shape[2:])
+    valid = valid_members(values)
+    report = score_generation(settings, plan, values, aux=reduce_aux(settings.aux, aux, valid))
+    return report, keep_valid(valid, member_state, state.member_state)
+
+
+def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any) -> FitnessReport:
+    """Shape the fitness, fold the pairs and report.
+
+    Args:
+        settings: the strategy.
+        plan: the plan that the population was perturbed by.
+        fitness: [N] or [N, K].
+        aux: reduced over the population.
+    """
+    coefficients = estimator.coefficients_of(plan, settings.shaping, fitness)
+    return report_fitness(fitness, coefficients, rank=plan.max_rank, aux=aux)
+
+
+def score_pairs(settings: Settings, plan: Plan, fitness: Array, pairs: Array) -> FitnessReport:
+    """`score_generation` of some pairs; the report has the coefficients of all.
+
+    Args:
+        settings: the strategy.
+        plan: the plan that the population was perturbed by.
+        fitness: [2 S] or [2 S, K].
+        pairs: int32 [S].
+    """
+    report = score_generation(settings, plan, fitness, aux=None)
+    num_pairs = settings.population_size // 2
+    return report._replace(coefficients=estimator.of_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs))
+
+
+def update_parameters(
+    settings: Settings, plan: Plan, state: ESState, coefficients: Array, *, optimizer: optax.GradientTransformation
+) -> tuple[ESState, Any]:
+    """Estimate the gradient and update the parameters.
+
+    Args:
+        settings: the strategy.
+        plan: the plan that the population was perturbed by.
+        state: before the update.
+        coefficients: [P], from the report; whole numbers for int8 parameters.
+        optimizer: any optax transformation; parameters frozen by rule are masked from it.
+
+    Returns:
+        The state of the next generation, and what `parameters.make_report` makes a report of.
+    """
+    sigma, generation = current_sigma(settings, state), state.generation // settings.noise_reuse
+    ascent = sharded.gradient(
+        plan, coefficients, placement=settings.placement, noise_key=state.key, noise_generation=generation, sigma=sigma
+    )
+    new_state, done = apply_gradient(
+        plan,
+        mask_frozen(optimizer, state.params, settings.perturbation),
+        state,
+        ascent,
+        coefficients=coefficients,
+        sigma=sigma,
+        noise_generation=generation,
+        precision=settings.precision,
+    )
+    new_state = new_state._replace(generation=state.generation + 1)
+    return new_state._replace(sigma=current_sigma(settings, new_state)), done

@@ -1,0 +1,54 @@
+"""The plan of a strategy's parameters: made by the first function that uses them, compared with every later one.
+
+Plans are kept in the memo (`programs`), by the value of the strategy and the shapes and dtypes of the parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from eggroll import programs
+from eggroll.noise.plan import Plan
+
+
+def known_plan(strategy: Any, params: Any, *, needed_by: str) -> Plan:
+    """Return the plan of parameters; ValueError, naming what needed it, when there is none yet."""
+    plan = programs.find("plan", strategy, programs.signature(params))
+    if plan is None:
+        raise ValueError(f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)")
+    return plan
+
+
+def plan_of(strategy: Any, function: Any, params: Any, inputs: Any, *, make: Callable[[], Plan]) -> Plan:
+    """Return the plan of parameters as a function uses them.
+
+    Args:
+        strategy: a frozen value.
+        function: the user's function.
+        params: pytree of parameters.
+        inputs: what else decides the trace, such as the batch; only shapes and dtypes count. None: any; the plan made before.
+        make: reads the plan of the function.
+
+    Raises:
+        ValueError: the function uses a parameter differently from the function that came first; the message names it.
+    """
+    shapes = programs.signature(params)
+    planned = programs.find("plan", strategy, shapes)
+    if planned is not None and inputs is None:
+        return planned
+    own = programs.remember("uses", strategy, function, shapes, programs.signature(inputs), make=make)
+    if planned is None:
+        programs.store("plan", strategy, shapes, value=own)
+        return own
+    planned.check_uses(own)
+    return planned
+
+
+def plans_of(strategy: Any) -> list[Plan]:
+    """Return all plans of a strategy, to send them along with it."""
+    return programs.find_all("plan", strategy)
+
+
+def adopt_plans(strategy: Any, plans: list[Plan]) -> None:
+    """Take over plans that were made for the same strategy in another process."""
+    for plan in plans:
+        programs.store("plan", strategy, programs.signature(plan.shapes), value=plan)

@@ -1,0 +1,114 @@
+"""The memo: what is derived from a strategy is keyed by everything it depends on, bounded, and shared by equal strategies."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+from eggroll import programs
+
+PARAMS = {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)}
+SGD = optax.sgd(0.1)
+
+
+def fitness(params, batch, key):
+    return -jnp.mean((jnp.tanh(batch @ params["w"] + params["b"]) - 1) ** 2)
+
+
+def strategy(function=fitness, **options):
+    options = {"population_size": 32, "sigma": 0.1, "optimizer": SGD} | options
+    return eggroll.EvolutionStrategy(function, **options)
+
+
+def start(es):
+    return es.init(PARAMS, key=jax.random.key(1))
+
+
+@pytest.fixture
+def memo(monkeypatch):
+    """An empty memo of 8 entries."""
+    monkeypatch.setattr(programs, "_entries", type(programs._entries)())
+    monkeypatch.setattr(programs, "LIMIT", 8)
+
+
+def test_chunks_are_chosen_for_every_batch_shape():
+    """The chunk of a small batch is too large for a large one: it must not be kept."""
+    budget, es = 300_000, strategy(population_size=64, memory_budget=300_000)
+    state = start(es)
+    small, large = jnp.ones((8, 4)), jnp.ones((4096, 4))
+    es.step(state, small)
+    es.step(state, large)
+    layouts = [es.chunked_layout(state, batch) for batch in (small, large)]
+    assert not layouts[0].is_chunked and layouts[1].is_chunked
+
+    def temporary_bytes(layout):
+        chunked = strategy(population_size=64, chunk_size=layout.chunk_pairs and 2 * layout.chunk_pairs)
+        chunked.plan(state, large)
+        return jax.jit(lambda s: chunked.evaluate(s, large)).lower(state).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(layouts[1]) < 1.5 * budget < temporary_bytes(layouts[0])  # control: the stale layout is over it
+
+
+def test_a_function_with_another_plan_is_refused():
+    es = strategy()
+    state = start(es)
+    es.step(state, jnp.ones((3, 4)))
+    population = es.ask(state)
+    np.testing.assert_array_equal(population.apply(lambda p, x: x @ p["w"], jnp.ones((3, 4))).shape, (32, 3, 6))
+    with pytest.raises(ValueError, match=r"the function uses parameter 'w' as dense .*, but the plan, .*, has it as low-rank"):
+        population.apply(lambda p, x: jnp.sort(p["w"], axis=0) + x.sum(), jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="'w'"):
+        es.plan(state, jnp.ones((3, 4)), function=lambda p, x: jnp.sort(p["w"], axis=0) + x.sum())
+
+
+def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(memo):
+    es = strategy()
+    state = start(es)
+    with pytest.warns(UserWarning, match="was compiled 16 times: pass the same function object"):
+        for _ in range(programs.MANY):
+            es.ask(state).apply(lambda p, x: x @ p["w"], jnp.ones((1, 4)))
+            assert programs.num_entries() <= programs.LIMIT
+    with warnings.catch_warnings(record=True) as more:  # said once
+        es.ask(state).apply(lambda p, x: x @ p["w"], jnp.ones((1, 4)))
+    assert not more
+
+
+def test_ever_new_shapes_warn_once(memo):
+    es = strategy()
+    state = start(es)
+    with pytest.warns(UserWarning, match="fitness was compiled 16 times: .* batches of a few shapes") as seen:
+        for rows in range(1, programs.MANY + 3):
+            es.step(state, jnp.ones((rows, 4)))
+    assert len(seen) == 1
+
+
+def test_equal_strategies_share_their_programs_and_a_different_one_does_not():
+    first, second = strategy(perturbation=[("w", eggroll.LowRank(2)), ("b", eggroll.Dense())]), None
+    state, batch = start(first), jnp.ones((3, 4))
+    expected, _ = first.step(state, batch)
+    second = strategy(perturbation=[("w", eggroll.LowRank(2)), ("b", eggroll.Dense())])
+    before = programs.num_entries()
+    same, _ = second.step(start(second), batch)
+    assert programs.num_entries() == before
+    np.testing.assert_array_equal(same.params["w"], expected.params["w"])
+    other, _ = strategy(perturbation=[("w", eggroll.LowRank(3)), ("b", eggroll.Dense())]).step(state, batch)
+    assert programs.num_entries() > before and not np.array_equal(other.params["w"], expected.params["w"])
+
+
+def test_a_strategy_is_a_plain_value():
+    es = strategy()
+    state = start(es)
+    es.step(state, jnp.ones((3, 4)))
+    assert set(vars(es)) == {name for name in es.__dataclass_fields__ if name != "_"}
+    assert hash(es) == hash(strategy()) and es == strategy()
+
+
+def test_values_without_a_hash_are_known_by_identity():
+    arrays = [np.ones(3), np.ones(3)]
+    keys = [programs.key_of(array) for array in arrays]
+    assert keys[0] == programs.key_of(arrays[0]) and keys[0] != keys[1]
+    assert programs.key_of([("a", {"b": 1})]) == programs.key_of([("a", {"b": 1})]) != programs.key_of([("a", {"b": 2})])

@@ -1,0 +1,235 @@
+"""One-line faults that the default suite has to notice, and the tests that are tried first."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """`line`, which `path` has exactly once, becomes `broken`."""
+
+    name: str
+    path: str
+    line: str
+    broken: str
+    tests: tuple[str, ...]
+
+
+NOISE = "tests/eggroll/noise/test_noise.py"
+INTEGER = "tests/eggroll/noise/test_integer.py"
+LAZY = "tests/eggroll/lazy/test_perturbed.py"
+POPULATION = "tests/eggroll/population"
+ESTIMATOR = "tests/eggroll/update/test_estimator.py"
+SHAPING = "tests/eggroll/update/test_shaping.py"
+PRECISION = "tests/eggroll/update/test_precision.py"
+STRATEGY = "tests/eggroll/test_strategy.py"
+MESH = "tests/eggroll/devices/test_mesh.py"
+JOURNAL = "tests/eggroll/journal"
+DURABLE = "tests/eggroll/runs/test_durable.py"
+ZO = "tests/zo/test_zo.py"
+OFFLOAD = "tests/zo/test_offload.py"
+KERNELS = "tests/kernels/test_kernels.py"
+
+FAULTS = (
+    Fault(
+        "layers of a stack share their noise",
+        "eggroll/noise/addresses.py",
+        "requests.append((jnp.broadcast_to(key, (*stack, 2)), pair, index))",
+        "requests.append((jnp.broadcast_to(key, (*stack, 2)), pair, index * 0))",
+        (NOISE,),
+    ),
+    Fault(
+        "parameters share their noise",
+        "eggroll/noise/addresses.py",
+        "hashes = [hashlib.sha256(path.encode()).digest() for path in paths]",
+        'hashes = [hashlib.sha256(b"").digest() for path in paths]',
+        (NOISE, ESTIMATOR),
+    ),
+    Fault(
+        "pairs share their noise",
+        "eggroll/noise/addresses.py",
+        "requests.append((jnp.broadcast_to(key, (*stack, 2)), pair, index))",
+        "requests.append((jnp.broadcast_to(key, (*stack, 2)), pair * 0, index))",
+        (NOISE,),
+    ),
+    Fault(
+        "generations share their noise",
+        "eggroll/noise/addresses.py",
+        "generation_key = _threefry([(jax.random.key_data(key), 0, generation)])[0]",
+        "generation_key = _threefry([(jax.random.key_data(key), 0, generation * 0)])[0]",
+        (NOISE,),
+    ),
+    Fault(
+        "normal noise lacks sqrt(2)",
+        "eggroll/noise/addresses.py",
+        "values = math.sqrt(2.0) * jax.lax.erf_inv(uniform)",
+        "values = jax.lax.erf_inv(uniform)",
+        (NOISE,),
+    ),
+    Fault(
+        "factors swapped",
+        "eggroll/noise/addresses.py",
+        "left, right = values[..., : rank * m], values[..., rank * m :]",
+        "right, left = values[..., : rank * n], values[..., rank * n :]",
+        (NOISE, LAZY),
+    ),
+    Fault(
+        "members lack 1 / sqrt(r)",
+        "eggroll/population/members.py",
+        "scale = amplitude / math.sqrt(planned.spec.rank)",
+        "scale = amplitude",
+        (POPULATION, ESTIMATOR),
+    ),
+    Fault(
+        "gradient lacks 1 / sqrt(r)",
+        "eggroll/update/estimator.py",
+        "total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))",
+        "total = from_matrix(leaf, total)",
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "gradient lacks 1 / sigma",
+        "eggroll/update/estimator.py",
+        "return total / (members * leaf_sigma)",
+        "return total / members",
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "a pair's members have one sign",
+        "eggroll/population/layout.py",
+        "SIGNS = (1.0, -1.0)",
+        "SIGNS = (1.0, 1.0)",
+        (POPULATION, ESTIMATOR),
+    ),
+    Fault(
+        "pairs folded with the wrong sign",
+        "eggroll/update/estimator.py",
+        "return pairs[:, 0] - pairs[:, 1]",
+        "return pairs[:, 1] - pairs[:, 0]",
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "pairs off by one",
+        "eggroll/update/estimator.py",
+        "pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)",
+        "pairs = first_pair + start + 1 + jnp.arange(chunk, dtype=jnp.int32)",
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "the last chunk of pairs is dropped",
+        "eggroll/update/estimator.py",
+        "if for_all < num_pairs:",
+        "if for_all < 0:",
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "optimizer ascends the loss",
+        "eggroll/update/parameters.py",
+        "descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation",
+        "descent = ascent",
+        (STRATEGY,),
+    ),
+    Fault(
+        "parts of the gradient are not summed over devices",
+        "eggroll/devices/sharded.py",
+        "return jax.lax.psum(part, placement.manual)",
+        "return part",
+        (MESH,),
+    ),
+    Fault(
+        "every device evaluates the first pairs",
+        "eggroll/devices/sharded.py",
+        "first_pairs = local.num_pairs * jnp.arange(devices, dtype=jnp.int32)",
+        "first_pairs = 0 * jnp.arange(devices, dtype=jnp.int32)",
+        (MESH,),
+    ),
+    Fault(
+        "ranks do not share ties",
+        "eggroll/update/shaping.py",
+        "return (below + not_above - 1.0) / (2.0 * (column.shape[0] - 1)) - 0.5",
+        "return below / (column.shape[0] - 1) - 0.5",
+        (SHAPING,),
+    ),
+    Fault(
+        "NaN counts as best",
+        "eggroll/update/shaping.py",
+        "worst = jnp.min(jnp.where(finite, fitness, jnp.inf), axis=0, keepdims=True)",
+        "worst = jnp.max(jnp.where(finite, fitness, -jnp.inf), axis=0, keepdims=True)",
+        (SHAPING,),
+    ),
+    Fault(
+        "z-score over the wrong axis",
+        "eggroll/update/shaping.py",
+        "return (fitness - fitness.mean(axis=0)) / (fitness.std(axis=0) + 1e-8)",
+        "return (fitness - fitness.mean(axis=1, keepdims=True)) / (fitness.std(axis=0) + 1e-8)",
+        (SHAPING,),
+    ),
+    Fault(
+        "stochastic rounding is biased",
+        "eggroll/update/precision.py",
+        "up = uniform < value / ulp - whole",
+        "up = uniform > value / ulp - whole",
+        (PRECISION,),
+    ),
+    Fault(
+        "int8 weights do not saturate",
+        "eggroll/noise/integer.py",
+        "return jnp.clip(total, -LARGEST, LARGEST).astype(jnp.int8)",
+        "return total.astype(jnp.int8)",
+        (INTEGER,),
+    ),
+    Fault(
+        "integer noise is rounded down",
+        "eggroll/noise/integer.py",
+        "return total if shift == 0 else (total + (1 << (shift - 1)) + (total >> 31)) >> shift",
+        "return total >> shift",
+        (INTEGER,),
+    ),
+    Fault(
+        "the low-rank product drops its scale",
+        "kernels/lowrank_dot/reference.py",
+        "hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)",
+        "hidden = jnp.einsum(hidden, hidden_axes, jnp.ones_like(scale).astype(hidden.dtype), [*scale_axes], hidden_axes)",
+        (LAZY,),
+    ),
+    Fault(
+        "the update is a product of transposed factors",
+        "kernels/lowrank_update/reference.py",
+        'return jnp.einsum("...km,...kn->...mn", left, right, precision=jax.lax.Precision.HIGHEST)',
+        'return jnp.einsum("...km,...kn->...nm", left, right, precision=jax.lax.Precision.HIGHEST)',
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "a one-sided difference lacks its factor 2",
+        "zo/estimators.py",
+        "return 2 * (plus - other)",
+        "return plus - other",
+        (ZO,),
+    ),
+    Fault(
+        "directions without a finite loss are not made up for",
+        "zo/estimators.py",
+        "d * share, 0.0)",
+        "d, 0.0)",
+        (ZO,),
+    ),
+    Fault(
+        "replay skips the first generation of a journal",
+        "eggroll/journal/replay.py",
+        "if entry.generation < reached:",
+        "if entry.generation <= reached:",
+        (JOURNAL, DURABLE),
+    ),
+    Fault(
+        "a batch of the wrong length is accepted",
+        "eggroll/population/layout.py",
+        "if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != expected:",
+        "if jnp.ndim(leaf) == 0:",
+        (STRATEGY, POPULATION),
+    ),
+    Fault(
+        "a checkpoint is not compared with its fingerprint",
+        "eggroll/journal/checkpoint.py",
+        'if fingerprint(stored) != restored["check"]["all"]:',
+        "if not stored:",
+        (DURABLE, JOURNAL),
+    ),
+)
