@@ -160,8 +160,8 @@ class Plan:
             if its.role != "frozen" and _uses(own) != _uses(its):
                 raise ValueError(
                     f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "
-                    f"function that came first, has it as {own.role} ({own.reason}). Give the parameter a rule in "
-                    "`perturbation`, or the function a strategy of its own."
+                    f"function that came first, has it as {own.role} ({own.reason}). Add the rule "
+                    f"('{own.path}', eggroll.Dense()) to `perturbation`, or give the function a strategy of its own."
                 )
 
 

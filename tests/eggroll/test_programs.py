@@ -28,10 +28,13 @@ def start(es):
     return es.init(PARAMS, key=jax.random.key(1))
 
 
-@pytest.fixture
-def memo(monkeypatch):
-    """An empty memo of 8 entries."""
+@pytest.fixture(autouse=True)
+def empty_memo(monkeypatch):
     monkeypatch.setattr(programs, "_entries", type(programs._entries)())
+
+
+@pytest.fixture
+def small_memo(monkeypatch):
     monkeypatch.setattr(programs, "LIMIT", 8)
 
 
@@ -65,7 +68,7 @@ def test_a_function_with_another_plan_is_refused():
         es.plan(state, jnp.ones((3, 4)), function=lambda p, x: jnp.sort(p["w"], axis=0) + x.sum())
 
 
-def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(memo):
+def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo):
     es = strategy()
     state = start(es)
     with pytest.warns(UserWarning, match="was compiled 16 times: pass the same function object"):
@@ -77,7 +80,7 @@ def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(memo):
     assert not more
 
 
-def test_ever_new_shapes_warn_once(memo):
+def test_ever_new_shapes_warn_once(small_memo):
     es = strategy()
     state = start(es)
     with pytest.warns(UserWarning, match="fitness was compiled 16 times: .* batches of a few shapes") as seen:
