@@ -35,18 +35,19 @@ class _Identity:
 
 
 def key_of(value: Any) -> Hashable:
-    """Turn a value into a key: containers and dataclasses by their parts, others by equality, or else by identity."""
+    """Turn a value into a key: itself if it has a hash; else containers and dataclasses by their parts, others by identity."""
+    try:
+        hash(value)
+        return value
+    except TypeError:
+        pass
     if isinstance(value, list | tuple):
         return type(value), tuple(map(key_of, value))
     if isinstance(value, Mapping):
         return type(value), tuple((name, key_of(part)) for name, part in value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(key_of(getattr(value, field.name)) for field in dataclasses.fields(value))
-    try:
-        hash(value)
-    except TypeError:
-        return _Identity(value)
-    return value
+    return _Identity(value)
 
 
 def signature(tree: Any) -> Hashable:
