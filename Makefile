@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test jax011 night lint types bench suites parity tasks
+.PHONY: run test jax011 night mutants lint types bench suites parity tasks
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -20,6 +20,9 @@ jax011:  ## the default test suite on jax 0.11, in an environment of its own; ne
 
 night: $(READY)  ## the tests the default suite leaves out; those that need `make suites parity tasks` are skipped without them
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" -rs $(ARGS)
+
+mutants: $(READY)  ## break one line at a time in a copy; the default tests have to fail each time
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

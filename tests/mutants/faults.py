@@ -20,6 +20,7 @@ POPULATION = "tests/eggroll/population"
 ESTIMATOR = "tests/eggroll/update/test_estimator.py"
 SHAPING = "tests/eggroll/update/test_shaping.py"
 PRECISION = "tests/eggroll/update/test_precision.py"
+PROGRAMS = "tests/eggroll/test_programs.py"
 STRATEGY = "tests/eggroll/test_strategy.py"
 MESH = "tests/eggroll/devices/test_mesh.py"
 JOURNAL = "tests/eggroll/journal"
@@ -224,6 +225,20 @@ FAULTS = (
         "if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != expected:",
         "if jnp.ndim(leaf) == 0:",
         (STRATEGY, POPULATION),
+    ),
+    Fault(
+        "the chunk of the first batch is kept for all (stale chunk)",
+        "eggroll/strategy.py",
+        'return programs.remember("layout", self, function, programs.signature((state, batch)), make=choose)',
+        'return programs.remember("layout", self, function, programs.signature(state), make=choose)',
+        (PROGRAMS,),
+    ),
+    Fault(
+        "a function with another plan is accepted",
+        "eggroll/plans.py",
+        "planned.check_uses(own)",
+        "pass",
+        (PROGRAMS,),
     ),
     Fault(
         "a checkpoint is not compared with its fingerprint",
