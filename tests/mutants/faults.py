@@ -245,6 +245,6 @@ FAULTS = (
         "eggroll/journal/checkpoint.py",
         'if fingerprint(stored) != restored["check"]["all"]:',
         "if not stored:",
-        (DURABLE, JOURNAL),
+        (JOURNAL,),
     ),
 )
