@@ -27,6 +27,6 @@ def test_bytes_that_differ_from_the_fingerprint_are_refused(tmp_path, monkeypatc
     checkpoints.save(state._replace(generation=jnp.int32(1)))
     checkpoints.wait()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="generation 1 .* cannot be read: its bytes differ from those written"):
+    with pytest.raises(ValueError, match=r"generation 1 .* cannot be read: its bytes differ from those written"):
         checkpoints.restore(make_state(0.0))
     checkpoints.close()
