@@ -60,7 +60,7 @@ def chosen(op: str, implementation: str | None, check: Callable[[], None]) -> st
 
 
 def stages_that_fit(op: str, *, stage: int, rest: int, most: int) -> int:
-    """How many stages of `stage` bytes fit in shared memory beside `rest` bytes, at most `most`.
+    """How many stages of `stage` bytes fit in shared memory next to `rest` bytes, at most `most`.
 
     Raises:
         NotImplementedError: not even one.

@@ -44,7 +44,7 @@ class Estimator:
     normalised: bool = False
 
     def forwards(self, directions: int) -> int:
-        """Forwards of the batch in a step with so many directions."""
+        """Forwards of the batch in a step with this many directions."""
         return len(self.signs) * (1 if self.per_example else directions) + self.unperturbed
 
 

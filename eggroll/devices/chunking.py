@@ -50,7 +50,7 @@ def layout_in_budget(
         state: `ESState`; only shapes are used.
         batch: as for `step`.
         layout: the whole population; one that has chunks keeps them.
-        budget: bytes of temporary memory, of one device; "device": half of what is free beside the parameters, now; None: no
+        budget: bytes of temporary memory, of one device; "device": half of what is free next to the parameters, now; None: no
             limit.
         placement: the mesh that the population is spread over; then one device's part is what has to fit.
 

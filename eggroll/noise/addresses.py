@@ -110,7 +110,7 @@ def draw_words(keys: Sequence[Array], counts: Sequence[int], *, first: Array | i
 
 
 def _threefry(requests: Sequence[tuple[Array, Array | int, Array | int]]) -> list[Array]:
-    """F for several (key [..., 2], high, low), as one call: small calls are dear on CPU. Returns uint32 [..., 2] each."""
+    """F for several (key [..., 2], high, low), as one call: small calls are expensive on CPU. Returns uint32 [..., 2] each."""
     columns = []
     for key, high, low in requests:
         counters = [jnp.broadcast_to(jnp.asarray(c).astype(jnp.uint32), key.shape[:-1]) for c in (high, low)]

@@ -175,7 +175,7 @@ def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype
     """Leaf + amplitude * drawn, added in float32 and rounded to `dtype`.
 
     `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
-    the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is dear for
+    the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is expensive for
     normal noise and inside a loop over chunks; it is cheap otherwise (measured, experiments/LOG.md).
     """
     wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)

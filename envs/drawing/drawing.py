@@ -100,7 +100,7 @@ CLASSIC_CONTROL: dict[str, Draw] = {
 def particles(env: Any) -> Draw | None:
     """Return the drawing of a particle environment, or None where `env` tells no radii.
 
-    Agents have their numbers beside them; those that speak are listed with their words. A landmark that is somebody's goal has
+    Agents have their numbers next to them; those that speak are listed with their words. A landmark that is somebody's goal has
     a dark rim.
     """
     if not hasattr(env, "rad"):

@@ -55,7 +55,7 @@ def forwards_of(tuner: zo.ZerothOrder) -> int:
 
 
 def steps_of(config: Config, forwards: int) -> int:
-    """Steps of a run whose steps take so many forwards.
+    """Steps of a run, from the forwards of a step.
 
     Raises:
         ValueError: the budget is less than one step.

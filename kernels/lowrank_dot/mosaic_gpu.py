@@ -131,7 +131,7 @@ class _Program:
 
     @property
     def swizzle(self) -> int:
-        """Of x and w: the one of the left factor, which wgmma reads beside x."""
+        """Of x and w: the one of the left factor, which wgmma reads next to x."""
         return min(128, 2 * self.groups.terms) if self.inside and self.form in ("words", "keys") else 128
 
     def run(self, tiles: int) -> None:
@@ -253,7 +253,7 @@ class _Tile:
             self.store(total[...].astype(BF16))
 
     def fetch(self, first: int) -> None:
-        """Start to copy what a chunk of terms needs beside the ring: two copies."""
+        """Start to copy what a chunk of terms needs next to the ring: two copies."""
         program = self.program
         group, chunk, columns = 2 * self.down + self.warpgroup, program.chunk, program.config.tile_columns
         if program.inside:

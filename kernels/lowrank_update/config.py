@@ -39,7 +39,7 @@ def choose(rows: int, columns: int, terms: int, *, packed: bool) -> Config:
 
 
 def fit(config: Config, terms: int, *, packed: bool) -> Config:
-    """Reduce the stages to what shared memory holds beside the factors, which are unpacked there where they are `packed`.
+    """Reduce the stages to what shared memory holds next to the factors, which are unpacked there where they are `packed`.
 
     Raises:
         NotImplementedError: not even one stage fits.

@@ -389,7 +389,7 @@ def test_a_frozen_key_stays():
     assert_trees_equal(state.params["rng"], params["rng"])
 
 
-def test_small_misuses_are_one_sentence():
+def test_small_misuses_are_refused_by_a_clear_error():
     es = strategy()
     state = start(es)
     with pytest.raises(TypeError, match="state must be an ESState from init, got dict"):

@@ -323,7 +323,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_an_error_of_one_sentence(case):
+def test_bad_input_is_a_clear_error(case):
     call, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message) as caught:
         call()

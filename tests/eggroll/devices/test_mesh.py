@@ -107,7 +107,7 @@ def test_checkpoints_and_durable_runs_go_on_on_another_mesh():
         ("shard_optimizer with model", "shard_optimizer needs a mesh with the axis 'population' and without 'model'"),
     ],
 )
-def test_what_a_mesh_cannot_do_is_one_sentence(name, message):
+def test_what_a_mesh_cannot_do_is_refused_by_a_clear_error(name, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         mesh_runs.ERRORS[name]()
 

@@ -146,7 +146,7 @@ def test_launch_ends_the_others_when_one_fails(tmp_path):
     assert launch.launch(2, [str(script)]) is None
 
 
-def test_launch_that_is_interrupted_says_one_sentence(monkeypatch):
+def test_launch_that_is_interrupted_says_so_clearly(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

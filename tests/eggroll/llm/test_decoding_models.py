@@ -195,7 +195,7 @@ def test_configurations_that_no_model_has_are_refused(options, sentence):
         ({"rope_type": "longrope"}, "must be of type default, linear, llama3, yarn, got 'longrope'"),
     ],
 )
-def test_rotary_positions_that_do_not_fit_are_one_sentence(given, sentence, tmp_path):
+def test_rotary_positions_that_do_not_fit_are_refused_by_a_clear_error(given, sentence, tmp_path):
     path = hf.save(tmp_path, LLAMA, random_params(LLAMA)) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": given}))
     with pytest.raises(ValueError, match=sentence):

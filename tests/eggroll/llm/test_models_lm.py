@@ -229,7 +229,7 @@ def test_older_rotary_fields_are_read(folder):
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', expected with shape"),
     ],
 )
-def test_config_that_does_not_fit_is_one_sentence(folder, fields, sentence):
+def test_config_that_does_not_fit_is_refused_by_a_clear_error(folder, fields, sentence):
     edit(folder, **fields)
     with pytest.raises(ValueError, match=sentence):
         hf.load(folder)
@@ -295,7 +295,7 @@ def test_missing_files_are_named(folder):
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -2])
-def test_damaged_weights_are_one_sentence(folder, kept):
+def test_damaged_weights_are_refused_by_a_clear_error(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
@@ -305,7 +305,7 @@ def test_damaged_weights_are_one_sentence(folder, kept):
 @pytest.mark.parametrize(
     ("text", "sentence"), [(b'{"model', "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[]", "got a list")]
 )
-def test_damaged_config_is_one_sentence(folder, text, sentence):
+def test_damaged_config_is_refused_by_a_clear_error(folder, text, sentence):
     (folder / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=sentence):
         hf.load(folder)

@@ -72,7 +72,7 @@ def test_where_a_template_may_be(tmp_path):
         ({"chat_template": "{{ 1 / 0 }}"}, "cannot be used: division by zero."),
     ],
 )
-def test_without_a_template_that_works_it_is_one_sentence(settings, sentence, tmp_path):
+def test_without_a_template_that_works_it_is_refused_by_a_clear_error(settings, sentence, tmp_path):
     with pytest.raises(ValueError, match="chat template") as told:
         ChatTemplate(write(tmp_path, **settings))("a")
     assert sentence in str(told.value) and "\n" not in str(told.value)

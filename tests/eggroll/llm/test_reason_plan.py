@@ -122,6 +122,6 @@ def test_a_budget_without_room_says_what_a_pair_needs():
         ({"config": OPT}, "must be one of llama, qwen2, qwen3, rwkv7 to continue texts, got 'opt'"),
     ],
 )
-def test_wrong_use_is_one_sentence(wrong, sentence):
+def test_wrong_use_is_refused_by_a_clear_error(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         planned(**wrong)

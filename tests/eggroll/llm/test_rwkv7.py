@@ -166,7 +166,7 @@ def folder(tmp_path):
         ({"num_hidden_layers": 2}, r"tensor 'model.layers.2.attn.a_lora.lora.0.weight' does not belong to the 'rwkv7'"),
     ],
 )
-def test_files_that_do_not_fit_are_one_sentence(folder, fields, sentence):
+def test_files_that_do_not_fit_are_refused_by_a_clear_error(folder, fields, sentence):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(ValueError, match=sentence):

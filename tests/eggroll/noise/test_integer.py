@@ -592,6 +592,6 @@ def planned(spec=SPECS["normal-1"], params=None, function=None, batch=None, **op
         ),
     ],
 )
-def test_wrong_use_is_one_sentence(call, error, message):
+def test_wrong_use_is_refused_by_a_clear_error(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -47,7 +47,7 @@ def test_dense_form_can_be_left_out(one_case, capsys, standard_promotion):
     assert json.loads(output.splitlines()[-1])["tiny"]["dense_ratio"] is None and "generation at 8" in output
 
 
-def test_unknown_case_is_one_sentence():
+def test_unknown_case_is_refused_by_a_clear_error():
     with pytest.raises(SystemExit, match="error: cases must be among mlp8, mlp128, transformer, policy, got mlp9"):
         engine.run(engine.Engine(cases=("mlp9",)))
 

@@ -66,6 +66,6 @@ def test_models_are_of_bytes():
         ({"repeats": 0}, "repeats must be an integer >= 1, got 0"),
     ],
 )
-def test_wrong_options_are_one_sentence(options, sentence):
+def test_wrong_options_are_refused_by_a_clear_error(options, sentence):
     with pytest.raises(SystemExit, match=f"error: {sentence}"):
         decode.run(dataclasses.replace(TINY, **options))

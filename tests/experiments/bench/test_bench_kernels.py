@@ -165,6 +165,6 @@ def test_generation_beside_inference(capsys):
         ({"tokens": 0}, "tokens must be an integer >= 1, got 0"),
     ],
 )
-def test_wrong_options_are_one_sentence(options, sentence):
+def test_wrong_options_are_refused_by_a_clear_error(options, sentence):
     with pytest.raises(SystemExit, match=f"error: {sentence}"):
         kernels.run(kernels.Kernels(**options))

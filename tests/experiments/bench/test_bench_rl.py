@@ -55,7 +55,7 @@ def test_every_run_is_printed_and_the_last_line_is_json(monkeypatch, capsys):
     assert summary["seconds_ratio"] == 0.5 and len(summary["runs"]["ours"]) == 2 and summary["config"]["seeds"] == 2
 
 
-def test_missing_evosax_is_one_sentence(monkeypatch):
+def test_missing_evosax_is_refused_by_a_clear_error(monkeypatch):
     monkeypatch.setattr(rl.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"^error: .* needs evosax.*; pip install 'evosax>=0.3' installs it"):
         rl.run(rl.RL())
@@ -69,14 +69,14 @@ def test_missing_evosax_is_one_sentence(monkeypatch):
         ({"env": "brax/ant"}, "error: env must be a gymnax environment, which both libraries support, got 'brax/ant'."),
     ],
 )
-def test_wrong_settings_are_one_sentence(settings, words):
+def test_wrong_settings_are_refused_by_a_clear_error(settings, words):
     with pytest.raises(SystemExit) as ended:
         rl.run(rl.RL(**settings))
     assert str(ended.value) == words
 
 
 @pytest.mark.slow
-def test_a_failing_process_is_one_sentence():
+def test_a_failing_process_is_refused_by_a_clear_error():
     with pytest.raises(SystemExit, match=r"^error: seed 0 of ours failed: .*NoSuch"):
         rl.run_side(rl.RL(env="NoSuch"), library="ours", seed=0)
 

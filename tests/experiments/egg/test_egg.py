@@ -206,18 +206,18 @@ def test_no_floating_number_in_a_generation():
         (["--data", "nowhere"], "the path nowhere of the corpus does not exist"),
     ],
 )
-def test_wrong_options_end_it_with_one_sentence(options, message, texts, tmp_path):
+def test_wrong_options_end_it_with_a_clear_error(options, message, texts, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: .*{message}[^\n]*$"):
         run(*SMALL, *texts, *options, "--folder", str(tmp_path / "run"))
 
 
-def test_an_empty_corpus_is_one_sentence(tmp_path):
+def test_an_empty_corpus_is_refused_by_a_clear_error(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(SystemExit, match=r"^error: the corpus is too small: 0 files with text"):
         run(*SMALL, "--data", str(tmp_path), "--cache", str(tmp_path / "cache"))
 
 
-def test_a_file_that_vanishes_in_a_run_is_one_sentence(texts, tmp_path, monkeypatch):
+def test_a_file_that_vanishes_in_a_run_is_refused_by_a_clear_error(texts, tmp_path, monkeypatch):
     cache, check = tmp_path / "cache", evolution._Checks.__call__
 
     def vanish(checks, state, record):

@@ -185,6 +185,6 @@ def test_command_line_from_options_to_artefacts(names, texts, tmp_path):
         (["--data", "nowhere"], "the path nowhere of the corpus does not exist"),
     ],
 )
-def test_wrong_options_end_it_with_one_sentence(options, message, texts, tmp_path):
+def test_wrong_options_end_it_with_a_clear_error(options, message, texts, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: .*{message}[^\n]*$"):
         baselines(*SMALL, *texts, "--baselines", "egg-eggroll", "transformer-sgd", *options, "--folder", str(tmp_path / "run"))

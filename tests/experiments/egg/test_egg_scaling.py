@@ -53,7 +53,7 @@ def test_every_population_reads_the_same_text():
         (["--alpha", "2"], "alpha must be in (0, 1], got 2.0."),
     ],
 )
-def test_bad_options_end_with_one_sentence(options, sentence, tmp_path):
+def test_bad_options_end_with_a_clear_error(options, sentence, tmp_path):
     with pytest.raises(SystemExit, match="error: ") as stopped:
         suite.main(["--folder", str(tmp_path / "study"), *options])
     assert sentence in str(stopped.value)

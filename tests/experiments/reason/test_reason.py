@@ -243,7 +243,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--mesh", "members=2"], "mesh must be such as population=4,data=2"),
     ],
 )
-def test_wrong_options_are_one_sentence(options, sentence, capsys):
+def test_wrong_options_are_refused_by_a_clear_error(options, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         reason.main([*TINY, "--generations", "1", "--folder", "out/wrong", *options])
     text = str(stopped.value)

@@ -100,7 +100,7 @@ def test_the_template_of_a_shell_has_line_ends(capsys):
         (["--task", "reasoning_gym/none"], "reasoning_gym must have the data set, got 'none'; it has"),
     ],
 )
-def test_what_users_get_wrong_is_one_sentence(options, sentence):
+def test_what_users_get_wrong_is_refused_by_a_clear_error(options, sentence):
     if "none" in options[-1] and "reasoning" in options[-1]:
         pytest.importorskip("reasoning_gym")
     with pytest.raises(SystemExit) as stopped:
@@ -109,7 +109,7 @@ def test_what_users_get_wrong_is_one_sentence(options, sentence):
     assert text.startswith("error: ") and sentence in text and "\n" not in text
 
 
-def test_a_reward_of_the_wrong_length_is_one_sentence(monkeypatch):
+def test_a_reward_of_the_wrong_length_is_refused_by_a_clear_error(monkeypatch):
     monkeypatch.setattr("eggroll.envs.tasks.files.number_matches", lambda prompts, completions, **_: [1.0])
     with pytest.raises(SystemExit, match="must return one float per completion, 4, got 1 values"):
         reason.main([*TINY, *GSM8K, "--folder", "out/length"])

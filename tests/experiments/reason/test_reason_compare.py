@@ -63,7 +63,7 @@ def test_a_comparison_runs_what_is_missing(capsys, tmp_path, monkeypatch):
         (["--sigma", "-1"], "error: sigma must be a finite number > 0, got -1.0."),
     ],
 )
-def test_bad_options_end_with_one_sentence(options, words, tmp_path):
+def test_bad_options_end_with_a_clear_error(options, words, tmp_path):
     with pytest.raises(SystemExit) as ended:
         suite.main([*options, "--folder", str(tmp_path)])
     assert str(ended.value).startswith(words)

@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(capsys, whole):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_one_sentence_and_leaves_a_run_that_goes_on(capsys, whole, monkeypatch):
+def test_ctrl_c_is_refused_by_a_clear_error_and_leaves_a_run_that_goes_on(capsys, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         ending = Ending(IN_GENERATION_2, lambda: os.kill(os.getpid(), signal.SIGINT))
         patch.setattr(sys.modules["eggroll.envs.tasks.arithmetic"], "answer_matches", ending)

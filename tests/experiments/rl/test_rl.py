@@ -182,7 +182,7 @@ def test_continuous_sampled_actions_without_normalisation():
         ),
     ],
 )
-def test_bad_options_end_with_one_sentence(arguments, words, capsys):
+def test_bad_options_end_with_a_clear_error(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         rl.main(arguments)
     assert str(ended.value).startswith(words) and "\n" not in str(ended.value)

@@ -117,7 +117,7 @@ def test_other_options_are_refused_and_a_failed_run_is_told(capsys, tmp_path, mo
         (["--envs", "CartPole-v1", "--sigma", "-1"], "error: sigma must be a finite number > 0"),
     ],
 )
-def test_bad_options_end_with_one_sentence(options, words, tmp_path):
+def test_bad_options_end_with_a_clear_error(options, words, tmp_path):
     with pytest.raises(SystemExit) as ended:
         rl_suite.main([*options, "--folder", str(tmp_path)])
     assert str(ended.value).startswith(words)

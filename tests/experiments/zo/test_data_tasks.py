@@ -219,7 +219,7 @@ def test_tokenizer_file(tokenizer_file):
     assert got.tokens[0, 1, 0] == 0 and tokenizer.decode(targets.tolist()) == " great"
 
 
-def test_damaged_tokenizer_files_are_one_sentence(tokenizer_file):
+def test_damaged_tokenizer_files_are_refused_by_a_clear_error(tokenizer_file):
     tokenizer_file.write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer.json: "):
         FileTokenizer(tokenizer_file)
@@ -245,12 +245,12 @@ GOOD = {"text": "a", "label": 1}
         ([GOOD, {"text": "a", "label": 2}], "data.jsonl, line 2: label '2' is unknown, expected one of 0, 1"),
     ],
 )
-def test_bad_files_are_one_sentence(tmp_path, lines, sentence):
+def test_bad_files_are_refused_by_a_clear_error(tmp_path, lines, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=64)
 
 
-def test_file_that_is_not_text_is_one_sentence(tmp_path):
+def test_file_that_is_not_text_is_refused_by_a_clear_error(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match="line 1: not valid JSON"):
         read_records(tmp_path / "data.jsonl")
@@ -261,7 +261,7 @@ def test_separators_of_unicode_do_not_end_a_line(tmp_path):
     assert [record.fields["text"] for record in read_records(path)] == ["a\u2028b", "a"]
 
 
-def test_candidates_that_cannot_be_predicted_are_one_sentence(tmp_path):
+def test_candidates_that_cannot_be_predicted_are_refused_by_a_clear_error(tmp_path):
     path = jsonl(tmp_path, GOOD, GOOD)
     with pytest.raises(ValueError, match="line 1: the tokenizer turns '', a text to be predicted, into no tokens"):
         load(path, Classification("{text}", {"0": "", "1": "x"}), BYTES, max_length=64)
@@ -278,7 +278,7 @@ def test_candidates_that_cannot_be_predicted_are_one_sentence(tmp_path):
         load(path, Generation(), Bare(), max_length=64)
 
 
-def test_wrong_tasks_are_one_sentence():
+def test_wrong_tasks_are_refused_by_a_clear_error():
     with pytest.raises(ValueError, match="label_words must name two labels or more, got"):
         Classification("{text}", {"0": " a"})
     with pytest.raises(ValueError, match=r"must name fields in braces, such as '\{text\}'"):

@@ -341,7 +341,7 @@ def test_every_recipe_has_settings_that_check():
         (["--start.width", "20"], "start.width must be a multiple of 16, got 20."),
     ],
 )
-def test_bad_options_end_with_one_sentence(arguments, words, place, capsys):
+def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     options = [*place[1][: len(START)], "--data", "data", "--batch-size", "4", "--folder", str(place[0] / "bad")]
     with pytest.raises(SystemExit) as ended:
         zo.main([*options, *arguments])
