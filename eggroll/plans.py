@@ -49,6 +49,9 @@ def plans_of(strategy: Any) -> list[Plan]:
 
 
 def adopt_plans(strategy: Any, plans: list[Plan]) -> None:
-    """Take over plans that were made for the same strategy in another process."""
+    """Take over plans that were made for the same strategy in another process; ValueError where there is a different one."""
     for plan in plans:
+        known = programs.find("plan", strategy, programs.signature(plan.shapes))
+        if known not in (None, plan):
+            raise ValueError("the strategy has another plan for parameters of these shapes.")
         programs.store("plan", strategy, programs.signature(plan.shapes), value=plan)

@@ -14,15 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-LIMIT = 256  # entries
+LIMIT = 256  # entries other than plans
+MAX_PLANS = 4096  # small, and never dropped for programs: a run replayed with another plan would silently be another run
 MANY = 16  # programs of the same code that are compiled before a warning
 
 _entries: collections.OrderedDict[tuple[Hashable, ...], Any] = collections.OrderedDict()
 _lock = threading.RLock()
 
 
-class _Identity:
-    """Key of a value without a hash: equal to the keys of the same object."""
+class Identity:
+    """Key of one object: equal to the keys of the same object only."""
 
     def __init__(self, value: Any):
         self.value = value  # a reference, so that no other object gets its identity
@@ -31,7 +32,7 @@ class _Identity:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
+        return isinstance(other, Identity) and other.value is self.value
 
 
 def key_of(value: Any) -> Hashable:
@@ -47,7 +48,7 @@ def key_of(value: Any) -> Hashable:
         return type(value), tuple((name, key_of(part)) for name, part in value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(key_of(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return _Identity(value)
+    return Identity(value)
 
 
 def signature(tree: Any) -> Hashable:
@@ -74,13 +75,15 @@ def find_all(*prefix: Any) -> list[Any]:
 
 
 def store(*key: Any, value: Any) -> None:
-    """Store an entry, and drop those used least recently beyond `LIMIT`."""
+    """Store an entry, and drop those used least recently: programs beyond `LIMIT`, plans beyond `MAX_PLANS`."""
     place = tuple(map(key_of, key))
     with _lock:
         _entries[place] = value
         _entries.move_to_end(place)
-        while len(_entries) > LIMIT:
-            _entries.popitem(last=False)
+        for kind_is_plan, most in ((True, MAX_PLANS), (False, LIMIT)):
+            alike = [other for other in _entries if (other[0] == "plan") == kind_is_plan]
+            for oldest in alike[: max(0, len(alike) - most)]:
+                del _entries[oldest]
 
 
 def remember(*key: Any, make: Callable[[], Any]) -> Any:

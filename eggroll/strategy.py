@@ -166,7 +166,7 @@ class EvolutionStrategy:
         layout = self.chunked_layout(state, batch)
         state, batch = shard_inputs(placement, state, batch, batch_over="examples")
         evaluate = functools.partial(generation.evaluate_generation, self, plan, self._fitness, layout)
-        key, shardings = ("score", self, shapes, layout), report_shardings(placement)
+        key, shardings = ("score", self, programs.Identity(plan), shapes, layout), report_shardings(placement)
         program = programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=shardings)
         return self._advance(plan, state, *program(state, batch))
 
@@ -198,7 +198,7 @@ class EvolutionStrategy:
         state, told = shard_inputs(self.placement, state, told)
 
         score = functools.partial(generation.score_pairs, self, plan)
-        key, shardings = ("tell", self, programs.signature(state.params)), replicated(self.placement)
+        key, shardings = ("tell", self, programs.Identity(plan)), replicated(self.placement)
         report = programs.compile_once(*key, function=score, out_shardings=shardings)(*told)
         return self._advance(plan, state, report, state.member_state)
 
@@ -272,7 +272,7 @@ class EvolutionStrategy:
     def _update(self, plan: Plan, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
         """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
         shardings, shapes = update_shardings(self.placement, state), programs.signature(state)
-        key = ("update", self, shapes, tuple(jax.tree.leaves(shardings)))
+        key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
         update = functools.partial(generation.update_parameters, self, plan, optimizer=self.optimizer)
         program = programs.compile_once(*key, function=update, out_shardings=shardings)
         state, done = program(state, round_coefficients(plan, coefficients, self.shaping))
@@ -281,8 +281,9 @@ class EvolutionStrategy:
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
         plan, state = self.plan(state, batch, function=function), state._replace(member_state=None)
         layout = self.chunked_layout(state, batch, function=function)
-        key, shardings = ("apply", self, function, programs.signature((state, batch)), layout), output_shardings(self.placement)
+        key = ("apply", self, programs.Identity(plan), function, programs.signature((state, batch)), layout)
         evaluate = functools.partial(generation.apply_to_members, self, plan, function, layout)
+        shardings = output_shardings(self.placement)
         program = programs.compile_once(*key, function=evaluate, counted=(self, function), out_shardings=shardings)
         return program(*shard_inputs(self.placement, state, batch, batch_over="members"))
 

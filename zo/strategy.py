@@ -190,9 +190,8 @@ class ZerothOrder:
         if placement is not None:
             programs.remember("checked", self, shapes, make=lambda: placement.check(self._weighted, state, batch))
         state, batch = shard_inputs(placement, state, batch, batch_over="examples")
-        score = programs.compile_once(
-            "score", self, shapes, function=functools.partial(self._score, plan), counted=(self, self.loss)
-        )
+        key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self._score, plan)
+        score = programs.compile_once(*key, function=evaluate, counted=(self, self.loss))
         report = score(state, batch)
         new_state, done = self._update(plan, state, report.coefficients)
         return new_state, Metrics(state.generation, state.sigma, *report, *done)
@@ -273,7 +272,7 @@ class ZerothOrder:
     def _update(self, plan: Plan, state: ESState, given: Array) -> tuple[ESState, Any]:
         """Update the parameters; a program of its own, so that `step` and `replay` give the same bits."""
         shardings, shapes = update_shardings(self.placement, state), programs.signature(state.params)
-        key = ("update", self, shapes, tuple(jax.tree.leaves(shardings)))
+        key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
         optimizer = self.optax_optimizer(plan)
         update = functools.partial(generation.update_parameters, self, plan, optimizer=optimizer)
         return programs.compile_once(*key, function=update, out_shardings=shardings)(state, given)

@@ -74,7 +74,7 @@ def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo)
     with pytest.warns(UserWarning, match="was compiled 16 times: pass the same function object"):
         for _ in range(programs.MANY):
             es.ask(state).apply(lambda p, x: x @ p["w"], jnp.ones((1, 4)))
-            assert programs.num_entries() <= programs.LIMIT
+            assert programs.num_entries() <= programs.LIMIT + 1  # and the plan
     with warnings.catch_warnings(record=True) as more:  # said once
         es.ask(state).apply(lambda p, x: x @ p["w"], jnp.ones((1, 4)))
     assert not more
@@ -87,6 +87,19 @@ def test_ever_new_shapes_warn_once(small_memo):
         for rows in range(1, programs.MANY + 3):
             es.step(state, jnp.ones((rows, 4)))
     assert len(seen) == 1
+
+
+def test_a_plan_outlives_all_programs(small_memo):
+    """Else another function could fix the plan anew, and a replay would silently be of another run."""
+    es, other, batch = strategy(), strategy(sigma=0.2), jnp.ones((3, 4))
+    state = start(es)
+    after, metrics = es.step(state, batch)
+    other.step(start(other), batch)
+    for rows in range(1, 2 * programs.LIMIT):
+        other.ask(start(other)).apply(lambda p, x: x @ p["w"], jnp.ones((rows, 4)))
+    with pytest.raises(ValueError, match="parameter 'w' as dense"):
+        es.ask(state).apply(lambda p, x: jnp.sort(p["w"], axis=0) + x.sum(), batch)
+    np.testing.assert_array_equal(es.replay(state, metrics.coefficients).params["w"], after.params["w"])
 
 
 def test_equal_strategies_share_their_programs_and_a_different_one_does_not():

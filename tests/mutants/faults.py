@@ -234,6 +234,13 @@ FAULTS = (
         (PROGRAMS,),
     ),
     Fault(
+        "plans are dropped like programs",
+        "eggroll/programs.py",
+        'alike = [other for other in _entries if (other[0] == "plan") == kind_is_plan]',
+        "alike = list(_entries)",
+        (PROGRAMS,),
+    ),
+    Fault(
         "a function with another plan is accepted",
         "eggroll/plans.py",
         "planned.check_uses(own)",
