@@ -17,34 +17,24 @@ from eggroll.devices import sharded
 from eggroll.devices.mesh import Placement
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
-from eggroll.noise.rules import Perturbation
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, report_fitness, valid_members
+from eggroll.protocol import Strategy
 from eggroll.state import ESState
 from eggroll.update import estimator
 from eggroll.update.parameters import apply_gradient, mask_frozen
-from eggroll.update.shaping import Shaping
 
 
-class Settings(Protocol):
-    """What the programs of a generation need to know of a strategy."""
+class Settings(Strategy[ESState], Protocol):
+    """What the programs of a generation read of a strategy, besides what every strategy has."""
 
     @property
-    def population_size(self) -> int: ...  # noqa: D102
+    def aux(self) -> Any:
+        """Reductions of the aux, names out of `metrics.REDUCTIONS`; None: there is no aux."""
+
     @property
-    def sigma(self) -> float | optax.Schedule | None: ...  # noqa: D102
-    @property
-    def perturbation(self) -> Perturbation: ...  # noqa: D102
-    @property
-    def shaping(self) -> str | Shaping: ...  # noqa: D102
-    @property
-    def noise_reuse(self) -> int: ...  # noqa: D102
-    @property
-    def aux(self) -> Any: ...  # noqa: D102
-    @property
-    def precision(self) -> str: ...  # noqa: D102
-    @property
-    def placement(self) -> Placement | None: ...  # noqa: D102
+    def placement(self) -> Placement | None:
+        """How a generation is spread over the mesh; None: one device."""
 
 
 def current_sigma(settings: Settings, state: ESState) -> Array:

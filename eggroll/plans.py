@@ -18,14 +18,14 @@ def known_plan(strategy: Any, params: Any, *, needed_by: str) -> Plan:
     return plan
 
 
-def plan_of(strategy: Any, function: Any, params: Any, inputs: Any, *, make: Callable[[], Plan]) -> Plan:
-    """Return the plan of parameters as a function uses them.
+def checked_plan(strategy: Any, function: Any, params: Any, inputs: Any, *, make: Callable[[], Plan]) -> Plan:
+    """Return the plan of parameters, checked against their uses in a function; the first function makes it.
 
     Args:
         strategy: a frozen value.
         function: the user's function.
         params: pytree of parameters.
-        inputs: what else decides the trace, such as the batch; only shapes and dtypes count. None: any; the plan made before.
+        inputs: what else decides the trace, such as the batch; only shapes and dtypes count.
         make: reads the plan of the function.
 
     Raises:
@@ -33,8 +33,6 @@ def plan_of(strategy: Any, function: Any, params: Any, inputs: Any, *, make: Cal
     """
     shapes = programs.signature(params)
     planned = programs.find("plan", strategy, shapes)
-    if planned is not None and inputs is None:
-        return planned
     own = programs.remember("uses", strategy, function, shapes, programs.signature(inputs), make=make)
     if planned is None:
         programs.store("plan", strategy, shapes, value=own)

@@ -2,6 +2,7 @@
 
 A strategy is a plain frozen value. What is derived from it is kept here, by the value of the strategy, the function, and the
 shapes and dtypes that it was made for. The memo is bounded: the entries used least recently are dropped.
+An entry keeps the strategy alive, with everything that its functions close over: pass large arrays as the batch.
 """
 
 import collections
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 LIMIT = 256  # entries other than plans
-MAX_PLANS = 4096  # small, and never dropped for programs: a run replayed with another plan would silently be another run
+MAX_PLANS = 1024  # small, and never dropped for programs: a run replayed with another plan would silently be another run
 MANY = 16  # programs of the same code that are compiled before a warning
 
 _entries: collections.OrderedDict[tuple[Hashable, ...], Any] = collections.OrderedDict()

@@ -23,7 +23,7 @@ from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import LowRank, Perturbation, check_params
-from eggroll.plans import known_plan, plan_of
+from eggroll.plans import checked_plan, known_plan
 from eggroll.population.fitness import member_arguments, normalised
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.members import Population, build_member, check_coefficients, check_fitness
@@ -134,17 +134,21 @@ class EvolutionStrategy:
         Raises:
             ValueError: the function uses a parameter differently from the plan.
         """
+        asked = batch is not None or function is not None or not isinstance(state, ESState)
+        known = None if asked else programs.find("plan", self, programs.signature(state.params))
+        return known or self._checked_plan(state, batch, function)
+
+    def _checked_plan(self, state: ESState, batch: Any, function: Callable | None = None) -> Plan:
         if not isinstance(state, ESState):
             raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
-        inputs = None if batch is None and function is None else (batch, state.member_state)
         read = functools.partial(self._read_plan, state, batch, function)
-        return plan_of(self, function, state.params, inputs, make=read)
+        return checked_plan(self, function, state.params, (batch, state.member_state), make=read)
 
     def _read_plan(self, state: ESState, batch: Any, function: Callable | None) -> Plan:
         self.layout.check_batch(batch)
-        one_batch = self.layout.one_member(batch)
-        arguments = (one_batch,) if function else member_arguments(one_batch, state.member_state)
-        plan = make_plan(function or self._fitness, state.params, *arguments, perturbation=self.perturbation)
+        one = self.layout.one_member(batch)
+        given = (one,) if function else member_arguments(one, state.member_state)
+        plan = make_plan(function or self._fitness, state.params, *given, perturbation=self.perturbation)
         estimator.check_sums(plan, num_pairs=self.layout.num_pairs)
         return plan
 
@@ -159,7 +163,7 @@ class EvolutionStrategy:
             `(state, metrics)`. Compiled at the first call; a later sigma or generation does not recompile.
         """
         self.layout.check_batch(batch)
-        plan, placement = self.plan(state, batch), self.placement
+        plan, placement = self._checked_plan(state, batch), self.placement
         shapes = programs.signature((state, batch))
         if placement is not None:
             programs.remember("checked", self, shapes, make=lambda: placement.check(self._fitness, state, batch))
@@ -196,7 +200,6 @@ class EvolutionStrategy:
         told = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
         plan = known_plan(self, state.params, needed_by="tell")
         state, told = shard_inputs(self.placement, state, told)
-
         score = functools.partial(generation.score_pairs, self, plan)
         key, shardings = ("tell", self, programs.Identity(plan)), replicated(self.placement)
         report = programs.compile_once(*key, function=score, out_shardings=shardings)(*told)
@@ -233,8 +236,7 @@ class EvolutionStrategy:
         Args:
             state: from `init` or the last `step`; its plan is known.
             batch: as for `step`.
-            function: `function(params, batch, key, member_state)` of one member; None: the fitness, which gives
-                `(fitness, aux, member_state)`.
+            function: `function(params, batch, key, member_state)`; None: the fitness, with `(fitness, aux, member_state)`.
 
         Returns:
             The results with leading axes [P, 2].
@@ -265,9 +267,8 @@ class EvolutionStrategy:
     def _advance(self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
         new_state, done = self._update(plan, state, report.coefficients)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
-        return new_state._replace(member_state=member_state), Metrics(
-            state.generation, generation.current_sigma(self, state), *report, *done
-        )
+        metrics = Metrics(state.generation, generation.current_sigma(self, state), *report, *done)
+        return new_state._replace(member_state=member_state), metrics
 
     def _update(self, plan: Plan, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
         """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
@@ -279,7 +280,7 @@ class EvolutionStrategy:
         return state, make_report(plan, done)
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
-        plan, state = self.plan(state, batch, function=function), state._replace(member_state=None)
+        plan, state = self._checked_plan(state, batch, function), state._replace(member_state=None)
         layout = self.chunked_layout(state, batch, function=function)
         key = ("apply", self, programs.Identity(plan), function, programs.signature((state, batch)), layout)
         evaluate = functools.partial(generation.apply_to_members, self, plan, function, layout)

@@ -162,7 +162,11 @@ class ZerothOrder:
 
     def plan_of(self, params: Any, batch: Any = None) -> Plan:
         """`plan` from parameters, or their shapes and dtypes."""
-        return plans.plan_of(self, self.loss, params, batch, make=functools.partial(self._read_plan, params, batch))
+        known = programs.find("plan", self, programs.signature(params))
+        return known if known is not None and batch is None else self._checked_plan(params, batch)
+
+    def _checked_plan(self, params: Any, batch: Any) -> Plan:
+        return plans.checked_plan(self, self.loss, params, batch, make=functools.partial(self._read_plan, params, batch))
 
     def _read_plan(self, params: Any, batch: Any) -> Plan:
         shapes = jax.eval_shape(lambda x: x, batch)
@@ -185,7 +189,7 @@ class ZerothOrder:
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
         self.check_batch(batch)
-        plan = self.plan(state, batch)
+        plan = self._checked_plan(state.params, batch)
         placement, shapes = self.placement, programs.signature((state, batch))
         if placement is not None:
             programs.remember("checked", self, shapes, make=lambda: placement.check(self._weighted, state, batch))

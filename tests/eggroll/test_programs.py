@@ -68,6 +68,14 @@ def test_a_function_with_another_plan_is_refused():
         es.plan(state, jnp.ones((3, 4)), function=lambda p, x: jnp.sort(p["w"], axis=0) + x.sum())
 
 
+def test_a_fitness_without_a_batch_is_checked_too():
+    es = strategy(lambda p, batch, key: -jnp.sum((jnp.ones((1, 4)) @ p["w"]) ** 2))
+    state = start(es)
+    es.ask(state).apply(lambda p, x: jnp.sort(p["w"], axis=0) + x.sum(), jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"uses parameter 'w' as low-rank .* has it as dense"):
+        es.step(state)
+
+
 def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo):
     es = strategy()
     state = start(es)

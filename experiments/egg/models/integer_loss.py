@@ -18,7 +18,7 @@ from jax import Array
 from eggroll.experiments.egg.models.fixed_point import Rounding
 
 UNITS_PER_BIT = {"nearest": 256, "floor": 16}
-MAX_TOKENS = 350_000  # a byte has at most 24 bits: so many sum in int32 in both units
+MAX_TOKENS = 350_000  # a byte has at most 24 bits, so sums over this many fit int32 in both units
 
 _POWER_BITS, _MANTISSA_BITS = 22, 11
 _POWERS = np.round(2.0 ** (_POWER_BITS + (np.arange(256) - 255) / 16)).astype(np.int32)
