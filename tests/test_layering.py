@@ -1,6 +1,7 @@
 """Who may import whom, how long a file and how full a folder may be."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -91,3 +92,9 @@ def test_files_and_folders_are_of_readable_size():
 def test_checker_sees_imports_of_every_form():
     source = "import a.b\nfrom c import d\ndef f():\n    from e.g import h\n"
     assert [*imports(source)] == ["a.b", "c.d", "e.g.h"]
+
+
+def test_the_night_runs_every_folder_of_tests():
+    (named,) = re.findall(r"^for folder in ([a-z ]+);", (ROOT / ".ci/night").read_text(), flags=re.MULTILINE)
+    folders = {path.split("/")[1] for path in TRACKED if re.fullmatch(r"tests/[a-z]+/.*test_\w+\.py", path)}
+    assert set(named.split()) == folders
