@@ -1,18 +1,51 @@
-"""Checks of the settings of an `EvolutionStrategy`, made when it is constructed; `population` and `mesh` check their own."""
+"""The settings of an `EvolutionStrategy`, and their checks when it is constructed; `layout` and `mesh` check their own."""
 
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
+from eggroll.generation import Settings
 from eggroll.noise.rules import is_integer
+from eggroll.population.layout import PopulationLayout
 from eggroll.population.metrics import REDUCTIONS
 from eggroll.update.precision import PRECISIONS
 from eggroll.update.shaping import INTEGER_SHAPINGS, SHAPINGS
 
 
-def check_settings(es: Any) -> None:
+class EvolutionSettings(Settings, Protocol):
+    """What is checked besides what the programs of a generation read."""
+
+    @property
+    def fitness(self) -> Callable | None:
+        """Fitness of one member; None where only `ask` and `tell` are used."""
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What turns the gradient estimate into an update."""
+
+    @property
+    def layout(self) -> PopulationLayout:
+        """Layout of the population without a memory budget."""
+
+    @property
+    def memory_budget(self) -> Any:
+        """Bytes of temporary memory for the evaluation, "device" or None."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices to run on; None: one device."""
+
+    @property
+    def shard_optimizer(self) -> bool:
+        """Whether the optimizer's state is spread over the mesh."""
+
+
+def check_settings(es: EvolutionSettings) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the settings of a strategy are usable."""
     if es.fitness is not None and not callable(es.fitness):
         raise TypeError(f"fitness must be a function or None, got {type(es.fitness).__name__}.")
@@ -42,7 +75,7 @@ def check_settings(es: Any) -> None:
     _ = es.placement  # checks the mesh
 
 
-def _check_integers(es: Any) -> None:
+def _check_integers(es: EvolutionSettings) -> None:
     if es.sigma is not None:
         raise ValueError(f"sigma must be None for int8 parameters, whose Integer(shift=...) says it, got {es.sigma!r}.")
     if es.shaping not in INTEGER_SHAPINGS:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import DenseLeaf, FactoredLeaf, LeafPlan
+from eggroll.noise.plan import Plan
 
 PREFIX = "blocks/"
 
@@ -62,11 +63,11 @@ def stacked_plan(plan: Plan) -> Plan:
     """
 
     def stacked(leaf: LeafPlan) -> LeafPlan:
-        if not leaf.path.startswith(PREFIX) or leaf.role == "frozen":
+        if not leaf.path.startswith(PREFIX):
             return leaf
-        if leaf.factored and leaf.stack[:1] != (0,):
+        if isinstance(leaf, FactoredLeaf) and leaf.stack[:1] != (0,):
             raise ValueError(f"'{leaf.path}' is not used block by block.")
-        return dataclasses.replace(leaf, stack=(0,)) if leaf.role == "dense" else leaf
+        return dataclasses.replace(leaf, stack=(0,)) if isinstance(leaf, DenseLeaf) else leaf
 
     return dataclasses.replace(plan, leaves=tuple(stacked(leaf) for leaf in plan.leaves))
 
@@ -75,8 +76,9 @@ def split_plan(plan: Plan, params: Any) -> tuple[Plan, Plan]:
     """The plans of the resident parameters and of ONE block, whose noise is that of the whole plan at its stack index."""
 
     def one(leaf: LeafPlan) -> LeafPlan:
-        axes: Any = {name: tuple(axis - 1 for axis in getattr(leaf, name) if axis > 0) for name in ("stack", "rows", "columns")}
-        return dataclasses.replace(leaf, shape=leaf.shape[1:], **axes)
+        stack, rows, columns = (tuple(axis - 1 for axis in axes if axis > 0) for axes in leaf.axes)
+        leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], stack=stack)
+        return dataclasses.replace(leaf, rows=rows, columns=columns) if isinstance(leaf, FactoredLeaf) else leaf
 
     of_blocks = [leaf for leaf in plan.leaves if leaf.path.startswith(PREFIX)]
     if any(len(leaf.stack) > 1 for leaf in of_blocks):

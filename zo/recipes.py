@@ -114,8 +114,15 @@ def fzoo(
         perturbation: noise of the directions.
         **options: of `mezo`.
     """
-    noise: dict[str, Any] = dict(sigma=sigma, directions=directions, perturbation=perturbation)
-    return mezo(loss, learning_rate=learning_rate, estimator="fzoo", **noise, **options)
+    return mezo(
+        loss,
+        learning_rate=learning_rate,
+        sigma=sigma,
+        directions=directions,
+        perturbation=perturbation,
+        estimator="fzoo",
+        **options,
+    )
 
 
 def spsa15(
@@ -137,9 +144,15 @@ def spsa15(
         perturbation: noise of the directions.
         **options: of `mezo`.
     """
-    rate = sigma if learning_rate is None else learning_rate
-    noise: dict[str, Any] = dict(sigma=sigma, directions=directions, perturbation=perturbation)
-    return mezo(loss, learning_rate=rate, estimator="curvature", **noise, **options)
+    return mezo(
+        loss,
+        learning_rate=sigma if learning_rate is None else learning_rate,
+        sigma=sigma,
+        directions=directions,
+        perturbation=perturbation,
+        estimator="curvature",
+        **options,
+    )
 
 
 def grzo(

@@ -247,13 +247,7 @@ class ZerothOrder:
     def _score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
         estimator, placement = ESTIMATORS[self.estimator], self.placement
         evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
-
-        def join(results: tuple[Array, Array]) -> Array:
-            if placement is not None and placement.axis("data"):
-                results = jax.lax.psum(results, "data")
-            return results[0] / results[1]
-
-        losses = sharded.evaluate(
+        totals, weights = sharded.evaluate(
             self._of_direction,
             plan,
             state.params,
@@ -261,9 +255,9 @@ class ZerothOrder:
             placement=placement,
             layout=self.layout,
             batch=batch,
-            split=True,
-            join=join,
+            over_data=("sum", "sum"),
         )
+        losses = totals / weights
         if placement is not None:
             losses = jax.lax.with_sharding_constraint(losses, placement.replicated)
         base = jnp.float32(jnp.nan)

@@ -58,7 +58,7 @@ def layout_in_budget(
         The layout, in chunks unless the whole population fits; then the log says so.
 
     Raises:
-        ValueError: not even one pair fits.
+        ValueError: not even one pair fits, or the compiler does not say what fits.
     """
     if budget is None or layout.chunk_pairs is not None:
         return layout
@@ -73,7 +73,10 @@ def layout_in_budget(
         axis = {None: None, 1: 2 * pairs}.get(layout.members_per_batch)
         small_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((axis, *x.shape[1:]) if axis else x.shape, x.dtype), batch)
         compiled = jax.jit(functools.partial(evaluate, small)).lower(shapes, small_batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        account = compiled.memory_analysis()
+        if account is None:
+            raise ValueError(f"memory_budget needs the compiler's account of memory, which {jax.default_backend()} lacks.")
+        return account.temp_size_in_bytes
 
     sizes = (8, 16) if layout.num_pairs >= 16 else (1, 2)
     needs = [temporary_bytes(size) for size in sizes]

@@ -52,8 +52,9 @@ def join(
         ValueError: arguments or variables are incomplete or wrong.
         RuntimeError: the others did not come, or jax has been used already.
     """
-    given: dict[str, Any] = dict(zip(LAUNCHED, (coordinator_address, num_processes, process_id), strict=True))
-    if all(value is None for value in given.values()):
+    arguments = (coordinator_address, num_processes, process_id)
+    given = {name: None if value is None else str(value) for name, value in zip(LAUNCHED, arguments, strict=True)}
+    if all(value is None for value in arguments):
         given = {name: os.environ.get(name) for name in LAUNCHED}
     missing = [name for name, value in given.items() if value is None]
     scheduled = any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULED)
@@ -62,7 +63,7 @@ def join(
     if missing:
         raise ValueError(f"several processes need all of {', '.join(LAUNCHED)}; missing: {', '.join(missing)}.")
     try:
-        address, count, index = given["JAX_COORDINATOR_ADDRESS"], *(int(given[name]) for name in LAUNCHED[1:])
+        address, count, index = str(given[LAUNCHED[0]]), int(str(given[LAUNCHED[1]])), int(str(given[LAUNCHED[2]]))
     except ValueError:
         raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be integers, got {given}.") from None
     if not 0 <= index < count or not address.rpartition(":")[2].isdigit():
@@ -74,10 +75,18 @@ def join(
     return _initialize(timeout, coordinator_address=address, num_processes=count, process_id=index)
 
 
-def _initialize(timeout: int, **where: Any) -> bool:
+def _initialize(
+    timeout: int, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> bool:
     try:
         # A process that ends alone waits for the others as long as the heartbeat.
-        jax.distributed.initialize(**where, initialization_timeout=timeout, heartbeat_timeout_seconds=20)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=20,
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"the processes of this run did not meet within {timeout} s: {reason}") from error

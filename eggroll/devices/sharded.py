@@ -19,12 +19,14 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from eggroll.devices.mesh import Placement
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import FrozenLeaf, LeafPlan
+from eggroll.noise.plan import Plan
 from eggroll.population import evaluate as population
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.update import estimator
 
-OVER_SHARES: dict[str, Callable] = {  # how a reduction of aux joins the shares of the batch
+OVER_SHARES: dict[str, Callable] = {  # how results of the shares of the batch are joined: the reductions of aux, and "own"
+    "own": lambda x, axis: x,
     "sum": jax.lax.psum,
     "mean": jax.lax.pmean,
     "all": jax.lax.pmean,
@@ -61,14 +63,6 @@ def evaluate_fitness(
     Returns:
         The results with leading axes [P, 2]; the fitness, averaged over the shares of the batch, is known to every device.
     """
-
-    def join(results: Any) -> Any:
-        fitness, values, member_state = results
-        if placement is None or placement.axis("data") is None:
-            return results
-        joined = jax.tree.map(lambda name, tree: jax.tree.map(lambda x: OVER_SHARES[name](x, "data"), tree), aux, values)
-        return jax.lax.pmean(fitness, "data"), joined, member_state
-
     fitness, values, member_state = evaluate(
         function,
         plan,
@@ -78,8 +72,7 @@ def evaluate_fitness(
         layout=layout,
         batch=batch,
         member_state=member_state,
-        split=True,
-        join=join,
+        over_data=("mean", aux, "own"),
     )
     if placement is not None:
         fitness = jax.lax.with_sharding_constraint(fitness, placement.replicated)
@@ -96,8 +89,7 @@ def evaluate(
     layout: PopulationLayout,
     batch: Any = None,
     member_state: Any = None,
-    split: bool = False,
-    join: Callable = lambda results: results,
+    over_data: Any = None,
 ) -> Any:
     """`population.evaluate` over a mesh.
 
@@ -110,8 +102,8 @@ def evaluate(
         layout: the whole population; its chunks are those of one device.
         batch: pytree.
         member_state: pytree with leading axes [P, 2], or None.
-        split: every device along "data" takes its share of the batch; otherwise all of it.
-        join: what a device does with its results, the collectives over "data".
+        over_data: how the results of the shares of the batch are joined, names out of `OVER_SHARES` as a tree that the results
+            continue; None: every device along "data" takes all of the batch.
 
     Returns:
         The results with leading axes [P, 2], which lie over "population".
@@ -134,7 +126,7 @@ def evaluate(
             member_state=member_state,
             first_pair=first_pair,
         )
-        return join(results)
+        return results if over_data is None or placement is None else _joined_shares(placement, over_data, results)
 
     if placement is None or not placement.manual:
         return run(layout, params, batch, member_state, scalars, 0)
@@ -149,7 +141,7 @@ def evaluate(
         return run(local, params, batch, member_state, scalars, first_pair[0])
 
     members, everywhere = PartitionSpec(placement.axis("population")), PartitionSpec()
-    in_specs = (members, everywhere, placement.batch_spec(split=split, padded=True), members, everywhere)
+    in_specs = (members, everywhere, placement.batch_spec(split=over_data is not None, padded=True), members, everywhere)
     first_pairs = local.num_pairs * jnp.arange(devices, dtype=jnp.int32)
     results = _over_devices(placement, on_device, in_specs, members)(first_pairs, params, batch, member_state, scalars)
     return results if padded == layout.num_pairs else jax.tree.map(lambda x: x[: layout.num_pairs], results)
@@ -194,7 +186,7 @@ def gradient(
             num_pairs=num_pairs,
         )
         parts = zip(plan.leaves, jax.tree.leaves(part), specs, strict=True)
-        return [part if leaf.role == "frozen" else _joined(placement, part, spec) for leaf, part, spec in parts]
+        return [part if isinstance(leaf, FrozenLeaf) else _joined(placement, part, spec) for leaf, part, spec in parts]
 
     spread = PartitionSpec(placement.manual)
     same = PartitionSpec()
@@ -203,13 +195,20 @@ def gradient(
     return jax.tree.unflatten(plan.tree, run(first_pairs, padded, noise_key, noise_generation, sigma))
 
 
+def _joined_shares(placement: Placement, names: Any, results: Any) -> Any:
+    """The results of this device, joined with those of the devices that have the other shares of the batch."""
+    if placement.axis("data") is None:
+        return results
+    return jax.tree.map(lambda name, tree: jax.tree.map(lambda x: OVER_SHARES[name](x, "data"), tree), names, results)
+
+
 def pad_coefficients(coefficients: Array, size: int) -> Array:
     """[P] to [size]: padding pairs have zero weight."""
     return jnp.pad(coefficients, (0, size - coefficients.shape[0]))
 
 
 def _gradient_spec(placement: Placement, leaf: LeafPlan) -> PartitionSpec:
-    shared = placement.shard_optimizer and leaf.role != "frozen"
+    shared = placement.shard_optimizer and not isinstance(leaf, FrozenLeaf)
     return placement.share_spec(leaf.shape) if shared else PartitionSpec()
 
 

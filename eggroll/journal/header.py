@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eggroll.journal.fingerprint import fingerprint
-from eggroll.noise.plan import LeafPlan
+from eggroll.noise.leaves import LeafPlan
 from eggroll.protocol import S, Strategy
 
 VERSION = 2  # of the file format; 2: the plan has the axes of the noise in each parameter
@@ -59,7 +59,7 @@ def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> 
 
 def _axes(leaf: LeafPlan) -> str:
     """The axes of the noise in a parameter."""
-    return " ".join(f"{name} {list(getattr(leaf, name))}" for name in ("stack", "rows", "columns"))
+    return " ".join(f"{name} {list(axes)}" for name, axes in zip(("stack", "rows", "columns"), leaf.axes, strict=True))
 
 
 def _as_json(value: Any) -> Any:

@@ -6,25 +6,22 @@ inputs that members share, is the reference's product, batched as JAX batches it
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from eggroll.kernels import hopper
-from eggroll.kernels.factors import Noise, Signs, Values
+from eggroll.kernels.factors import Noise
 from eggroll.kernels.int8_dot.api import int8_dot
 from eggroll.kernels.lowrank_dot.api import lowrank_dot
 from eggroll.kernels.lowrank_dot.config import RANKS
-
-if TYPE_CHECKING:
-    from eggroll.noise.plan import LeafPlan
+from eggroll.noise.leaves import LowRankLeaf
 
 
-def chosen(leaf: "LeafPlan", *, covered: bool) -> str:
+def chosen(leaf: LowRankLeaf, *, covered: bool) -> str:
     """The implementation of a leaf's products: "reference" or "mosaic_gpu".
 
     Args:
@@ -35,7 +32,7 @@ def chosen(leaf: "LeafPlan", *, covered: bool) -> str:
         NotImplementedError: the kernel was asked for and does not cover the leaf, or cannot run here.
         ValueError: an unknown implementation.
     """
-    m, n, rank = math.prod(leaf.sizes(leaf.rows)), math.prod(leaf.sizes(leaf.columns)), leaf.spec.rank
+    (m, n), rank = leaf.matrix, leaf.rank
 
     def check() -> None:
         fits = covered and m % 128 == 0 and n % 64 == 0
@@ -133,11 +130,3 @@ def _batched(function: Callable, fits: Callable[..., bool], batched: Callable) -
 
 def _axis(is_batched: bool) -> int | None:
     return 0 if is_batched else None
-
-
-def noise_of(words: Array | None, left: Array | None, right: Array | None) -> Noise:
-    """The noise of a matrix as `kernels` read it: packed signs, or factors [m, r] and [n, r] of one layer."""
-    if words is not None:
-        return Signs(words)
-    assert left is not None and right is not None
-    return Values(left.T, right.T)

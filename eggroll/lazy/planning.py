@@ -17,10 +17,22 @@ from jax import Array
 
 from eggroll.lazy import kernels
 from eggroll.lazy.interpret import apply_perturbed
-from eggroll.lazy.perturbed import Observer, UnsupportedUse, Use, perturb, probe
+from eggroll.lazy.low_rank import perturb
+from eggroll.lazy.perturbed import UnsupportedUse
+from eggroll.lazy.probe import probe
 from eggroll.lazy.quantised import OffGrid
-from eggroll.noise import addresses
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.lazy.uses import Observer, Use
+from eggroll.noise.draws import Flipped
+from eggroll.noise.leaves import (
+    DenseLeaf,
+    FactoredLeaf,
+    FlipoutLeaf,
+    FrozenLeaf,
+    LeafPlan,
+    LowRankLeaf,
+    PerturbedLeaf,
+)
+from eggroll.noise.plan import Plan
 from eggroll.noise.rules import (
     Dense,
     Flipout,
@@ -58,7 +70,7 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
         _plan_leaf(path, leaf, spec, seen.uses.get(path, []), converted=seen.widest(path) if on_grid else None)
         for path, leaf, spec, on_grid in zip(leaf_paths, leaves, specs, grid, strict=True)
     ]
-    if all(leaf.role == "frozen" for leaf in planned):
+    if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
     rehearsed = _rehearsed(function, planned, params, args)
     return Plan(tuple(map(_with_implementation, rehearsed)), jax.tree.structure(params))
@@ -78,35 +90,36 @@ def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: t
             return planned
         except UnsupportedUse as error:
             reason = f"used in {error.where}, which has no low-rank rule"
-            planned = [_as_dense(leaf, reason) if leaf.path == error.path else leaf for leaf in planned]
+            planned = [
+                _as_dense(leaf, reason) if isinstance(leaf, PerturbedLeaf) and leaf.path == error.path else leaf
+                for leaf in planned
+            ]
 
 
 def _with_implementation(leaf: LeafPlan) -> LeafPlan:
-    if leaf.role != "low-rank":
+    if not isinstance(leaf, LowRankLeaf):
         return leaf
     side_by_side = len(leaf.rows) == 1 and leaf.columns == (leaf.rows[0] + 1,)  # as [m, n], which the kernels read
     covered = side_by_side and not leaf.quantised
     return dataclasses.replace(leaf, implementation=kernels.chosen(leaf, covered=covered))
 
 
-def _as_dense(leaf: LeafPlan, reason: str) -> LeafPlan:
-    return dataclasses.replace(leaf, role="dense", reason=reason, stack=(), rows=(), columns=())
+def _as_dense(leaf: PerturbedLeaf, reason: str) -> DenseLeaf:
+    return DenseLeaf(leaf.path, leaf.shape, leaf.dtype, leaf.spec, reason, converted=leaf.converted)
 
 
 def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
-    if planned.quantised and planned.role == "dense":
+    """What the function sees for a leaf, with zeros for the random words."""
+    if planned.quantised and isinstance(planned, DenseLeaf):
         return OffGrid(leaf.astype(planned.noise_dtype), planned.path)
-    if not planned.factored:
+    if not isinstance(planned, FactoredLeaf):
         return leaf
     stack = planned.sizes(planned.stack)
     factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
-    assert isinstance(factors, addresses.Factors)
     scale = jnp.zeros(stack, jnp.int32 if planned.integer else jnp.float32)
-    options = planned.where | {
-        "shared": leaf.astype(planned.noise_dtype) if planned.role == "flipout" else None,
-        "integer": planned.integer,
-    }
-    return perturb(leaf, factors, scale=scale, quantised=planned.converted, **options)
+    is_flipout = isinstance(planned, FlipoutLeaf)
+    noise = Flipped(leaf.astype(planned.noise_dtype), factors) if is_flipout else factors
+    return perturb(planned, leaf, noise, scale=scale)
 
 
 def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[bool]) -> Observer:
@@ -127,20 +140,21 @@ def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[b
 
 
 def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use], *, converted: Any) -> LeafPlan:
-    planned = LeafPlan(path, tuple(leaf.shape), leaf.dtype, "dense", spec, "", converted=converted)
+    about = path, tuple(leaf.shape), leaf.dtype
     if isinstance(spec, Frozen):
-        return dataclasses.replace(planned, role="frozen", reason="by rule")
+        return FrozenLeaf(*about, spec, "by rule", converted)
     if not uses:
-        return dataclasses.replace(planned, role="frozen", reason="not used by the function")
+        return FrozenLeaf(*about, spec, "not used by the function", converted)
     if isinstance(spec, Dense):
-        return dataclasses.replace(planned, reason="by rule")
+        return DenseLeaf(*about, spec, "by rule", converted)
     stack, rows, columns, reason = _split(leaf.shape, uses)
     if reason:
-        return dataclasses.replace(planned, reason=reason)
+        return DenseLeaf(*about, spec, reason, converted)
     note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
     note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
-    role = "flipout" if isinstance(spec, Flipout) else "low-rank"
-    planned = dataclasses.replace(planned, role=role, reason=note, stack=stack, rows=rows, columns=columns)
+    if isinstance(spec, Flipout):
+        return FlipoutLeaf(*about, spec, note, converted, stack, rows, columns)
+    planned = LowRankLeaf(*about, spec, note, converted, stack, rows, columns)
     if planned.integer:
         planned.integer.check_width(path, max(math.prod(planned.sizes(tuple(use.contracted))) for use in uses))
     return planned

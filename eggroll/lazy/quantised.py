@@ -2,10 +2,10 @@
 
     W = s Q           the function computes (x @ Q.astype(x.dtype)) * s, a member sees float(Q) + sigma E in place of Q
 
-A matrix whose noise is factors stays a `PerturbedArray` of base Q; the conversion is a view that gives base and factors the
-floating dtype, and the products that follow are those of any lazy parameter. Where there are no factors to keep (dense noise,
-rows that were looked up before the conversion), the perturbed values stand ready: `OffGrid`. Both may be moved about as int8
-arrays, but not computed with: an integer has no place for a perturbation that is finer than one.
+A matrix whose noise is factors stays a `PerturbedArray` of base Q, its delta `Quantised`; the conversion is a view that gives
+base and factors the floating dtype, and the products that follow are those of any lazy parameter. Where there are no factors to
+keep (dense noise, rows that were looked up before the conversion), the perturbed values stand ready: `OffGrid`. Both may be
+moved about as int8 arrays, but not computed with: an integer has no place for a perturbation that is finer than one.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,58 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from eggroll.lazy.perturbed import MOVES, LazyArray, Observer, PerturbedArray, UnconvertedUse, register, view
+from eggroll.lazy.perturbed import MOVES, Delta, LazyArray, Operation, PerturbedArray, Tag, UnconvertedUse, register
+from eggroll.lazy.uses import Observer
+
+
+class Quantised(Delta):
+    """The delta of an int8 base that the function has not converted yet."""
+
+    converted: Delta  # what it is of the converted base
+    dtype: Any = eqx.field(static=True)  # floating dtype of the noise
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who is told of the uses; None: this is no probe."""
+        return self.converted.observer
+
+    def _with(self, converted: Delta) -> "Quantised":
+        return Quantised(converted, self.dtype)
+
+    def map(self, operation: Operation) -> "Quantised":
+        """Apply `operation` to every component."""
+        return self._with(self.converted.map(operation))
+
+    def unpacked(self, value: PerturbedArray) -> "Quantised":
+        """The same delta with its packed signs, if any, unpacked into factors."""
+        return self._with(self.converted.unpacked(value))
+
+    def ready_for_loops(self, value: PerturbedArray) -> "Quantised":
+        """The same delta in the form in which a loop is to read it in every turn."""
+        return self._with(self.converted.ready_for_loops(value))
+
+    def indexed(self, tag: Tag) -> "Quantised":
+        """The same delta, after the axis tagged `tag` was indexed."""
+        return self._with(self.converted.indexed(tag))
+
+    def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
+        """Refuse what computes with the integers; the rest is as for any delta."""
+        if not moves:
+            raise UnconvertedUse(value.axes.path, where)
+        return self.converted.read(value, where, reason, moves=moves)
+
+    def convert(self, value: PerturbedArray, dtype: DTypeLike) -> PerturbedArray:
+        """The conversion of `value` to a floating dtype: a view, whose noise has the dtype too."""
+        path = value.axes.path
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UnconvertedUse(path, f"a conversion to {jnp.dtype(dtype)}")
+        if self.observer is not None:
+            self.observer.convert(path, dtype)
+
+        def operation(array: Array, component: str) -> Array:
+            return array if component == "scale" else array.astype(dtype)
+
+        return value.with_delta(self.converted).view(value.tags, operation)
 
 
 class OffGrid(LazyArray):
@@ -35,12 +86,6 @@ class OffGrid(LazyArray):
     def materialise(self) -> Array:
         """Refuse: the function asked for integers."""
         raise UnconvertedUse(self.path, "an operation that needs the whole array")
-
-    def unpacked(self) -> "OffGrid":
-        """The same: nothing is packed."""
-        return self
-
-    ready_for_loops = unpacked
 
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -60,19 +105,9 @@ def off_grid(integers: Array, noise: Array, dtype: DTypeLike) -> Array:
 
 
 @register(jax.lax.convert_element_type_p)
-def _convert(value: OffGrid, *, new_dtype, weak_type, sharding):
+def _convert(value: OffGrid, *, new_dtype: DTypeLike, weak_type: bool, sharding: Any) -> Array:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise UnconvertedUse(value.path, f"a conversion to {jnp.dtype(new_dtype)}")
     if value.observer is not None:
         value.observer.convert(value.path, new_dtype)
     return value.values.astype(new_dtype)
-
-
-def converted(value: PerturbedArray, dtype: DTypeLike) -> PerturbedArray:
-    """The conversion of a quantised matrix to a floating dtype: a view, whose noise has the dtype too."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise UnconvertedUse(value.layout.path, f"a conversion to {jnp.dtype(dtype)}")
-    if value.layout.observer is not None:
-        value.layout.observer.convert(value.layout.path, dtype)
-    floating = view(value, value.tags, lambda array, component: array if component == "scale" else array.astype(dtype))
-    return floating.with_layout(quantised=None)

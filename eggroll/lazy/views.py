@@ -5,80 +5,83 @@ A view that would mix rows, columns and stacked axes has no rule; the plan then 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.extend.core as jexc
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
-from eggroll.lazy.perturbed import PerturbedArray, Tag, register, view
-from eggroll.lazy.quantised import converted
+from eggroll.lazy.perturbed import PerturbedArray, Tag, register
+from eggroll.lazy.quantised import Quantised
 
 
 @register(jax.lax.transpose_p)
-def _transpose(value: PerturbedArray, *, permutation):
-    def operation(array, component):
+def _transpose(value: PerturbedArray, *, permutation: Sequence[int]) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
         order = [own.index(axis) for axis in permutation if axis in own]
         return jnp.transpose(array, order + list(range(len(own), array.ndim)))
 
-    return view(value, [value.tags[axis] for axis in permutation], operation)
+    return value.view([value.tags[axis] for axis in permutation], operation)
 
 
 @register(jax.lax.convert_element_type_p)
-def _convert_element_type(value: PerturbedArray, *, new_dtype, weak_type, sharding):
-    if value.layout.quantised is not None:
-        return converted(value, new_dtype)
+def _convert_element_type(value: PerturbedArray, *, new_dtype: DTypeLike, weak_type: bool, sharding: Any) -> Any:
+    if isinstance(value.delta, Quantised):
+        return value.delta.convert(value, new_dtype)
     kinds = jnp.floating, jnp.integer
     if not any(jnp.issubdtype(new_dtype, kind) and jnp.issubdtype(value.base.dtype, kind) for kind in kinds):
         params = dict(new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)
         return PerturbedArray.default(jax.lax.convert_element_type_p, [value], params)
-    return view(value, value.tags, lambda array, component: array.astype(new_dtype))
+    return value.view(value.tags, lambda array, component: array.astype(new_dtype))
 
 
 @register(jax.lax.copy_p)
-def _copy(value: PerturbedArray):
+def _copy(value: PerturbedArray) -> PerturbedArray:
     return value
 
 
 @register(jax.lax.squeeze_p)
-def _squeeze(value: PerturbedArray, *, dimensions):
-    def operation(array, component):
+def _squeeze(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
         return jnp.squeeze(array, [own.index(axis) for axis in dimensions if axis in own])
 
-    return view(value, [tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
+    return value.view([tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
 
 
 @register(jax.lax.mul_p)
-def _times_scalar(value: PerturbedArray, factor: ArrayLike, **params):
+def _times_scalar(value: PerturbedArray, factor: ArrayLike, **params: Any) -> Any:
     return _scaled(jax.lax.mul_p, value, factor, [value, factor], params)
 
 
 @register(jax.lax.mul_p)
-def _scalar_times(factor: ArrayLike, value: PerturbedArray, **params):
+def _scalar_times(factor: ArrayLike, value: PerturbedArray, **params: Any) -> Any:
     return _scaled(jax.lax.mul_p, value, factor, [factor, value], params)
 
 
 @register(jax.lax.div_p)
-def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params):
+def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params: Any) -> Any:
     return _scaled(jax.lax.div_p, value, divisor, [value, divisor], params)
 
 
-def _scaled(primitive, value: PerturbedArray, factor: ArrayLike, operands, params):
+def _scaled(primitive: jexc.Primitive, value: PerturbedArray, factor: ArrayLike, operands: list, params: dict[str, Any]) -> Any:
     if jnp.ndim(factor) != 0 or jnp.issubdtype(value.base.dtype, jnp.integer):
         return PerturbedArray.default(primitive, operands, params)
 
-    def operation(array, component):
+    def operation(array: Array, component: str) -> Array:
         if component in ("left", "right", "shared"):
             return array
         factors = jnp.broadcast_to(jnp.asarray(factor).astype(array.dtype), array.shape)
         return primitive.bind(array, factors, **params)
 
-    return view(value, value.tags, operation)
+    return value.view(value.tags, operation)
 
 
 @register(jax.lax.split_p)
-def _split(value: PerturbedArray, *, sizes, axis):
+def _split(value: PerturbedArray, *, sizes: Sequence[int], axis: int) -> list[PerturbedArray]:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     parts = []
     for start, size in zip(starts, sizes, strict=True):
@@ -90,29 +93,31 @@ def _split(value: PerturbedArray, *, sizes, axis):
 
 
 @register(jax.lax.slice_p)
-def _slice(value: PerturbedArray, *, start_indices, limit_indices, strides):
+def _slice(
+    value: PerturbedArray, *, start_indices: Sequence[int], limit_indices: Sequence[int], strides: Sequence[int] | None
+) -> PerturbedArray:
     steps = [1] * value.base.ndim if strides is None else strides
 
-    def operation(array, component):
+    def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
         return array[tuple(slice(start_indices[a], limit_indices[a], steps[a]) for a in own)]
 
-    return view(value, value.tags, operation)
+    return value.view(value.tags, operation)
 
 
 @register(jax.lax.dynamic_slice_p)
-def _dynamic_slice(value: PerturbedArray, *starts: ArrayLike, slice_sizes):
-    def operation(array, component):
+def _dynamic_slice(value: PerturbedArray, *starts: ArrayLike, slice_sizes: Sequence[int]) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
         rest = list(array.shape[len(own) :])
-        zeros = [jnp.zeros_like(starts[0])] * len(rest)
+        zeros: list[ArrayLike] = [jnp.zeros_like(starts[0])] * len(rest)
         return jax.lax.dynamic_slice(array, [starts[a] for a in own] + zeros, [slice_sizes[a] for a in own] + rest)
 
-    return view(value, value.tags, operation)
+    return value.view(value.tags, operation)
 
 
 @register(jax.lax.reshape_p)
-def _reshape(value: PerturbedArray, *, new_sizes, dimensions, sharding):
+def _reshape(value: PerturbedArray, *, new_sizes: Sequence[int], dimensions: Sequence[int] | None, sharding: Any) -> Any:
     tags = _reshaped_tags(value, new_sizes) if dimensions is None else None
     if tags is None:
         params = dict(new_sizes=new_sizes, dimensions=dimensions, sharding=sharding)
@@ -121,7 +126,9 @@ def _reshape(value: PerturbedArray, *, new_sizes, dimensions, sharding):
 
 
 @register(jax.lax.broadcast_in_dim_p)
-def _broadcast_in_dim(value: PerturbedArray, *, shape, broadcast_dimensions, sharding):
+def _broadcast_in_dim(
+    value: PerturbedArray, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], sharding: Any
+) -> Any:
     if math.prod(shape) != value.base.size:
         params = dict(shape=shape, broadcast_dimensions=broadcast_dimensions, sharding=sharding)
         return PerturbedArray.default(jax.lax.broadcast_in_dim_p, [value], params)
@@ -132,12 +139,12 @@ def _broadcast_in_dim(value: PerturbedArray, *, shape, broadcast_dimensions, sha
 
 
 def _resized(value: PerturbedArray, tags: Sequence[Tag], sizes: Sequence[int]) -> PerturbedArray:
-    def operation(array, component):
+    def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
         new = [sizes[axis] for axis in value.positions(component, tags)]
         return array.reshape(*new, *array.shape[len(own) :])
 
-    return view(value, tags, operation)
+    return value.view(tags, operation)
 
 
 def _reshaped_tags(value: PerturbedArray, new_sizes: Sequence[int]) -> list[Tag] | None:
@@ -146,7 +153,7 @@ def _reshaped_tags(value: PerturbedArray, new_sizes: Sequence[int]) -> list[Tag]
     tags: list[Tag] = [()] * len(new_sizes)
     for sources, targets in _reshape_groups(old, new_sizes):
         merged = tuple(sorted({source for axis in sources for source in value.tags[axis]}))
-        if not value.observed and len({_owner(value, (source,)) for source in merged}) > 1:
+        if value.delta.observer is None and len({_owner(value, (source,)) for source in merged}) > 1:
             return None
         for axis in targets:
             tags[axis] = merged
@@ -154,7 +161,7 @@ def _reshaped_tags(value: PerturbedArray, new_sizes: Sequence[int]) -> list[Tag]
 
 
 def _owner(value: PerturbedArray, tag: Tag) -> tuple[bool, bool]:
-    return value.layout.owns("left", tag), value.layout.owns("right", tag)
+    return value.axes.owns("left", tag), value.axes.owns("right", tag)
 
 
 def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

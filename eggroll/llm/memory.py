@@ -20,6 +20,7 @@ from eggroll.lazy.planning import make_plan
 from eggroll.llm.decoding import Prompts, check_sampling, complete
 from eggroll.llm.int8 import SCALE, quantise
 from eggroll.llm.models.families import Config, family_of, init_params, make_generator
+from eggroll.noise.leaves import FactoredLeaf
 from eggroll.noise.plan import Plan
 
 
@@ -134,7 +135,11 @@ def _bytes(shapes: Any) -> int:
 
 
 def _factor_bytes(plan: Plan) -> int:
-    return sum(math.prod(leaf.sizes(leaf.stack)) * leaf.values * leaf.dtype.itemsize for leaf in plan.leaves if leaf.factored)
+    return sum(
+        math.prod(leaf.sizes(leaf.stack)) * leaf.values * leaf.dtype.itemsize
+        for leaf in plan.leaves
+        if isinstance(leaf, FactoredLeaf)
+    )
 
 
 def _format_bytes(count: int) -> str:

@@ -1,14 +1,15 @@
 """Draws the noise of planned leaves from their addresses, the fresh and the shared part of it."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise import addresses
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.addresses import Factors
+from eggroll.noise.leaves import FactoredLeaf, FlipoutLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.plan import Plan
 
 
 class LeafKeys(NamedTuple):
@@ -35,13 +36,13 @@ def leaf_keys(leaves: Sequence[LeafPlan], key: Array, generation: Array | int) -
 
 
 def draw(
-    leaves: Sequence[LeafPlan],
+    leaves: Sequence[PerturbedLeaf],
     keys: Sequence[LeafKeys],
     pair: Array | int,
     *,
     first_index: Array | int = 0,
     first_word: Array | int = 0,
-) -> list[addresses.Factors | Array]:
+) -> list[Factors | Array]:
     """Draw the noise of one pair for several leaves that are not frozen.
 
     Args:
@@ -52,34 +53,43 @@ def draw(
         first_word: of the words at every address, even; not 0 where the leaves are parts of dense ones.
 
     Returns:
-        What `LeafPlan.decode` gives, per leaf.
+        What `PerturbedLeaf.decode` gives, per leaf.
     """
-    drawn = _drawn(leaves, [key.own for key in keys], pair, first_index, first_word)
-    lazy = [index for index, key in enumerate(keys) if key.shared is not None]
-    others = _drawn([leaves[i] for i in lazy], [keys[i].shared for i in lazy], pair, first_index, first_word)
+    words = _draw_words(leaves, [key.own for key in keys], pair, first_index, first_word)
+    drawn = [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]
+    lazy = {index: key.shared for index, key in enumerate(keys) if key.shared is not None}
+    others = _draw_words([leaves[index] for index in lazy], list(lazy.values()), pair, first_index, first_word)
     for index, other in zip(lazy, others, strict=True):
-        drawn[index] = addresses.joined(drawn[index], other, leaves[index].noise_dtype)
+        left, right = drawn[index], leaves[index].decode(other)
+        assert isinstance(left, Factors) and isinstance(right, Factors)
+        drawn[index] = addresses.joined(left, right, leaves[index].noise_dtype)
     return drawn
 
 
-def _drawn(
-    leaves: Sequence[LeafPlan], keys: Sequence[Any], pair: Array | int, first_index: Array | int, first_word: Array | int
-) -> list[Any]:
+def _draw_words(
+    leaves: Sequence[PerturbedLeaf],
+    keys: Sequence[Array],
+    pair: Array | int,
+    first_index: Array | int,
+    first_word: Array | int,
+) -> list[Array]:
     if not leaves:
         return []
     layers = addresses.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves], first_index=first_index)
-    words = addresses.draw_words(layers, [leaf.words for leaf in leaves], first=first_word)
-    return [leaf.decode(own) for leaf, own in zip(leaves, words, strict=True)]
+    return addresses.draw_words(layers, [leaf.words for leaf in leaves], first=first_word)
 
 
 class Flipped(NamedTuple):
     """Noise of one pair for a leaf of role "flipout": U o (r s^T)."""
 
     shared: Array  # U, of the leaf's shape and dtype
-    signs: addresses.Factors  # r and s
+    signs: Factors  # r and s
 
 
-def built_noise(planned: LeafPlan, drawn: addresses.Factors | Flipped) -> Array:
+Drawn = Factors | Flipped | Array  # noise of one pair for a leaf
+
+
+def built_noise(planned: FactoredLeaf, drawn: Factors | Flipped) -> Array:
     """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order, times what is shared."""
     if isinstance(drawn, Flipped):
         return drawn.shared * built_noise(planned, drawn.signs)
@@ -87,20 +97,23 @@ def built_noise(planned: LeafPlan, drawn: addresses.Factors | Flipped) -> Array:
     return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
 
 
-def from_matrix(planned: LeafPlan, matrix: Array) -> Array:
+def from_matrix(planned: FactoredLeaf, matrix: Array) -> Array:
     """Arrange [*stack, m, n], in any shape, as the leaf."""
     axes = [*planned.stack, *planned.rows, *planned.columns]
     return matrix.reshape(planned.sizes(axes)).transpose([axes.index(axis) for axis in range(len(axes))])
 
 
-def draw_shared(plan: Plan, key: Array, generation: Array | int, *, first_index: Array | int = 0) -> list[Any]:
+def draw_shared(plan: Plan, key: Array, generation: Array | int, *, first_index: Array | int = 0) -> list[Array | None]:
     """Noise that all pairs share, at the address of pair 0 under its own key: U of leaves of role "flipout", else None."""
-    leaves = [dataclasses.replace(leaf, role="dense") for leaf in plan.leaves if leaf.role == "flipout"]
+    leaves = [leaf for leaf in plan.leaves if isinstance(leaf, FlipoutLeaf)]
     if not leaves:
         return [None] * len(plan.leaves)
-    drawn: list[Any] = draw(leaves, leaf_keys(leaves, addresses.stream_key(key, 4), generation), 0, first_index=first_index)
-    arranged = iter([from_matrix(*of_leaf) for of_leaf in zip(leaves, drawn, strict=True)])
-    return [next(arranged) if leaf.role == "flipout" else None for leaf in plan.leaves]
+    dense = [leaf.shared for leaf in leaves]
+    keys = [own.own for own in leaf_keys(dense, addresses.stream_key(key, 4), generation)]
+    words = _draw_words(dense, keys, 0, first_index, 0)
+    drawn = [leaf.decode(own) for leaf, own in zip(dense, words, strict=True)]
+    arranged = iter([from_matrix(leaf, own) for leaf, own in zip(leaves, drawn, strict=True)])
+    return [next(arranged) if isinstance(leaf, FlipoutLeaf) else None for leaf in plan.leaves]
 
 
 def draw_pair(
@@ -110,15 +123,18 @@ def draw_pair(
     pair: Array | int,
     *,
     first_index: Array | int = 0,
-    shared: list[Any] | None = None,
-) -> list[Any]:
+    shared: list[Array | None] | None = None,
+) -> list[Drawn | None]:
     """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already.
 
     `first_index` is the stack index of the first layer, not 0 where the plan is of one layer out of a stack. `shared` is from
     `draw_shared`, for a caller that draws it once for several chunks of pairs.
     """
     shared = draw_shared(plan, key, generation, first_index=first_index) if shared is None else shared
-    perturbed = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
+    perturbed = [leaf for leaf in plan.leaves if isinstance(leaf, PerturbedLeaf)]
     drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair, first_index=first_index))
-    own: list[Any] = [None if leaf.role == "frozen" else next(drawn) for leaf in plan.leaves]
-    return [signs if u is None else Flipped(u, signs) for u, signs in zip(shared, own, strict=True)]
+    own = [next(drawn) if isinstance(leaf, PerturbedLeaf) else None for leaf in plan.leaves]
+    return [
+        Flipped(u, signs) if u is not None and isinstance(signs, Factors) else signs
+        for u, signs in zip(shared, own, strict=True)
+    ]

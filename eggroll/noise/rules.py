@@ -88,7 +88,8 @@ class Frozen:
     """No noise and no update."""
 
 
-Spec = LowRank | Dense | Flipout | Integer | Frozen
+Noisy = LowRank | Dense | Flipout | Integer
+Spec = Noisy | Frozen
 Perturbation = Spec | Sequence[tuple[str, Spec]]
 
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.lazy.perturbed import perturb
+from eggroll.lazy.low_rank import perturb
 from eggroll.lazy.quantised import OffGrid, off_grid
 from eggroll.noise import integer
-from eggroll.noise.draws import Flipped, built_noise, draw_pair
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.draws import Drawn, built_noise, draw_pair
+from eggroll.noise.integer import IntegerNoise
+from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.plan import Plan
 from eggroll.population.layout import Scalars
 
 
@@ -114,7 +116,7 @@ def check_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: b
 def member_params(
     plan: Plan,
     params: Any,
-    pair_noise: list[Any],
+    pair_noise: list[Drawn | None],
     *,
     sign: Array,
     sigma: Array | None,
@@ -136,39 +138,36 @@ def member_params(
         A pytree like `params`.
     """
 
-    def member_leaf(planned, leaf, drawn):
-        if planned.role == "frozen":
+    def member_leaf(planned: LeafPlan, leaf: Array, drawn: Any) -> Any:
+        if not isinstance(planned, PerturbedLeaf):
             return leaf
         if planned.integer:
-            return _integer_leaf(planned, leaf, drawn, sign, lazy=lazy)
-        amplitude = sign * sigma * planned.spec.sigma_multiplier
-        if planned.role == "dense":
-            once = leaf.ndim == 1 and (in_loop or planned.spec.distribution == "normal")
+            return _integer_leaf(planned, planned.integer, leaf, drawn, sign, lazy=lazy)
+        assert sigma is not None
+        amplitude = sign * sigma * planned.sigma_multiplier
+        if not isinstance(planned, FactoredLeaf):
+            once = leaf.ndim == 1 and (in_loop or planned.distribution == "normal")
             total = _dense_sum(leaf, drawn, amplitude, once=once, dtype=planned.noise_dtype)
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
-        scale = amplitude / math.sqrt(planned.spec.rank)
+        scale = amplitude / math.sqrt(planned.rank)
         if not lazy:
             built = scale * built_noise(planned, drawn).astype(jnp.float32)
             return off_grid(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
-        scale = jnp.broadcast_to(scale, planned.sizes(planned.stack))
-        shared, factors = drawn if isinstance(drawn, Flipped) else (None, drawn)
-        return perturb(leaf, factors, scale=scale, shared=shared, quantised=planned.converted, **planned.where)
+        return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(scale, planned.sizes(planned.stack)))
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
     return jax.tree.unflatten(plan.tree, leaves)
 
 
-def _integer_leaf(planned: LeafPlan, leaf: Array, drawn: Any, sign: Array, *, lazy: bool) -> Any:
-    assert planned.integer is not None
-    if planned.role == "dense":
-        return integer.saturated(leaf.astype(jnp.int32) + planned.integer.rounded(drawn.astype(jnp.int32) * sign))
+def _integer_leaf(planned: PerturbedLeaf, noise: IntegerNoise, leaf: Array, drawn: Any, sign: Array, *, lazy: bool) -> Any:
+    if not isinstance(planned, FactoredLeaf):
+        return integer.saturated(leaf.astype(jnp.int32) + noise.rounded(drawn.astype(jnp.int32) * sign))
     if not lazy:
         raise ValueError(
             f"int8 parameter '{planned.path}' of one member cannot be built: its perturbation is finer than an integer; "
             "use Population.apply."
         )
-    scale = jnp.broadcast_to(sign, planned.sizes(planned.stack))
-    return perturb(leaf, drawn, scale=scale, integer=planned.integer, **planned.where)
+    return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(sign, planned.sizes(planned.stack)))
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:

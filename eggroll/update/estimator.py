@@ -7,7 +7,7 @@ address. Exactly unbiased for a linear fitness at any rank (EGGROLL, arXiv 2511.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from jax import Array
 from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.lowrank_update import api as update_kernel
 from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
-from eggroll.noise import addresses, integer
+from eggroll.noise import integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, draw, draw_shared, from_matrix, leaf_keys
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
+from eggroll.noise.plan import Plan
 from eggroll.update.shaping import Shaping, integer_coefficients, shaped_fitness
 
 NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
@@ -94,23 +95,48 @@ def gradient(
         float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.
     """
     keys = leaf_keys(plan.leaves, noise_key, noise_generation)
-    first = first_pair, {"first_index": first_index, "first_word": first_word}
-    leaves = [_leaf_sum(leaf, key, coefficients, *first) for leaf, key in zip(plan.leaves, keys, strict=True)]
+    first = First(first_pair, first_index, first_word)
+    leaves = [_leaf_sum(leaf, key, coefficients, first) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
     shared = draw_shared(plan, noise_key, noise_generation, first_index=first_index)
     scaled = [_scaled(*of_leaf, count, sigma) for of_leaf in zip(plan.leaves, leaves, shared, strict=True)]
     return jax.tree.unflatten(plan.tree, scaled)
 
 
-def leaf_gradient(leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
-    """The gradient of one parameter, float32; `where` as for `gradient`."""
-    return gradient(Plan((leaf,), jax.tree.structure(0)), coefficients, **where)
+def leaf_gradient(
+    leaf: LeafPlan,
+    coefficients: Array,
+    *,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | float | None,
+    first_index: Array | int = 0,
+    first_word: Array | int = 0,
+) -> Array:
+    """The gradient of one parameter, float32; arguments as for `gradient`."""
+    return gradient(
+        Plan((leaf,), jax.tree.structure(0)),
+        coefficients,
+        noise_key=noise_key,
+        noise_generation=noise_generation,
+        sigma=sigma,
+        first_index=first_index,
+        first_word=first_word,
+    )
 
 
-def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: Any, first: dict[str, Any]) -> Array:
+class First(NamedTuple):
+    """Where the noise of a sum begins, at all three levels of an address (`gradient` describes them)."""
+
+    pair: Array | int
+    layer: Array | int
+    word: Array | int
+
+
+def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first: First) -> Array:
     """sum_p d_p E_p, without the 1 / sqrt(r) and without what all pairs share."""
     dtype = jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
-    if leaf.role == "frozen":
+    if not isinstance(leaf, PerturbedLeaf):
         return jnp.zeros(leaf.shape, dtype)
     num_pairs = coefficients.shape[0]
     chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
@@ -118,7 +144,7 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
     for_all = num_pairs // chunk * chunk
 
     def add_chunk(total, start):
-        pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
+        pairs = first.pair + start + jnp.arange(chunk, dtype=jnp.int32)
         own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
         return total + _weighted_noise(leaf, key, pairs, own, first), None
 
@@ -127,46 +153,47 @@ def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first_pair: An
     else:
         total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
     if for_all < num_pairs:
-        rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
+        rest = first.pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
         total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first)
     return total
 
 
 def _scaled(leaf: LeafPlan, total: Array, shared: Array | None, members: int, sigma: Array | float | None) -> Array:
     """Turn the sum over pairs into the gradient of the leaf."""
-    if leaf.role == "frozen":
+    if not isinstance(leaf, PerturbedLeaf):
         return total
     if leaf.integer:
-        return from_matrix(leaf, total) if leaf.role == "low-rank" else total
-    leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.spec.sigma_multiplier  # type: ignore[union-attr]
-    if leaf.factored:
-        total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))  # type: ignore[union-attr]
+        return from_matrix(leaf, total) if isinstance(leaf, FactoredLeaf) else total
+    leaf_sigma = jnp.asarray(sigma, jnp.float32) * leaf.sigma_multiplier
+    if isinstance(leaf, FactoredLeaf):
+        total = from_matrix(leaf, total / math.sqrt(leaf.rank))
     if shared is not None:
         total *= shared.astype(jnp.float32)
     return total / (members * leaf_sigma)
 
 
-def _sum_shape(leaf: LeafPlan) -> tuple[int, ...]:
-    if leaf.role == "dense":
-        return leaf.shape
-    sides = (math.prod(leaf.sizes(leaf.rows)), math.prod(leaf.sizes(leaf.columns)))
-    return (*leaf.sizes(leaf.stack), *sides)
+def _sum_shape(leaf: PerturbedLeaf) -> tuple[int, ...]:
+    return (*leaf.sizes(leaf.stack), *leaf.matrix) if isinstance(leaf, FactoredLeaf) else leaf.shape
 
 
-def _weighted_noise(leaf: LeafPlan, key: LeafKeys, pairs: Array, coefficients: Array, first: dict[str, Any]) -> Array:
+def _weighted_noise(leaf: PerturbedLeaf, key: LeafKeys, pairs: Array, coefficients: Array, first: First) -> Array:
     """`_leaf_sum` over some pairs."""
-    drawn = jax.vmap(lambda pair: draw([leaf], [key], pair, **first)[0])(pairs)
+
+    def draw_leaf(pair: Array) -> Factors | Array:
+        return draw([leaf], [key], pair, first_index=first.layer, first_word=first.word)[0]
+
+    drawn = jax.vmap(draw_leaf)(pairs)
     if leaf.integer:
         return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
-    if isinstance(drawn, addresses.Factors):
-        if leaf.implementation != "reference":
+    if isinstance(drawn, Factors):
+        if isinstance(leaf, LowRankLeaf) and leaf.implementation != "reference":
             return summed_by_kernel(coefficients, drawn)
         return lowrank_update(coefficients, *drawn.unpacked(leaf.noise_dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
 
 
-def _integer_sum(coefficients: Array, drawn: addresses.Factors | Array) -> Array:
-    if isinstance(drawn, addresses.Factors):
+def _integer_sum(coefficients: Array, drawn: Factors | Array) -> Array:
+    if isinstance(drawn, Factors):
         return integer_lowrank_update(coefficients, *drawn.unpacked(jnp.int8))
     return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
 
@@ -212,14 +239,20 @@ def summed_by_kernel(coefficients: Array, factors: Factors) -> Array:
     Returns:
         float32 [*stack, m, n].
     """
-    sizes: dict = dict(rank=factors.rank, rows=factors.m, columns=factors.n, implementation="mosaic_gpu")
     packed = factors.words is not None
     arrays = [a for a in (factors.words, factors.left, factors.right) if a is not None]
     trailing = 1 if packed else 2
     stack = arrays[0].shape[1 : arrays[0].ndim - trailing]
 
     def layer(parts):
-        return update_kernel.lowrank_update(coefficients, Signs(*parts) if packed else Values(*parts), **sizes)
+        return update_kernel.lowrank_update(
+            coefficients,
+            Signs(*parts) if packed else Values(*parts),
+            rank=factors.rank,
+            rows=factors.m,
+            columns=factors.n,
+            implementation="mosaic_gpu",
+        )
 
     layers = [jnp.moveaxis(a.reshape(a.shape[0], -1, *a.shape[a.ndim - trailing :]), 1, 0) for a in arrays]
     total = jax.lax.map(layer, layers) if stack else layer([a[0] for a in layers])

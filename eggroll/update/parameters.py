@@ -16,7 +16,8 @@ import optax
 from jax import Array
 
 from eggroll.noise import addresses
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import LeafPlan
+from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trainable
 from eggroll.state import ESState, Masters
 from eggroll.update import estimator

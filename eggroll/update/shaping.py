@@ -14,6 +14,7 @@ Int8 parameters have shapings of their own, from fitness to small whole coeffici
 import functools
 import math
 from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from jax import Array
 from eggroll.noise.integer import INT32
 
 Shaping = Callable[[Array], Array]
+P = ParamSpec("P")
 
 
-def _by_column(shaping: Shaping) -> Shaping:
+def _by_column(shaping: Callable[Concatenate[Array, P], Array]) -> Callable[Concatenate[Array, P], Array]:
     @functools.wraps(shaping)
-    def shaped(fitness, **options):
+    def shaped(fitness: Array, *args: P.args, **options: P.kwargs) -> Array:
         columns = fitness.reshape(fitness.shape[0], -1).astype(jnp.float32)
-        return shaping(columns, **options).mean(axis=1)
+        return shaping(columns, *args, **options).mean(axis=1)
 
     return shaped
 

@@ -17,6 +17,7 @@ import eggroll
 from eggroll.experiments.bench.cases import CASES, Case
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
+from eggroll.noise.addresses import Distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Engine:
     """Rounds; the medians are reported."""
     dense_repeats: int = 3
     """Rounds of the dense form, which is slow; 0 skips it."""
-    distribution: str = "rademacher"
+    distribution: Distribution = "rademacher"
     """Distribution of the factors: rademacher or normal."""
     rank: int = 1
     """Rank of the perturbation."""
@@ -59,7 +60,7 @@ def _cell(value: float | None) -> str:
 
 def measure(case: Case, config: Engine) -> dict[str, float | None]:
     """Time one case; milliseconds, and ratios inference / generation (chunked: of inference in the same chunks)."""
-    spec = eggroll.LowRank(config.rank, config.distribution)  # type: ignore[arg-type]
+    spec = eggroll.LowRank(config.rank, config.distribution)
     forms = _engine_forms(case, spec, chunk_size=case.chunk_size)
     forms |= {"inference": _inference(case, None), "chunked_inference": _inference(case, case.chunk_size)}
     if config.tune:

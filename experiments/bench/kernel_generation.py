@@ -16,6 +16,7 @@ from eggroll.experiments.bench.kernel_work import Call, Work, bound
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
+from eggroll.noise.leaves import LowRankLeaf
 
 ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="llama", tie_word_embeddings=True)
 SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)
@@ -43,7 +44,7 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
         likelihood, population_size=members, sigma=1e-3, optimizer=optax.sgd(1e-3), members_per_batch=1
     )
     state = es.init(params, key=jax.random.key(2))
-    products = [leaf.implementation for leaf in es.plan(state, texts).leaves if leaf.role == "low-rank"]
+    products = [leaf.implementation for leaf in es.plan(state, texts).leaves if isinstance(leaf, LowRankLeaf)]
     by_kernel = sum(name != "reference" for name in products)
     implementation = f"mosaic_gpu {by_kernel}/{len(products)}" if by_kernel else "reference"  # of the matrices
     calls = {

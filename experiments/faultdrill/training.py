@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -115,7 +116,7 @@ def _arm(run: DurableRun, moment: str, generation: int) -> None:
             def __getattr__(self, name: str) -> Any:
                 return getattr(file, name)
 
-        journal._file = HalfWritten()  # type: ignore[assignment]
+        mock.patch.object(journal, "_file", HalfWritten()).start()
     else:
         save = checkpoints.save
 
@@ -125,7 +126,7 @@ def _arm(run: DurableRun, moment: str, generation: int) -> None:
                 time.sleep(random.random() * 0.02)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoints.save = save_and_die  # type: ignore[method-assign]
+        mock.patch.object(checkpoints, "save", save_and_die).start()
 
 
 if __name__ == "__main__":

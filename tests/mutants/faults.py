@@ -75,14 +75,14 @@ FAULTS = (
     Fault(
         "members lack 1 / sqrt(r)",
         "eggroll/population/members.py",
-        "scale = amplitude / math.sqrt(planned.spec.rank)",
+        "scale = amplitude / math.sqrt(planned.rank)",
         "scale = amplitude",
         (POPULATION, ESTIMATOR),
     ),
     Fault(
         "gradient lacks 1 / sqrt(r)",
         "eggroll/update/estimator.py",
-        "total = from_matrix(leaf, total / math.sqrt(leaf.spec.rank))",
+        "total = from_matrix(leaf, total / math.sqrt(leaf.rank))",
         "total = from_matrix(leaf, total)",
         (ESTIMATOR,),
     ),
@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "pairs off by one",
         "eggroll/update/estimator.py",
-        "pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)",
-        "pairs = first_pair + start + 1 + jnp.arange(chunk, dtype=jnp.int32)",
+        "pairs = first.pair + start + jnp.arange(chunk, dtype=jnp.int32)",
+        "pairs = first.pair + start + 1 + jnp.arange(chunk, dtype=jnp.int32)",
         (ESTIMATOR,),
     ),
     Fault(

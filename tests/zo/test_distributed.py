@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 import eggroll
 from eggroll import zo
 from eggroll.experiments.bench.collectives import collective_bytes
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import DenseLeaf, LowRankLeaf
+from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, LowRank
 from eggroll.update.estimator import gradient
 from eggroll.zo.offload.devices import part_of_gradient
@@ -158,9 +159,8 @@ def test_what_cannot_be_sharded_is_refused(make, message):
 @pytest.mark.parametrize("spec", [slow(Dense("normal")), Dense("rademacher"), LowRank(2)])
 def test_a_part_of_the_gradient_equals_a_slice_of_all_of_it(spec):
     """Every part draws its own dense noise only."""
-    role = "low-rank" if isinstance(spec, LowRank) else "dense"
-    axes = {"rows": (0,), "columns": (1,)} if role == "low-rank" else {}
-    leaf = LeafPlan("w", (5, 33), jnp.dtype("float32"), role, spec, "", **axes)
+    about = "w", (5, 33), jnp.dtype("float32"), spec, ""
+    leaf = LowRankLeaf(*about, rows=(0,), columns=(1,)) if isinstance(spec, LowRank) else DenseLeaf(*about)
     where = dict(noise_key=jax.random.key(3), noise_generation=jnp.int32(2), sigma=jnp.float32(0.1), first_index=1)
     d = jnp.array([0.5, -2.0, 1.0], jnp.float32)
     expected = np.ravel(gradient(Plan((leaf,), jax.tree.structure(0)), d, **where))

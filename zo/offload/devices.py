@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eggroll.devices.mesh import put
 from eggroll.noise import addresses
-from eggroll.noise.plan import LeafPlan
+from eggroll.noise.leaves import DenseLeaf, LeafPlan
 from eggroll.update.estimator import leaf_gradient
 
 AXES = ("population", "data")
@@ -143,11 +143,29 @@ class Devices:
 
         return jax.tree.map(gathered, block, is_leaf=is_sliced)
 
-    def slice_of_gradient(self, leaf: LeafPlan, coefficients: Array, **where: Any) -> Array:
-        """This device's slice of the gradient of one leaf, float32 [slice]."""
+    def slice_of_gradient(
+        self,
+        leaf: LeafPlan,
+        coefficients: Array,
+        *,
+        noise_key: Array,
+        noise_generation: Array | int,
+        sigma: Array | float | None,
+        first_index: Array | int,
+    ) -> Array:
+        """This device's slice of the gradient of one leaf, float32 [slice]; arguments as for `estimator.gradient`."""
         count = self._slice(math.prod(leaf.shape))
-        first, padded = jax.lax.axis_index(AXES) * count, self.mesh.size * count
-        return part_of_gradient(leaf, coefficients, first=first, count=count, padded=padded, **where)
+        return part_of_gradient(
+            leaf,
+            coefficients,
+            first=jax.lax.axis_index(AXES) * count,
+            count=count,
+            padded=self.mesh.size * count,
+            noise_key=noise_key,
+            noise_generation=noise_generation,
+            sigma=sigma,
+            first_index=first_index,
+        )
 
     def slice_of_uniform(self, key: Array, count: int) -> Array:
         """This device's slice [count] of uniform numbers in [0, 1) that do not depend on the number of devices."""
@@ -194,7 +212,16 @@ def drop_device_axes(tree: Any) -> Any:
 
 
 def part_of_gradient(
-    leaf: LeafPlan, coefficients: Array, *, first: Array | int, count: int, padded: int, **where: Any
+    leaf: LeafPlan,
+    coefficients: Array,
+    *,
+    first: Array | int,
+    count: int,
+    padded: int,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | float | None,
+    first_index: Array | int = 0,
 ) -> Array:
     """Values first ... first + count - 1 of the flat gradient of one leaf; dense noise is drawn for these only.
 
@@ -204,11 +231,18 @@ def part_of_gradient(
         first: a multiple of `ALIGNED`.
         count: a multiple of `ALIGNED`.
         padded: length to which the flat gradient is padded; values past its end are arbitrary.
-        **where: the other arguments of `estimator.gradient`.
+        noise_key, noise_generation, sigma, first_index: as for `estimator.gradient`.
     """
-    if leaf.role == "dense":
+    drawn = functools.partial(
+        leaf_gradient,
+        coefficients=coefficients,
+        noise_key=noise_key,
+        noise_generation=noise_generation,
+        sigma=sigma,
+        first_index=first_index,
+    )
+    if isinstance(leaf, DenseLeaf):
         part = dataclasses.replace(leaf, shape=(count,), stack=())
-        first_word = first // addresses.WORD if leaf.spec.distribution == "rademacher" else first  # type: ignore[union-attr]
-        return leaf_gradient(part, coefficients, first_word=first_word, **where)
-    flat = jnp.ravel(leaf_gradient(leaf, coefficients, **where))
+        return drawn(part, first_word=first // addresses.WORD if leaf.distribution == "rademacher" else first)
+    flat = jnp.ravel(drawn(leaf))
     return jax.lax.dynamic_slice_in_dim(jnp.pad(flat, (0, padded - flat.size)), first, count)

@@ -21,7 +21,8 @@ from jax import Array
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.noise import addresses
 from eggroll.noise.draws import draw_pair, draw_shared
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import LeafPlan
+from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Frozen
 from eggroll.population.members import member_params
 from eggroll.population.metrics import FitnessReport

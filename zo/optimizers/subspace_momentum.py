@@ -18,8 +18,10 @@ import optax
 from jax import Array
 
 from eggroll.kernels.lowrank_update.reference import lowrank_update
+from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import draw, from_matrix, leaf_keys
-from eggroll.noise.plan import LeafPlan, Plan
+from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
+from eggroll.noise.plan import Plan
 from eggroll.update.parameters import NoiseSource
 
 
@@ -42,13 +44,13 @@ def subspace_momentum(decay: float, plan: Plan, directions: int) -> optax.Gradie
         ValueError: a parameter's right factor is new at every step: there is no subspace that steps share.
     """
     for leaf in plan.leaves:
-        if leaf.role == "low-rank" and leaf.refresh == 1:
+        if isinstance(leaf, LowRankLeaf) and leaf.refresh == 1:
             raise ValueError(
                 f"momentum lives in the right factors that steps share: '{leaf.path}' needs LowRank(refresh=...) above 1."
             )
 
     def init(params: Any) -> SubspaceMomentum:
-        shapes = {leaf.path: _shape(leaf, directions) for leaf in plan.leaves if leaf.role != "frozen"}
+        shapes = {leaf.path: _shape(leaf, directions) for leaf in plan.leaves if isinstance(leaf, PerturbedLeaf)}
         return SubspaceMomentum(jnp.int32(-1), {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()})
 
     def update(
@@ -64,15 +66,14 @@ def subspace_momentum(decay: float, plan: Plan, directions: int) -> optax.Gradie
         momenta = dict(state.momenta)
 
         def move(leaf: LeafPlan, own: Array) -> Array:
-            if leaf.role == "frozen":
+            if not isinstance(leaf, PerturbedLeaf):
                 return own
             old = state.momenta[leaf.path]
-            if leaf.role == "dense":
+            if not isinstance(leaf, FactoredLeaf):
                 momenta[leaf.path] = decay * old + (1 - decay) * own
                 return momenta[leaf.path]
             left, right = _factors(leaf, noise, noise.generation, directions)
-            spec: Any = leaf.spec
-            descent = -coefficients / (2 * directions * sigma * spec.sigma_multiplier * math.sqrt(spec.rank))
+            descent = -coefficients / (2 * directions * sigma * leaf.sigma_multiplier * math.sqrt(leaf.rank))
             kept = _in_subspace(leaf, old, noise, state.generation, right)
             new = decay * kept + (1 - decay) * descent.reshape((-1,) + (1,) * (left.ndim - 1)) * left
             momenta[leaf.path] = new
@@ -84,26 +85,26 @@ def subspace_momentum(decay: float, plan: Plan, directions: int) -> optax.Gradie
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _shape(leaf: LeafPlan, directions: int) -> tuple[int, ...]:
-    if leaf.role == "dense":
+def _shape(leaf: PerturbedLeaf, directions: int) -> tuple[int, ...]:
+    if not isinstance(leaf, FactoredLeaf):
         return leaf.shape
-    spec: Any = leaf.spec
-    return (directions, *leaf.sizes(leaf.stack), spec.rank, math.prod(leaf.sizes(leaf.rows)))
+    return (directions, *leaf.sizes(leaf.stack), leaf.rank, leaf.matrix[0])
 
 
-def _factors(leaf: LeafPlan, noise: NoiseSource, generation: Array, directions: int) -> tuple[Array, Array]:
+def _factors(leaf: FactoredLeaf, noise: NoiseSource, generation: Array, directions: int) -> tuple[Array, Array]:
     """The factors of a step, float32 [n, *stack, r, rows] and [n, *stack, r, columns]."""
     keys = leaf_keys([leaf], noise.key, generation)
 
     def of_direction(index: Array) -> tuple[Array, Array]:
-        drawn: Any = draw([leaf], keys, index)[0]
+        drawn = draw([leaf], keys, index)[0]
+        assert isinstance(drawn, Factors)
         left, right = drawn.unpacked(leaf.dtype)
         return left.astype(jnp.float32), right.astype(jnp.float32)
 
     return jax.vmap(of_direction)(jnp.arange(directions, dtype=jnp.int32))
 
 
-def _in_subspace(leaf: LeafPlan, momentum: Array, noise: NoiseSource, last: Array, right: Array) -> Array:
+def _in_subspace(leaf: FactoredLeaf, momentum: Array, noise: NoiseSource, last: Array, right: Array) -> Array:
     """The momentum of step `last`, in the subspace of this step."""
 
     def projected() -> Array:

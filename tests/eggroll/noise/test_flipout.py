@@ -11,6 +11,7 @@ from eggroll import zo
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.draws import built_noise, draw_pair
+from eggroll.noise.leaves import FactoredLeaf
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
 from eggroll.update import estimator
@@ -29,7 +30,9 @@ W = {"w": 0.5 * jax.random.normal(jax.random.key(1), (M, N))}
 def built(plan, generation, pair):
     """E of every leaf."""
     drawn = draw_pair(plan, KEY, generation, pair)
-    return [built_noise(leaf, own) if leaf.factored else own for leaf, own in zip(plan.leaves, drawn, strict=True)]
+    return [
+        built_noise(leaf, own) if isinstance(leaf, FactoredLeaf) else own for leaf, own in zip(plan.leaves, drawn, strict=True)
+    ]
 
 
 def weight_first():
