@@ -5,7 +5,6 @@ member, which under `vmap` over the signs and then over the pairs becomes one ca
 inputs that members share, is the reference's product, batched as JAX batches it: the plain product is then shared, too.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +67,6 @@ def population_product(x: Array, w: Array, noise: Noise, scale: Array, *, rank: 
     return _of_one(form, rank, bits)(x, w, noise, scale)
 
 
-@functools.cache
 def _of_one(form: Any, rank: int, bits: int | None) -> Callable:
     """The product of one member, whose batched form over the signs is `_of_pair`."""
 
@@ -78,7 +76,6 @@ def _of_one(form: Any, rank: int, bits: int | None) -> Callable:
     return _batched(one, lambda x, w, noise, scale: x and scale and not w and not any(noise), _of_pair(form, rank, bits))
 
 
-@functools.cache
 def _of_pair(form: Any, rank: int, bits: int | None) -> Callable:
     """The product of a pair's members, x [S, R, m] and scale [S], whose batched form over the pairs is the kernel's call."""
 

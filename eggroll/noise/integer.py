@@ -11,7 +11,6 @@ variance 0.9995 of 256 and its fourth moment 2.990 of the squared variance, wher
 """
 
 import dataclasses
-import functools
 import math
 from statistics import NormalDist
 
@@ -28,16 +27,14 @@ INT32 = 2**31 - 1
 ROOT_BITS = 15  # of 1 / sqrt(r), where it is no power of two
 
 
-@functools.cache
-def normal_table() -> np.ndarray:
-    """round(16 z) at the midpoints of 4096 equally likely intervals: int8 [4096], symmetric."""
-    normal = NormalDist()
-    return np.array([round(16 * normal.inv_cdf((i + 0.5) / 4096)) for i in range(4096)], np.int8)
+# round(16 z) at the midpoints of 4096 equally likely intervals: int8 [4096], symmetric.
+NORMAL_TABLE = np.array([round(16 * NormalDist().inv_cdf((i + 0.5) / 4096)) for i in range(4096)], np.int8)
+NORMAL_TABLE.setflags(write=False)
 
 
 def largest_factor(distribution: str) -> int:
     """The largest size of a factor."""
-    return int(normal_table().max()) if distribution == "normal" else 1
+    return int(NORMAL_TABLE.max()) if distribution == "normal" else 1
 
 
 def words_needed(count: int, distribution: str) -> int:
@@ -62,7 +59,7 @@ def decode(words: Array, count: int, *, distribution: str) -> Array:
     shifts = jnp.arange(0, WORD, width, dtype=jnp.uint32)
     bits = (words[..., None] >> shifts).reshape(*words.shape[:-1], -1)[..., :count]
     if distribution == "normal":
-        return jnp.asarray(normal_table())[((bits >> jnp.uint32(4)) & jnp.uint32(4095)).astype(jnp.int32)]
+        return jnp.asarray(NORMAL_TABLE)[((bits >> jnp.uint32(4)) & jnp.uint32(4095)).astype(jnp.int32)]
     return 1 - 2 * (bits & jnp.uint32(1)).astype(jnp.int8)
 
 
@@ -121,7 +118,7 @@ class IntegerNoise:
     @property
     def deviation(self) -> float:
         """Standard deviation of an entry of one pair's noise as the update sums it."""
-        values = normal_table().astype(np.float64) if self.distribution == "normal" else np.ones(1)
+        values = NORMAL_TABLE.astype(np.float64) if self.distribution == "normal" else np.ones(1)
         square = float(np.mean((np.sign(values) if self.sums_signs else values) ** 2))
         return math.sqrt(self.rank * square**self.factors)
 

@@ -196,7 +196,7 @@ def test_factors_have_their_moments(distribution):
     drawn = integer.decode(words[: integer.words_needed(n, distribution)], n, distribution=distribution)
     assert drawn.dtype == jnp.int8 and drawn.shape == (n,)
     values = np.asarray(drawn, np.float64)
-    table = integer.normal_table().astype(np.float64) if distribution == "normal" else np.array([-1.0, 1.0])
+    table = integer.NORMAL_TABLE.astype(np.float64) if distribution == "normal" else np.array([-1.0, 1.0])
     for power in (1, 2, 4):
         error = np.std(table**power) / n**0.5
         assert abs((values**power).mean() - (table**power).mean()) <= 5 * error + 1e-12
@@ -206,7 +206,7 @@ def test_factors_have_their_moments(distribution):
 
 def test_the_table_is_a_rounded_normal_distribution():
     """What docs and docstrings say of it, exactly."""
-    values = integer.normal_table().astype(np.float64)
+    values = integer.NORMAL_TABLE.astype(np.float64)
     second = (values**2).mean()
     assert values.sum() == 0 and np.array_equal(values, -values[::-1]) and values.max() == 59
     assert round(second / 256, 4) == 0.9995 and round((values**4).mean() / second**2, 3) == 2.990
@@ -233,7 +233,7 @@ def test_sigma_means_the_same_for_every_rank_and_distribution(spec):
     error = 5 * (3 / (32 * 64)) ** 0.5 * spec.rank**-0.5
     assert abs(perturbation_std(spec, "low-rank") * 2**spec.shift - 1) <= error / 2 + 0.01
     if spec == eggroll.Integer():  # an int8 vector moves in steps of one, so by the rounded table
-        rounded = np.std(np.asarray(integer.shifted(jnp.asarray(integer.normal_table(), jnp.int32), 4), np.float64))
+        rounded = np.std(np.asarray(integer.shifted(jnp.asarray(integer.NORMAL_TABLE, jnp.int32), 4), np.float64))
         assert abs(perturbation_std(spec, "dense") - rounded / 16) <= 5 * rounded / 16 / (2 * 32 * 4000) ** 0.5
         assert abs(rounded - 1) < 0.07
 
@@ -261,7 +261,7 @@ def numpy_sums(plan, state, coefficients):
     d = np.asarray(coefficients, np.int64)
     for planned, drawn in zip(plan.leaves, drawn_noise(plan, state, d.size), strict=True):
         spec, factors = planned.spec, 1 if planned.role == "dense" else 2
-        table = integer.normal_table().astype(float) if spec.distribution == "normal" else np.ones(1)
+        table = integer.NORMAL_TABLE.astype(float) if spec.distribution == "normal" else np.ones(1)
         if spec.update == "sign":
             drawn, table = jax.tree.map(jnp.sign, drawn), np.sign(table)
         one = np.mean(table**2) ** (factors / 2) * (spec.rank if factors == 2 else 1) ** 0.5
