@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from eggroll import plans, programs
 from eggroll.devices.processes import gather
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Perturbation, check_params, refuse_quantised
 from eggroll.population.members import check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
-from eggroll.programs import signature
 from eggroll.protocol import Strategy
 from eggroll.update.parameters import UpdateReport
 from eggroll.update.precision import is_low
@@ -54,7 +54,6 @@ class Offload:
 
     tuner: ZerothOrder
     transfer_dtype: Any = None
-    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tuner.loss, Blocks):
@@ -151,12 +150,12 @@ class Offload:
         self.tuner.check_batch(batch)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         small = state._replace(resident=self._updated_resident(state), blocks=())
-        carry, aux = self._program("begin", streams.begin, (SAME, BATCH), (OWN, OWN))(small, batch)
-        visit = self._program("visit", streams.visit, (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
+        carry, aux = _program(streams, "begin", (SAME, BATCH), (OWN, OWN))(small, batch)
+        visit = _program(streams, "visit", (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
         blocks: list[Any] = []
         for block in self._replaced_blocks(state, blocks):
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
-        report: FitnessReport = self._program("end", streams.end, (SAME, OWN, BATCH), SAME)(small, carry, batch)
+        report: FitnessReport = _program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
         done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
@@ -175,7 +174,7 @@ class Offload:
             ValueError: wrong length, or no plan yet.
         """
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
-        streams, updated = self._known_streams("replay"), self.flush(state)
+        streams, updated = self._known_streams(state, "replay"), self.flush(state)
         return self._defer(streams, updated, coefficients)[0]
 
     def flush(self, state: OffloadState) -> OffloadState:
@@ -196,11 +195,11 @@ class Offload:
         """
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         key, resident = self.devices.replicate(key), self._updated_resident(state)
-        x, aux = self._program("loss first", streams.first, (SAME, BATCH, SAME), OWN)(resident, batch, key)
-        forward = self._program("loss block", streams.forward, (SLICES, OWN, OWN), OWN)
+        x, aux = _program(streams, "first", (SAME, BATCH, SAME), OWN)(resident, batch, key)
+        forward = _program(streams, "forward", (SLICES, OWN, OWN), OWN)
         for block in self._updated_blocks(state):
             x = jax.block_until_ready(forward(block, x, aux))
-        return self._program("loss end", streams.loss, (SAME, OWN, BATCH), SAME)(resident, x, batch)
+        return _program(streams, "loss", (SAME, OWN, BATCH), SAME)(resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
         """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
@@ -218,43 +217,35 @@ class Offload:
         return self.devices.store(np.asarray(leaf, self.transfer_dtype if shortened else None), leaf.dtype)
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
-        shapes, tuner = _shapes(state), self.tuner
-        plan = tuner.plan_of(shapes, batch)
-        if self._cache.setdefault("shapes", signature(shapes)) != signature(shapes):
-            raise ValueError("params differ in structure, shape or dtype from the parameters this strategy was planned for.")
-        if "streams" not in self._cache:
-            assert isinstance(tuner.loss, Blocks)
-            resident_plan, block_plan = split_plan(plan, shapes)
-            self._cache["streams"] = Streams(
-                pieces=tuner.loss,
-                estimator=ESTIMATORS[tuner.estimator],
-                descent=tuner.optimizer,
-                directions=tuner.directions,
-                chunk_directions=tuner.chunk_directions,
-                resident_plan=resident_plan,
-                block_plan=block_plan,
-                devices=self.devices,
-            )
-        return self._cache["streams"]
+        shapes = _shapes(state)
+        return self._streams_of(self.tuner.plan_of(shapes, batch), shapes)
 
-    def _known_streams(self, needed_by: str) -> Streams:
-        if "streams" not in self._cache:
-            raise ValueError(f"{needed_by} needs the plan: call plan(state, batch).")
-        return self._cache["streams"]
+    def _known_streams(self, state: OffloadState, needed_by: str) -> Streams:
+        shapes = _shapes(state)
+        return self._streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
+
+    def _streams_of(self, plan: Plan, shapes: Any) -> Streams:
+        def make() -> Streams:
+            loss, options = self.tuner.loss, (self.tuner.directions, self.tuner.chunk_directions)
+            assert isinstance(loss, Blocks)
+            parts = loss, ESTIMATORS[self.tuner.estimator], self.tuner.optimizer
+            return Streams(*parts, *options, *split_plan(plan, shapes), self.devices)
+
+        return programs.remember("streams", self.tuner, programs.Identity(plan), make=make)
 
     def _updated_resident(self, state: OffloadState) -> Any:
         """The resident parameters after the pending update."""
         if not _is_pending(state):
             return state.resident
-        update = self._known_streams("a pending update").update_resident
-        return self._program("update resident", update, (SAME, SAME, SAME), SAME)(state.pending, state.key, state.resident)
+        streams = self._known_streams(state, "a pending update")
+        return _program(streams, "update_resident", (SAME, SAME, SAME), SAME)(state.pending, state.key, state.resident)
 
     def _updated_blocks(self, state: OffloadState) -> Iterator[Any]:
         """Yield the blocks on the device, after the pending update, while the next one is uploaded."""
         update = None
         if _is_pending(state):
-            streams, ins = self._known_streams("a pending update"), (SAME, SAME, SLICES, SAME)
-            update = self._program("update block", streams.update_block, ins, SLICES, donate_argnums=2)
+            streams = self._known_streams(state, "a pending update")
+            update = _program(streams, "update_block", (SAME, SAME, SLICES, SAME), SLICES, donate_argnums=2)
         coming = _upload(state.blocks[0])
         for index, following in enumerate((*state.blocks[1:], None)):
             block, coming = coming, None if following is None else _upload(following)
@@ -271,14 +262,18 @@ class Offload:
 
     def _defer(self, streams: Streams, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
         small = state._replace(resident=(), blocks=())
-        new, skipped = self._program("defer", streams.defer, (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
+        new, skipped = _program(streams, "defer", (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
         return new._replace(resident=state.resident, blocks=state.blocks), skipped
 
-    def _program(self, name: str, function: Callable, ins: Any, outs: Any, *, donate_argnums: int | None = None) -> Callable:
-        """Compile `function` once, for all devices."""
-        if name not in self._cache:
-            self._cache[name] = jax.jit(self.devices.spread(function, ins, outs), donate_argnums=donate_argnums)
-        return self._cache[name]
+
+def _program(streams: Streams, name: str, ins: Any, outs: Any, *, donate_argnums: int | None = None) -> Callable:
+    """Return the method `name` of the streams, compiled once for all devices."""
+
+    def make() -> Callable:
+        spread = streams.devices.spread(getattr(streams, name), ins, outs)
+        return jax.jit(spread, donate_argnums=donate_argnums)
+
+    return programs.remember(name, programs.Identity(streams), make=make)
 
 
 def _is_pending(state: OffloadState) -> bool:
