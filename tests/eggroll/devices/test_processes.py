@@ -94,13 +94,13 @@ def test_a_process_alone_has_nobody_to_meet(monkeypatch):
 
 def test_slurm_and_open_mpi_are_recognised(monkeypatch):
     called = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: called.append(options))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **options: called.append((given, options)))
     for name in processes.SCHEDULED:
         with monkeypatch.context() as context:
             context.setenv(name, "4")
             processes.join(timeout=7)
-    assert [options["initialization_timeout"] for options in called] == [7, 7]
-    assert "num_processes" not in called[0]  # jax reads the rest from the scheduler
+    assert [options["initialization_timeout"] for _, options in called] == [7, 7]
+    assert called[0][0] == (None, None, None)  # jax reads the rest from the scheduler
 
 
 @pytest.mark.parametrize(
