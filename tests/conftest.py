@@ -4,6 +4,7 @@ Warnings are errors (pyproject.toml). Workers of pytest-xdist import this file t
 not the virtual devices. Computation lands on the first device unless a test makes a mesh of `jax.devices()[:n]`.
 """
 
+import gc
 import hashlib
 import os
 import platform
@@ -39,6 +40,7 @@ def compile_optimized(optimized: bool) -> None:
         jax.clear_caches()
 
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and few cycles: a twentieth of the time of the tests
 os.environ.setdefault("XLA_FLAGS", QUICK_CODE.get(platform.machine(), ""))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -84,6 +84,7 @@ def test_named_files_and_modules_exist(page):
     assert not wrong
 
 
+@pytest.mark.slow  # the test of the wheel runs it too
 def test_example_runs_and_learns(standard_promotion, capsys):
     (source,) = code_blocks("README.md", "python")
     names: dict = {}

@@ -35,7 +35,8 @@ def empty_memo(monkeypatch):
 
 @pytest.fixture
 def small_memo(monkeypatch):
-    monkeypatch.setattr(programs, "LIMIT", 8)
+    monkeypatch.setattr(programs, "LIMIT", 6)
+    monkeypatch.setattr(programs, "MANY", 4)
 
 
 def test_chunks_are_chosen_for_every_batch_shape():
@@ -79,8 +80,8 @@ def test_a_fitness_without_a_batch_is_checked_too():
 def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo):
     es = strategy()
     state = start(es)
-    with pytest.warns(UserWarning, match="was compiled 16 times: pass the same function object"):
-        for _ in range(programs.MANY):
+    with pytest.warns(UserWarning, match="was compiled 4 times: pass the same function object"):
+        for _ in range(2 * programs.LIMIT):
             es.ask(state).apply(lambda p, x: x @ p["w"], jnp.ones((1, 4)))
             assert programs.num_entries() <= programs.LIMIT + 1  # and the plan
     with warnings.catch_warnings(record=True) as more:  # said once
@@ -91,7 +92,7 @@ def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo)
 def test_ever_new_shapes_warn_once(small_memo):
     es = strategy()
     state = start(es)
-    with pytest.warns(UserWarning, match="fitness was compiled 16 times: .* batches of a few shapes") as seen:
+    with pytest.warns(UserWarning, match="fitness was compiled 4 times: .* batches of a few shapes") as seen:
         for rows in range(1, programs.MANY + 3):
             es.step(state, jnp.ones((rows, 4)))
     assert len(seen) == 1

@@ -14,6 +14,7 @@ from eggroll import zo
 from eggroll.journal import JournalError
 from eggroll.journal import __main__ as command
 from eggroll.journal.fingerprint import fingerprint
+from tests.tables import slow
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 RECIPE = {"function": "tests.zo.test_offload_runs:make", "options": {"second_moment": 0.9, "transfer_dtype": "bfloat16"}}
@@ -80,7 +81,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:generation 3 was skipped")
-@pytest.mark.parametrize("interrupt", [1, 3, 5])  # without a checkpoint, right after one, between two
+@pytest.mark.parametrize("interrupt", [slow(1), slow(3), 5])  # without a checkpoint, right after one, between two
 def test_an_interrupted_run_resumes_bit_for_bit(whole, tmp_path, interrupt):
     folder, _, expected, mean = whole
     go(tmp_path, 8, interrupt=interrupt)

@@ -44,12 +44,13 @@ def test_members_are_pairs_with_opposite_signs():
 
 def test_chunked_equals_unchunked_equals_one_by_one():
     whole = fitness_of(strategy())
-    for chunk_size in (2, 4, 8, 10, 12, 100):
+    for chunk_size in (2, 8, 100):
         np.testing.assert_allclose(fitness_of(strategy(chunk_size=chunk_size)), whole, rtol=1e-6)
     es = strategy()
     state = es.init(PARAMS, key=jax.random.key(0))
     es.plan(state, X)
-    alone = [fitness(es.ask(state).member(i), X, None) for i in range(12)]
+    alone = jax.jit(lambda i: fitness(es.ask(state).member(i), X, None))
+    alone = [alone(i) for i in range(12)]
     np.testing.assert_allclose(whole, alone, rtol=1e-5)
 
 
@@ -164,7 +165,7 @@ def test_the_budget_of_the_device_is_half_of_what_is_free(monkeypatch):
     batch, layouts = jnp.ones((512, 5, 4)), []
     for es in (by_device, by_bytes):
         state = es.init(PARAMS, key=jax.random.key(0))
-        es.step(state, batch)
+        es.plan(state, batch)
         layouts.append(es.chunked_layout(state, batch))
     assert layouts[0] == layouts[1] != by_bytes.layout
 

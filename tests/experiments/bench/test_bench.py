@@ -81,6 +81,7 @@ def test_the_integer_benchmark_measures_a_generation(capsys, tmp_path):
         egg.run(egg.EGG(dataclasses.replace(train, alpha=2.0)))
 
 
+@pytest.mark.slow
 def test_inference_of_the_integer_benchmark_reads_what_the_members_read(tmp_path):
     """Without noise a generation gives what it gives."""
     (tmp_path / "a.txt").write_bytes(b"the quick brown fox" * 20)
