@@ -40,7 +40,7 @@ def plateau(params, batch, key):
 OBJECTIVES = {"quadratic": -0.05, "regression": -0.02, "noisy_quadratic": -0.1, "plateau": 0.9}  # from -1.1, -0.5, -1.1, 0.5
 
 
-@pytest.mark.parametrize(("perturbation", "shaping", "objective"), covering(PERTURBATIONS, SHAPINGS, OBJECTIVES))
+@pytest.mark.parametrize(("perturbation", "shaping", "objective"), covering(PERTURBATIONS, SHAPINGS, OBJECTIVES, strength=1))
 def test_reaches_the_threshold(perturbation, shaping, objective, standard_promotion):
     es = eggroll.EvolutionStrategy(
         globals()[objective],

@@ -36,6 +36,10 @@ def empty_memo(monkeypatch):
 @pytest.fixture
 def small_memo(monkeypatch):
     monkeypatch.setattr(programs, "LIMIT", 6)
+
+
+@pytest.fixture
+def early_warning(monkeypatch):
     monkeypatch.setattr(programs, "MANY", 4)
 
 
@@ -77,7 +81,7 @@ def test_a_fitness_without_a_batch_is_checked_too():
         es.step(state)
 
 
-def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo):
+def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo, early_warning):
     es = strategy()
     state = start(es)
     with pytest.warns(UserWarning, match="was compiled 4 times: pass the same function object"):
@@ -89,7 +93,7 @@ def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo)
     assert not more
 
 
-def test_ever_new_shapes_warn_once(small_memo):
+def test_ever_new_shapes_warn_once(small_memo, early_warning):
     es = strategy()
     state = start(es)
     with pytest.warns(UserWarning, match="fitness was compiled 4 times: .* batches of a few shapes") as seen:

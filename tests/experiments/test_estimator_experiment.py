@@ -60,6 +60,7 @@ def test_error_falls_with_the_population():
         assert curve.slope == pytest.approx(-1.0, abs=Z * curve.slope_error)
 
 
+@pytest.mark.slow
 def test_run_writes_artefacts_and_ends_with_json(tmp_path: Path, capsys):
     config = Config(
         ranks=(1, 2),

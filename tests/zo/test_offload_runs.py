@@ -92,7 +92,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(whole, tmp_path, interrupt):
     assert (tmp_path / "journal.bin").read_bytes() == (folder / "journal.bin").read_bytes()
 
 
-@pytest.mark.parametrize("steps", [6, 8])
+@pytest.mark.parametrize("steps", [slow(6), 8])
 def test_the_journal_rebuilds_parameters_and_checkpoints_bit_for_bit(whole, capsys, steps, tmp_path):
     folder, es, state, _ = whole
     command.main(["verify", str(folder)])

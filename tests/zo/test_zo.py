@@ -122,6 +122,7 @@ def test_the_mean_of_the_estimate_is_the_gradient(estimator, noise):
     assert abs(1.5 * along.mean() - 1) > 5 * error
 
 
+@pytest.mark.slow
 def test_the_squared_error_of_n_directions_is_d_over_n():
     """E |g_hat - g|^2 = |g|^2 (d + 1) / n for a linear loss and normal noise: two n, within 5 standard errors of the mean."""
     truth = flat(jax.grad(linear)(PARAMS, X, KEY))
@@ -206,7 +207,7 @@ def test_the_right_factor_lasts_for_its_steps_and_the_left_is_fresh():
     assert not np.array_equal(drawn[3].right, drawn[0].right)
 
 
-@pytest.mark.parametrize("step", by_default([0, 1, 3], 1, 3))  # 0 and 3 are refresh steps
+@pytest.mark.parametrize("step", by_default([0, 1, 3], 3))  # 0 and 3 are refresh steps
 def test_lozo_perturbs_and_updates_with_the_same_factors(step):
     tuner = zo.ZerothOrder(
         loss, directions=1, sigma=0.01, optimizer=optax.sgd(1.0), perturbation=eggroll.LowRank(2, "normal", refresh=3)

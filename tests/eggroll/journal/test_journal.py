@@ -15,6 +15,7 @@ from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_he
 from eggroll.journal import __main__ as __main__
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
+from tests.tables import by_default
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
@@ -288,7 +289,7 @@ def test_lines_of_a_lost_continuation_are_dropped(tmp_path):
     assert metrics.read_text().startswith(first) and len(metrics.read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
+@pytest.mark.parametrize("damage", by_default(["truncate", "flip"], "flip"))
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tasks that orbax abandons on damaged files
 def test_a_damaged_checkpoint_is_detected_and_skipped(tmp_path, damage, caplog):
     whole, _ = go(tmp_path / "whole", 10)

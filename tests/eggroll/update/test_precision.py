@@ -8,6 +8,7 @@ import pytest
 
 import eggroll
 from eggroll.update.precision import apply_updates, init_masters, stochastic_round
+from tests.tables import covering
 
 WEIGHTS = 0.02 * jax.random.normal(jax.random.key(0), (64, 64))
 STEP = 1e-6 * jax.random.normal(jax.random.key(1), (64, 64))
@@ -68,8 +69,9 @@ def test_small_updates_survive_by_masters_and_by_stochastic_rounding_only():
     assert (nearest * intended).sum() / (intended**2).sum() < 0.2
 
 
-@pytest.mark.parametrize("precision", ["master", "stochastic", "nearest"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), covering(["master", "stochastic", "nearest"], [jnp.bfloat16, jnp.float16], strength=1)
+)
 def test_strategy_keeps_storage_dtypes(precision, dtype):
     params = {"w": WEIGHTS[:8, :4].astype(dtype), "b": jnp.zeros(4)}
 

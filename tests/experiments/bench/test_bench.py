@@ -64,6 +64,7 @@ def test_machine_names_device_and_versions():
     assert about["jax"] == jax.__version__ and about["device"]
 
 
+@pytest.mark.slow
 def test_the_integer_benchmark_measures_a_generation(capsys, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"the quick brown fox" * 20)
     (tmp_path / "b.txt").write_bytes(b"jumps over" * 20)

@@ -217,6 +217,7 @@ def test_an_empty_corpus_is_refused_by_a_clear_error(tmp_path):
         run(*SMALL, "--data", str(tmp_path), "--cache", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes_in_a_run_is_refused_by_a_clear_error(texts, tmp_path, monkeypatch):
     cache, check = tmp_path / "cache", evolution._Checks.__call__
 

@@ -13,6 +13,7 @@ from eggroll.experiments.rl import distributions
 from eggroll.experiments.rl.collect import ActorCritic, Step, advantages, collect, reset
 from eggroll.experiments.rl.ppo import PPO, make_trainer
 from eggroll.experiments.rl.problem import MLP
+from tests.tables import slow
 
 LOG_STD = jnp.array([-0.5, 0.25])
 BOX = envs.Continuous((2,), np.full(2, -1, np.float32), np.full(2, 1, np.float32))
@@ -79,7 +80,7 @@ def test_rollout_resets_and_keeps_the_last_observation(terminates):
     ("space", "raws"),
     [
         (envs.Discrete(3), [0, 1, 2]),
-        (envs.MultiDiscrete((2, 3)), list(itertools.product(range(2), range(3)))),
+        slow(envs.MultiDiscrete((2, 3)), list(itertools.product(range(2), range(3)))),
         (envs.PerAgent(2, envs.Discrete(3)), list(itertools.product(range(3), range(3)))),
     ],
     ids=["discrete", "multi-discrete", "per agent"],

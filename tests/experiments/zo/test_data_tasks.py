@@ -134,6 +134,7 @@ def test_scores_and_losses_equal_loops(case):
     assert weight.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_mean_over_shards_is_the_mean_over_all(tmp_path, case):
     _, decoder, log_probability = case
     lines = [{"prompt": "1", "answer": "22"}, {"prompt": "3", "answer": "4444444"}, {"prompt": "5", "answer": "6"}]
