@@ -49,6 +49,11 @@ set_option("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DI
 set_option("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def pytest_collection_modifyitems(items):
+    """Optimised tests last: what was compiled is forgotten at every change."""
+    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before the fixtures of any scope: they compile as the test does."""

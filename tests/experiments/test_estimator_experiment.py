@@ -34,6 +34,7 @@ def test_matrices_get_low_rank_noise(objective):
     assert [leaf.role for leaf in plan.leaves] == ["low-rank"]
 
 
+@pytest.mark.slow
 def test_bias_is_the_one_of_its_rank_and_not_of_another():
     curves = bias_by_rank([1, 4], size=8, sigma=1.0, num_pairs=1024, replicates=32, key=jax.random.key(0))
     for curve in curves:

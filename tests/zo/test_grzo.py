@@ -88,6 +88,7 @@ def test_grzo_is_numpy_grzo():
         assert np.abs(leaf - PARAMS[name]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_estimate_is_along_the_gradient():
     """The update times 2 (std(delta) + e) estimates the gradient of the batch: within 5 standard errors in every entry, and
     along it, where a factor of 1.5 and the gradient of other targets (the controls) are not.

@@ -148,6 +148,7 @@ def test_lozo_m_is_momentum_in_the_subspace():
     assert np.abs(found - numpy_run(tuner, draw, MIXED, numpy_subspace(0.9, 4, projects=False))).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_dense_noise_has_the_moments_of_optax():
     """Adam while the history is not full, and momentum, which optax does not weigh by 1 - b; optax's own go on working."""

@@ -104,6 +104,7 @@ def bytes_of(lowered):
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
     """Live arrays whenever a block has arrived, and the programs that work on it: 4 against 16 blocks."""
     upload, found = runner._upload, {}
@@ -131,6 +132,7 @@ def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
     assert found[16][2] == 4 * found[4][2]  # the blocks themselves did grow
 
 
+@pytest.mark.slow
 def test_short_floats_are_transferred_and_small_updates_accumulate():
     """bfloat16 transfers: 30 updates smaller than its spacing. The slope of the actual on the exact change is 1, and not 0,
     within 5 standard errors.

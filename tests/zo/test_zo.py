@@ -282,6 +282,7 @@ def test_bfloat16_parameters_keep_small_updates_in_masters():
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_train_and_durable_runs_take_a_tuner(tmp_path):
     def go(folder, steps):

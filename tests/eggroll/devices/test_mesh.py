@@ -13,12 +13,10 @@ from tests.eggroll.devices import mesh_runs
 from tests.tables import by_default
 
 DEFAULT = [
-    "population 8, two generations",
     "population 8, chunks",
     "population 4, data 2, shard_optimizer",
     "population 2, data 2, model 2",
     "population 8, 11 pairs",
-    "population 4, data 2, batch per member",
     "population 8, member state",
     "population 4, data 2, aux",
 ]

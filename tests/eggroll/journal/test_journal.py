@@ -233,6 +233,7 @@ def test_another_version_and_a_missing_file_are_refused(tmp_path):
     ],
     ids=["default", "sign", "schedule"],
 )
+@pytest.mark.optimized
 def test_replay_is_the_run_bit_for_bit(options):
     es, state = make(options)
     entries, start = [], state

@@ -15,7 +15,6 @@ from eggroll.llm.decoder import apply
 from eggroll.llm.models.families import family_of
 from eggroll.llm.models.rotary import Rotary
 from tests.eggroll.llm.language_models import (
-from tests.tables import by_default
     OPT,
     QWEN3,
     RWKV7,
@@ -26,6 +25,7 @@ from tests.tables import by_default
     reference,
     reference_logits,
 )
+from tests.tables import by_default
 
 pytest.importorskip("safetensors")
 

@@ -43,6 +43,7 @@ def test_words_follow_the_written_recipe():
     np.testing.assert_array_equal(words(3, 5, 7, stack=(4,), count=4)[2], expected)
 
 
+@pytest.mark.optimized
 def test_same_bits_alone_vmapped_scanned_jitted_and_together():
     alone = jnp.stack([words(pair=p) for p in range(6)])
     np.testing.assert_array_equal(jax.vmap(lambda p: words(pair=p))(jnp.arange(6)), alone)

@@ -170,6 +170,7 @@ def test_the_budget_of_the_device_is_half_of_what_is_free(monkeypatch):
     assert layouts[0] == layouts[1] != by_bytes.layout
 
 
+@pytest.mark.optimized
 def test_chunks_bound_the_memory():
     """Temporary memory of an evaluation does not grow with the population when it is chunked."""
 

@@ -23,6 +23,7 @@ def run(capsys, **options):
     return lines, json.loads(last)
 
 
+@pytest.mark.slow
 def test_last_line_is_json_with_every_row_of_the_table(capsys):
     lines, summary = run(
         capsys, ops=("lowrank_dot", "lowrank_update", "int8_dot", "together"), cases=("paper-keys", "policy", "egg")

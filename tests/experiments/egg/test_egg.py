@@ -141,6 +141,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, texts, tmp_path, monk
         run(*options, "--resume", "--rank", "2")
 
 
+@pytest.mark.slow
 def test_a_generation_that_comes_out_differently_is_refused(texts, tmp_path, monkeypatch):
     options = [*SMALL, *texts, "--folder", str(tmp_path)]
     stopped = evolution.train

@@ -80,6 +80,7 @@ def bounded_step(weights, h, byte, *, offset):
     return x.normed().times(weights["head"]), h
 
 
+@pytest.mark.slow
 def test_real_numbers_are_those_of_the_integers_up_to_rounding():
     """Logits and states are those of float64, and the integers' state is as near as its roundings allow.
 

@@ -185,6 +185,7 @@ def failing(prompts, completions, **_):
     raise ZeroDivisionError("no")
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_is_told_once_and_counted(capsys, monkeypatch):
     def broken(config, inputs):
         problem = load(config, inputs)

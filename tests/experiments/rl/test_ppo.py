@@ -135,6 +135,7 @@ def small_train(environment, *, env_steps=96):
     return whole_run(make_trainer(config, environment, actor=MLP((8,), outputs), critic=MLP((8,), 1), env_steps=env_steps))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_seeds_vmap_and_are_reproducible():
     first, second = jax.random.split(jax.random.key(0))

@@ -120,6 +120,7 @@ def test_checkpoint_restores_the_policy(small_run):
     assert float(played.total_reward.mean()) == pytest.approx(summary["mean_return"])
 
 
+@pytest.mark.slow
 def test_statistics_are_gathered_through_the_engine():
     """The engine's sum over the population equals the sum over members played one by one."""
     config = Config(population_size=6, hidden_sizes=(4,), episodes=2)
