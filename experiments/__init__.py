@@ -1,4 +1,4 @@
-"""Runnable front ends of the library; each module is one experiment, `python -m experiments.<name>`."""
+"""Runnable front ends of the library; each module is one experiment, `python -m eggroll.experiments.<name>`."""
 
 if __name__ == "experiments":
     from eggroll.checkout import alias

@@ -1,4 +1,4 @@
-"""`python -m experiments.egg_baselines`: see `experiments.egg.baseline_suite`."""
+"""`python -m eggroll.experiments.egg_baselines`: see `experiments.egg.baseline_suite`."""
 
 from eggroll.experiments.egg.baseline_suite import main
 

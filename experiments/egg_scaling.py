@@ -1,4 +1,4 @@
-"""`python -m experiments.egg_scaling`: see `experiments.egg.suite`."""
+"""`python -m eggroll.experiments.egg_scaling`: see `experiments.egg.suite`."""
 
 from eggroll.experiments.egg.suite import main
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.rl_suite`: see `experiments.rl.suite`."""
+"""`python -m eggroll.experiments.rl_suite`: see `experiments.rl.suite`."""
 
 from eggroll.experiments.rl.suite import main
 

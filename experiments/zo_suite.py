@@ -1,4 +1,4 @@
-"""`python -m experiments.zo_suite`: see `experiments.zo.suite`."""
+"""`python -m eggroll.experiments.zo_suite`: see `experiments.zo.suite`."""
 
 from eggroll.experiments.zo.suite import main
 

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m experiments.bench engine --help`.
+"""Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
 Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`.
 """

@@ -1,6 +1,6 @@
 """One run of the reinforcement-learning benchmark, in its own process: ours, or evosax's Open_ES.
 
-    python -m experiments.bench.rl_sides '{"library": "ours", "seed": 0, ...}'
+    python -m eggroll.experiments.bench.rl_sides '{"library": "ours", "seed": 0, ...}'
 
 Both start from the same parameters of the same policy and are evaluated after every generation on the same held-out episodes,
 whose time is not counted. The time includes compilation and generations, not imports.

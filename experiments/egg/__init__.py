@@ -1,1 +1,1 @@
-"""Integer-only pretraining of a recurrent language model: `python -m experiments.egg --help`."""
+"""Integer-only pretraining of a recurrent language model: `python -m eggroll.experiments.egg --help`."""

@@ -1,4 +1,4 @@
-"""Pretrain an integer language model by evolution: `python -m experiments.egg --help`.
+"""Pretrain an integer language model by evolution: `python -m eggroll.experiments.egg --help`.
 
 EGG (`experiments.egg.models.egg`) reads bytes. Each member of the population reads the stream of its group and carries its own
 state. Training uses no floating-point numbers and no backpropagation; metrics and schedules are computed on the host. The last

@@ -1,4 +1,4 @@
-"""Train the baselines of EGG, at equal data per update: `python -m experiments.egg_baselines --help`.
+"""Train the baselines of EGG, at equal data per update: `python -m eggroll.experiments.egg_baselines --help`.
 
 egg-adam           EGG in real numbers (`experiments.egg.models.float_egg`), backprop with Adam
 egg-eggroll        EGG in real numbers, EGGROLL in float32 with Adam
@@ -191,7 +191,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.egg_baselines")
+    config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.egg_baselines")
     with exit_on_error():
         config.check()
         use_compilation_cache()

@@ -126,5 +126,5 @@ class Config:
 
 def parse(arguments: Sequence[str] | None) -> Config:
     """Read the command line: a preset sets defaults, explicit options take precedence."""
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.egg")
+    config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.egg")
     return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **PRESETS[config.preset]))

@@ -1,4 +1,4 @@
-"""Loss of EGG against the population, at equal data and equal steps: `python -m experiments.egg_scaling --help`.
+"""Loss of EGG against the population, at equal data and equal steps: `python -m eggroll.experiments.egg_scaling --help`.
 
 Each population runs `experiments.egg` (`experiments.common.suite`). All read the same text in a generation, in the same number
 of streams, and differ in how many members read each. A seed that was killed resumes from its checkpoint. The figure is
@@ -177,7 +177,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    config, options = tyro.cli(Config, args=arguments, prog="python -m experiments.egg_scaling", return_unknown_args=True)
+    config, options = tyro.cli(
+        Config, args=arguments, prog="python -m eggroll.experiments.egg_scaling", return_unknown_args=True
+    )
     run_suite(lambda: make_suite(config, options))
 
 

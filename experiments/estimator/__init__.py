@@ -1,1 +1,1 @@
-"""Bias, cosine and variance of the gradient estimate on toy objectives; `python -m experiments.estimator`."""
+"""Bias, cosine and variance of the gradient estimate on toy objectives; `python -m eggroll.experiments.estimator`."""

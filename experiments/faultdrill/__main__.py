@@ -1,4 +1,4 @@
-"""Kill a training run at random moments and resume it: `python -m experiments.faultdrill --help`.
+"""Kill a training run at random moments and resume it: `python -m eggroll.experiments.faultdrill --help`.
 
 A small network is trained in its own process, with a journal and checkpoints. The process is killed (SIGKILL) while it starts
 or resumes, during training, in the middle of writing a journal record, or in the middle of writing a checkpoint, each at a
@@ -42,7 +42,7 @@ class Config:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; exit with 1 if anything was lost, differs or was not detected."""
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.faultdrill")
+    config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.faultdrill")
     if config.kills < 1 or config.generations <= config.kills:
         sys.exit(f"error: generations must be more than kills, and those >= 1, got {config.generations} and {config.kills}.")
     root = run_folder(config.folder)

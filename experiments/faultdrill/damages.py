@@ -1,6 +1,6 @@
 """Damage copies of a run's files: every damage must be detected or harmless.
 
-python -m experiments.faultdrill.damages FOLDER DAMAGES SEED
+python -m eggroll.experiments.faultdrill.damages FOLDER DAMAGES SEED
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The training run that the drill kills: a small network with a journal and checkpoints, in its own process.
 
-python -m experiments.faultdrill.training FOLDER GENERATIONS CHECKPOINT_EVERY [MOMENT GENERATION]
+python -m eggroll.experiments.faultdrill.training FOLDER GENERATIONS CHECKPOINT_EVERY [MOMENT GENERATION]
 """
 
 import os

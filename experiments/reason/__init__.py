@@ -1,1 +1,1 @@
-"""Improving a language model on verifiable rewards, forward only: `python -m experiments.reason --help`."""
+"""Improving a language model on verifiable rewards, forward only: `python -m eggroll.experiments.reason --help`."""

@@ -1,4 +1,4 @@
-"""Improve a language model on verifiable rewards: `python -m experiments.reason --help`.
+"""Improve a language model on verifiable rewards: `python -m eggroll.experiments.reason --help`.
 
 Trains a Hugging Face checkpoint, or a small warm-started model, on a task with checkable answers, by evolution strategies
 with forward passes only; `--algorithm grpo` is policy gradients by backprop on the same model functions, sampler, rewards and

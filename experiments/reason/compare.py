@@ -1,4 +1,4 @@
-"""`python -m experiments.reason.compare`: see `experiments.reason.suite`."""
+"""`python -m eggroll.experiments.reason.compare`: see `experiments.reason.suite`."""
 
 from eggroll.experiments.reason.suite import main
 

@@ -249,4 +249,4 @@ def parse(command: Sequence[str] | None) -> Config:
         option = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and option in _RENAMED:
             sys.exit(f"error: option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
-    return tyro.cli(Config, args=command, prog="python -m experiments.reason")
+    return tyro.cli(Config, args=command, prog="python -m eggroll.experiments.reason")

@@ -1,4 +1,4 @@
-"""EGGROLL and GRPO on the same clock, over small models and seeds: `python -m experiments.reason.compare --help`.
+"""EGGROLL and GRPO on the same clock, over small models and seeds: `python -m eggroll.experiments.reason.compare --help`.
 
 Each run is `experiments.reason` on one core (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
 The last line of standard output is a JSON object.
@@ -174,7 +174,7 @@ def _span(values: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    name = "python -m experiments.reason.compare"
+    name = "python -m eggroll.experiments.reason.compare"
     config, options = tyro.cli(Config, args=arguments, prog=name, return_unknown_args=True)
     run_suite(lambda: make_suite(config, options))
 

@@ -1,1 +1,1 @@
-"""Evolving reinforcement-learning policies: `python -m experiments.rl --help`."""
+"""Evolving reinforcement-learning policies: `python -m eggroll.experiments.rl --help`."""

@@ -1,4 +1,4 @@
-"""Train a policy on an environment: `python -m experiments.rl --help`.
+"""Train a policy on an environment: `python -m eggroll.experiments.rl --help`.
 
 A plain Flax network is the policy. It is evolved without backpropagation, with low-rank (eggroll) or dense (openes) noise, or
 trained by PPO; `random` ignores its observations. The last line of standard output is a JSON object with the mean return of the

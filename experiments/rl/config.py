@@ -122,6 +122,6 @@ def parse(arguments: Sequence[str] | None) -> Config:
     Raises:
         ValueError: the preset has nothing for this environment.
     """
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.rl")
+    config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.rl")
     settings = paper_settings(config.env) if config.preset == "paper" else SMALL.get(config.env, {})
     return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **settings))

@@ -1,4 +1,4 @@
-"""Compare algorithms over tasks and seeds at equal budgets: `python -m experiments.rl_suite --help`.
+"""Compare algorithms over tasks and seeds at equal budgets: `python -m eggroll.experiments.rl_suite --help`.
 
 Each task and algorithm runs `experiments.rl` (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
 The last line of standard output is a JSON object.
@@ -189,7 +189,7 @@ def make_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    config, options = tyro.cli(Config, args=arguments, prog="python -m experiments.rl_suite", return_unknown_args=True)
+    config, options = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.rl_suite", return_unknown_args=True)
     run_suite(lambda: make_suite(config, options))
 
 

@@ -1,1 +1,1 @@
-"""Zeroth-order fine-tuning: `python -m experiments.zo --help`."""
+"""Zeroth-order fine-tuning: `python -m eggroll.experiments.zo --help`."""

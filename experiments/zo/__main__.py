@@ -1,4 +1,4 @@
-"""Fine-tune a language model with forward passes only: `python -m experiments.zo --help`.
+"""Fine-tune a language model with forward passes only: `python -m eggroll.experiments.zo --help`.
 
 The recipes of `zo` tune a Hugging Face checkpoint on a JSONL task, or a small model, trained on the spot, on a task that ships;
 `adam` is backprop on the same loss. The last line of standard output is a JSON object with loss and accuracy before and after.

@@ -188,6 +188,6 @@ def arguments(recipe: str) -> dict[str, Any]:
 
 def parse(command: Sequence[str] | None) -> Config:
     """Read the command line: the small model's settings of a recipe are defaults, explicit options take precedence."""
-    config = tyro.cli(Config, args=command, prog="python -m experiments.zo")
+    config = tyro.cli(Config, args=command, prog="python -m eggroll.experiments.zo")
     settings = SMALL.get(config.recipe, {}) if config.model is None else {}
     return tyro.cli(Config, args=command, default=dataclasses.replace(Config(), **settings))

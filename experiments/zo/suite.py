@@ -1,4 +1,4 @@
-"""Compare recipes of zeroth-order fine-tuning at equal forward budget: `python -m experiments.zo_suite --help`.
+"""Compare recipes of zeroth-order fine-tuning at equal forward budget: `python -m eggroll.experiments.zo_suite --help`.
 
 Each recipe runs `experiments.zo` (`experiments.common.suite`), on the small model and the shipped task unless options say
 otherwise; `adam` is backprop with as many steps as MeZO takes with one direction. The figure, `curves.png`, has the validation
@@ -196,7 +196,7 @@ def make_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    config, options = tyro.cli(Config, args=arguments, prog="python -m experiments.zo_suite", return_unknown_args=True)
+    config, options = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.zo_suite", return_unknown_args=True)
     run_suite(lambda: make_suite(config, options))
 
 
