@@ -26,7 +26,7 @@ from eggroll.update.parameters import apply_gradient, mask_frozen
 
 
 class Settings(Strategy[ESState], Protocol):
-    """What the programs of a generation read of a strategy, besides what every strategy has."""
+    """The settings of a strategy that the programs of a generation read, in addition to those of every strategy."""
 
     @property
     def aux(self) -> Any:
@@ -84,7 +84,7 @@ def ignore_key_and_state(function: Callable) -> Callable:
 def evaluate_generation(
     settings: Settings, plan: Plan, fitness: Callable, layout: PopulationLayout, state: ESState, batch: Any
 ) -> tuple[FitnessReport, Any]:
-    """Evaluate the population with a function from `fitness.normalised`; score it."""
+    """Evaluate the population with a function from `fitness.normalise_fitness`; score it."""
     values, aux, member_state = sharded.evaluate_fitness(
         fitness,
         plan,
@@ -111,7 +111,7 @@ def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any
         fitness: [N] or [N, K].
         aux: reduced over the population.
     """
-    coefficients = estimator.coefficients_of(plan, settings.shaping, fitness)
+    coefficients = estimator.compute_coefficients(plan, settings.shaping, fitness)
     return report_fitness(fitness, coefficients, rank=plan.max_rank, aux=aux)
 
 
@@ -126,7 +126,7 @@ def score_pairs(settings: Settings, plan: Plan, fitness: Array, pairs: Array) ->
     """
     report = score_generation(settings, plan, fitness, aux=None)
     num_pairs = settings.population_size // 2
-    return report._replace(coefficients=estimator.of_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs))
+    return report._replace(coefficients=estimator.spread_to_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs))
 
 
 def update_parameters(

@@ -91,7 +91,7 @@ class Strategy(Protocol[S]):
 
 
 class AskTell(Strategy[S], Protocol[S]):
-    """What `External` and `RemoteEvaluator` need besides: the two halves of a generation."""
+    """What `External` and `RemoteEvaluator` need in addition: the two halves of a generation."""
 
     @property
     def fitness(self) -> Callable | None:

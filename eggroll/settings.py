@@ -18,7 +18,7 @@ from eggroll.update.shaping import INTEGER_SHAPINGS, SHAPINGS
 
 
 class EvolutionSettings(Settings, Protocol):
-    """What is checked besides what the programs of a generation read."""
+    """Settings that are checked, in addition to those that the programs of a generation read."""
 
     @property
     def fitness(self) -> Callable | None:
@@ -77,7 +77,7 @@ def check_settings(es: EvolutionSettings) -> None:
 
 def _check_integers(es: EvolutionSettings) -> None:
     if es.sigma is not None:
-        raise ValueError(f"sigma must be None for int8 parameters, whose Integer(shift=...) says it, got {es.sigma!r}.")
+        raise ValueError(f"sigma must be None for int8 parameters, whose Integer(shift=...) sets it, got {es.sigma!r}.")
     if es.shaping not in INTEGER_SHAPINGS:
         raise ValueError(f"shaping must be one of {', '.join(INTEGER_SHAPINGS)} for int8 parameters, got {es.shaping!r}.")
     if es.mesh is not None and getattr(es.mesh, "shape", {}).get("data", 1) > 1:

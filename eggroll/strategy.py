@@ -24,7 +24,7 @@ from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import LowRank, Perturbation, check_params
 from eggroll.plans import checked_plan, known_plan
-from eggroll.population.fitness import member_arguments, normalised
+from eggroll.population.fitness import member_arguments, normalise_fitness
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.members import Population, build_member, check_coefficients, check_fitness
 from eggroll.population.metrics import FitnessReport, Metrics
@@ -197,12 +197,12 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        told = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
+        given = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
         plan = known_plan(self, state.params, needed_by="tell")
-        state, told = shard_inputs(self.placement, state, told)
+        state, given = shard_inputs(self.placement, state, given)
         score = functools.partial(generation.score_pairs, self, plan)
         key, shardings = ("tell", self, programs.Identity(plan)), replicated(self.placement)
-        report = programs.compile_once(*key, function=score, out_shardings=shardings)(*told)
+        report = programs.compile_once(*key, function=score, out_shardings=shardings)(*given)
         return self._advance(plan, state, report, state.member_state)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
@@ -294,7 +294,7 @@ class EvolutionStrategy:
 
     @property
     def _fitness(self) -> Callable:
-        return normalised(self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
+        return normalise_fitness(self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
 
 
 _: type[AskTell[ESState]] = EvolutionStrategy  # checked by mypy

@@ -33,7 +33,7 @@ def programs() -> int:
     return jax.devices()[0].core_count if jax.default_backend() == "gpu" else SMS
 
 
-def chosen(op: str, implementation: str | None, check: Callable[[], None]) -> str:
+def choose_implementation(op: str, implementation: str | None, check: Callable[[], None]) -> str:
     """The implementation of an operation that runs.
 
     Args:

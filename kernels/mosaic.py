@@ -33,7 +33,7 @@ def tiling(columns: int, dtype: DTypeLike, *, swizzle: int = 128) -> tuple:
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def unpacked(first: Array, second: Array) -> Array:
+def unpack(first: Array, second: Array) -> Array:
     """Signs of 64 rows of one factor, float32 [64, terms].
 
     Args:
@@ -76,7 +76,7 @@ def is_own(shape: tuple[int, ...], *, rows: int, rank: int) -> Array:
     return (term >= 0) & (term < rank)
 
 
-def turned(ref: Any) -> Any:
+def transpose(ref: Any) -> Any:
     """A buffer of two axes as wgmma reads its transpose: no copy."""
     return ref.transpose((1, 0))
 
@@ -103,7 +103,7 @@ def ring(step: Any, context: Any, specs: Sequence[Any], *, steps: int, stages: i
     )
 
 
-def nothing(*_: Any, **__: Any) -> None:
+def no_op(*_: Any, **__: Any) -> None:
     """Stand in for `step` and `context`, which do not matter to the buffers of a ring."""
 
 

@@ -1,4 +1,4 @@
-"""How many pairs fit a byte budget, read from the compiler's own account of temporary memory."""
+"""How many pairs fit a byte budget, according to the compiler's own account of temporary memory."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from eggroll.devices.mesh import Placement
-from eggroll.devices.processes import smallest
+from eggroll.devices.processes import minimum_over_processes
 from eggroll.population.layout import PopulationLayout
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def free_bytes() -> int:
     """Bytes that the default device has free, by its own account; without one, the machine's available memory.
-    Where the system does not say, half of what there is.
+    Where the system does not report it, half of the installed memory.
     """
     account = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in account:
@@ -62,7 +62,7 @@ def layout_in_budget(
     """
     if budget is None or layout.chunk_pairs is not None:
         return layout
-    whole, budget = layout, smallest(free_bytes() // 2) if isinstance(budget, str) else budget
+    whole, budget = layout, minimum_over_processes(free_bytes() // 2) if isinstance(budget, str) else budget
     if placement is not None:
         layout, batch = placement.local_layout, placement.local_batch(batch)
 

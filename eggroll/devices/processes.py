@@ -1,4 +1,4 @@
-"""Several processes as one run, each with devices of its own: what they have to agree on.
+"""Several processes as one run, each with its own devices: what they must agree on.
 
     processes.join()                                    first thing in a program, before any array is made
     mesh = jax.make_mesh((jax.device_count(),), ("population",))     devices of all processes
@@ -122,8 +122,8 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def smallest(value: int) -> int:
-    """The smallest of the numbers of bytes that the processes bring, in whole MiB; every process has to bring one."""
+def minimum_over_processes(value: int) -> int:
+    """The minimum over all processes of a number of bytes, in whole MiB; every process must call it."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils

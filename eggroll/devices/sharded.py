@@ -47,7 +47,7 @@ def evaluate_fitness(
     batch: Any = None,
     member_state: Any = None,
 ) -> Any:
-    """Evaluate a function from `fitness.normalised`; the batch is split over "data".
+    """Evaluate a function from `fitness.normalise_fitness`; the batch is split over "data".
 
     Args:
         function: returns (fitness, aux, member_state) of one member.
@@ -126,7 +126,7 @@ def evaluate(
             member_state=member_state,
             first_pair=first_pair,
         )
-        return results if over_data is None or placement is None else _joined_shares(placement, over_data, results)
+        return results if over_data is None or placement is None else _join_shares(placement, over_data, results)
 
     if placement is None or not placement.manual:
         return run(layout, params, batch, member_state, scalars, 0)
@@ -143,7 +143,7 @@ def evaluate(
     members, everywhere = PartitionSpec(placement.axis("population")), PartitionSpec()
     in_specs = (members, everywhere, placement.batch_spec(split=over_data is not None, padded=True), members, everywhere)
     first_pairs = local.num_pairs * jnp.arange(devices, dtype=jnp.int32)
-    results = _over_devices(placement, on_device, in_specs, members)(first_pairs, params, batch, member_state, scalars)
+    results = _shard_map(placement, on_device, in_specs, members)(first_pairs, params, batch, member_state, scalars)
     return results if padded == layout.num_pairs else jax.tree.map(lambda x: x[: layout.num_pairs], results)
 
 
@@ -186,16 +186,16 @@ def gradient(
             num_pairs=num_pairs,
         )
         parts = zip(plan.leaves, jax.tree.leaves(part), specs, strict=True)
-        return [part if isinstance(leaf, FrozenLeaf) else _joined(placement, part, spec) for leaf, part, spec in parts]
+        return [own if isinstance(leaf, FrozenLeaf) else _sum_over_devices(placement, own, spec) for leaf, own, spec in parts]
 
     spread = PartitionSpec(placement.manual)
     same = PartitionSpec()
-    run = _over_devices(placement, on_device, (spread, spread, same, same, same), specs)
+    run = _shard_map(placement, on_device, (spread, spread, same, same, same), specs)
     first_pairs, padded = each * jnp.arange(devices, dtype=jnp.int32), pad_coefficients(coefficients, each * devices)
     return jax.tree.unflatten(plan.tree, run(first_pairs, padded, noise_key, noise_generation, sigma))
 
 
-def _joined_shares(placement: Placement, names: Any, results: Any) -> Any:
+def _join_shares(placement: Placement, names: Any, results: Any) -> Any:
     """The results of this device, joined with those of the devices that have the other shares of the batch."""
     if placement.axis("data") is None:
         return results
@@ -212,7 +212,7 @@ def _gradient_spec(placement: Placement, leaf: LeafPlan) -> PartitionSpec:
     return placement.share_spec(leaf.shape) if shared else PartitionSpec()
 
 
-def _joined(placement: Placement, part: Array, spec: PartitionSpec) -> Array:
+def _sum_over_devices(placement: Placement, part: Array, spec: PartitionSpec) -> Array:
     """The sum of the devices' parts, all of it or (psum_scatter) this device's share."""
     if "population" not in spec:
         return jax.lax.psum(part, placement.manual)
@@ -220,7 +220,7 @@ def _joined(placement: Placement, part: Array, spec: PartitionSpec) -> Array:
     return jax.lax.psum(part, "data") if placement.axis("data") else part
 
 
-def _over_devices(placement: Placement, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def _shard_map(placement: Placement, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     # check_vma would refuse the user's own scans, whose initial carry is the same on every device.
     shard = functools.partial(jax.shard_map, mesh=placement.mesh, axis_names=set(placement.manual), check_vma=False)
     return shard(function, in_specs=in_specs, out_specs=out_specs)

@@ -13,7 +13,7 @@ import jax.extend.core as jexc
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, plain, register
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, register, to_plain
 
 
 @register(jax.lax.cond_p, precedence=1)
@@ -25,7 +25,7 @@ def _cond(index: ArrayLike, *operands: LazyArray | ArrayLike, branches, **params
     def flat_branch(branch):
         def run(*leaves):
             outputs = interpret_with_rules(jexc.jaxpr_as_fun(branch))(*jax.tree.unflatten(tree, leaves))
-            return [plain(output, "the result of a conditional") for output in outputs]
+            return [to_plain(output, "the result of a conditional") for output in outputs]
 
         return run
 

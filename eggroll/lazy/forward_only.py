@@ -37,7 +37,7 @@ def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any, list[bo
 
     Returns:
         `(flat, out_tree, in_loops)`: `flat` takes the flattened leaves of `args` and returns the flat list of outputs;
-        `out_tree` is the tree of the outputs; `in_loops` tells of every leaf whether some loop reads all of it in every turn.
+        `out_tree` is the tree of the outputs; `in_loops` says for every leaf whether a loop reads all of it each iteration.
     """
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
 
@@ -49,7 +49,7 @@ def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any, list[bo
 
 
 def _read_in_every_turn(jaxpr: Any) -> set:
-    """Variables that a loop of the program reads whole in every turn: constants of `while`, and of `scan` where not sliced."""
+    """Variables that a loop of the program reads whole on every iteration: constants of `while`, unsliced inputs of `scan`."""
     found: set = set()
     for equation in jaxpr.eqns:
         name, params, atoms = equation.primitive.name, equation.params, equation.invars

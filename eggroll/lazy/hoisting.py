@@ -1,7 +1,7 @@
-"""Transposes of what does not change in a loop, taken out of it.
+"""Hoists transposes of loop-invariant arrays out of loops.
 
 `vmap` of a loop over time around a scan over layers puts the population's axis first in every stacked array, and the scan needs
-the layers first: the inner loop's inputs are transposed again in every turn of the outer one, and XLA leaves that there.
+the layers first: the inner loop's inputs are transposed again on every iteration of the outer one, and XLA does not hoist them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import jax
 import jax.extend.core as jexc
 
 
-def hoisted(function: Callable) -> Callable:
+def hoist_transposes(function: Callable) -> Callable:
     """Make the function that gives the same values, with transposes of a loop's constants before the loop.
 
     Args:
@@ -81,7 +81,7 @@ def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any,
     avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in body_jaxpr.in_avals]
     new = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in moved.values()]
     rewritten = jax.make_jaxpr(body)(*avals[:body_nconsts], *new, *avals[body_nconsts:])
-    # Bound as it is: under vmap the condition may have an axis of members, which `jax.lax.while_loop` does not take.
+    # Bound directly: under vmap the condition may have an axis of members, which `jax.lax.while_loop` does not take.
     known = {"cond_nconsts": cond_nconsts, "cond_jaxpr": cond_jaxpr, "body_nconsts": more, "body_jaxpr": rewritten}
     return jax.lax.while_p.bind(*for_cond, *consts, *moved.values(), *carry, **known)
 

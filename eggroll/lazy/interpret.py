@@ -10,7 +10,7 @@ import jax
 
 from eggroll.lazy import conditionals, products, views  # noqa: F401  (registers the rules)
 from eggroll.lazy.forward_only import forward_only
-from eggroll.lazy.perturbed import interpret_with_rules, is_perturbed, plain
+from eggroll.lazy.perturbed import interpret_with_rules, is_perturbed, to_plain
 
 
 def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
@@ -30,11 +30,11 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
     shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
     flat, out_tree, in_loops = forward_only(function, shapes, *args)
     leaves = jax.tree.leaves((params, *args), is_leaf=is_perturbed)
-    # Packed signs are unpacked once where a loop would do it in every turn, as in one over the tokens of a text.
+    # Packed signs are unpacked once where a loop, such as one over tokens, would unpack them on every iteration.
     pairs = zip(leaves, in_loops, strict=True)
-    leaves = [leaf.ready_for_loops() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
+    leaves = [leaf.prepare_for_loops() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
     outputs = interpret_with_rules(flat)(*leaves)
-    return jax.tree.unflatten(out_tree, [plain(output, "its result") for output in outputs])
+    return jax.tree.unflatten(out_tree, [to_plain(output, "its result") for output in outputs])
 
 
 def _plain_shape(leaf: Any) -> Any:

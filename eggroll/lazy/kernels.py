@@ -1,8 +1,8 @@
-"""Which implementation of the products computes with a parameter: plain JAX, or a kernel that evaluates a population at once.
+"""Chooses the implementation of a parameter's products: plain JAX, or a kernel that evaluates a whole population.
 
 A kernel is written for a population [P, R, m], the engine for one member. `population_product` is the bridge: a product of one
 member, which under `vmap` over the signs and then over the pairs becomes one call of `kernels`. Any other use of it, such as
-inputs that members share, is the reference's product, batched as JAX batches it: the plain product is then shared, too.
+inputs that members share, falls back to the reference, batched by JAX: the plain product is then shared, too.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from eggroll.kernels.lowrank_dot.config import RANKS
 from eggroll.noise.leaves import LowRankLeaf
 
 
-def chosen(leaf: LowRankLeaf, *, covered: bool) -> str:
+def choose_implementation(leaf: LowRankLeaf, *, covered: bool) -> str:
     """The implementation of a leaf's products: "reference" or "mosaic_gpu".
 
     Args:
         leaf: the plan of a leaf with low-rank noise; its rule may ask for an implementation.
-        covered: whether it is a matrix [rows, columns], in this order, that products read as it is.
+        covered: whether it is a matrix [rows, columns], in this order, that products read without a view.
 
     Raises:
         NotImplementedError: the kernel was asked for and does not cover the leaf, or cannot run here.
@@ -46,7 +46,7 @@ def chosen(leaf: LowRankLeaf, *, covered: bool) -> str:
                 f"rank {rank}, {leaf.reason}."
             )
 
-    return hopper.chosen(f"parameter '{leaf.path}'", leaf.spec.implementation, check)
+    return hopper.choose_implementation(f"parameter '{leaf.path}'", leaf.spec.implementation, check)
 
 
 def population_product(x: Array, w: Array, noise: Noise, scale: Array, *, rank: int, bits: int | None = None) -> Array:
@@ -109,7 +109,7 @@ def _spread(scale: Array, x: Array) -> Array:
 
 
 def _batched(function: Callable, fits: Callable[..., bool], batched: Callable) -> Callable:
-    """`function`, whose form under `vmap` is `batched` where what is batched `fits`, else what JAX makes of it."""
+    """`function` with a custom batching rule: `batched` if the batched operands satisfy `fits`, else JAX's own batching."""
     product = jax.custom_batching.custom_vmap(function)
 
     @product.def_vmap

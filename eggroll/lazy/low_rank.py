@@ -69,7 +69,7 @@ class LowRank(Delta):
     rank: int = eqx.field(static=True)
     implementation: str = eqx.field(static=True)  # of products that have the form of a kernel's
 
-    def arranged(self, value: PerturbedArray) -> Arranged:
+    def arrange(self, value: PerturbedArray) -> Arranged:
         """The factors, unpacked where they are packed signs."""
         if isinstance(self.factors, Arranged):
             return self.factors
@@ -79,13 +79,13 @@ class LowRank(Delta):
         packed = addresses.Factors(self.rank, m, n, None, None, self.factors.words)
         return _arrange(value, packed, value.base.dtype)
 
-    def unpacked(self, value: PerturbedArray) -> Self:
+    def unpack(self, value: PerturbedArray) -> Self:
         """The same delta with its packed signs, if any, unpacked into factors."""
-        return dataclasses.replace(self, factors=self.arranged(value))
+        return dataclasses.replace(self, factors=self.arrange(value))
 
-    def ready_for_loops(self, value: PerturbedArray) -> Self:
+    def prepare_for_loops(self, value: PerturbedArray) -> Self:
         """The same delta, unpacked, but not for a kernel, which unpacks as it reads."""
-        return self if self.implementation != "reference" else self.unpacked(value)
+        return self if self.implementation != "reference" else self.unpack(value)
 
     def map(self, operation: Operation) -> Self:
         """Apply `operation` to the factors and the scale."""
@@ -146,7 +146,7 @@ class IntegerLowRank(LowRank):
 
     def product(self, x: Array, first: Array, second: Array, labels: Contraction) -> Array:
         """x times the delta, in the units of a product with the parameter."""
-        return self.noise.rounded(super().product(x, first, second, labels))
+        return self.noise.rescale(super().product(x, first, second, labels))
 
 
 def perturb(planned: FactoredLeaf, base: Array, noise: addresses.Factors | Flipped, *, scale: Array) -> PerturbedArray:
@@ -183,13 +183,13 @@ def perturb(planned: FactoredLeaf, base: Array, noise: addresses.Factors | Flipp
     stack = value.positions("scale")
     is_matrix = not stack and implementation != "reference"
     if not (is_matrix or (stack and stack == list(range(len(stack))))):
-        delta = delta.unpacked(value)
+        delta = delta.unpack(value)
     return value.with_delta(Quantised(delta, planned.noise_dtype) if planned.quantised else delta)
 
 
 def _arrange(value: PerturbedArray, factors: addresses.Factors, dtype: DTypeLike) -> Arranged:
     """Arrange factors [stack, r, m] and [stack, r, n] as the base's axes are, the rank last."""
-    left, right = factors.unpacked(dtype)
+    left, right = factors.unpack(dtype)
     stack, shape = value.positions("scale"), value.base.shape
 
     def arranged(factor: Array, component: str) -> Array:

@@ -30,7 +30,7 @@ from eggroll.lazy.uses import Observer
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 Operation = Callable[[Array, str], Array]  # what a view does with the component of a name: "base", "left", ...
-MOVES = frozenset(  # primitives that move entries about and compute nothing
+MOVES = frozenset(  # primitives that rearrange entries without computing
     ["transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "rev", "copy", "split"]
 )
 register = quax.register
@@ -64,45 +64,45 @@ class Axes:
 
 
 class LazyArray(quax.ArrayValue):
-    """What the function takes for an array; the file's head says why."""
+    """A value that the user's function treats as an array; see the module docstring."""
 
-    def ready_for_loops(self) -> "LazyArray":
-        """The same value in the form in which a loop is to read it in every turn."""
+    def prepare_for_loops(self) -> "LazyArray":
+        """The same value in the form that a loop should read on every iteration."""
         return self
 
 
 class Delta(eqx.Module):
-    """What a lazy parameter adds to its base; the file's head lists the classes."""
+    """What a lazy parameter adds to its base; the module docstring lists the classes."""
 
     @property
     def observer(self) -> Observer | None:
-        """Who is told of the uses; None: this is no probe."""
+        """Records the uses of a probe; None for all other deltas."""
         return None
 
     def map(self, operation: Operation) -> "Delta":
         """Apply `operation` to every component; there is none to apply it to here."""
         return self
 
-    def unpacked(self, value: "PerturbedArray") -> "Delta":
+    def unpack(self, value: "PerturbedArray") -> "Delta":
         """The same delta of `value` with its packed signs, if any, unpacked into factors."""
         return self
 
-    def ready_for_loops(self, value: "PerturbedArray") -> "Delta":
-        """The same delta of `value` in the form in which a loop is to read it in every turn."""
+    def prepare_for_loops(self, value: "PerturbedArray") -> "Delta":
+        """The same delta of `value` in the form that a loop should read on every iteration."""
         return self
 
-    def indexed(self, tag: Tag) -> "Delta":
+    def mark_indexed(self, tag: Tag) -> "Delta":
         """The same delta, after the axis tagged `tag` was indexed."""
         return self
 
     def read(self, value: "PerturbedArray", where: str, reason: str, *, moves: bool) -> Array:
-        """What an operation without a rule reads of `value`.
+        """Return what an operation without a rule reads.
 
         Args:
-            value: whose delta this is.
+            value: the array that this delta belongs to.
             where: the operation, for errors.
             reason: of dense noise, for the plan.
-            moves: whether the operation moves entries about and computes nothing.
+            moves: whether the operation only rearranges entries.
 
         Raises:
             UnsupportedUse, UnconvertedUse: there is a perturbation, which the operation would miss.
@@ -111,7 +111,7 @@ class Delta(eqx.Module):
 
 
 class PerturbedArray(LazyArray):
-    """Lazy `base + delta`; see the file's head. Build it with `perturb` or `probe`."""
+    """Lazy `base + delta`; see the module docstring. Build it with `perturb` or `probe`."""
 
     base: Array  # [...]
     delta: Delta
@@ -136,12 +136,12 @@ class PerturbedArray(LazyArray):
 
     def view(self, tags: Sequence[Tag], operation: Operation) -> "PerturbedArray":
         """Apply `operation(array, component)` to every component; `tags` describes the base's axes afterwards."""
-        delta, axes = self.delta.unpacked(self), dataclasses.replace(self.axes, tags=tuple(tags))
+        delta, axes = self.delta.unpack(self), dataclasses.replace(self.axes, tags=tuple(tags))
         return PerturbedArray(operation(self.base, "base"), delta.map(operation), axes)
 
-    def ready_for_loops(self) -> "PerturbedArray":
-        """The same value as loops read it in every turn: unpacked, but not for a kernel, which unpacks as it reads."""
-        return self.with_delta(self.delta.ready_for_loops(self))
+    def prepare_for_loops(self) -> "PerturbedArray":
+        """The same value in the form that a loop should read on every iteration: unpacked, unless for a kernel."""
+        return self.with_delta(self.delta.prepare_for_loops(self))
 
     def unsupported(self, where: str) -> "UnsupportedUse":
         """The error for a use without a rule."""
@@ -163,7 +163,7 @@ class PerturbedArray(LazyArray):
         return primitive.bind(*plain, **params)
 
 
-def plain(output: Any, where: str) -> Any:
+def to_plain(output: Any, where: str) -> Any:
     """An output as a plain array: a probe records that it was returned, a perturbed parameter is refused."""
     if isinstance(output, PerturbedArray):
         return output.delta.read(output, where, f"returned as {where}", moves=False)
@@ -182,7 +182,7 @@ class UnsupportedUse(ValueError):
 
 
 class UnconvertedUse(ValueError):
-    """An int8 parameter with floating noise is computed with as it is."""
+    """An int8 parameter with floating noise is used in arithmetic before its conversion to a float."""
 
     def __init__(self, path: str, where: str):
         super().__init__(

@@ -72,11 +72,11 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     ]
     if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
-    rehearsed = _rehearsed(function, planned, params, args)
+    rehearsed = _rehearse(function, planned, params, args)
     return Plan(tuple(map(_with_implementation, rehearsed)), jax.tree.structure(params))
 
 
-def _rehearsed(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
+def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
     """Trace the function once with the planned lazy values; a leaf whose use turns out to have no rule gets dense noise."""
 
     def perturbed(planned, params, *args):
@@ -101,7 +101,7 @@ def _with_implementation(leaf: LeafPlan) -> LeafPlan:
         return leaf
     side_by_side = len(leaf.rows) == 1 and leaf.columns == (leaf.rows[0] + 1,)  # as [m, n], which the kernels read
     covered = side_by_side and not leaf.quantised
-    return dataclasses.replace(leaf, implementation=kernels.chosen(leaf, covered=covered))
+    return dataclasses.replace(leaf, implementation=kernels.choose_implementation(leaf, covered=covered))
 
 
 def _as_dense(leaf: PerturbedLeaf, reason: str) -> DenseLeaf:

@@ -12,23 +12,23 @@ from eggroll.lazy.uses import Observer, Use
 
 
 class Probe(Delta):
-    """No perturbation; every use goes to `told`."""
+    """No perturbation; records every use in an observer."""
 
-    told: Observer = eqx.field(static=True)
+    recorder: Observer = eqx.field(static=True)
     along: frozenset[int] = eqx.field(static=True, default=frozenset())  # source axes that were indexed: they must be stacked
 
     @property
     def observer(self) -> Observer:
-        """Who is told of the uses."""
-        return self.told
+        """Records the uses."""
+        return self.recorder
 
-    def indexed(self, tag: Tag) -> "Probe":
+    def mark_indexed(self, tag: Tag) -> "Probe":
         """The same probe, after the axis tagged `tag` was indexed."""
-        return Probe(self.told, self.along.union(tag))
+        return Probe(self.recorder, self.along.union(tag))
 
     def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
         """Record that the operation has no rule; it reads the parameter."""
-        self.told.record(value.axes.path, Use(unsupported=reason))
+        self.recorder.record(value.axes.path, Use(unsupported=reason))
         return value.base
 
     def observe(self, value: PerturbedArray, contracted: Sequence[int], batched: Sequence[int] = ()) -> None:
@@ -46,7 +46,7 @@ class Probe(Delta):
         split = any(frozenset(tag) & sources(range(ndim)) for tag in scanned)
         if inserted or split or use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
             use = use._replace(unsupported="one of its axes is split between roles")
-        self.told.record(axes.path, use)
+        self.recorder.record(axes.path, use)
 
 
 def probe(array: Array, *, path: str, observer: Observer, quantised: bool = False) -> PerturbedArray:

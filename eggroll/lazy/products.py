@@ -27,7 +27,7 @@ Side = tuple[str, Array]  # a factor and its name
 
 def _sides(value: PerturbedArray, delta: LowRank, positions: Sequence[int], where: str) -> tuple[Side, Side]:
     """The factor that alone spans `positions`, and the other one."""
-    factors = delta.arranged(value)
+    factors = delta.arrange(value)
     left, right = ("left", factors.left), ("right", factors.right)
     for first, second in ((left, right), (right, left)):
         tags = [value.tags[axis] for axis in positions]
@@ -142,7 +142,7 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Array |
     if isinstance(value.delta, Quantised):
         return OffGrid(out.astype(term.dtype) + term, value.axes.path)
     if isinstance(delta, IntegerLowRank):
-        return integer.saturated(out.astype(jnp.int32) + delta.noise.rounded(term)).astype(out.dtype)
+        return integer.saturate(out.astype(jnp.int32) + delta.noise.rescale(term)).astype(out.dtype)
     return out + term.astype(out.dtype)
 
 
@@ -180,7 +180,7 @@ def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array,
         return jnp.transpose(taken, order + list(range(len(labels), taken.ndim)))
 
     gathered = value.view([value.tags[axis] if label >= ndim else value.tags[label] for label in out_axes], operation)
-    return gathered.with_delta(gathered.delta.indexed(value.tags[axis]))
+    return gathered.with_delta(gathered.delta.mark_indexed(value.tags[axis]))
 
 
 @register(jax.lax.conv_general_dilated_p)

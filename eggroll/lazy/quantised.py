@@ -4,8 +4,8 @@
 
 A matrix whose noise is factors stays a `PerturbedArray` of base Q, its delta `Quantised`; the conversion is a view that gives
 base and factors the floating dtype, and the products that follow are those of any lazy parameter. Where there are no factors to
-keep (dense noise, rows that were looked up before the conversion), the perturbed values stand ready: `OffGrid`. Both may be
-moved about as int8 arrays, but not computed with: an integer has no place for a perturbation that is finer than one.
+keep (dense noise, rows that were looked up before the conversion), the perturbed values are stored as `OffGrid`. Both may be
+rearranged as int8 arrays, but not used in arithmetic: an integer cannot hold a perturbation finer than one.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from eggroll.lazy.uses import Observer
 
 
 class Quantised(Delta):
-    """The delta of an int8 base that the function has not converted yet."""
+    """The delta of an int8 base that the function has not converted to a float yet."""
 
     converted: Delta  # what it is of the converted base
     dtype: Any = eqx.field(static=True)  # floating dtype of the noise
 
     @property
     def observer(self) -> Observer | None:
-        """Who is told of the uses; None: this is no probe."""
+        """Records the uses of a probe; None for all other deltas."""
         return self.converted.observer
 
     def _with(self, converted: Delta) -> "Quantised":
@@ -40,20 +40,20 @@ class Quantised(Delta):
         """Apply `operation` to every component."""
         return self._with(self.converted.map(operation))
 
-    def unpacked(self, value: PerturbedArray) -> "Quantised":
+    def unpack(self, value: PerturbedArray) -> "Quantised":
         """The same delta with its packed signs, if any, unpacked into factors."""
-        return self._with(self.converted.unpacked(value))
+        return self._with(self.converted.unpack(value))
 
-    def ready_for_loops(self, value: PerturbedArray) -> "Quantised":
-        """The same delta in the form in which a loop is to read it in every turn."""
-        return self._with(self.converted.ready_for_loops(value))
+    def prepare_for_loops(self, value: PerturbedArray) -> "Quantised":
+        """The same delta in the form that a loop should read on every iteration."""
+        return self._with(self.converted.prepare_for_loops(value))
 
-    def indexed(self, tag: Tag) -> "Quantised":
+    def mark_indexed(self, tag: Tag) -> "Quantised":
         """The same delta, after the axis tagged `tag` was indexed."""
-        return self._with(self.converted.indexed(tag))
+        return self._with(self.converted.mark_indexed(tag))
 
     def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
-        """Refuse what computes with the integers; the rest is as for any delta."""
+        """Reject arithmetic on the integers; otherwise read as the converted delta does."""
         if not moves:
             raise UnconvertedUse(value.axes.path, where)
         return self.converted.read(value, where, reason, moves=moves)
@@ -73,7 +73,7 @@ class Quantised(Delta):
 
 
 class OffGrid(LazyArray):
-    """What the function takes for an int8 array, its values lying between the integers."""
+    """A value that the function treats as an int8 array, but whose entries lie between the integers."""
 
     values: Array  # floating
     path: str = eqx.field(static=True)
@@ -84,12 +84,12 @@ class OffGrid(LazyArray):
         return jax.typeof(self.values).update(dtype=jnp.dtype(jnp.int8), weak_type=False)
 
     def materialise(self) -> Array:
-        """Refuse: the function asked for integers."""
+        """Raise: the function asked for integers."""
         raise UnconvertedUse(self.path, "an operation that needs the whole array")
 
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Move the values about as the function does with the integers; refuse to compute with them."""
+        """Rearrange the values as the function rearranges the integers; reject arithmetic."""
         first = next(value for value in values if isinstance(value, OffGrid))
         if primitive.name not in MOVES or first is not values[0]:
             raise UnconvertedUse(first.path, f"'{primitive.name}'")
@@ -99,7 +99,7 @@ class OffGrid(LazyArray):
         return OffGrid(moved, first.path, first.observer)
 
 
-def off_grid(integers: Array, noise: Array, dtype: DTypeLike) -> Array:
+def perturb_integers(integers: Array, noise: Array, dtype: DTypeLike) -> Array:
     """Integers and noise, added in float32 and rounded to a floating dtype."""
     return (integers.astype(jnp.float32) + noise.astype(jnp.float32)).astype(dtype)
 

@@ -15,7 +15,7 @@ class Use(NamedTuple):
 
 
 class Observer:
-    """Collects the uses of every probed parameter during one abstract trace, and the dtypes that quantised ones turn to."""
+    """Collects the uses of every probed parameter during a trace, and the dtypes that quantised ones are converted to."""
 
     def __init__(self) -> None:
         self.uses: dict[str, list[Use]] = {}

@@ -169,7 +169,7 @@ class Factors:
     right: Array | None  # [*stack, r, n]
     words: Array | None  # uint32 [*stack, words]: r m signs of left, then r n signs of right
 
-    def unpacked(self, dtype: DTypeLike) -> tuple[Array, Array]:
+    def unpack(self, dtype: DTypeLike) -> tuple[Array, Array]:
         """Return (left [*stack, r, m], right [*stack, r, n]) in `dtype`."""
         if self.words is None:
             assert self.left is not None and self.right is not None
@@ -190,9 +190,9 @@ def split_factors(values: Array, *, rank: int, m: int, n: int) -> Factors:
     return Factors(rank, m, n, *_split(values, rank, m, n), None)
 
 
-def joined(left: Factors, right: Factors, dtype: DTypeLike) -> Factors:
+def join_factors(left: Factors, right: Factors, dtype: DTypeLike) -> Factors:
     """The left factor of one noise with the right factor of another."""
-    factors = left.unpacked(dtype)[0], right.unpacked(dtype)[1]
+    factors = left.unpack(dtype)[0], right.unpack(dtype)[1]
     return Factors(left.rank, left.m, left.n, *factors, None)
 
 

@@ -62,7 +62,7 @@ def draw(
     for index, other in zip(lazy, others, strict=True):
         left, right = drawn[index], leaves[index].decode(other)
         assert isinstance(left, Factors) and isinstance(right, Factors)
-        drawn[index] = addresses.joined(left, right, leaves[index].noise_dtype)
+        drawn[index] = addresses.join_factors(left, right, leaves[index].noise_dtype)
     return drawn
 
 
@@ -89,11 +89,11 @@ class Flipped(NamedTuple):
 Drawn = Factors | Flipped | Array  # noise of one pair for a leaf
 
 
-def built_noise(planned: FactoredLeaf, drawn: Factors | Flipped) -> Array:
+def build_noise(planned: FactoredLeaf, drawn: Factors | Flipped) -> Array:
     """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order, times what is shared."""
     if isinstance(drawn, Flipped):
-        return drawn.shared * built_noise(planned, drawn.signs)
-    left, right = drawn.unpacked(planned.noise_dtype)
+        return drawn.shared * build_noise(planned, drawn.signs)
+    left, right = drawn.unpack(planned.noise_dtype)
     return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
 
 

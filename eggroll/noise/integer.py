@@ -90,13 +90,13 @@ class IntegerNoise:
             return 1, bits + half_log2
         return round(2**ROOT_BITS / math.sqrt(self.rank)), bits + ROOT_BITS
 
-    def rounded(self, total: Array) -> Array:
+    def rescale(self, total: Array) -> Array:
         """Turn sums of products of factors into the perturbation, int32: in the units of an accumulator, or of a weight."""
         multiplier, bits = self.scale
         if multiplier == 1:
-            return total << -bits if bits <= 0 else shifted(total, bits)
-        total = times(total << max(0, ROOT_BITS - bits), multiplier, ROOT_BITS, half=True)
-        return shifted(total, max(0, bits - ROOT_BITS))
+            return total << -bits if bits <= 0 else shift_rounded(total, bits)
+        total = multiply_shifted(total << max(0, ROOT_BITS - bits), multiplier, ROOT_BITS, half=True)
+        return shift_rounded(total, max(0, bits - ROOT_BITS))
 
     def check_width(self, path: str, width: int) -> None:
         """Raise ValueError unless (x A) B^T fits int32 for int8 activations that are contracted over `width` values."""
@@ -123,12 +123,12 @@ class IntegerNoise:
         return math.sqrt(self.rank * square**self.factors)
 
 
-def shifted(total: Array, shift: int) -> Array:
+def shift_rounded(total: Array, shift: int) -> Array:
     """round(total / 2^shift), halves away from zero, int32."""
     return total if shift == 0 else (total + (1 << (shift - 1)) + (total >> 31)) >> shift
 
 
-def times(value: Array, multiplier: Array | int, bits: int, *, half: bool = False) -> Array:
+def multiply_shifted(value: Array, multiplier: Array | int, bits: int, *, half: bool = False) -> Array:
     """floor(value * multiplier / 2^bits), or with `half` the nearest, where the product alone would not fit int32.
 
     Args:
@@ -144,7 +144,7 @@ def times(value: Array, multiplier: Array | int, bits: int, *, half: bool = Fals
     return (value >> bits) * multiplier + (low >> bits)
 
 
-def saturated(total: Array) -> Array:
+def saturate(total: Array) -> Array:
     """Int32 to int8 in [-127, 127]."""
     return jnp.clip(total, -LARGEST, LARGEST).astype(jnp.int8)
 

@@ -23,7 +23,7 @@ AxesOfNoise = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stack,
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """What every role has: `spec` says what was asked, `role` what the parameter gets, `reason` why."""
+    """Fields of every role: `spec` is what the rules ask for, `role` what the parameter gets, `reason` why."""
 
     role: ClassVar[str]  # "low-rank", "flipout", "dense" or "frozen"
 
@@ -32,7 +32,7 @@ class LeafPlan:
     dtype: Any
     spec: Spec
     reason: str
-    converted: Any = None  # floating dtype that the function converts a quantised parameter to; None of the others
+    converted: Any = None  # floating dtype that the function converts a quantised parameter to; None for all others
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class LeafPlan:
 
     @property
     def noise_dtype(self) -> Any:
-        """Dtype of floating noise: the parameter's own, of a quantised one that which it is converted to."""
+        """Dtype of floating noise: the parameter's own, or the dtype that a quantised one is converted to."""
         return self.converted or self.dtype
 
     @property
@@ -61,7 +61,7 @@ class LeafPlan:
 
     @property
     def integer(self) -> IntegerNoise | None:
-        """What is known of the noise of an int8 parameter that is not frozen; None of the others."""
+        """Integer noise of an int8 parameter; None for all others."""
         return None
 
     @property
@@ -79,7 +79,7 @@ class FrozenLeaf(LeafPlan):
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedLeaf(LeafPlan):
-    """What the roles with noise have."""
+    """Fields of the roles with noise."""
 
     spec: Noisy
 
@@ -95,7 +95,7 @@ class PerturbedLeaf(LeafPlan):
 
     @property
     def integer(self) -> IntegerNoise | None:
-        """What is known of the noise of an int8 parameter; None of the others."""
+        """Integer noise of an int8 parameter; None for all others."""
         if not isinstance(self.spec, Integer):
             return None
         spec, rank, factors = self.spec, *self._terms
@@ -159,7 +159,7 @@ class DenseLeaf(PerturbedLeaf):
 
 @dataclasses.dataclass(frozen=True)
 class FactoredLeaf(PerturbedLeaf):
-    """What the roles have whose noise is a product of factors."""
+    """Fields of the roles whose noise is a product of factors."""
 
     rows: tuple[int, ...] = ()  # axes spanned by the left factor
     columns: tuple[int, ...] = ()  # axes spanned by the right factor

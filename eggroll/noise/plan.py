@@ -54,7 +54,7 @@ class Plan:
                 raise ValueError(
                     f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "
                     f"function that came first, has it as {own.role} ({own.reason}). Add the rule "
-                    f"('{own.path}', eggroll.Dense()) to `perturbation`, or give the function a strategy of its own."
+                    f"('{own.path}', eggroll.Dense()) to `perturbation`, or use a separate strategy for the function."
                 )
 
 

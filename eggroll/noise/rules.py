@@ -35,7 +35,7 @@ class LowRank:
     distribution: addresses.Distribution = "rademacher"
     sigma_multiplier: float = 1.0
     refresh: int = 1
-    implementation: str | None = dataclasses.field(default=None, repr=False)  # no part of what a run is
+    implementation: str | None = dataclasses.field(default=None, repr=False)  # not part of a run's identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def quantised_leaves(params: Any, perturbation: Perturbation) -> tuple[bool, ...
 
 
 def refuse_quantised(params: Any, perturbation: Perturbation) -> None:
-    """Raise ValueError where a leaf is quantised, for a strategy whose steps are floats throughout."""
+    """Raise ValueError if a leaf is quantised, for strategies that only update floats."""
     for path, on_grid in zip(paths(params), quantised_leaves(params, perturbation), strict=True):
         if on_grid:
             raise ValueError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll.lazy.hoisting import hoisted
+from eggroll.lazy.hoisting import hoist_transposes
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.noise.draws import draw_pair, draw_shared
 from eggroll.noise.plan import Plan
@@ -85,4 +85,4 @@ def evaluate(
             return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
         return jax.vmap(evaluate_pair)(inputs)
 
-    return hoisted(evaluate_all)(inputs)
+    return hoist_transposes(evaluate_all)(inputs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def normalised(fitness: Callable | None, *, has_aux: bool, integers: bool = False) -> Callable:
+def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool = False) -> Callable:
     """Give every kind of fitness function one signature.
 
     Args:

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 from eggroll.lazy.low_rank import perturb
-from eggroll.lazy.quantised import OffGrid, off_grid
+from eggroll.lazy.quantised import OffGrid, perturb_integers
 from eggroll.noise import integer
-from eggroll.noise.draws import Drawn, built_noise, draw_pair
+from eggroll.noise.draws import Drawn, build_noise, draw_pair
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
@@ -88,7 +88,7 @@ def check_coefficients(coefficients: Any, *, population_size: int) -> Array:
 
 
 def check_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
-    """Return told fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
+    """Return external fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
 
     Args:
         fitness: [2 S] or [2 S, K] floats.
@@ -130,7 +130,7 @@ def member_params(
         params: the parameters.
         pair_noise: per leaf, its noise from `draw_pair`, None when frozen.
         sign: +1 or -1, int32 for integer noise.
-        sigma: standard deviation; None for integer noise, whose spec says it.
+        sigma: standard deviation; None for integer noise, whose spec sets it.
         lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle), quantised ones as floats.
         in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
@@ -151,8 +151,8 @@ def member_params(
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.rank)
         if not lazy:
-            built = scale * built_noise(planned, drawn).astype(jnp.float32)
-            return off_grid(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
+            built = scale * build_noise(planned, drawn).astype(jnp.float32)
+            return perturb_integers(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
         return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(scale, planned.sizes(planned.stack)))
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]
@@ -161,7 +161,7 @@ def member_params(
 
 def _integer_leaf(planned: PerturbedLeaf, noise: IntegerNoise, leaf: Array, drawn: Any, sign: Array, *, lazy: bool) -> Any:
     if not isinstance(planned, FactoredLeaf):
-        return integer.saturated(leaf.astype(jnp.int32) + noise.rounded(drawn.astype(jnp.int32) * sign))
+        return integer.saturate(leaf.astype(jnp.int32) + noise.rescale(drawn.astype(jnp.int32) * sign))
     if not lazy:
         raise ValueError(
             f"int8 parameter '{planned.path}' of one member cannot be built: its perturbation is finer than an integer; "

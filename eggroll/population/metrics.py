@@ -10,13 +10,13 @@ REDUCTIONS = ("sum", "mean", "max", "min", "all")
 
 
 class FitnessReport(NamedTuple):
-    """What a population's fitness says; statistics are over the members whose fitness is finite."""
+    """Summary of a population's fitness; statistics are over the members whose fitness is finite."""
 
     mean_fitness: Array  # float32 []
     best_fitness: Array  # float32 []
     std_fitness: Array  # float32 []
     invalid: Array  # int32 [], members whose fitness was not finite
-    tied_pairs: Array  # float32 [], share of the pairs whose members have the same fitness: they say nothing
+    tied_pairs: Array  # float32 [], share of the pairs whose members have the same fitness and carry no information
     pair_correlation: Array  # float32 [], of the fitness of + and - members; near 1: the fitness is noise that pairs share
     effective_rank: Array  # float32 [], equal rank-one terms that the update of a matrix amounts to, at most P r
     coefficients: Array  # float32 [P], what the update is made of; NaN when every member is invalid

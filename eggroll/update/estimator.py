@@ -21,7 +21,7 @@ from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, draw, draw_shared, from_matrix, leaf_keys
 from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
 from eggroll.noise.plan import Plan
-from eggroll.update.shaping import Shaping, integer_coefficients, shaped_fitness
+from eggroll.update.shaping import Shaping, integer_coefficients, shape_fitness
 
 NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
 
@@ -32,12 +32,12 @@ def pair_coefficients(shaped: Array) -> Array:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def coefficients_of(plan: Plan, shaping: str | Shaping, fitness: Array) -> Array:
+def compute_coefficients(plan: Plan, shaping: str | Shaping, fitness: Array) -> Array:
     """Shape raw fitness [N] or [N, K] and fold pairs: [P], whole numbers for int8 parameters."""
     if plan.is_integer:
         assert isinstance(shaping, str)
         return integer_coefficients(shaping, fitness, largest_noise=_largest_noise(plan))
-    return pair_coefficients(shaped_fitness(shaping, fitness))
+    return pair_coefficients(shape_fitness(shaping, fitness))
 
 
 def _largest_noise(plan: Plan) -> int:
@@ -53,7 +53,7 @@ def check_sums(plan: Plan, *, num_pairs: int) -> None:
         )
 
 
-def of_all_pairs(plan: Plan, coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
+def spread_to_all_pairs(plan: Plan, coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
     """Spread the coefficients [S] of some pairs to [P].
 
     The others get 0 and these grow by P / S, which leaves the mean of the estimate as it was: every pair's share of it has the
@@ -187,14 +187,14 @@ def _weighted_noise(leaf: PerturbedLeaf, key: LeafKeys, pairs: Array, coefficien
         return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
     if isinstance(drawn, Factors):
         if isinstance(leaf, LowRankLeaf) and leaf.implementation != "reference":
-            return summed_by_kernel(coefficients, drawn)
-        return lowrank_update(coefficients, *drawn.unpacked(leaf.noise_dtype))
+            return sum_by_kernel(coefficients, drawn)
+        return lowrank_update(coefficients, *drawn.unpack(leaf.noise_dtype))
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
 
 
 def _integer_sum(coefficients: Array, drawn: Factors | Array) -> Array:
     if isinstance(drawn, Factors):
-        return integer_lowrank_update(coefficients, *drawn.unpacked(jnp.int8))
+        return integer_lowrank_update(coefficients, *drawn.unpack(jnp.int8))
     return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
 
 
@@ -210,7 +210,7 @@ def deviations(plan: Plan, coefficients: Array) -> Any:
     """
     root = integer.square_root(jnp.square(coefficients.astype(jnp.int32)).sum())
     of_one_pair = [round(256 * leaf.integer.deviation) if leaf.integer else 0 for leaf in plan.leaves]
-    return jax.tree.unflatten(plan.tree, [integer.times(root, deviation, 8) for deviation in of_one_pair])
+    return jax.tree.unflatten(plan.tree, [integer.multiply_shifted(root, deviation, 8) for deviation in of_one_pair])
 
 
 def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: int) -> float:
@@ -229,7 +229,7 @@ def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: 
     return learning_rate * sigma**2 * population_size**0.5
 
 
-def summed_by_kernel(coefficients: Array, factors: Factors) -> Array:
+def sum_by_kernel(coefficients: Array, factors: Factors) -> Array:
     """sum_p coefficients[p] left[p]^T right[p] of every layer, by the kernel.
 
     Args:

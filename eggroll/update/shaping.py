@@ -35,7 +35,7 @@ def _by_column(shaping: Callable[Concatenate[Array, P], Array]) -> Callable[Conc
     return shaped
 
 
-def worst_for_nonfinite(fitness: Array) -> Array:
+def replace_nonfinite(fitness: Array) -> Array:
     """Replace values that are not finite by the worst finite value of their column, 0 where a column has none."""
     finite = jnp.isfinite(fitness)
     worst = jnp.min(jnp.where(finite, fitness, jnp.inf), axis=0, keepdims=True)
@@ -59,7 +59,7 @@ def _column_ranks(column: Array) -> Array:
 @_by_column
 def z_score(fitness: Array) -> Array:
     """Shape [N] or [N, K] fitness to zero mean and unit population standard deviation."""
-    fitness = worst_for_nonfinite(fitness)
+    fitness = replace_nonfinite(fitness)
     size = jnp.abs(fitness).max(axis=0)
     fitness = fitness / jnp.where(size > 0, size, 1.0)  # no overflow of the square when one member diverged
     return (fitness - fitness.mean(axis=0)) / (fitness.std(axis=0) + 1e-8)
@@ -92,7 +92,7 @@ def group_relative(fitness: Array, *, group_size: int | None = None) -> Array:
     if not size or size % 2 or fitness.shape[0] % size:
         raise ValueError(f"group_size must be even and divide population_size {fitness.shape[0]}, got {group_size}.")
     columns = fitness.astype(jnp.float32).reshape(-1, size, math.prod(fitness.shape[1:]))
-    groups = jax.vmap(worst_for_nonfinite)(columns)
+    groups = jax.vmap(replace_nonfinite)(columns)
     centred = groups - groups.mean(axis=1, keepdims=True)
     return (centred / jnp.sqrt(groups.var() + 1e-5)).mean(axis=2).reshape(-1)
 
@@ -105,7 +105,7 @@ SHAPINGS: dict[str, Shaping] = {
 }
 
 
-def shaped_fitness(shaping: str | Shaping, fitness: Array) -> Array:
+def shape_fitness(shaping: str | Shaping, fitness: Array) -> Array:
     """Shape raw fitness [N] or [N, K] by name or by a user's function, which sees worst values instead of NaN.
 
     Raises:
@@ -113,7 +113,7 @@ def shaped_fitness(shaping: str | Shaping, fitness: Array) -> Array:
     """
     if isinstance(shaping, str):
         return SHAPINGS[shaping](fitness)
-    shaped = shaping(worst_for_nonfinite(fitness.reshape(fitness.shape[0], -1)).reshape(fitness.shape))
+    shaped = shaping(replace_nonfinite(fitness.reshape(fitness.shape[0], -1)).reshape(fitness.shape))
     if shaped.shape != fitness.shape[:1]:
         raise ValueError(f"shaping must return shape ({fitness.shape[0]},), got {shaped.shape} for fitness {fitness.shape}.")
     return shaped.astype(jnp.float32)

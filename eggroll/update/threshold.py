@@ -50,7 +50,8 @@ def threshold(alpha: Alpha, *, steps: int = 10_000) -> optax.GradientTransformat
 
     def update(updates, state, params=None, *, deviation, generation, **_):
         level = jnp.asarray(levels[starts])[jnp.sum(generation >= jnp.asarray(starts), dtype=jnp.int32) - 1]
-        return jax.tree.map(lambda z, p, sd: _step(z, p, integer.times(sd, level, 12)), updates, params, deviation), state
+        least = jax.tree.map(lambda spread: integer.multiply_shifted(spread, level, 12), deviation)
+        return jax.tree.map(_step, updates, params, least), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -68,4 +69,4 @@ def _step(descent: Array, param: Array, least: Array) -> Array:
         return descent
     direction = jnp.where(jnp.abs(descent) > least, -jnp.sign(descent), 0)
     wide = param.astype(jnp.int32)
-    return (integer.saturated(wide + direction).astype(jnp.int32) - wide).astype(param.dtype)
+    return (integer.saturate(wide + direction).astype(jnp.int32) - wide).astype(param.dtype)

@@ -46,7 +46,7 @@ def int8_dot(
     """
     check = functools.partial(limits.check, x, w, noise, bits=bits)
     options: dict = dict(sign=sign, bits=bits, shift=shift)
-    if hopper.chosen("int8_dot", implementation, check) == "reference":
+    if hopper.choose_implementation("int8_dot", implementation, check) == "reference":
         return reference.int8_dot(x, w, noise, **options)
     from eggroll.kernels.int8_dot import mosaic_gpu  # Pallas is imported where it is used
 

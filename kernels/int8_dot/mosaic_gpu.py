@@ -62,7 +62,7 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
 
         @functools.partial(
             pl.run_scoped,
-            ring=pipeline(mosaic.nothing, mosaic.nothing).get_allocations(*streams(0, 0)),
+            ring=pipeline(mosaic.no_op, mosaic.no_op).get_allocations(*streams(0, 0)),
             signs=plgpu.SMEM((2, ROWS), jnp.int32),
             digit=mosaic.tile((2, digits(m), ROWS, terms), INT8),
             right_tile=mosaic.tile((2, wide, terms), INT8),
@@ -81,9 +81,9 @@ def _call(operands: tuple[Array, ...], *, groups: Groups, config: Config, bits: 
 
                 def step(_, x_tile, w_tile, left_tile, accumulators):
                     mine = x_tile.at[pl.ds(warpgroup * ROWS, ROWS)]
-                    plgpu.wgmma(accumulators[0], mine, mosaic.turned(w_tile))
+                    plgpu.wgmma(accumulators[0], mine, mosaic.transpose(w_tile))
                     terms_of_group = left_tile.at[pl.ds(own * terms, terms)]
-                    plgpu.wgmma(accumulators[1], mine, mosaic.turned(terms_of_group))
+                    plgpu.wgmma(accumulators[1], mine, mosaic.transpose(terms_of_group))
                     plgpu.wgmma_wait(0)
                     return accumulators
 
@@ -135,7 +135,7 @@ def _term(digit: Any, right: Any, count: int, shape: tuple[int, int]) -> Array:
 
     def product(place):
         def multiplied(accumulator):
-            plgpu.wgmma(accumulator, digit.at[place], mosaic.turned(right))
+            plgpu.wgmma(accumulator, digit.at[place], mosaic.transpose(right))
             plgpu.wgmma_wait(0)
             return accumulator[...]
 

@@ -43,7 +43,7 @@ def lowrank_dot(
         ValueError: an unknown implementation.
     """
     check = functools.partial(limits.check, x, w, noise, rank=rank)
-    if hopper.chosen("lowrank_dot", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_dot", implementation, check) == "reference":
         return population_dot(x, w, noise, scale=scale, rank=rank)
     from eggroll.kernels.lowrank_dot import mosaic_gpu  # Pallas is imported where it is used
 

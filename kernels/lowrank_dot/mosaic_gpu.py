@@ -150,7 +150,7 @@ class _Program:
     def _buffers(self) -> dict[str, Any]:
         columns, chunk, packed = self.config.tile_columns, self.chunk, self.form in ("words", "keys")
         buffers: dict[str, Any] = dict(
-            ring=self.pipeline(mosaic.nothing, mosaic.nothing).get_allocations(*self.streams(0, 0)),
+            ring=self.pipeline(mosaic.no_op, mosaic.no_op).get_allocations(*self.streams(0, 0)),
             result=mosaic.tile((2, min(2, columns // 64), ROWS, 64), BF16),
             hidden=mosaic.tile((2, ROWS, chunk), BF16),
             right=mosaic.tile((2, columns, chunk) if packed else (2, chunk, columns), BF16, swizzle=min(128, 2 * chunk)),
@@ -291,18 +291,18 @@ class _Tile:
         if form in ("values", "int8"):
             streamed = streamed.at[pl.ds(self.own * terms, terms)]
         if form == "values":
-            return mosaic.turned(streamed)
+            return mosaic.transpose(streamed)
         if form == "int8":
             expanded = streamed[...]
         elif form == "words":
-            expanded = mosaic.unpacked(streamed[self.own, 0, 0], streamed[self.own, 0, 1])
+            expanded = mosaic.unpack(streamed[self.own, 0, 0], streamed[self.own, 0, 1])
         else:
             first = self.buffers["words"][self.warpgroup, 2]
-            expanded = mosaic.unpacked(*self.drawn(first + step.astype(jnp.uint32)))
+            expanded = mosaic.unpack(*self.drawn(first + step.astype(jnp.uint32)))
         left = self.buffers["left"].at[self.warpgroup, lax.rem(step, 2)]
         left[...] = expanded.astype(BF16)
         plgpu.commit_smem()
-        return mosaic.turned(left) if form == "int8" else left
+        return mosaic.transpose(left) if form == "int8" else left
 
     def drawn(self, call: Array) -> tuple[Array, Array]:
         """The words of 64 rows of every term."""
@@ -330,8 +330,8 @@ class _Tile:
                 pair = words[self.warpgroup, 2 * at], words[self.warpgroup, 2 * at + 1]
             else:
                 pair = self.drawn(words[self.warpgroup, 3] + (self.across * steps + at).astype(jnp.uint32))
-            self.buffers["right"][self.warpgroup, pl.ds(at * STEP, STEP)] = mosaic.unpacked(*pair).astype(BF16)
-        return mosaic.turned(self.part("right"))
+            self.buffers["right"][self.warpgroup, pl.ds(at * STEP, STEP)] = mosaic.unpack(*pair).astype(BF16)
+        return mosaic.transpose(self.part("right"))
 
     def store(self, total: Array) -> None:
         """Copy the result out through shared memory, 64 columns at a time."""

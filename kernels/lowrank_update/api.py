@@ -45,7 +45,7 @@ def lowrank_update(
     """
     check = functools.partial(limits.check, noise, rows=rows, columns=columns)
     options: dict = dict(rank=rank, rows=rows, columns=columns)
-    if hopper.chosen("lowrank_update", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_update", implementation, check) == "reference":
         return population_update(coefficients, noise, **options)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
@@ -89,7 +89,7 @@ def lowrank_step(
         if w.dtype != "bfloat16":
             raise NotImplementedError(f"lowrank_step 'mosaic_gpu' moves bfloat16 matrices, got {w.dtype}.")
 
-    if hopper.chosen("lowrank_step", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_step", implementation, check) == "reference":
         return population_step(w, coefficients, noise, key=words, rank=rank)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 

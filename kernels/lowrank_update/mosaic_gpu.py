@@ -75,7 +75,7 @@ def _call(
     def kernel(*refs):
         *given, out = refs
         w, key = given[len(operands) :] or (None, None)
-        unused = _pipeline(mosaic.nothing, mosaic.nothing, steps, config, packed)
+        unused = _pipeline(mosaic.no_op, mosaic.no_op, steps, config, packed)
         buffers: dict[str, Any] = dict(
             ring=unused.get_allocations(*_streams(given, 0, 0, config, packed)),
             result=mosaic.tile((2, ROWS, PIECE), out_type.dtype),
@@ -103,10 +103,10 @@ def _call(
                     if packed:
                         expanded = [buffer.at[warpgroup, lax.rem(at[0], 2)] for buffer in (left, right)]
                         _unpack(streamed, *expanded, warpgroup, wide)
-                        operands = expanded[0], mosaic.turned(expanded[1])
+                        operands = expanded[0], mosaic.transpose(expanded[1])
                     else:
                         rows_of_group = streamed[0].at[:, pl.ds(warpgroup * ROWS, ROWS)]
-                        operands = mosaic.turned(rows_of_group), streamed[1]
+                        operands = mosaic.transpose(rows_of_group), streamed[1]
                     plgpu.wgmma(total, *operands)
                     plgpu.wgmma_wait(0)
                     return total
@@ -154,10 +154,10 @@ def _streams(given: list[Any], down: Any, beside: Any, config: Config, packed: b
 def _unpack(streamed: list[Any], left: Any, right: Any, warpgroup: Any, wide: int) -> None:
     """64 terms: the weighted signs of this warpgroup's 64 rows, and the signs of the columns."""
     left_words, right_words, weights = streamed
-    signs = mosaic.unpacked(left_words[2 * warpgroup], left_words[2 * warpgroup + 1])
+    signs = mosaic.unpack(left_words[2 * warpgroup], left_words[2 * warpgroup + 1])
     left[...] = (signs * lax.broadcast_in_dim(weights[0], signs.shape, (1,))).astype(BF16)
     for at in range(wide // STEP):
-        right[pl.ds(at * STEP, STEP)] = mosaic.unpacked(right_words[2 * at], right_words[2 * at + 1]).astype(BF16)
+        right[pl.ds(at * STEP, STEP)] = mosaic.unpack(right_words[2 * at], right_words[2 * at + 1]).astype(BF16)
     plgpu.commit_smem()
 
 

@@ -139,7 +139,7 @@ def test_signs_are_those_of_the_library():
     chex.assert_trees_all_equal(signs_of(SignKeys(keys), rank * (m + n)).words, words)
     factors = addresses.decode_factors(words, rank=rank, m=m, n=n, distribution="rademacher", dtype=jnp.float32)
     drawn = values_of(SignKeys(keys), rank=rank, rows=m, columns=n, dtype=jnp.float32)
-    chex.assert_trees_all_equal(tuple(drawn), factors.unpacked(jnp.float32))
+    chex.assert_trees_all_equal(tuple(drawn), factors.unpack(jnp.float32))
 
 
 def test_kernels_know_the_largest_integer_factor():

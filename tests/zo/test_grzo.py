@@ -63,7 +63,7 @@ def test_grzo_is_numpy_grzo():
     for step in range(12):
         drawn = drawn_at(jnp.int32(step))
         z = np.float64([own[0] for own in drawn])  # of the bias
-        signs = [[own[leaf].signs.unpacked(jnp.float32) for own in drawn] for leaf in (1, 2, 3)]
+        signs = [[own[leaf].signs.unpack(jnp.float32) for own in drawn] for leaf in (1, 2, 3)]
         r = [np.float64([left[0] for left, _ in of_leaf]) for of_leaf in signs]
         s = [np.float64([right[0] for _, right in of_leaf]) for of_leaf in signs]
         u = [np.float64(drawn[0][leaf].shared) for leaf in (1, 2, 3)]

@@ -98,7 +98,7 @@ def _factors(leaf: FactoredLeaf, noise: NoiseSource, generation: Array, directio
     def of_direction(index: Array) -> tuple[Array, Array]:
         drawn = draw([leaf], keys, index)[0]
         assert isinstance(drawn, Factors)
-        left, right = drawn.unpacked(leaf.dtype)
+        left, right = drawn.unpack(leaf.dtype)
         return left.astype(jnp.float32), right.astype(jnp.float32)
 
     return jax.vmap(of_direction)(jnp.arange(directions, dtype=jnp.int32))

@@ -96,7 +96,7 @@ def same():
     _train("sick", 2, sick, every=5)
     again_sick, _ = _train("sick", 3, sick, every=5)  # replays generations that were skipped
     arrays = {"embed": moved["resident"]["embed"], "block": moved["blocks"]["w"]}
-    arrays |= {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.smallest(3 << 30)}
+    arrays |= {"tuned": tuned.params["w"], "sick": again_sick.params["w"], "least": processes.minimum_over_processes(3 << 30)}
     arrays |= {"mean": [record.mean_fitness for record in history], "memory": processes.gather(memory.member_state)}
     arrays |= {"w": state.params["w"], "b": state.params["b"], "outputs": outputs, "told": told.params["w"]}
     arrays["momentum"] = processes.gather(jax.tree.leaves(state.opt_state)[1])

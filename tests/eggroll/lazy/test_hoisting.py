@@ -8,7 +8,7 @@ from jax.extend import core as jexc
 
 from eggroll.experiments.egg import evolution
 from eggroll.experiments.egg.config import Config
-from eggroll.lazy.hoisting import hoisted
+from eggroll.lazy.hoisting import hoist_transposes
 from eggroll.population import evaluate as population
 
 
@@ -55,10 +55,10 @@ def test_transposes_of_what_stays_leave_the_loop(chunk, one):
             return jax.vmap(one)(weights, x)
         return jax.lax.map(lambda member: one(*member), (weights, x), batch_size=chunk)
 
-    plain, moved = (jax.make_jaxpr(function)(weights, x).jaxpr for function in (members, hoisted(members)))
+    plain, moved = (jax.make_jaxpr(function)(weights, x).jaxpr for function in (members, hoist_transposes(members)))
     over_time = 1 if chunk is None else 2  # a loop, within the loop over chunks
     assert transposes(plain, loops=over_time) > 0 == transposes(moved, loops=over_time)
-    for a, b in zip(*(jax.tree.leaves(jax.jit(f)(weights, x)) for f in (members, hoisted(members))), strict=True):
+    for a, b in zip(*(jax.tree.leaves(jax.jit(f)(weights, x)) for f in (members, hoist_transposes(members))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -72,6 +72,6 @@ def test_noise_of_the_integer_model_is_not_transposed_in_its_loop_over_text(monk
 
     found = transposes(jax.make_jaxpr(evaluation)(state).jaxpr)  # of the state and of products, which change
     with monkeypatch.context() as patch:
-        patch.setattr(population, "hoisted", lambda function: function)
+        patch.setattr(population, "hoist_transposes", lambda function: function)
         before = transposes(jax.make_jaxpr(lambda state: evaluation(state))(state).jaxpr)
     assert found <= 10 and before >= 36

@@ -10,7 +10,7 @@ import eggroll
 from eggroll import zo
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
-from eggroll.noise.draws import built_noise, draw_pair
+from eggroll.noise.draws import build_noise, draw_pair
 from eggroll.noise.leaves import FactoredLeaf
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
@@ -31,7 +31,7 @@ def built(plan, generation, pair):
     """E of every leaf."""
     drawn = draw_pair(plan, KEY, generation, pair)
     return [
-        built_noise(leaf, own) if isinstance(leaf, FactoredLeaf) else own for leaf, own in zip(plan.leaves, drawn, strict=True)
+        build_noise(leaf, own) if isinstance(leaf, FactoredLeaf) else own for leaf, own in zip(plan.leaves, drawn, strict=True)
     ]
 
 
@@ -150,7 +150,7 @@ def test_stacked_layers_have_noise_of_their_own_at_their_index():
     plan = make_plan(function, {"w": jnp.zeros((3, M, M))}, jnp.zeros((1, M)), perturbation=eggroll.Flipout())
     whole = jax.jit(lambda: built(plan, 1, 2)[0])()
     one = make_plan(lambda p, x: x @ p["w"], {"w": jnp.zeros((M, M))}, jnp.zeros((1, M)), perturbation=eggroll.Flipout())
-    alone = jax.jit(lambda: built_noise(one.leaves[0], draw_pair(one, KEY, 1, 2, first_index=1)[0]))()
+    alone = jax.jit(lambda: build_noise(one.leaves[0], draw_pair(one, KEY, 1, 2, first_index=1)[0]))()
     np.testing.assert_array_equal(whole[1], alone)
     assert np.abs(whole[0] - whole[1]).max() > 0.1
 

@@ -136,7 +136,7 @@ def built(planned, drawn):
     """E of one leaf for every pair, in units of products of factors."""
     if planned.role == "dense":
         return np.asarray(drawn, np.int64)
-    left, right = (np.asarray(f, np.int64) for f in drawn.unpacked(jnp.int8))
+    left, right = (np.asarray(f, np.int64) for f in drawn.unpack(jnp.int8))
     matrix = np.einsum("...rm,...rn->...mn", left, right)
     order = [*planned.stack, *planned.rows, *planned.columns]
     return matrix.transpose([0, *(1 + order.index(axis) for axis in range(len(order)))])
@@ -233,15 +233,15 @@ def test_sigma_means_the_same_for_every_rank_and_distribution(spec):
     error = 5 * (3 / (32 * 64)) ** 0.5 * spec.rank**-0.5
     assert abs(perturbation_std(spec, "low-rank") * 2**spec.shift - 1) <= error / 2 + 0.01
     if spec == eggroll.Integer():  # an int8 vector moves in steps of one, so by the rounded table
-        rounded = np.std(np.asarray(integer.shifted(jnp.asarray(integer.NORMAL_TABLE, jnp.int32), 4), np.float64))
+        rounded = np.std(np.asarray(integer.shift_rounded(jnp.asarray(integer.NORMAL_TABLE, jnp.int32), 4), np.float64))
         assert abs(perturbation_std(spec, "dense") - rounded / 16) <= 5 * rounded / 16 / (2 * 32 * 4000) ** 0.5
         assert abs(rounded - 1) < 0.07
 
 
 @pytest.mark.parametrize("total", [-2047, -24, -8, -7, 0, 7, 8, 9, 24, 100_001])
 def test_rounding_mirrors_and_is_to_nearest(total):
-    shifted = int(integer.shifted(jnp.int32(total), 4))
-    assert abs(shifted - total / 16) <= 0.5 and int(integer.shifted(jnp.int32(-total), 4)) == -shifted
+    shifted = int(integer.shift_rounded(jnp.int32(total), 4))
+    assert abs(shifted - total / 16) <= 0.5 and int(integer.shift_rounded(jnp.int32(-total), 4)) == -shifted
 
 
 def test_square_roots_and_products_are_exact():
@@ -249,7 +249,7 @@ def test_square_roots_and_products_are_exact():
     fine = [math.isqrt(256 * v) if v < 2**24 else 16 * math.isqrt(v) for v in values.tolist()]
     assert integer.square_root(jnp.asarray(values, jnp.int32)).tolist() == fine
     x = np.random.default_rng(0).integers(-(2**30), 2**30, 1000)
-    found = integer.times(jnp.asarray(x, jnp.int32), 23170, 15)
+    found = integer.multiply_shifted(jnp.asarray(x, jnp.int32), 23170, 15)
     np.testing.assert_array_equal(found, (x * 23170) >> 15)
 
 
@@ -552,7 +552,7 @@ def planned(spec=SPECS["normal-1"], params=None, function=None, batch=None, **op
                 None, population_size=4, sigma=0.1, optimizer=eggroll.threshold(0.5), perturbation=eggroll.Integer()
             ),
             ValueError,
-            "sigma must be None for int8 parameters, whose Integer.shift=.... says it, got 0.1",
+            "sigma must be None for int8 parameters, whose Integer.shift=.... sets it, got 0.1",
         ),
         (lambda: strategy(shaping="centered_ranks"), ValueError, "shaping must be one of pair_sign, z_score for int8"),
         (

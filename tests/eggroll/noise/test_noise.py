@@ -111,7 +111,7 @@ def test_factors_split_left_first(distribution):
     count = 2 * (3 + 5)
     own = words(count=addresses.words_needed(count, distribution))
     factors = addresses.decode_factors(own, rank=2, m=3, n=5, distribution=distribution, dtype=jnp.float32)
-    left, right = factors.unpacked(jnp.float32)
+    left, right = factors.unpack(jnp.float32)
     flat = addresses.decode(own, count, distribution=distribution, dtype=jnp.float32)
     np.testing.assert_array_equal(jnp.concatenate([left.reshape(-1), right.reshape(-1)]), flat)
     assert left.shape == (2, 3) and right.shape == (2, 5)
