@@ -66,6 +66,7 @@ def test_errors_are_caught_in_this_process_too(failure):
     assert (scores.errors, scores.timeouts, scores.first_error) == (2, 0, FAILURES[failure][2])
 
 
+@pytest.mark.slow
 def test_several_kinds_of_failure_in_one_batch(wayward):
     scores = score(wayward, ["fine", "hang", "exit", "nan", "raise", "hang", "fine"])
     assert scores.values.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -150,6 +151,7 @@ def test_a_reward_that_workers_cannot_import_is_an_error(monkeypatch):
         score(scorer, ["a"])
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from envs.tasks import THINK_ANSWER, Scorer\nScorer(THINK_ANSWER)([''], [''])\n")

@@ -156,7 +156,7 @@ def test_what_cannot_be_sharded_is_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("spec", [slow(Dense("normal")), Dense("rademacher"), LowRank(2)])
+@pytest.mark.parametrize("spec", [slow(Dense("normal")), Dense("rademacher"), slow(LowRank(2))])
 def test_a_part_of_the_gradient_equals_a_slice_of_all_of_it(spec):
     """Every part draws its own dense noise only."""
     about = "w", (5, 33), jnp.dtype("float32"), spec, ""

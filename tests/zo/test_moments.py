@@ -213,6 +213,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", by_default(METHODS, "lozo_m"))
 def test_a_skipped_step_leaves_the_state_as_it_was(name):
     tuner = zo.mezo(loss, learning_rate=0.05, sigma=SIGMA, **METHODS[name])

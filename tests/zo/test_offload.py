@@ -52,7 +52,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", by_default(SETTINGS, "mezo", "low-rank"))
+@pytest.mark.parametrize("name", by_default(SETTINGS, "low-rank"))
 def test_an_offloaded_run_is_the_resident_run(name):
     """20 steps with warm-up, weight decay and tied embeddings; the deferred update has its own learning rate."""
     own = tuner(**SETTINGS[name])

@@ -65,7 +65,7 @@ def test_checkpoint_of_transformers_is_read_continued_and_written(config, tmp_pa
     np.testing.assert_array_equal(reference_logits(tmp_path / "ours", tokens, mask), expected)
 
 
-@all_decoding
+@each_kind
 def test_steps_give_the_logits_of_whole_texts(config):
     """A prompt of nine tokens and six steps, against the text as a whole and against the prompt of fifteen."""
     params, generator = random_params(config), hf.make_generator(config)

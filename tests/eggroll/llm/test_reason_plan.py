@@ -48,11 +48,11 @@ def test_numbers_by_hand():
     assert planned(rank=3).factors == 3 * plan.factors
 
 
-@pytest.mark.parametrize(("members", "expected"), [(-1, 0), (0, 0), (1, 0), (2, 2), (6, 6), (7, 6)])
-def test_members_fill_the_budget_in_pairs(members, expected):
+def test_members_fill_the_budget_in_pairs():
     plan = planned()
-    budget = plan.parameters + members * plan.per_member
-    assert planned(budget=budget).members == expected and planned(budget=budget - 1).members <= expected
+    for members, expected in [(-1, 0), (1, 0), (2, 2), (7, 6)]:
+        budget = plan.parameters + members * plan.per_member
+        assert planned(budget=budget).members == expected and planned(budget=budget - 1).members <= expected
 
 
 def test_the_cache_is_that_of_a_real_prompt():

@@ -116,6 +116,7 @@ def evolution_of(*options):
     return Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "shape"), [slow([], (4, 9)), (["--group", "2"], (2, 4, 9)), slow(["--group", "4"], (4, 9))])
 def test_groups_get_problems_of_their_own(group, shape):
     evolution = evolution_of(*group, "--temperature", "1", "--samples", "2", "--prompt-length", "9")

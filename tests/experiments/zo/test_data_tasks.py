@@ -155,6 +155,7 @@ def test_first_position_and_nan_outside_targets_count_nothing():
     np.testing.assert_allclose(got, [[0.0, 0.0, -np.log(4)]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_model_scores_in_float32(tmp_path):
     config = transformer.TransformerConfig(257, 16, 24, 2, 2, 1, head_dim=8, tie_word_embeddings=True)
     params = init_params(config, key=jax.random.key(0), dtype=jnp.bfloat16)
