@@ -43,7 +43,7 @@ def _draw_fitness(axes: Any, generations: list[int], history: Sequence[Any]) -> 
     axes.fill_between(generations, low, high, color="tab:blue", alpha=0.2, label="mean ± standard deviation")
     for index, name in enumerate(sorted({name for record in history for name in record.extra})):
         points = [(record.generation, record.extra[name]) for record in history if name in record.extra]
-        style: dict[str, Any] = dict(marker="o", markersize=3, color=f"C{3 + index}")
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+        label, color = name.replace("_", " "), f"C{3 + index}"
+        axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, color=color)
     axes.set(ylabel="fitness")
     axes.legend()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,9 +57,9 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
     axes = figure.subplots()
     for index, (recipe, of_seeds) in enumerate(curves.items()):
         forwards, values = of_seeds[0][0], np.array([accuracies for _, accuracies in of_seeds])
-        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if recipe == BACKPROP else {"color": f"C{index}"}
-        axes.plot(forwards, values.mean(axis=0), label=recipe, **style)
-        axes.fill_between(forwards, values.min(axis=0), values.max(axis=0), alpha=0.15, color=style["color"])
+        color, linestyle = ("black", "--") if recipe == BACKPROP else (f"C{index}", "-")
+        axes.plot(forwards, values.mean(axis=0), label=recipe, color=color, linestyle=linestyle)
+        axes.fill_between(forwards, values.min(axis=0), values.max(axis=0), alpha=0.15, color=color)
     axes.set(xlabel="forwards of a batch (backward passes of adam not counted)", ylabel="validation accuracy, range over seeds")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

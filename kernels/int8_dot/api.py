@@ -45,9 +45,8 @@ def int8_dot(
         ValueError: an unknown implementation.
     """
     check = functools.partial(limits.check, x, w, noise, bits=bits)
-    options: dict = dict(sign=sign, bits=bits, shift=shift)
     if hopper.choose_implementation("int8_dot", implementation, check) == "reference":
-        return reference.int8_dot(x, w, noise, **options)
+        return reference.int8_dot(x, w, noise, sign=sign, bits=bits, shift=shift)
     from eggroll.kernels.int8_dot import mosaic_gpu  # Pallas is imported where it is used
 
-    return mosaic_gpu.int8_dot(x, w, noise, config=config, **options)
+    return mosaic_gpu.int8_dot(x, w, noise, config=config, sign=sign, bits=bits, shift=shift)

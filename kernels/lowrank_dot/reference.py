@@ -7,7 +7,6 @@ Axes are named by integer labels, so one function serves dense layers, einsums, 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +114,17 @@ def population_dot(x: Array, w: Array, noise: Noise, *, scale: Array, rank: int)
     values = values_of(noise, rank=rank, rows=w.shape[0], columns=w.shape[1], dtype=x.dtype)
     base = jnp.einsum("pjm,mn->pjn", x, w, preferred_element_type=jnp.float32)
     pair, row, m, n = range(4)
-    axes: dict[str, Any] = dict(
-        x_axes=(pair, row, m), first_axes=(pair, m), second_axes=(pair, n), scale_axes=(pair, row), out_axes=(pair, row, n)
-    )
     left, right = (jnp.moveaxis(factor, 1, -1) for factor in values)
-    return (base + lowrank_product(x, left, right, scale=scale, dtype=jnp.float32, **axes)).astype(x.dtype)
+    term = lowrank_product(
+        x,
+        left,
+        right,
+        scale=scale,
+        x_axes=(pair, row, m),
+        first_axes=(pair, m),
+        second_axes=(pair, n),
+        scale_axes=(pair, row),
+        out_axes=(pair, row, n),
+        dtype=jnp.float32,
+    )
+    return (base + term).astype(x.dtype)

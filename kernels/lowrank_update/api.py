@@ -44,12 +44,11 @@ def lowrank_update(
         ValueError: an unknown implementation.
     """
     check = functools.partial(limits.check, noise, rows=rows, columns=columns)
-    options: dict = dict(rank=rank, rows=rows, columns=columns)
     if hopper.choose_implementation("lowrank_update", implementation, check) == "reference":
-        return population_update(coefficients, noise, **options)
+        return population_update(coefficients, noise, rank=rank, rows=rows, columns=columns)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
-    return mosaic_gpu.lowrank_update(coefficients, noise, config=config, **options)
+    return mosaic_gpu.lowrank_update(coefficients, noise, config=config, rank=rank, rows=rows, columns=columns)
 
 
 def lowrank_step(
@@ -93,5 +92,7 @@ def lowrank_step(
         return population_step(w, coefficients, noise, key=words, rank=rank)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
-    sizes: dict = dict(rank=rank, rows=w.shape[0], columns=w.shape[1])
-    return mosaic_gpu.lowrank_update(coefficients, noise, config=config, moved=(w, words), **sizes)
+    rows, columns = w.shape
+    return mosaic_gpu.lowrank_update(
+        coefficients, noise, config=config, moved=(w, words), rank=rank, rows=rows, columns=columns
+    )
