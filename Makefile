@@ -1,4 +1,4 @@
-# Commands of the repository. Every one sets up .venv first where it is missing; needs python3 >= 3.11 with pip and venv.
+# Commands of the repository. All but `wheel` set up .venv first if it is missing; needs python3 >= 3.11 with pip and venv.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt

@@ -142,7 +142,7 @@ def update_parameters(
         optimizer: any optax transformation; parameters frozen by rule are masked from it.
 
     Returns:
-        The state of the next generation, and what `parameters.make_report` makes a report of.
+        The state of the next generation, and the raw values that `parameters.make_report` takes.
     """
     sigma, generation = current_sigma(settings, state), state.generation // settings.noise_reuse
     ascent = sharded.gradient(

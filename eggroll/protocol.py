@@ -63,7 +63,7 @@ class Strategy(Protocol[S]):
 
     @property
     def precision(self) -> str:
-        """How parameters shorter than float32 are updated."""
+        """How parameters narrower than float32 are updated."""
 
     @property
     def sigma(self) -> Any:

@@ -45,9 +45,9 @@ class EvolutionStrategy:
             [K] over prompts or tasks, and `(fitness, aux)` when `aux` names a reduction. With a `member_state` given to
             `init` it takes that as a fourth argument and returns its new value last. None when only `ask`/`tell` is used.
         population_size: N, even, >= 2.
-        sigma: standard deviation of one entry of the perturbation, > 0 (may be changed between generations by
-            `state._replace(sigma=...)`), or a schedule from generation to it; None for `Integer` noise.
-        optimizer: any optax transformation; it gets the negative of the ascent gradient; `threshold` for `Integer` noise.
+        sigma: standard deviation of one entry of the perturbation, > 0, or a schedule `generation -> sigma`; None for `Integer`
+            noise. `state._replace(sigma=...)` changes a number between generations; it has no effect on a schedule.
+        optimizer: any optax transformation; it receives the descent gradient. `threshold` for `Integer` noise.
         perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
@@ -57,7 +57,7 @@ class EvolutionStrategy:
         memory_budget: bytes of temporary memory of an evaluation, or "device": half of what is free; picks the chunk size.
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
-        precision: how parameters shorter than float32, quantised int8 ones among them, are updated: "master", "stochastic" or
+        precision: how parameters narrower than float32, quantised int8 ones among them, are updated: "master", "stochastic" or
             "nearest" (see `precision`).
         mesh: devices to run on, axes out of "population", "data", "model" (docs/scaling.md); chunks and budget are per device.
         shard_optimizer: keep the optimizer state in equal shares over the mesh axis "population".

@@ -3,8 +3,8 @@
     evaluate    every device runs `population.evaluate` on its own pairs (and its share of the batch)
     gradient    every device runs `estimator.gradient` on its own pairs; g = psum of the parts
 
-Noise is drawn from its address on the device that needs it: scalars per member and the gradient are all that crosses. Where
-the devices do not divide the pairs, the last ones evaluate pairs past P; their results are cut off, their coefficients are 0.
+Noise is drawn from its address on the device that needs it: only results per member and the gradient cross between devices. If
+the devices do not divide the pairs, the last ones evaluate padding pairs; their results are cut off, their coefficients are 0.
 """
 
 import dataclasses
@@ -102,8 +102,8 @@ def evaluate(
         layout: the whole population; its chunks are those of one device.
         batch: pytree.
         member_state: pytree with leading axes [P, 2], or None.
-        over_data: how the results of the shares of the batch are joined, names out of `OVER_SHARES` as a tree that the results
-            continue; None: every device along "data" takes all of the batch.
+        over_data: how the results of the shares of the batch are joined: a tree prefix of the results, with names from
+            `OVER_SHARES`; None: every device along "data" takes all of the batch.
 
     Returns:
         The results with leading axes [P, 2], which lie over "population".

@@ -1,8 +1,8 @@
 """The low-rank deltas, and how their factors are kept.
 
-    LowRank           scale * left right^T        left [stack, rows, r], right [stack, columns, r]
-    Flipout           scale * shared o left right^T, where the members share noise of the base's shape
-    IntegerLowRank    sign * left right^T in fixed point, of an int8 parameter under `Integer`
+    LowRankDelta    scale * left right^T        left [stack, rows, r], right [stack, columns, r]
+    FlipoutDelta    scale * shared o left right^T, where the members share noise of the base's shape
+    IntegerDelta    sign * left right^T in fixed point, of an int8 parameter under `Integer`
 
 Factors are `Arranged` as the base's axes are, or `Packed`: signs of Rademacher factors, 32 in a word.
 """
@@ -20,7 +20,7 @@ from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.flipout_dot.reference import flipout_product
 from eggroll.kernels.lowrank_dot.reference import lowrank_product
 from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray
-from eggroll.lazy.quantised import Quantised
+from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
 from eggroll.noise.draws import Flipped
 from eggroll.noise.integer import IntegerNoise
@@ -61,7 +61,7 @@ class Packed(eqx.Module):
         return Signs(self.words)
 
 
-class LowRank(Delta):
+class LowRankDelta(Delta):
     """scale * left right^T."""
 
     factors: Arranged | Packed
@@ -84,7 +84,7 @@ class LowRank(Delta):
         return dataclasses.replace(self, factors=self.arrange(value))
 
     def prepare_for_loops(self, value: PerturbedArray) -> Self:
-        """The same delta, unpacked, but not for a kernel, which unpacks as it reads."""
+        """The same delta, unpacked unless a kernel will use it: kernels unpack on read."""
         return self if self.implementation != "reference" else self.unpack(value)
 
     def map(self, operation: Operation) -> Self:
@@ -110,7 +110,7 @@ class LowRank(Delta):
         )
 
 
-class Flipout(LowRank):
+class FlipoutDelta(LowRankDelta):
     """scale * shared o left right^T, of rank 1."""
 
     shared: Array  # like the base
@@ -139,7 +139,7 @@ class Flipout(LowRank):
         )
 
 
-class IntegerLowRank(LowRank):
+class IntegerDelta(LowRankDelta):
     """The low-rank delta of an int8 parameter, in fixed point; `scale` is the int32 sign."""
 
     noise: IntegerNoise = eqx.field(static=True)
@@ -156,7 +156,7 @@ def perturb(planned: FactoredLeaf, base: Array, noise: addresses.Factors | Flipp
         planned: its plan.
         base: the parameter; its axes are stacked axes, rows and columns in any order.
         noise: of one pair, from `draws.draw_pair`: factors [stack, r, m] and [stack, r, n], packed or not.
-        scale: [stack], sign * sigma / sqrt(r); of integer noise the int32 sign.
+        scale: [stack], sign * sigma * sigma_multiplier / sqrt(r); of integer noise the int32 sign.
 
     Returns:
         The lazy sum.
@@ -172,11 +172,11 @@ def perturb(planned: FactoredLeaf, base: Array, noise: addresses.Factors | Flipp
     value = PerturbedArray(base, Delta(), axes)
     kept = _arrange(value, factors, base.dtype) if factors.words is None else Packed(factors.words)
     implementation = planned.implementation if isinstance(planned, LowRankLeaf) else "reference"
-    delta = LowRank(kept, scale, factors.rank, implementation)
+    delta = LowRankDelta(kept, scale, factors.rank, implementation)
     if isinstance(noise, Flipped):
-        delta = Flipout(kept, scale, factors.rank, implementation, noise.shared)
+        delta = FlipoutDelta(kept, scale, factors.rank, implementation, noise.shared)
     elif planned.integer:
-        delta = IntegerLowRank(kept, scale, factors.rank, implementation, planned.integer)
+        delta = IntegerDelta(kept, scale, factors.rank, implementation, planned.integer)
     # Packed signs of stacked layers are unpacked layer by layer inside the scan over them; those of a single matrix at once,
     # outside any loop that uses it. A scan can slice packed signs only along leading axes.
     # A kernel reads them packed.
@@ -184,7 +184,7 @@ def perturb(planned: FactoredLeaf, base: Array, noise: addresses.Factors | Flipp
     is_matrix = not stack and implementation != "reference"
     if not (is_matrix or (stack and stack == list(range(len(stack))))):
         delta = delta.unpack(value)
-    return value.with_delta(Quantised(delta, planned.noise_dtype) if planned.quantised else delta)
+    return value.with_delta(QuantisedDelta(delta, planned.noise_dtype) if planned.quantised else delta)
 
 
 def _arrange(value: PerturbedArray, factors: addresses.Factors, dtype: DTypeLike) -> Arranged:

@@ -8,10 +8,10 @@ know which factor to contract, and `scan` may slice leading stacked axes off eve
 each kind of perturbation:
 
     Probe             no perturbation: records how the parameter is used                    (`probe`)
-    LowRank           scale * left right^T, the factors arranged as the base or packed      (`low_rank`)
-    Flipout           scale * shared o left right^T                                         (`low_rank`)
-    IntegerLowRank    low-rank, in integers                                                 (`low_rank`)
-    Quantised         one of these on an int8 base that is not converted to a float yet     (`quantised`)
+    LowRankDelta      scale * left right^T, the factors arranged as the base or packed      (`low_rank`)
+    FlipoutDelta      scale * shared o left right^T                                         (`low_rank`)
+    IntegerDelta      low-rank, in integers                                                 (`low_rank`)
+    QuantisedDelta    one of these on an int8 base that is not converted to a float yet     (`quantised`)
 
 Only this file imports quax.
 """

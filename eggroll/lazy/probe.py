@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.lazy.perturbed import Axes, Delta, PerturbedArray, Tag
-from eggroll.lazy.quantised import Quantised
+from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.lazy.uses import Observer, Use
 
 
@@ -53,4 +53,4 @@ def probe(array: Array, *, path: str, observer: Observer, quantised: bool = Fals
     """Wrap a parameter so that its uses are recorded in `observer`."""
     delta = Probe(observer)
     axes = Axes(path, array.ndim, tuple((axis,) for axis in range(array.ndim)))
-    return PerturbedArray(array, Quantised(delta, jnp.dtype(jnp.float32)) if quantised else delta, axes)
+    return PerturbedArray(array, QuantisedDelta(delta, jnp.dtype(jnp.float32)) if quantised else delta, axes)

@@ -15,17 +15,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.kernels import population_product
-from eggroll.lazy.low_rank import Contraction, Flipout, IntegerLowRank, LowRank
+from eggroll.lazy.low_rank import Contraction, FlipoutDelta, IntegerDelta, LowRankDelta
 from eggroll.lazy.perturbed import PerturbedArray, UnconvertedUse, register
 from eggroll.lazy.probe import Probe
-from eggroll.lazy.quantised import OffGrid, Quantised
+from eggroll.lazy.quantised import OffGrid, QuantisedDelta
 from eggroll.noise import integer
 
-Pair = tuple[Sequence[int], Sequence[int]]  # axes of x, axes of the parameter
+AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of x, axes of the parameter
 Side = tuple[str, Array]  # a factor and its name
 
 
-def _sides(value: PerturbedArray, delta: LowRank, positions: Sequence[int], where: str) -> tuple[Side, Side]:
+def _sides(value: PerturbedArray, delta: LowRankDelta, positions: Sequence[int], where: str) -> tuple[Side, Side]:
     """The factor that alone spans `positions`, and the other one."""
     factors = delta.arrange(value)
     left, right = ("left", factors.left), ("right", factors.right)
@@ -48,11 +48,13 @@ def _dot_perturbed_array(value: PerturbedArray, x: ArrayLike, **params: Any) -> 
     return _dot(jnp.asarray(x), value, (x_contract, w_contract), (x_batch, w_batch), x_first=False, params=params)
 
 
-def _dot(x: Array, value: PerturbedArray, contract: Pair, batch: Pair, *, x_first: bool, params: dict[str, Any]) -> Array:
+def _dot(
+    x: Array, value: PerturbedArray, contract: AxisPairs, batch: AxisPairs, *, x_first: bool, params: dict[str, Any]
+) -> Array:
     delta = value.delta
-    if isinstance(delta, Quantised):
+    if isinstance(delta, QuantisedDelta):
         raise UnconvertedUse(value.axes.path, "'dot_general'")
-    if isinstance(delta, LowRank) and x_first and _suits_kernel(x, value, delta, contract, batch, params):
+    if isinstance(delta, LowRankDelta) and x_first and _suits_kernel(x, value, delta, contract, batch, params):
         return _kernel_product(x, value, delta)
     operands = (x, value.base) if x_first else (value.base, x)
     out = jax.lax.dot_general_p.bind(*operands, **params)
@@ -60,7 +62,7 @@ def _dot(x: Array, value: PerturbedArray, contract: Pair, batch: Pair, *, x_firs
         _check_accumulator(value, out)
         delta.observe(value, contract[1], batch[1])
         return out
-    assert isinstance(delta, LowRank)
+    assert isinstance(delta, LowRankDelta)
     x_axes = list(range(x.ndim))
     w_axes = list(range(x.ndim, x.ndim + value.base.ndim))
     for x_axis, w_axis in zip((*contract[0], *batch[0]), (*contract[1], *batch[1]), strict=True):
@@ -83,21 +85,23 @@ def _dot(x: Array, value: PerturbedArray, contract: Pair, batch: Pair, *, x_firs
     return out + delta.product(x, first, second, labels).astype(out.dtype)
 
 
-def _suits_kernel(x: Array, value: PerturbedArray, delta: LowRank, contract: Pair, batch: Pair, params: dict[str, Any]) -> bool:
+def _suits_kernel(
+    x: Array, value: PerturbedArray, delta: LowRankDelta, contract: AxisPairs, batch: AxisPairs, params: dict[str, Any]
+) -> bool:
     """Whether the product is x W in the operands' own precision, of a parameter that is planned for a kernel."""
     if delta.implementation == "reference" or batch[1] or value.base.ndim != 2:
         return False
     along = (tuple(contract[0]), tuple(contract[1])) == ((x.ndim - 1,), (0,))
     upright = value.axes.owns("left", value.tags[0]) and not value.axes.owns("right", value.tags[0])
-    wanted = jnp.int32 if isinstance(delta, IntegerLowRank) else value.base.dtype
+    wanted = jnp.int32 if isinstance(delta, IntegerDelta) else value.base.dtype
     plain = params["preferred_element_type"] == wanted or (wanted == x.dtype and params["preferred_element_type"] is None)
     default = params["precision"] in (None, (jax.lax.Precision.DEFAULT,) * 2)
     return along and upright and plain and default and x.dtype == value.base.dtype
 
 
-def _kernel_product(x: Array, value: PerturbedArray, delta: LowRank) -> Array:
+def _kernel_product(x: Array, value: PerturbedArray, delta: LowRankDelta) -> Array:
     rows, noise = x.reshape(-1, x.shape[-1]), delta.factors.of_matrix()
-    bits = delta.noise.scale[1] if isinstance(delta, IntegerLowRank) else None
+    bits = delta.noise.scale[1] if isinstance(delta, IntegerDelta) else None
     out = population_product(rows, value.base, noise, delta.scale, rank=delta.rank, bits=bits)
     return out.reshape(*x.shape[:-1], value.base.shape[1])
 
@@ -125,28 +129,30 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Array |
     out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
     if len(kept) != 1:
         return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
-    delta = value.delta.converted if isinstance(value.delta, Quantised) else value.delta
+    delta = value.delta.converted if isinstance(value.delta, QuantisedDelta) else value.delta
     if isinstance(delta, Probe):
         delta.observe(value, [axis])
-        if isinstance(value.delta, Quantised):
+        if isinstance(value.delta, QuantisedDelta):
             return OffGrid(out.astype(jnp.float32), value.axes.path, delta.observer)
         return out
-    assert isinstance(delta, LowRank)
-    if isinstance(value.delta, Quantised):
+    assert isinstance(delta, LowRankDelta)
+    if isinstance(value.delta, QuantisedDelta):
         wide = value.delta.dtype
     else:
-        wide = jnp.int32 if isinstance(delta, IntegerLowRank) else value.base.dtype
+        wide = jnp.int32 if isinstance(delta, IntegerDelta) else value.base.dtype
     term = _gathered_rows(value, delta, indices[..., 0], axis, out_axes, wide)
-    if isinstance(delta, Flipout):
+    if isinstance(delta, FlipoutDelta):
         term *= jax.lax.gather_p.bind(delta.shared, indices, **params)
-    if isinstance(value.delta, Quantised):
+    if isinstance(value.delta, QuantisedDelta):
         return OffGrid(out.astype(term.dtype) + term, value.axes.path)
-    if isinstance(delta, IntegerLowRank):
+    if isinstance(delta, IntegerDelta):
         return integer.saturate(out.astype(jnp.int32) + delta.noise.rescale(term)).astype(out.dtype)
     return out + term.astype(out.dtype)
 
 
-def _gathered_rows(value: PerturbedArray, delta: LowRank, chosen: Array, axis: int, out_axes: list[int], wide: Any) -> Array:
+def _gathered_rows(
+    value: PerturbedArray, delta: LowRankDelta, chosen: Array, axis: int, out_axes: list[int], wide: Any
+) -> Array:
     """The delta of the chosen rows, in the dtype `wide`; `out_axes` labels kept axes by position, index axes from 2 on."""
     (_, first), (_, second) = _sides(value, delta, [axis], "a lookup along a stacked axis of a vector")
     rows = jnp.take(first, chosen, axis=0, mode="clip").astype(wide) * delta.scale.astype(wide)
@@ -196,9 +202,9 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
     if isinstance(delta, Probe):
         delta.observe(value, patch)
         return out
-    if isinstance(delta, Flipout):  # its signs change within a patch: every member would need filters of its own
+    if isinstance(delta, FlipoutDelta):  # its signs change within a patch: every member would need filters of its own
         raise value.unsupported("a convolution with shared noise")
-    assert isinstance(delta, LowRank)
+    assert isinstance(delta, LowRankDelta)
     (_, first), (_, second) = _sides(value, delta, patch, "a convolution whose patch is not one side of its matrix")
     filters = jnp.moveaxis(first, -1, channel)  # the rank takes the place of the output channels
     hidden = jax.lax.conv_general_dilated_p.bind(x, filters, **params) * delta.scale.astype(out.dtype)

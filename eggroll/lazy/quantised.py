@@ -2,7 +2,7 @@
 
     W = s Q           the function computes (x @ Q.astype(x.dtype)) * s, a member sees float(Q) + sigma E in place of Q
 
-A matrix whose noise is factors stays a `PerturbedArray` of base Q, its delta `Quantised`; the conversion is a view that gives
+A matrix whose noise is factors stays a `PerturbedArray` of base Q with a `QuantisedDelta`; the conversion is a view that gives
 base and factors the floating dtype, and the products that follow are those of any lazy parameter. Where there are no factors to
 keep (dense noise, rows that were looked up before the conversion), the perturbed values are stored as `OffGrid`. Both may be
 rearranged as int8 arrays, but not used in arithmetic: an integer cannot hold a perturbation finer than one.
@@ -22,7 +22,7 @@ from eggroll.lazy.perturbed import MOVES, Delta, LazyArray, Operation, Perturbed
 from eggroll.lazy.uses import Observer
 
 
-class Quantised(Delta):
+class QuantisedDelta(Delta):
     """The delta of an int8 base that the function has not converted to a float yet."""
 
     converted: Delta  # what it is of the converted base
@@ -33,22 +33,22 @@ class Quantised(Delta):
         """Records the uses of a probe; None for all other deltas."""
         return self.converted.observer
 
-    def _with(self, converted: Delta) -> "Quantised":
-        return Quantised(converted, self.dtype)
+    def _with(self, converted: Delta) -> "QuantisedDelta":
+        return QuantisedDelta(converted, self.dtype)
 
-    def map(self, operation: Operation) -> "Quantised":
+    def map(self, operation: Operation) -> "QuantisedDelta":
         """Apply `operation` to every component."""
         return self._with(self.converted.map(operation))
 
-    def unpack(self, value: PerturbedArray) -> "Quantised":
+    def unpack(self, value: PerturbedArray) -> "QuantisedDelta":
         """The same delta with its packed signs, if any, unpacked into factors."""
         return self._with(self.converted.unpack(value))
 
-    def prepare_for_loops(self, value: PerturbedArray) -> "Quantised":
+    def prepare_for_loops(self, value: PerturbedArray) -> "QuantisedDelta":
         """The same delta in the form that a loop should read on every iteration."""
         return self._with(self.converted.prepare_for_loops(value))
 
-    def mark_indexed(self, tag: Tag) -> "Quantised":
+    def mark_indexed(self, tag: Tag) -> "QuantisedDelta":
         """The same delta, after the axis tagged `tag` was indexed."""
         return self._with(self.converted.mark_indexed(tag))
 

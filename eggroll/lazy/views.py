@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from eggroll.lazy.perturbed import PerturbedArray, Tag, register
-from eggroll.lazy.quantised import Quantised
+from eggroll.lazy.quantised import QuantisedDelta
 
 
 @register(jax.lax.transpose_p)
@@ -29,7 +29,7 @@ def _transpose(value: PerturbedArray, *, permutation: Sequence[int]) -> Perturbe
 
 @register(jax.lax.convert_element_type_p)
 def _convert_element_type(value: PerturbedArray, *, new_dtype: DTypeLike, weak_type: bool, sharding: Any) -> Any:
-    if isinstance(value.delta, Quantised):
+    if isinstance(value.delta, QuantisedDelta):
         return value.delta.convert(value, new_dtype)
     kinds = jnp.floating, jnp.integer
     if not any(jnp.issubdtype(new_dtype, kind) and jnp.issubdtype(value.base.dtype, kind) for kind in kinds):

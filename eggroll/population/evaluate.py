@@ -45,7 +45,7 @@ def evaluate(
         noise_key: the run's key.
         noise_generation: int32, generation // noise_reuse.
         sigma: float32 scalar; None for integer noise.
-        evaluation_key: split per pair, unless the layout has `same_key`; both members of a pair get the same key (common
+        evaluation_key: folded with the pair, unless the layout has `same_key`; both members of a pair get the same key (common
             random numbers).
         batch: pytree, with a leading axis as `layout.members_per_batch` says.
         member_state: pytree with leading axes [P, 2], or None.

@@ -123,7 +123,7 @@ def member_params(
     lazy: bool = True,
     in_loop: bool = False,
 ) -> Any:
-    """Parameters of one member: theta + sign sigma E.
+    """Parameters of one member: theta + sign sigma E, sigma times each leaf's `sigma_multiplier`.
 
     Args:
         plan: the plan.

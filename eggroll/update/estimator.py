@@ -56,8 +56,8 @@ def check_sums(plan: Plan, *, num_pairs: int) -> None:
 def spread_to_all_pairs(plan: Plan, coefficients: Array, pairs: Array, *, num_pairs: int) -> Array:
     """Spread the coefficients [S] of some pairs to [P].
 
-    The others get 0 and these grow by P / S, which leaves the mean of the estimate as it was: every pair's share of it has the
-    same mean. Those of int8 parameters do not grow, their update goes by the ratio of sums to their spread.
+    The others get 0 and these are scaled by P / S, which keeps the mean of the estimate. Coefficients for int8 parameters are
+    not scaled: their update depends only on the ratio of each sum to its standard deviation.
     """
     share = 1.0 if plan.is_integer else num_pairs / pairs.shape[0]
     return jnp.zeros(num_pairs, jnp.float32).at[pairs].set(coefficients * share, unique_indices=True)
@@ -88,8 +88,8 @@ def gradient(
         sigma: standard deviation the population was perturbed with; not used for int8 parameters.
         first_pair: index in the population of the first coefficient's pair; the parts of all pairs sum to the gradient.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
-        first_index: stack index of the first layer, not 0 where the plan is of one layer out of a stack.
-        first_word: of the words at every address, not 0 where the plan is of a part of a dense leaf (`draws.draw`).
+        first_index: stack index of the first layer; nonzero if the plan covers a single layer of a stack.
+        first_word: offset of the first word drawn at each address; nonzero if the plan covers a slice of a dense leaf.
 
     Returns:
         float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.

@@ -22,7 +22,9 @@ def main() -> None:
         "egg": (egg.EGG, egg.run),
         "kernels": (kernels.Kernels, kernels.run),
     }
-    config = tyro.extras.subcommand_cli_from_dict({name: options for name, (options, _) in benchmarks.items()})
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _) in benchmarks.items()}, prog="python -m eggroll.experiments.bench"
+    )
     next(run for options, run in benchmarks.values() if isinstance(config, options))(config)
 
 

@@ -118,4 +118,4 @@ def _table(title: str, curves: Sequence[Curve]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m eggroll.experiments.estimator"))

@@ -32,13 +32,13 @@ class Config:
     population_size: int = 256
     """Members evaluated per generation, even."""
     env_steps: int = 1_000_000
-    """Environment steps of training: it ends with the generation (of PPO: the update) that spends them."""
+    """Training stops after the generation (PPO: the update) in which this many environment steps is reached."""
     generations: int | None = None
-    """Generations at most, of evolution strategies. None: env_steps alone decides."""
+    """Maximum number of generations (evolution strategies only); None: env_steps alone decides."""
     sigma: float = 0.1
     """Standard deviation of the perturbation of one weight."""
     sigma_decay: float = 1.0
-    """Factor of sigma per generation."""
+    """Multiply sigma by this after each generation."""
     rank: int = 1
     """Rank of the perturbation of a matrix; openes has none."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
