@@ -91,8 +91,16 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(capsys, whole):
     whole("killed")
 
 
+@pytest.fixture
+def interruptible():
+    """Take SIGINT as Python does by default: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
-def test_ctrl_c_is_refused_by_a_clear_error_and_leaves_a_run_that_goes_on(capsys, whole, monkeypatch):
+def test_ctrl_c_is_refused_by_a_clear_error_and_leaves_a_run_that_goes_on(capsys, whole, monkeypatch, interruptible):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         ending = Ending(IN_GENERATION_2, lambda: os.kill(os.getpid(), signal.SIGINT))
         patch.setattr(sys.modules["eggroll.envs.tasks.arithmetic"], "answer_matches", ending)
