@@ -1,9 +1,11 @@
 """The noise of one parameter: a type for every role.
 
-FrozenLeaf     "frozen"     none
-DenseLeaf      "dense"      independent entries
-LowRankLeaf    "low-rank"   left^T right / sqrt(r) for every layer of a stack, over rows x columns
-FlipoutLeaf    "flipout"    U o (left^T right): signs of a pair's own, U shared by all pairs
+    FrozenLeaf     "frozen"     none
+    DenseLeaf      "dense"      independent entries
+    LowRankLeaf    "low-rank"   left^T right / sqrt(r) for every layer of a stack, over rows x columns
+    FlipoutLeaf    "flipout"    U o (left^T right): each pair has its own signs, all pairs share U
+
+The quoted name is `plan.leaves[i].role`.
 """
 
 import dataclasses

@@ -170,6 +170,13 @@ def test_the_budget_of_the_device_is_half_of_what_is_free(monkeypatch):
     assert layouts[0] == layouts[1] != by_bytes.layout
 
 
+def test_a_compiler_without_an_account_of_memory_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    es = strategy(memory_budget=20_000)
+    with pytest.raises(ValueError, match="memory_budget needs the compiler's account of memory, which cpu lacks"):
+        es.step(es.init(PARAMS, key=jax.random.key(0)), X)
+
+
 @pytest.mark.optimized
 def test_chunks_bound_the_memory():
     """Temporary memory of an evaluation does not grow with the population when it is chunked."""
