@@ -22,7 +22,7 @@ from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, re
 from eggroll.protocol import Strategy
 from eggroll.state import ESState
 from eggroll.update import estimator
-from eggroll.update.parameters import apply_gradient, mask_frozen
+from eggroll.update.parameters import mask_frozen
 
 
 class Settings(Strategy[ESState], Protocol):
@@ -130,7 +130,13 @@ def score_pairs(settings: Settings, plan: Plan, fitness: Array, pairs: Array) ->
 
 
 def update_parameters(
-    settings: Settings, plan: Plan, state: ESState, coefficients: Array, *, optimizer: optax.GradientTransformation
+    settings: Settings,
+    plan: Plan,
+    state: ESState,
+    coefficients: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    shardings: ESState | None = None,
 ) -> tuple[ESState, Any]:
     """Estimate the gradient and update the parameters.
 
@@ -140,23 +146,25 @@ def update_parameters(
         state: before the update.
         coefficients: [P], from the report; whole numbers for int8 parameters.
         optimizer: any optax transformation; parameters frozen by rule are masked from it.
+        shardings: of the state on a mesh (`Placement.shardings`); None: unknown, or no mesh.
 
     Returns:
         The state of the next generation, and the raw values that `parameters.make_report` takes.
     """
-    sigma, generation = current_sigma(settings, state), state.generation // settings.noise_reuse
-    ascent = sharded.gradient(
-        plan, coefficients, placement=settings.placement, noise_key=state.key, noise_generation=generation, sigma=sigma
-    )
-    new_state, done = apply_gradient(
+    sigma = current_sigma(settings, state)
+    new_state, done = sharded.update(
         plan,
         mask_frozen(optimizer, state.params, settings.perturbation),
         state,
-        ascent,
-        coefficients=coefficients,
+        coefficients,
+        placement=settings.placement,
+        shardings=shardings,
         sigma=sigma,
-        noise_generation=generation,
+        noise_generation=state.generation // settings.noise_reuse,
         precision=settings.precision,
     )
     new_state = new_state._replace(generation=state.generation + 1)
-    return new_state._replace(sigma=current_sigma(settings, new_state)), done
+    if callable(settings.sigma):
+        following = current_sigma(settings, new_state)
+        new_state = new_state._replace(sigma=jnp.where(jnp.isfinite(following), following, state.sigma))
+    return new_state, done

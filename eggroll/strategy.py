@@ -274,7 +274,8 @@ class EvolutionStrategy:
         """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
         shardings, shapes = update_shardings(self.placement, state), programs.signature(state)
         key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
-        update = functools.partial(generation.update_parameters, self, plan, optimizer=self.optimizer)
+        places = shardings and shardings[0]
+        update = functools.partial(generation.update_parameters, self, plan, optimizer=self.optimizer, shardings=places)
         program = programs.compile_once(*key, function=update, out_shardings=shardings)
         state, done = program(state, round_coefficients(plan, coefficients, self.shaping))
         return state, make_report(plan, done)

@@ -272,7 +272,8 @@ class ZerothOrder:
         shardings, shapes = update_shardings(self.placement, state), programs.signature(state.params)
         key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
         optimizer = self.optax_optimizer(plan)
-        update = functools.partial(generation.update_parameters, self, plan, optimizer=optimizer)
+        places = shardings and shardings[0]
+        update = functools.partial(generation.update_parameters, self, plan, optimizer=optimizer, shardings=places)
         return programs.compile_once(*key, function=update, out_shardings=shardings)(state, given)
 
     def optax_optimizer(self, plan: Plan | None) -> optax.GradientTransformation:

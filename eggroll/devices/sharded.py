@@ -2,6 +2,7 @@
 
     evaluate    every device runs `population.evaluate` on its own pairs (and its share of the batch)
     gradient    every device runs `estimator.gradient` on its own pairs; g = psum of the parts
+    update      every device updates the pieces of the parameters that it holds (`pieces`)
 
 Noise is drawn from its address on the device that needs it: only results per member and the gradient cross between devices. If
 the devices do not divide the pairs, the last ones evaluate padding pairs; their results are cut off, their coefficients are 0.
@@ -15,15 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.sharding import PartitionSpec
 
 from eggroll.devices.mesh import Placement
+from eggroll.devices.pieces import pad_coefficients, piece_specs, update_pieces
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.population import evaluate as population
 from eggroll.population.layout import PopulationLayout, Scalars
+from eggroll.state import ESState
 from eggroll.update import estimator
+from eggroll.update.parameters import read_update, update_state, update_state_at_once
 
 OVER_SHARES: dict[str, Callable] = {  # how results of the shares of the batch are joined: the reductions of aux, and "own"
     "own": lambda x, axis: x,
@@ -195,16 +200,58 @@ def gradient(
     return jax.tree.unflatten(plan.tree, run(first_pairs, padded, noise_key, noise_generation, sigma))
 
 
+def update(
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    state: ESState,
+    coefficients: Array,
+    *,
+    placement: Placement | None,
+    shardings: ESState | None,
+    sigma: Array,
+    noise_generation: Array,
+    precision: str,
+) -> tuple[ESState, Any]:
+    """Update the parameters; on a mesh every device updates the pieces that it holds.
+
+    Args:
+        plan: the plan the population was perturbed by.
+        optimizer: any optax transformation.
+        state: before the update.
+        coefficients: float32 [P], or integers of int8 parameters.
+        placement: the mesh; None: one device.
+        shardings: of the state; None: where it lies is not known.
+        sigma: standard deviation the population was perturbed with.
+        noise_generation: generation // noise_reuse.
+        precision: how short floats and quantised parameters are updated.
+
+    Returns:
+        As for `parameters.update_state`.
+    """
+    reading, extra = read_update(plan, optimizer, state, coefficients, sigma=sigma, noise_generation=noise_generation)
+    if placement is None and reading.split != "whole":
+        update = functools.partial(update_state, plan, reading, extra, state, coefficients)
+        return update(sigma=sigma, noise_generation=noise_generation, precision=precision)
+    specs = None if placement is None or shardings is None else piece_specs(placement, shardings)
+    if placement is not None and specs is not None and reading.split == "elements":
+        update = functools.partial(update_pieces, placement, specs, plan, reading, extra, state, coefficients)
+        return update(sigma=sigma, noise_generation=noise_generation, precision=precision)
+    sums = gradient(
+        plan,
+        coefficients,
+        placement=placement,
+        noise_key=state.key,
+        noise_generation=noise_generation,
+        sigma=sigma,
+    )
+    return update_state_at_once(plan, optimizer, extra, state, sums, precision=precision)
+
+
 def _join_shares(placement: Placement, names: Any, results: Any) -> Any:
     """The results of this device, joined with those of the devices that have the other shares of the batch."""
     if placement.axis("data") is None:
         return results
     return jax.tree.map(lambda name, tree: jax.tree.map(lambda x: OVER_SHARES[name](x, "data"), tree), names, results)
-
-
-def pad_coefficients(coefficients: Array, size: int) -> Array:
-    """[P] to [size]: padding pairs have zero weight."""
-    return jnp.pad(coefficients, (0, size - coefficients.shape[0]))
 
 
 def _gradient_spec(placement: Placement, leaf: LeafPlan) -> PartitionSpec:

@@ -90,6 +90,20 @@ def address_keys(
     return _threefry(requests)
 
 
+def layer_keys(key: Array, pair: Array | int, index: Array) -> Array:
+    """Derive the keys of some layers of one parameter for one pair.
+
+    Args:
+        key: uint32 [2], from `leaf_keys`.
+        pair: int32 scalar, index of the antithetic pair.
+        index: uint32 [*stack], the stack indices of the layers; () for an unstacked parameter, whose index is 0.
+
+    Returns:
+        uint32 [*stack, 2].
+    """
+    return _threefry([(jnp.broadcast_to(key, (*index.shape, 2)), pair, index)])[0]
+
+
 def draw_words(keys: Sequence[Array], counts: Sequence[int], *, first: Array | int = 0) -> list[Array]:
     """Draw random words for several addresses at once; the words do not depend on what else is drawn.
 

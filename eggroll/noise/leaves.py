@@ -124,6 +124,19 @@ class PerturbedLeaf(LeafPlan):
         """Bytes of noise one member holds for this leaf: packed signs, or values."""
         return math.prod(self.sizes(self.stack)) * self.values * self.noise_dtype.itemsize
 
+    @property
+    def values_per_word(self) -> int:
+        """Values that a random word gives."""
+        if self.distribution == "rademacher":
+            return addresses.WORD
+        return 2 if self.integer else 1
+
+    def decode_values(self, words: Array, count: int) -> Array:
+        """Turn random words [..., words] into values [..., count] of the noise, or of its factors; int8 of integer noise."""
+        if self.integer:
+            return integer.decode(words, count, distribution=self.distribution)
+        return addresses.decode(words, count, distribution=self.distribution, dtype=self.noise_dtype)
+
     def decode(self, words: Array) -> Factors | Array:
         """Turn this leaf's random words, uint32 [*stack, self.words], into its noise."""
         raise NotImplementedError
@@ -153,10 +166,7 @@ class DenseLeaf(PerturbedLeaf):
         Returns:
             An array of the leaf's shape; int8 of integer noise.
         """
-        if self.integer:
-            return integer.decode(words, self.values, distribution=self.distribution).reshape(self.shape)
-        values = addresses.decode(words, self.values, distribution=self.distribution, dtype=self.noise_dtype)
-        return values.reshape(self.shape)
+        return self.decode_values(words, self.values).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +218,7 @@ class FactoredLeaf(PerturbedLeaf):
         """
         m, n = self.matrix
         if self.integer:
-            values = integer.decode(words, self.values, distribution=self.distribution)
-            return addresses.split_factors(values, rank=self.rank, m=m, n=n)
+            return addresses.split_factors(self.decode_values(words, self.values), rank=self.rank, m=m, n=n)
         return addresses.decode_factors(words, rank=self.rank, m=m, n=n, distribution=self.distribution, dtype=self.noise_dtype)
 
 

@@ -43,6 +43,7 @@ class Metrics(NamedTuple):
     gradient_norm: Array
     leaf_norms: Array
     moved: Array
+    kept: Array
 
     @property
     def scalars(self) -> dict[str, Array]:

@@ -45,6 +45,7 @@ class Record:
     skipped: bool
     gradient_norm: float
     moved: float
+    kept: int
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written

@@ -7,23 +7,21 @@ address. Exactly unbiased for a linear fitness at any rank (EGGROLL, arXiv 2511.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll.kernels.factors import Signs, Values
-from eggroll.kernels.lowrank_update import api as update_kernel
-from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
 from eggroll.noise import integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, draw, draw_shared, from_matrix, leaf_keys
-from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
+from eggroll.noise.leaves import FactoredLeaf, FlipoutLeaf, LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
+from eggroll.noise.regions import Region, draw_region, draw_shared_region, of_region
+from eggroll.update.pair_sums import sum_dtype, sum_over_pairs
 from eggroll.update.shaping import Shaping, integer_coefficients, shape_fitness
-
-NOISE_BUDGET = 64 << 20  # bytes of float32 noise drawn at once for one leaf
 
 
 def pair_coefficients(shaped: Array) -> Array:
@@ -95,12 +93,58 @@ def gradient(
         float32 pytree like the parameters, int32 for int8 ones; zeros for frozen leaves.
     """
     keys = leaf_keys(plan.leaves, noise_key, noise_generation)
-    first = First(first_pair, first_index, first_word)
-    leaves = [_leaf_sum(leaf, key, coefficients, first) for leaf, key in zip(plan.leaves, keys, strict=True)]
     count = 2 * (num_pairs or coefficients.shape[0])
     shared = draw_shared(plan, noise_key, noise_generation, first_index=first_index)
-    scaled = [_scaled(*of_leaf, count, sigma) for of_leaf in zip(plan.leaves, leaves, shared, strict=True)]
-    return jax.tree.unflatten(plan.tree, scaled)
+
+    def of_leaf(leaf: LeafPlan, key: LeafKeys, shared: Array | None) -> Array:
+        if not isinstance(leaf, PerturbedLeaf):
+            return jnp.zeros(leaf.shape, sum_dtype(coefficients))
+
+        def draw_leaf(pair: Array) -> Factors | Array:
+            return draw([leaf], [key], pair, first_index=first_index, first_word=first_word)[0]
+
+        return _scaled(leaf, sum_over_pairs(leaf, draw_leaf, coefficients, first_pair), shared, count, sigma)
+
+    return jax.tree.unflatten(plan.tree, [of_leaf(*known) for known in zip(plan.leaves, keys, shared, strict=True)])
+
+
+def region_gradient(
+    leaf: LeafPlan,
+    region: Region,
+    coefficients: Array,
+    *,
+    noise_key: Array,
+    noise_generation: Array | int,
+    sigma: Array | float | None,
+    first_pair: Array | int = 0,
+    num_pairs: int | None = None,
+    join: Callable[[Array], Array] = lambda total: total,
+) -> Array:
+    """The gradient in a region of one parameter, of its shape; other arguments as for `gradient`.
+
+    Args:
+        leaf: the plan of the parameter.
+        region: of the parameter.
+        coefficients: [P], or those of some pairs.
+        noise_key: the run's key.
+        noise_generation: generation // noise_reuse.
+        sigma: standard deviation the population was perturbed with.
+        first_pair: index in the population of the first coefficient's pair.
+        num_pairs: P of the whole population; None: the coefficients are of all pairs.
+        join: sums what several devices have summed over their own pairs.
+    """
+    part = of_region(leaf, region)
+    if not isinstance(leaf, PerturbedLeaf) or not isinstance(part, PerturbedLeaf):
+        return jnp.zeros(region.sizes, sum_dtype(coefficients))
+    key = leaf_keys([leaf], noise_key, noise_generation)[0]
+    is_whole = region.sizes == leaf.shape
+
+    def draw_part(pair: Array) -> Factors | Array:
+        return draw([leaf], [key], pair)[0] if is_whole else draw_region(leaf, key, pair, region)
+
+    total = join(sum_over_pairs(part, draw_part, coefficients, first_pair))
+    shared = draw_shared_region(leaf, noise_key, noise_generation, region) if isinstance(leaf, FlipoutLeaf) else None
+    return _scaled(part, total, shared, 2 * (num_pairs or coefficients.shape[0]), sigma)
 
 
 def leaf_gradient(
@@ -125,39 +169,6 @@ def leaf_gradient(
     )
 
 
-class First(NamedTuple):
-    """Where the noise of a sum begins, at all three levels of an address (`gradient` describes them)."""
-
-    pair: Array | int
-    layer: Array | int
-    word: Array | int
-
-
-def _leaf_sum(leaf: LeafPlan, key: LeafKeys, coefficients: Array, first: First) -> Array:
-    """sum_p d_p E_p, without the 1 / sqrt(r) and without what all pairs share."""
-    dtype = jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
-    if not isinstance(leaf, PerturbedLeaf):
-        return jnp.zeros(leaf.shape, dtype)
-    num_pairs = coefficients.shape[0]
-    chunk = max(1, min(num_pairs, NOISE_BUDGET // (4 * leaf.values * math.prod(leaf.sizes(leaf.stack)) or 1)))
-    total = jnp.zeros(_sum_shape(leaf), dtype)
-    for_all = num_pairs // chunk * chunk
-
-    def add_chunk(total, start):
-        pairs = first.pair + start + jnp.arange(chunk, dtype=jnp.int32)
-        own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
-        return total + _weighted_noise(leaf, key, pairs, own, first), None
-
-    if for_all == chunk:
-        total = add_chunk(total, jnp.int32(0))[0]
-    else:
-        total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
-    if for_all < num_pairs:
-        rest = first.pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
-        total += _weighted_noise(leaf, key, rest, coefficients[for_all:], first)
-    return total
-
-
 def _scaled(leaf: LeafPlan, total: Array, shared: Array | None, members: int, sigma: Array | float | None) -> Array:
     """Turn the sum over pairs into the gradient of the leaf."""
     if not isinstance(leaf, PerturbedLeaf):
@@ -170,32 +181,6 @@ def _scaled(leaf: LeafPlan, total: Array, shared: Array | None, members: int, si
     if shared is not None:
         total *= shared.astype(jnp.float32)
     return total / (members * leaf_sigma)
-
-
-def _sum_shape(leaf: PerturbedLeaf) -> tuple[int, ...]:
-    return (*leaf.sizes(leaf.stack), *leaf.matrix) if isinstance(leaf, FactoredLeaf) else leaf.shape
-
-
-def _weighted_noise(leaf: PerturbedLeaf, key: LeafKeys, pairs: Array, coefficients: Array, first: First) -> Array:
-    """`_leaf_sum` over some pairs."""
-
-    def draw_leaf(pair: Array) -> Factors | Array:
-        return draw([leaf], [key], pair, first_index=first.layer, first_word=first.word)[0]
-
-    drawn = jax.vmap(draw_leaf)(pairs)
-    if leaf.integer:
-        return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
-    if isinstance(drawn, Factors):
-        if isinstance(leaf, LowRankLeaf) and leaf.implementation != "reference":
-            return sum_by_kernel(coefficients, drawn)
-        return lowrank_update(coefficients, *drawn.unpack(leaf.noise_dtype))
-    return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
-
-
-def _integer_sum(coefficients: Array, drawn: Factors | Array) -> Array:
-    if isinstance(drawn, Factors):
-        return integer_lowrank_update(coefficients, *drawn.unpack(jnp.int8))
-    return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
 
 
 def deviations(plan: Plan, coefficients: Array) -> Any:
@@ -227,33 +212,3 @@ def paper_learning_rate(learning_rate: float, *, sigma: float, population_size: 
         learning_rate * sigma^2 * sqrt(population_size).
     """
     return learning_rate * sigma**2 * population_size**0.5
-
-
-def sum_by_kernel(coefficients: Array, factors: Factors) -> Array:
-    """sum_p coefficients[p] left[p]^T right[p] of every layer, by the kernel.
-
-    Args:
-        coefficients: float32 [P].
-        factors: [P, *stack, r, m] and [P, *stack, r, n], packed or not.
-
-    Returns:
-        float32 [*stack, m, n].
-    """
-    packed = factors.words is not None
-    arrays = [a for a in (factors.words, factors.left, factors.right) if a is not None]
-    trailing = 1 if packed else 2
-    stack = arrays[0].shape[1 : arrays[0].ndim - trailing]
-
-    def layer(parts):
-        return update_kernel.lowrank_update(
-            coefficients,
-            Signs(*parts) if packed else Values(*parts),
-            rank=factors.rank,
-            rows=factors.m,
-            columns=factors.n,
-            implementation="mosaic_gpu",
-        )
-
-    layers = [jnp.moveaxis(a.reshape(a.shape[0], -1, *a.shape[a.ndim - trailing :]), 1, 0) for a in arrays]
-    total = jax.lax.map(layer, layers) if stack else layer([a[0] for a in layers])
-    return total.reshape(*stack, factors.m, factors.n)

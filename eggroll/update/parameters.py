@@ -1,13 +1,13 @@
 """The end of a generation: pair coefficients to new parameters.
 
 The coefficients and sigma are all that a generation adds to a run, so a record of them rebuilds it (see `journal`). They are
-NaN where nothing is to change; a gradient that is not finite changes nothing either.
+NaN where nothing is to change. What is stored is finite: see `blocks`.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +18,23 @@ from jax import Array
 from eggroll.noise import addresses
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
-from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trainable
+from eggroll.noise.regions import Region, cut
+from eggroll.noise.rules import Frozen, Perturbation, is_integer, quantised_leaves, trainable
 from eggroll.state import ESState, Masters
 from eggroll.update import estimator
-from eggroll.update.precision import apply_updates, float32_params, init_masters
+from eggroll.update.blocks import BASE, Counts, Held, Moves, Rules, move, no_counts
+from eggroll.update.precision import are_short, float32_params, init_masters
+from eggroll.update.splitting import Reading
 
 
 class UpdateReport(NamedTuple):
     """What an update did."""
 
-    skipped: Array  # bool [], nothing changed: the gradient was not finite
+    skipped: Array  # bool [], nothing changed: the coefficients or sigma were not finite
     gradient_norm: Array  # float32 []
     leaf_norms: Array  # float32 [leaves], gradient norm of every leaf in the order of the plan
     moved: Array  # float32 [], share of the stored weights that changed their value
+    kept: Array  # int32 [], blocks of parameters that kept their old values, the new ones not being finite
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "generation"], meta_fields=["plan"])
@@ -49,70 +53,215 @@ class NoiseSource:
         return jax.tree.unflatten(tree, [leaf if _is_masked(leaf) else function(own, leaf) for own, leaf in pairs])
 
 
-def apply_gradient(
-    plan: Plan,
-    optimizer: optax.GradientTransformation,
-    state: ESState,
-    ascent: Any,
-    *,
-    coefficients: Array,
-    sigma: Array,
-    noise_generation: Array,
-    precision: str,
-) -> tuple[ESState, Any]:
-    """Update the parameters.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one device computes of an update; by default, all of it."""
+
+    first_pair: Array | int = 0  # of the coefficients that it sums over
+    num_pairs: int | None = None  # of the whole population; None: the coefficients are of all pairs
+    join: Callable[[Array], Array] = lambda total: total  # sums what the devices summed over their own pairs
+    origins: tuple[tuple[Array | int, ...], ...] | None = None  # where its piece of every parameter begins; None: at zero
+    total: Callable[[int, Counts], Counts] = lambda leaf, counts: counts  # joins the counts of the pieces of a parameter
+
+
+ALL = Part()
+
+
+def read_update(
+    plan: Plan, optimizer: optax.GradientTransformation, state: ESState, coefficients: Any, *, sigma: Any, noise_generation: Any
+) -> tuple[Reading, Any]:
+    """Read how far the update of an optimizer can be split.
 
     Args:
         plan: the plan that the population was perturbed by.
         optimizer: any optax transformation; one with extra arguments gets `coefficients`, `sigma` and `noise`, a `NoiseSource`,
             too. For int8 parameters one to int8 steps, `threshold`: it gets sums over the pairs, with `deviation` and
             `generation`.
-        state: before the update.
-        ascent: the gradient estimate of `coefficients`, float32; for int8 parameters the sums over pairs, int32.
-        coefficients: float32 [P], from `estimator.pair_coefficients`; for int8 parameters from `round_coefficients`.
+        state: of which shapes and dtypes count here.
+        coefficients: [P] of the whole population.
+        sigma: standard deviation that the population was perturbed with.
+        noise_generation: generation // noise_reuse.
+
+    Returns:
+        `(reading, extra)`: with the extra arguments of the update.
+    """
+    if plan.is_integer:
+        extra = {"deviation": estimator.deviations(plan, coefficients), "generation": state.generation}
+    else:
+        source = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
+        extra = {"coefficients": coefficients, "sigma": sigma, "noise": source}
+    wide = jax.eval_shape(
+        lambda params, masters: float32_params(params, masters, quantised=plan.quantised), *state[:1], state.masters
+    )
+    sums = jnp.int32 if plan.is_integer else jnp.float32
+    gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, sums), wide)
+    return Reading(optax.with_extra_args_support(optimizer), gradients, state.opt_state, wide, extra), extra
+
+
+def update_state(
+    plan: Plan,
+    reading: Reading,
+    extra: Any,
+    state: ESState,
+    coefficients: Array,
+    *,
+    sigma: Array,
+    noise_generation: Array,
+    precision: str,
+    part: Part = ALL,
+) -> tuple[ESState, Any]:
+    """Update the parameters one after the other, those whose optimizer allows it block by block.
+
+    Args:
+        plan: the plan that the population was perturbed by.
+        reading: of the optimizer, not "whole".
+        extra: the extra arguments of the optimizer.
+        state: before the update; of parameters that are spread over devices, this device's pieces.
+        coefficients: float32 [P], from `estimator.pair_coefficients`, or those of this device's pairs; for int8 parameters from
+            `round_coefficients`.
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
         precision: how short floats and quantised parameters are updated.
+        part: of the update, that this device computes.
 
     Returns:
         The state with new params, opt_state and masters, and what `make_report` makes a report of.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
-    descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-    if plan.is_integer:
-        return _apply_integers(plan, optimizer, state, descent, coefficients)
+    flat_states = jax.tree.leaves(state.opt_state)
+    update = reading.start(flat_states, extra)
+
+    def gradient(index: int, region: Region) -> Array:
+        return estimator.region_gradient(
+            plan.leaves[index],
+            region,
+            coefficients,
+            noise_key=state.key,
+            noise_generation=noise_generation,
+            sigma=sigma,
+            first_pair=part.first_pair,
+            num_pairs=part.num_pairs,
+            join=part.join,
+        )
+
+    def compute(index: int, region: Region, old: Held) -> Moves:
+        ascent = gradient(index, _shifted(region, rules[index].origin))
+        return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: the only negation
+
+    rules = _rules(plan, state, extra, precision, part.origins)
+    held = _hold(state, [reading.states_of(index, flat_states) for index in range(len(plan.leaves))])
+    moved, counts = [], []
+    for index, (leaf, old) in enumerate(zip(plan.leaves, held, strict=True)):
+        if isinstance(leaf.spec, Frozen) and not old.moments:
+            new, count = old, no_counts(leaf)
+        else:
+            limit = None if reading.elementwise[index] else old.param.size
+            cuts = cut(leaf, old.param.shape, limit=limit)
+            new, count = move(old, cuts, functools.partial(compute, index), rules[index])
+        moved.append(new)
+        counts.append(part.total(index, count))
+    shared = _keep_finite(update.shared_states(), reading.shared_states(flat_states), rules[0].skipped)
+    opt_state = reading.join_states([new.moments for new in moved], shared)
+    return _release(state, moved, opt_state), _summary(plan, counts, rules[0].skipped)
+
+
+def update_state_at_once(
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    extra: Any,
+    state: ESState,
+    ascent: Any,
+    *,
+    precision: str,
+) -> tuple[ESState, Any]:
+    """`update_state` with an optimizer that mixes parameters, or of parameters that lie where the partitioner wants.
+
+    Args:
+        plan: the plan that the population was perturbed by.
+        optimizer: any optax transformation.
+        extra: its extra arguments.
+        state: before the update.
+        ascent: the gradient estimate, float32; for int8 parameters the sums over pairs, int32.
+        precision: how short floats and quantised parameters are updated.
+    """
     wide = float32_params(state.params, state.masters, quantised=plan.quantised)
-    source = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
-    updates, opt_state = optimizer.update(descent, state.opt_state, wide, coefficients=coefficients, sigma=sigma, noise=source)
-    params, masters = apply_updates(
-        state.params,
-        state.masters,
-        updates,
-        precision=precision,
-        key=jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation),
-        quantised=plan.quantised,
-    )
-    squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(ascent)])
-    skipped = ~jnp.isfinite(squares.sum())
-    changed = state._replace(params=params, opt_state=opt_state, masters=masters)
-    kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), changed, state)
-    moved = _share_moved(plan, state.params, kept.params)
-    return kept, UpdateReport(skipped, jnp.sqrt(squares.sum()), jnp.sqrt(squares), moved)
+    descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(descent, state.opt_state, wide, **extra)
+    rules = _rules(plan, state, extra, precision, None)
+    moved, counts = [], []
+    steps = map(Moves, jax.tree.leaves(ascent), jax.tree.leaves(updates), [()] * len(rules))
+    for old, step, rule in zip(_hold(state, [()] * len(rules)), steps, rules, strict=True):
+        whole = cut(rule.leaf, old.param.shape, limit=old.param.size)
+        new, count = move(old, whole, functools.partial(_give, step), rule)
+        moved.append(new)
+        counts.append(count)
+    states = _keep_finite(jax.tree.leaves(opt_state), jax.tree.leaves(state.opt_state), rules[0].skipped)
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), states)
+    return _release(state, moved, opt_state), _summary(plan, counts, rules[0].skipped)
 
 
-def _apply_integers(plan: Plan, optimizer: Any, state: ESState, descent: Any, coefficients: Array) -> tuple[ESState, Array]:
-    """`apply_gradient` of int8 parameters, in integers throughout. The weights of every leaf that moved: int32 [leaves]."""
-    deviation = estimator.deviations(plan, coefficients)
-    steps, opt_state = optimizer.update(
-        descent, state.opt_state, state.params, deviation=deviation, generation=state.generation
-    )
-    params, counts = [], []
-    for leaf, param, step in zip(plan.leaves, jax.tree.leaves(state.params), jax.tree.leaves(steps), strict=True):
-        if leaf.integer and step.dtype != jnp.int8:
-            raise TypeError(f"optimizer must be eggroll.threshold(...) for int8 parameters, got steps of dtype {step.dtype}.")
-        params.append(param + step if leaf.integer else param)
-        counts.append(jnp.sum(step != 0, dtype=jnp.int32) if leaf.integer else jnp.int32(0))
-    return state._replace(params=jax.tree.unflatten(plan.tree, params), opt_state=opt_state), jnp.stack(counts)
+def _give(moves: Moves, region: Region, old: Held) -> Moves:
+    return moves
+
+
+def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any) -> list[Rules]:
+    """How the new values of every parameter are stored, and whether the generation is skipped: decided from its scalars."""
+    skipped = None
+    if not plan.is_integer:
+        skipped = ~jnp.isfinite(extra["coefficients"] / extra["sigma"]).all()
+    short = are_short(jax.tree.leaves(state.params), plan.quantised)
+    key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation) if precision == "stochastic" else None
+    return [
+        Rules(
+            leaf,
+            is_short,
+            jax.random.fold_in(key, index) if key is not None and is_short else None,
+            skipped,
+            origins[index] if origins else (0,) * len(leaf.shape),
+        )
+        for index, (leaf, is_short) in enumerate(zip(plan.leaves, short, strict=True))
+    ]
+
+
+def _hold(state: ESState, moments: Sequence[Sequence[Array]]) -> list[Held]:
+    leaves = zip(jax.tree.leaves(state.params), state.masters, moments, strict=True)
+    return [Held(param, master, tuple(own)) for param, master, own in leaves]
+
+
+def _release(state: ESState, held: Sequence[Held], opt_state: Any) -> ESState:
+    params = jax.tree.unflatten(jax.tree.structure(state.params), [own.param for own in held])
+    return state._replace(params=params, opt_state=opt_state, masters=tuple(own.master for own in held))
+
+
+def _shifted(region: Region, origin: Sequence[Array | int]) -> Region:
+    return Region(tuple(start + first for start, first in zip(region.starts, origin, strict=True)), region.sizes)
+
+
+def _keep_finite(new: Sequence[Array], old: Sequence[Array], skipped: Array | None) -> list[Array]:
+    """New arrays of the optimizer's state that belong to no parameter; the old ones where they are not finite, or skipped."""
+
+    def choose(new: Array, old: Array) -> Array:
+        stays = jnp.bool_(False) if skipped is None else skipped
+        if jnp.issubdtype(old.dtype, jnp.floating):
+            stays |= ~jnp.isfinite(new).all()
+        return jnp.where(stays, old, new)
+
+    return [choose(*pair) for pair in zip(new, old, strict=True)]
+
+
+def _summary(plan: Plan, counts: Sequence[Counts], skipped: Array | None) -> Any:
+    together = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
+    if plan.is_integer:
+        return together
+    assert skipped is not None
+    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.quantised or jnp.issubdtype(leaf.dtype, jnp.floating))
+    moved = _as_float(together.moved).sum() / max(1.0, float(size))
+    norms = jnp.sqrt(together.squares)
+    return UpdateReport(skipped, jnp.sqrt(together.squares.sum()), norms, moved, together.kept.sum())
+
+
+def _as_float(moved: Array) -> Array:
+    """Counts of weights, int32 [..., 2], as float32."""
+    return moved[..., 0].astype(jnp.float32) * BASE + moved[..., 1].astype(jnp.float32)
 
 
 def round_coefficients(plan: Plan, coefficients: Array, shaping: Any) -> Array:
@@ -126,9 +275,9 @@ def make_report(plan: Plan, done: Any) -> UpdateReport:
     """Make the report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
     if not plan.is_integer:
         return done
-    counts = done.astype(jnp.float32)
-    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.integer)
-    return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size)
+    counts = _as_float(done.moved)
+    size = float(sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.integer))
+    return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size, jnp.int32(0))
 
 
 def mask_frozen(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
@@ -148,16 +297,5 @@ def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Pertur
     return masters, mask_frozen(optimizer, params, perturbation).init(wide)
 
 
-def _share_moved(plan: Plan, old: Any, new: Any) -> Array:
-    leaves = zip(plan.quantised, jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    pairs = [(a, b) for on_grid, a, b in leaves if on_grid or _is_float(a)]
-    moved = sum((jnp.sum(a != b, dtype=jnp.float32) for a, b in pairs), start=jnp.float32(0))
-    return moved / max(1, sum(a.size for a, _ in pairs))
-
-
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
-
-
-def _is_float(leaf: Array) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.random import threefry2x32_p
 
-from eggroll.noise.integer import LARGEST
+from eggroll.kernels.lowrank_update.reference import rounded
 from eggroll.state import Masters
 
 PRECISIONS = ("master", "stochastic", "nearest")
@@ -31,15 +32,15 @@ def is_low(leaf: Array) -> bool:
 def init_masters(params: Any, precision: str, *, quantised: Sequence[bool] | None = None) -> Masters:
     """Float32 copies of the low-precision and quantised leaves, in leaf order, None for the others and other precisions."""
     leaves = jax.tree.leaves(params)
-    short = _short(leaves, quantised)
+    short = are_short(leaves, quantised)
     return tuple(
         leaf.astype(jnp.float32) if precision == "master" and is_short else None
         for leaf, is_short in zip(leaves, short, strict=True)
     )
 
 
-def _short(leaves: Sequence[Array], quantised: Sequence[bool] | None) -> list[bool]:
-    """Whether every leaf is held in fewer bits than it is updated in."""
+def are_short(leaves: Sequence[Array], quantised: Sequence[bool] | None) -> list[bool]:
+    """Whether each of some leaves is held in fewer bits than it is updated in."""
     grid = quantised or [False] * len(leaves)
     return [is_low(leaf) or on_grid for leaf, on_grid in zip(leaves, grid, strict=True)]
 
@@ -49,56 +50,52 @@ def float32_params(params: Any, masters: Masters, *, quantised: Sequence[bool] |
     leaves, tree = jax.tree.flatten(params)
     wide = [
         master if master is not None else leaf.astype(jnp.float32) if is_short else leaf
-        for leaf, master, is_short in zip(leaves, masters, _short(leaves, quantised), strict=True)
+        for leaf, master, is_short in zip(leaves, masters, are_short(leaves, quantised), strict=True)
     ]
     return jax.tree.unflatten(tree, wide)
 
 
-def apply_updates(
-    params: Any,
-    masters: Masters,
-    updates: Any,
-    *,
-    precision: str,
-    key: Array,
-    quantised: Sequence[bool] | None = None,
-) -> tuple[Any, Masters]:
-    """Add float32 updates to the parameters.
+def store(new: Array, dtype: Any, *, on_grid: bool, words: Array | None) -> Array:
+    """Round a float32 value to the dtype that a parameter is stored in.
 
     Args:
-        params: the parameters in their storage dtypes.
-        masters: from `init_masters`.
-        updates: float32 pytree like `params`.
-        precision: "master", "stochastic" or "nearest".
-        key: consumed by stochastic rounding.
-        quantised: which leaves are int8 and move on the integers; None: none.
+        new: float32.
+        dtype: of the stored parameter.
+        on_grid: the parameter is int8 and moves on the integers.
+        words: uint32 like `new`, random, for stochastic rounding; None: to nearest.
 
     Returns:
-        `(params, masters)` in the dtypes they came in.
+        Array of `dtype`.
     """
-    leaves, tree = jax.tree.flatten(params)
-    wide = jax.tree.leaves(float32_params(params, masters, quantised=quantised))
-    added = [
-        w + u.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w  # frozen integers and keys stay
-        for w, u in zip(wide, jax.tree.leaves(updates), strict=True)
-    ]
-    grid = quantised or [False] * len(leaves)
-    added = [jnp.clip(new, -LARGEST, LARGEST) if on_grid else new for new, on_grid in zip(added, grid, strict=True)]
-    short = _short(leaves, quantised)
-    drawn = [
-        jax.random.uniform(jax.random.fold_in(key, i), new.shape) if precision == "stochastic" and short[i] else None
-        for i, new in enumerate(added)
-    ]
-    new_leaves = [_stored(*of_leaf) for of_leaf in zip(added, leaves, grid, drawn, strict=True)]
-    new_masters = tuple(None if m is None else new for m, new in zip(masters, added, strict=True))
-    return jax.tree.unflatten(tree, new_leaves), new_masters
-
-
-def _stored(new: Array, leaf: Array, on_grid: bool, uniform: Array | None) -> Array:
-    """A new value in the leaf's dtype; rounded to nearest without `uniform`."""
+    uniform = None if words is None else (words >> 8).astype(jnp.float32) * jnp.float32(2**-24)
     if on_grid:
-        return integer_round(new, uniform=uniform).astype(leaf.dtype)
-    return new.astype(leaf.dtype) if uniform is None else stochastic_round(new, leaf.dtype, uniform=uniform)
+        return integer_round(new, uniform=uniform).astype(dtype)
+    if words is None or uniform is None:
+        return new.astype(dtype)
+    return rounded(new, words) if dtype == jnp.bfloat16 else stochastic_round(new, dtype, uniform=uniform)
+
+
+def rounding_words(key: Array, shape: Sequence[int], starts: Sequence[Array | int], sizes: Sequence[int]) -> Array:
+    """Random words of a region of a parameter, the same however the parameter is cut: word i, j of entry [i, *j].
+
+    Args:
+        key: typed threefry key of the parameter in one generation.
+        shape: of the parameter.
+        starts: of the region, one per axis.
+        sizes: of the region.
+
+    Returns:
+        uint32 of `sizes`.
+    """
+    along = [
+        jnp.asarray(start).astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, tuple(sizes), axis)
+        for axis, start in enumerate(starts)
+    ]
+    high, low = (along[0] if along else jnp.uint32(0)), jnp.zeros(tuple(sizes), jnp.uint32)
+    for index, size in zip(along[1:], shape[1:], strict=True):
+        low = low * jnp.uint32(size) + index
+    halves = (jnp.broadcast_to(half, tuple(sizes)) for half in (*jax.random.key_data(key), high, low))
+    return threefry2x32_p.bind(*halves)[0]
 
 
 def integer_round(value: Array, *, uniform: Array | None) -> Array:

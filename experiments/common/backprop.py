@@ -35,4 +35,5 @@ def gradient_metrics(step: int, *, fitness: float, gradient_norm: float = math.n
         gradient_norm=jnp.float32(gradient_norm),
         leaf_norms=jnp.zeros(0, jnp.float32),
         moved=unknown,
+        kept=jnp.int32(0),
     )

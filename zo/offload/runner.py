@@ -157,7 +157,7 @@ class Offload:
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
         report: FitnessReport = _program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
-        done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan))
+        done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan), jnp.int32(0))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
 
     def replay(self, state: OffloadState, coefficients: Any) -> OffloadState:

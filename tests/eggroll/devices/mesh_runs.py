@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eggroll
 from eggroll import programs
-from eggroll.devices import sharded
+from eggroll.devices import pieces
 from eggroll.experiments.bench.collectives import collective_bytes, largest_collective
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
@@ -184,14 +184,14 @@ def integers():
 @functools.cache
 def wrong_weights_of_padded_pairs():
     """The negative control: pairs past P that weigh 1 change the update."""
-    right = sharded.pad_coefficients
-    sharded.pad_coefficients = lambda coefficients, size: jnp.pad(
+    right = pieces.pad_coefficients
+    pieces.pad_coefficients = lambda coefficients, size: jnp.pad(
         coefficients, (0, size - coefficients.shape[0]), constant_values=1.0
     )
     try:
         return against_one_device(mesh(population=8), "11 pairs")
     finally:
-        sharded.pad_coefficients = right
+        pieces.pad_coefficients = right
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import pytest
 import eggroll
 from eggroll import zo
 from eggroll.update import estimator
-from eggroll.update.precision import apply_updates, init_masters
+from eggroll.update.precision import init_masters
 from tests.eggroll.lazy.test_perturbed import arrays_of
+from tests.eggroll.update.rounding import apply_updates
 from tests.tables import by_default
 
 PAIRS = 7  # a prime that is no axis of any parameter

@@ -14,7 +14,7 @@ from eggroll.noise.draws import build_noise, draw_pair
 from eggroll.noise.leaves import FactoredLeaf
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
-from eggroll.update import estimator
+from eggroll.update import estimator, pair_sums
 from tests.eggroll.lazy.test_perturbed import arrays_of
 from tests.eggroll.models import MODELS
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
@@ -159,7 +159,7 @@ def test_stacked_layers_have_noise_of_their_own_at_their_index():
 
 
 def test_the_gradient_is_the_sum_of_built_noises_in_chunks(monkeypatch):
-    monkeypatch.setattr(estimator, "NOISE_BUDGET", 180)  # 5 pairs of w: chunks of 5, 5 and 3
+    monkeypatch.setattr(pair_sums, "NOISE_BUDGET", 180)  # 5 pairs of w: chunks of 5, 5 and 3
     plan, d = planned(), jax.random.normal(jax.random.key(5), (13,))
 
     @jax.jit

@@ -8,7 +8,7 @@ import pytest
 import eggroll
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
-from eggroll.update import estimator
+from eggroll.update import estimator, pair_sums
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
 from tests.tables import by_default, covering
 
@@ -148,7 +148,7 @@ def test_chunked_equals_unchunked(spec, budget, monkeypatch):
     plan, coefficients = fixed_plan(spec), jax.random.normal(jax.random.key(5), (13,))
     options = dict(noise_key=jax.random.key(0), noise_generation=3, sigma=0.1)
     whole = estimator.gradient(plan, coefficients, **options)
-    monkeypatch.setattr(estimator, "NOISE_BUDGET", budget)
+    monkeypatch.setattr(pair_sums, "NOISE_BUDGET", budget)
     chunked = estimator.gradient(plan, coefficients, **options)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)

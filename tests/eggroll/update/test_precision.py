@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.update.precision import apply_updates, init_masters, stochastic_round
+from eggroll.update.precision import init_masters, stochastic_round
+from tests.eggroll.update.rounding import apply_updates
 from tests.tables import covering
 
 WEIGHTS = 0.02 * jax.random.normal(jax.random.key(0), (64, 64))

@@ -1,0 +1,145 @@
+"""Moves one parameter, block by block and in place: gradient, optimizer, rounding, and the check of what is stored.
+
+    for every block: g = sum over the pairs;  u, moments = optimizer(-g, w, moments);  w + u rounded to the stored dtype
+
+Only one block's gradient, random bits and new values exist at a time. A block whose new values or moments are not finite keeps
+its old ones: what is stored is always finite.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll.noise.integer import LARGEST
+from eggroll.noise.leaves import LeafPlan
+from eggroll.noise.regions import Blocks, Region
+from eggroll.update.precision import rounding_words, store
+
+BASE = 1 << 24  # of the two digits that weights are counted in
+
+
+class Held(NamedTuple):
+    """What a run keeps of one parameter, or of a block of it."""
+
+    param: Array
+    master: Array | None  # float32
+    moments: tuple[Array, ...]  # entries of the optimizer's state
+
+
+class Counts(NamedTuple):
+    """What happened to a parameter."""
+
+    squares: Array  # float32 [], sum of the squares of the gradient; int32 0 for int8 parameters
+    moved: Array  # int32 [2], stored weights that changed: in units of `BASE`, and the rest
+    kept: Array  # int32 [], blocks that kept their old values, the new ones not being finite
+
+
+class Moves(NamedTuple):
+    """The gradient and the optimizer's results of a block."""
+
+    gradient: Array  # ascent
+    update: Array
+    moments: Sequence[Array]
+
+
+class Rules(NamedTuple):
+    """How the new values of a parameter are stored."""
+
+    leaf: LeafPlan
+    short: bool  # stored in fewer bits than updated in
+    rounding_key: Array | None  # typed threefry key; None: round to nearest
+    skipped: Array | None  # bool [], nothing changes; None: never
+    origin: tuple[Array | int, ...]  # where a device's piece of the parameter begins
+
+
+def move(held: Held, blocks: Sequence[Blocks], compute: Callable[[Region, Held], Moves], rules: Rules) -> tuple[Held, Counts]:
+    """Update a parameter.
+
+    Args:
+        held: the parameter, or a device's piece of it.
+        blocks: its blocks, from `regions.cut`.
+        compute: from the region of a block (in `held`) and its wide values to what moves it.
+        rules: how new values are stored.
+
+    Returns:
+        The new values, and counts.
+    """
+    counts = no_counts(rules.leaf)
+    for alike in blocks:
+        if len(alike) == 1 and alike.sizes == held.param.shape:
+            return _move_block(held, alike.region(0), compute, rules)
+
+        def move_next(index: Array, carry: tuple[Held, Counts], alike: Blocks = alike) -> tuple[Held, Counts]:
+            held, counts = carry
+            region = alike.region(index)
+            old = jax.tree.map(lambda x: jax.lax.dynamic_slice(x, region.starts, region.sizes), held)
+            new, own = _move_block(old, region, compute, rules)
+            held = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, region.starts), held, new)
+            return held, add_counts(counts, own)
+
+        held, counts = jax.lax.fori_loop(0, len(alike), move_next, (held, counts))
+    return held, counts
+
+
+def no_counts(leaf: LeafPlan) -> Counts:
+    """Counts of nothing."""
+    return Counts(jnp.zeros((), jnp.int32 if leaf.integer else jnp.float32), jnp.zeros(2, jnp.int32), jnp.int32(0))
+
+
+def add_counts(a: Counts, b: Counts) -> Counts:
+    """The counts of two parts together."""
+    return Counts(a.squares + b.squares, carry_over(a.moved + b.moved), a.kept + b.kept)
+
+
+def carry_over(moved: Array) -> Array:
+    """Two digits int32 [2], the lower one below `BASE` again."""
+    return jnp.stack([moved[0] + moved[1] // BASE, moved[1] % BASE])
+
+
+def _move_block(old: Held, region: Region, compute: Callable, rules: Rules) -> tuple[Held, Counts]:
+    param, leaf = old.param, rules.leaf
+    wide = old.master if old.master is not None else param.astype(jnp.float32) if rules.short else param
+    moves = compute(region, old._replace(param=wide))
+    master, added = None, wide
+    if leaf.integer:
+        if moves.update.dtype != jnp.int8:
+            raise TypeError(
+                f"optimizer must be eggroll.threshold(...) for int8 parameters, got steps of dtype {moves.update.dtype}."
+            )
+        new = param + moves.update
+    elif not jnp.issubdtype(wide.dtype, jnp.floating):
+        new = param  # frozen integers and keys stay
+    else:
+        added = wide + moves.update.astype(wide.dtype)
+        added = jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added
+        new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
+    made = Held(new, master, tuple(moves.moments))
+    finite = functools.reduce(jnp.logical_and, map(_is_finite, (added, *jax.tree.leaves(made))))
+    stays = ~finite if rules.skipped is None else ~finite | rules.skipped
+    made = jax.tree.map(functools.partial(jnp.where, stays), old, made)
+    square = jnp.sum(moves.gradient**2) if jnp.issubdtype(moves.gradient.dtype, jnp.floating) else jnp.int32(0)
+    return made, Counts(square, _count_moved(param, made.param), (~finite).astype(jnp.int32))
+
+
+def _store(added: Array, region: Region, dtype: Any, rules: Rules) -> Array:
+    if not rules.short or rules.rounding_key is None:
+        return store(added, dtype, on_grid=rules.leaf.quantised, words=None)
+    starts = [origin + start for origin, start in zip(rules.origin, region.starts, strict=True)]
+    words = rounding_words(rules.rounding_key, rules.leaf.shape, starts, region.sizes)
+    return store(added, dtype, on_grid=rules.leaf.quantised, words=words)
+
+
+def _is_finite(values: Array) -> Array:
+    return jnp.isfinite(values).all() if jnp.issubdtype(values.dtype, jnp.floating) else jnp.bool_(True)
+
+
+def _count_moved(old: Array, new: Array) -> Array:
+    """Weights that changed: two digits, int32 [2]. Whole leaves of more than 2^31 weights are counted by their first axis."""
+    if not (jnp.issubdtype(old.dtype, jnp.floating) or old.dtype == jnp.int8):
+        return jnp.zeros(2, jnp.int32)
+    changed = jnp.sum(old != new, axis=tuple(range(1, old.ndim)), dtype=jnp.int32).reshape(-1)
+    return carry_over(jnp.stack([jnp.sum(changed // BASE), jnp.sum(changed % BASE)]))

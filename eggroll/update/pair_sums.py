@@ -1,0 +1,120 @@
+"""Sums over the pairs: sum_p d_p E_p of a parameter or a part of it, the noise drawn in chunks of pairs.
+
+Low-rank noise is one matrix product over K = P r for each chunk, in float32, or in int32 for int8 parameters.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eggroll.kernels.factors import Signs, Values
+from eggroll.kernels.lowrank_update import api as update_kernel
+from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
+from eggroll.noise.addresses import Factors
+from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf, PerturbedLeaf
+
+NOISE_BUDGET = 64 << 20  # bytes of noise drawn at once for one leaf or block
+
+
+def sum_dtype(coefficients: Array) -> Any:
+    """Dtype of the sums."""
+    return jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
+
+
+def sum_over_pairs(leaf: PerturbedLeaf, draw: Callable, coefficients: Array, first_pair: Array | int) -> Array:
+    """sum_p d_p E_p, without the 1 / sqrt(r) and without what all pairs share.
+
+    Args:
+        leaf: the plan of what is summed, which may be a part of a leaf.
+        draw: from pair to its noise.
+        coefficients: [P], or those of some pairs.
+        first_pair: index in the population of the first coefficient's pair.
+    """
+    num_pairs = coefficients.shape[0]
+    chunk = max(1, min(num_pairs, NOISE_BUDGET // (_held_bytes(leaf) or 1)))
+    for_all = num_pairs // chunk * chunk
+
+    def add_chunk(total, start):
+        pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)
+        own = jax.lax.dynamic_slice(coefficients, (start,), (chunk,))
+        return total + _weighted_noise(leaf, draw, pairs, own), None
+
+    if for_all == chunk:
+        total = _weighted_noise(leaf, draw, first_pair + jnp.arange(chunk, dtype=jnp.int32), coefficients[:chunk])
+    else:
+        total = jnp.zeros(_sum_shape(leaf), sum_dtype(coefficients))
+        total, _ = jax.lax.scan(add_chunk, total, jnp.arange(0, for_all, chunk, dtype=jnp.int32))
+    if for_all < num_pairs:
+        rest = first_pair + jnp.arange(for_all, num_pairs, dtype=jnp.int32)
+        total += _weighted_noise(leaf, draw, rest, coefficients[for_all:])
+    return total
+
+
+def _uses_kernel(leaf: PerturbedLeaf) -> bool:
+    """Whether a kernel sums the noise; it takes tiles of 128 x 64, which a part of a covered parameter need not fill."""
+    if not isinstance(leaf, LowRankLeaf) or leaf.implementation == "reference":
+        return False
+    m, n = leaf.matrix
+    return m % 128 == 0 and n % 64 == 0
+
+
+def _held_bytes(leaf: PerturbedLeaf) -> int:
+    """Bytes of one pair's noise while it is summed: packed signs for a kernel, which unpacks them itself, else float32."""
+    packed = _uses_kernel(leaf) and leaf.distribution == "rademacher"
+    return 4 * (leaf.words if packed else leaf.values) * math.prod(leaf.sizes(leaf.stack))
+
+
+def _sum_shape(leaf: PerturbedLeaf) -> tuple[int, ...]:
+    return (*leaf.sizes(leaf.stack), *leaf.matrix) if isinstance(leaf, FactoredLeaf) else leaf.shape
+
+
+def _weighted_noise(leaf: PerturbedLeaf, draw: Callable, pairs: Array, coefficients: Array) -> Array:
+    """`sum_over_pairs` of few enough pairs."""
+    drawn = jax.vmap(draw)(pairs)
+    if leaf.integer:
+        return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
+    if isinstance(drawn, Factors):
+        if _uses_kernel(leaf):
+            return sum_by_kernel(coefficients, drawn)
+        return lowrank_update(coefficients, *drawn.unpack(leaf.noise_dtype))
+    return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
+
+
+def _integer_sum(coefficients: Array, drawn: Factors | Array) -> Array:
+    if isinstance(drawn, Factors):
+        return integer_lowrank_update(coefficients, *drawn.unpack(jnp.int8))
+    return jnp.tensordot(coefficients, drawn.astype(coefficients.dtype), axes=1, preferred_element_type=jnp.int32)
+
+
+def sum_by_kernel(coefficients: Array, factors: Factors) -> Array:
+    """sum_p coefficients[p] left[p]^T right[p] of every layer, by the kernel.
+
+    Args:
+        coefficients: float32 [P].
+        factors: [P, *stack, r, m] and [P, *stack, r, n], packed or not.
+
+    Returns:
+        float32 [*stack, m, n].
+    """
+    packed = factors.words is not None
+    arrays = [a for a in (factors.words, factors.left, factors.right) if a is not None]
+    trailing = 1 if packed else 2
+    stack = arrays[0].shape[1 : arrays[0].ndim - trailing]
+
+    def layer(parts):
+        return update_kernel.lowrank_update(
+            coefficients,
+            Signs(*parts) if packed else Values(*parts),
+            rank=factors.rank,
+            rows=factors.m,
+            columns=factors.n,
+            implementation="mosaic_gpu",
+        )
+
+    layers = [jnp.moveaxis(a.reshape(a.shape[0], -1, *a.shape[a.ndim - trailing :]), 1, 0) for a in arrays]
+    total = jax.lax.map(layer, layers) if stack else layer([a[0] for a in layers])
+    return total.reshape(*stack, factors.m, factors.n)

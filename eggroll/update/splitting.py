@@ -1,0 +1,302 @@
+"""How far the update of an optax transformation can be split, read from its jaxpr.
+
+    "elements"   every entry of a parameter is updated on its own: blocks of a parameter can be updated one after the other
+    "leaves"     every parameter is updated on its own, such as by `lamb` or `adafactor`: one parameter after the other
+    "whole"      parameters are mixed, such as by clipping to a global norm: everything at once
+
+What depends on no parameter (step counters, schedules) is computed once for all. Nothing is assumed of how optax is written:
+a transformation that is not recognised as elementwise is merely split less.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from eggroll.lazy.forward_only import forward_only
+
+# fmt: off
+ELEMENTWISE = frozenset((
+    "abs", "add", "and", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "exp2",
+    "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul",
+    "ne", "neg", "not", "or", "pow", "reduce_precision", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub",
+    "tanh", "xor",
+))
+# fmt: on
+SPREADING = ("broadcast_in_dim", "reshape", "squeeze")  # they keep that all entries are equal
+
+
+@dataclasses.dataclass(frozen=True)
+class Owned:
+    """A value that depends on parameters."""
+
+    elementwise: bool  # entry by entry
+    through: str  # the first primitive that is not elementwise, or ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A value that depends on no parameter."""
+
+    uniform: bool  # all entries are equal
+
+
+class Reading:
+    """An update of an optax transformation as one jaxpr, and what of it belongs to which parameter.
+
+    Args:
+        optimizer: with support for extra arguments.
+        gradients: pytree of shapes and dtypes.
+        opt_state: of the optimizer; shapes and dtypes count.
+        params: pytree of shapes and dtypes, as the optimizer sees the parameters.
+        extra: extra arguments of the update, pytrees by name; shapes and dtypes count.
+    """
+
+    def __init__(
+        self, optimizer: optax.GradientTransformationExtraArgs, gradients: Any, opt_state: Any, params: Any, extra: Any
+    ):
+        def update(gradients: Any, params: Any, opt_state: Any, extra: Any) -> Any:
+            return optimizer.update(gradients, opt_state, params, **extra)
+
+        given = jax.eval_shape(lambda *trees: trees, gradients, params, opt_state, extra)
+        flat, tree, _ = forward_only(update, *given)
+        self._jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
+        self.state_tree = jax.tree.structure(opt_state)
+        self.num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
+        inputs = self._jaxpr.jaxpr.invars
+        self._gradients, self._params = inputs[: self.num_leaves], inputs[self.num_leaves : 2 * self.num_leaves]
+        self._states = inputs[2 * self.num_leaves :][:num_states]
+        self._extra = inputs[2 * self.num_leaves + num_states :]
+        outputs = self._jaxpr.jaxpr.outvars
+        self._updates, self.new_states = outputs[: self.num_leaves], outputs[self.num_leaves :]
+        if len(self.new_states) != num_states:
+            raise ValueError(f"optimizer.update must keep the structure of its state, got {tree}.")
+        self._makers = {out: eqn for eqn in self._jaxpr.jaxpr.eqns for out in eqn.outvars}
+        self._analyse()
+
+    def _analyse(self) -> None:
+        owned_states = self._states_that_follow_parameters()
+        self._parent: dict[Any, Any] = {}
+        self._kind: dict[Any, Owned | Shared] = {var: Shared(False) for var in self._jaxpr.jaxpr.constvars}
+        for var in (*self._extra, *self._states):
+            self._kind[var] = Shared(var.aval.shape == ())
+        for gradient, param in zip(self._gradients, self._params, strict=True):
+            self._kind[gradient] = self._kind[param] = Owned(True, "")
+            self._union(gradient, param)
+        for var, new in zip(self._states, self.new_states, strict=True):
+            if var in owned_states or (new is var and var.aval.shape):  # a constant one may be of one parameter's shape
+                self._kind[var] = Owned(True, "")
+        for equation in self._jaxpr.jaxpr.eqns:
+            self._analyse_equation(equation)
+        self._assign()
+
+    def _states_that_follow_parameters(self) -> set:
+        """Entries of the optimizer's state whose new value depends on a parameter or gradient, at once or over steps."""
+        outputs = {var: self._inputs_of([out]) for var, out in zip(self._states, self.new_states, strict=True)}
+        owned: set = set()
+        moving = {*self._gradients, *self._params}
+        while new := {var for var, inputs in outputs.items() if var not in owned and inputs & (moving | owned)}:
+            owned |= new
+        return owned
+
+    def _analyse_equation(self, equation: Any) -> None:
+        name, out = equation.primitive.name, equation.outvars[0]
+        kinds = [self._kind_of(atom) for atom in equation.invars]
+        own = [(kind, atom) for kind, atom in zip(kinds, equation.invars, strict=True) if isinstance(kind, Owned)]
+        if not own:
+            spreads = name in ELEMENTWISE or name in SPREADING
+            uniform = out.aval.shape == () or (spreads and all(kind.uniform for kind in kinds if isinstance(kind, Shared)))
+            self._kind.update((var, Shared(uniform and len(equation.outvars) == 1)) for var in equation.outvars)
+            return
+        for _, atom in own:
+            self._union(own[0][1], atom)
+        through = next((kind.through for kind, _ in own if kind.through), "")
+        fits = all(
+            kind.uniform if isinstance(kind, Shared) else kind.elementwise and atom.aval.shape == out.aval.shape
+            for kind, atom in zip(kinds, equation.invars, strict=True)
+        )
+        elementwise = fits and (name in ELEMENTWISE or (name == "broadcast_in_dim" and len(own) == 1))
+        for var in equation.outvars:
+            self._kind[var] = Owned(elementwise, through if elementwise or through else name)
+            self._union(own[0][1], var)
+
+    def _assign(self) -> None:
+        """Which states belong to which parameter, and how far each parameter can be split."""
+        roots = [self._find(gradient) for gradient in self._gradients]
+        self.mixed = len(set(roots)) < len(roots)
+        self._of_leaf: list[list[int]] = [[] for _ in roots]
+        self._shared: list[int] = []
+        alone: dict[Any, int] = {root: index for index, root in enumerate(roots)}
+        for index, (var, new) in enumerate(zip(self._states, self.new_states, strict=True)):
+            root = next(
+                (self._find(v) for v in (new, var) if isinstance(self._kind_of(v), Owned) and self._find(v) in alone), None
+            )
+            if root is None:
+                self._shared.append(index)
+                self.mixed |= new is not var and isinstance(self._kind_of(new), Owned)
+            else:
+                self._of_leaf[alone[root]].append(index)
+        self.elementwise = [self._splits(index) for index in range(self.num_leaves)]
+
+    def _splits(self, leaf: int) -> bool:
+        shape = self._gradients[leaf].aval.shape
+        states = [self._states[k] for k in self._of_leaf[leaf]]
+        ends = [self._updates[leaf], *(self.new_states[k] for k in self._of_leaf[leaf])]
+        kinds = [self._kind_of(end) for end in ends]
+        return all(var.aval.shape == shape for var in (*states, *ends)) and all(
+            kind.elementwise if isinstance(kind, Owned) else kind.uniform for kind in kinds
+        )
+
+    @property
+    def split(self) -> str:
+        """How far the update can be split: "elements", "leaves" or "whole"."""
+        if self.mixed:
+            return "whole"
+        return "elements" if all(self.elementwise) else "leaves"
+
+    @property
+    def reason(self) -> str:
+        """The first primitive that is in the way of a finer split, or ""."""
+        kinds = (self._kind_of(end) for end in (*self._updates, *self.new_states))
+        return next((kind.through for kind in kinds if isinstance(kind, Owned) and kind.through), "")
+
+    def states_of(self, leaf: int, states: Sequence[Any]) -> list[Any]:
+        """Those entries of a flat optimizer state that belong to a parameter."""
+        return [states[k] for k in self._of_leaf[leaf]]
+
+    def join_states(self, of_leaves: Iterable[Sequence[Any]], shared: Sequence[Any]) -> Any:
+        """The optimizer's state from the entries of every parameter and the shared ones."""
+        states: list[Any] = [None] * len(self._states)
+        for places, values in zip((*self._of_leaf, self._shared), (*of_leaves, shared), strict=True):
+            for place, value in zip(places, values, strict=True):
+                states[place] = value
+        return jax.tree.unflatten(self.state_tree, states)
+
+    def shared_states(self, states: Sequence[Any]) -> list[Any]:
+        """Those entries of a flat optimizer state that belong to no parameter."""
+        return [states[k] for k in self._shared]
+
+    def start(self, states: Sequence[Array], extra: Any) -> "Update":
+        """Begin an update; what belongs to no parameter is computed here, once.
+
+        Args:
+            states: the flat state of the optimizer; of the entries that belong to parameters, anything.
+            extra: the extra arguments.
+        """
+        known = dict(zip(self._jaxpr.jaxpr.constvars, self._jaxpr.consts, strict=True))
+        known |= {self._states[k]: states[k] for k in self._shared}
+        known |= zip(self._extra, jax.tree.leaves(extra), strict=True)
+        scalars = {
+            atom: None
+            for equation in self._jaxpr.jaxpr.eqns
+            for atom in equation.invars
+            if not isinstance(atom, jexc.Literal) and atom.aval.shape == () and isinstance(self._kind[atom], Shared)
+        }
+        return Update(self, known | dict(zip(scalars, self.run(list(scalars), known), strict=True)))
+
+    def ends(self, leaf: int) -> list[Any]:
+        """Variables of the results of a parameter: its update, and its new entries of the state."""
+        return [self._updates[leaf], *(self.new_states[k] for k in self._of_leaf[leaf])]
+
+    def inputs(self, leaf: int) -> list[Any]:
+        """Variables that a parameter's update starts from: gradient, parameter, its entries of the state."""
+        return [self._gradients[leaf], self._params[leaf], *(self._states[k] for k in self._of_leaf[leaf])]
+
+    def run(self, ends: Sequence[Any], known: dict[Any, Any], *, block: tuple[int, ...] | None = None) -> list[Any]:
+        """Compute variables from known ones.
+
+        Args:
+            ends: the variables.
+            known: values by variable.
+            block: shape of the values of a parameter that is updated in blocks, where arrays with equal entries are scalars.
+        """
+        values = dict(known)
+
+        def read(atom: Any) -> Any:
+            return jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)) if isinstance(atom, jexc.Literal) else values[atom]
+
+        needed = self._equations_of(ends, known)
+        for equation in self._jaxpr.jaxpr.eqns:
+            if id(equation) not in needed:
+                continue
+            inputs, primitive = [read(atom) for atom in equation.invars], equation.primitive
+            if block is not None and primitive.name in SPREADING:
+                outputs = inputs[:1]
+            else:
+                if block is not None and any(jnp.shape(value) for value in inputs):
+                    inputs = [jnp.broadcast_to(value, block) for value in inputs]
+                outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
+                outputs = outputs if primitive.multiple_results else [outputs]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(end) if block is None else jnp.broadcast_to(read(end), block) for end in ends]
+
+    def _equations_of(self, ends: Sequence[Any], known: dict[Any, Any]) -> set[int]:
+        """Identities of the equations that lead from known variables to `ends`."""
+        needed, waiting = set(), [end for end in ends if not isinstance(end, jexc.Literal)]
+        while waiting:
+            var = waiting.pop()
+            if var in known or id(self._makers[var]) in needed:
+                continue
+            needed.add(id(self._makers[var]))
+            waiting.extend(atom for atom in self._makers[var].invars if not isinstance(atom, jexc.Literal))
+        return needed
+
+    def _inputs_of(self, ends: Sequence[Any]) -> set:
+        found, waiting = set(), [end for end in ends if not isinstance(end, jexc.Literal)]
+        seen = set(waiting)
+        while waiting:
+            var = waiting.pop()
+            if var not in self._makers:
+                found.add(var)
+                continue
+            before = {atom for atom in self._makers[var].invars if not isinstance(atom, jexc.Literal)} - seen
+            seen |= before
+            waiting.extend(before)
+        return found
+
+    def _kind_of(self, atom: Any) -> Owned | Shared:
+        return Shared(jnp.shape(atom.val) == ()) if isinstance(atom, jexc.Literal) else self._kind[atom]
+
+    def _find(self, node: Any) -> Any:
+        while self._parent.get(node, node) != node:
+            node = self._parent[node]
+        return node
+
+    def _union(self, a: Any, b: Any) -> None:
+        self._parent.setdefault(a, a)
+        self._parent.setdefault(b, b)
+        self._parent[self._find(b)] = self._find(a)
+
+
+class Update:
+    """An update in parts, from `Reading.start`."""
+
+    def __init__(self, reading: Reading, known: dict[Any, Any]):
+        self._reading, self._known = reading, known
+
+    def shared_states(self) -> list[Array]:
+        """The new entries of the optimizer's state that belong to no parameter."""
+        return self._reading.run(self._reading.shared_states(self._reading.new_states), self._known)
+
+    def of_leaf(self, leaf: int, gradient: Array, param: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """Update a parameter, or a block of one that splits into elements.
+
+        Args:
+            leaf: its index.
+            gradient: descent.
+            param: as the optimizer sees it.
+            states: its entries of the optimizer's state, cut like the gradient.
+
+        Returns:
+            Its update and its new entries of the state.
+        """
+        reading = self._reading
+        known = self._known | dict(zip(reading.inputs(leaf), (gradient, param, *states), strict=True))
+        block = gradient.shape if reading.elementwise[leaf] else None
+        update, *new_states = reading.run(reading.ends(leaf), known, block=block)
+        return update, new_states
