@@ -7,7 +7,7 @@ from eggroll.population.metrics import Metrics
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.external import External
 from eggroll.runs.training import train
-from eggroll.state import ESState
+from eggroll.state import ESState, copy_state
 from eggroll.strategy import EvolutionStrategy
 from eggroll.update.anchor import anchored_decay
 from eggroll.update.estimator import paper_learning_rate
@@ -32,6 +32,7 @@ __all__ = [
     "Population",
     "anchored_decay",
     "centered_ranks",
+    "copy_state",
     "group_relative",
     "pair_sign",
     "paper_learning_rate",

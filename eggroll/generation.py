@@ -1,8 +1,10 @@
-"""The traced parts of a generation, which a strategy compiles.
+"""The traced parts of a generation, which a strategy compiles, and the compiled update, which strategies share.
 
 evaluate_members    the population's results            population -> fitness
 score_generation    fitness -> report with the coefficients of the pairs
 update_parameters   coefficients -> gradient estimate -> optimizer -> new state
+init_state          parameters -> state
+run_update          the compiled update, in the memory of the state that it is given
 """
 
 from collections.abc import Callable
@@ -13,16 +15,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from eggroll import programs
 from eggroll.devices import sharded
-from eggroll.devices.mesh import Placement
+from eggroll.devices.mesh import Placement, shard_inputs, update_shardings
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, report_fitness, valid_members
 from eggroll.protocol import Strategy
-from eggroll.state import ESState
+from eggroll.state import ESState, copy_state, own
 from eggroll.update import estimator
-from eggroll.update.parameters import mask_frozen
+from eggroll.update.parameters import init_masters_and_optimizer, mask_frozen
 
 
 class Settings(Strategy[ESState], Protocol):
@@ -168,3 +171,56 @@ def update_parameters(
         following = current_sigma(settings, new_state)
         new_state = new_state._replace(sigma=jnp.where(jnp.isfinite(following), following, state.sigma))
     return new_state, done
+
+
+def init_state(
+    settings: Settings,
+    params: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    sigma: Any,
+    donate: bool,
+    member_state: Any = None,
+) -> ESState:
+    """Make the state of a new run, whose arrays share no memory with each other or with the caller.
+
+    Args:
+        settings: the strategy.
+        params: pytree of parameters.
+        optimizer: any optax transformation.
+        key: typed key of the run.
+        sigma: of generation 0.
+        donate: take over the arrays of `params`.
+        member_state: with leading axes [P, 2], or None.
+    """
+    params = jax.tree.map(jnp.asarray, params) if donate else copy_state(params)
+    masters, opt_state = init_masters_and_optimizer(optimizer, params, settings.perturbation, settings.precision)
+    state = ESState(params, opt_state, copy_state(key), jnp.int32(0), jnp.float32(sigma), masters, member_state)
+    return own(shard_inputs(settings.placement, state, None)[0])
+
+
+def run_update(
+    settings: Settings, plan: Plan, state: ESState, coefficients: Array, *, optimizer: optax.GradientTransformation
+) -> tuple[ESState, Any]:
+    """Run the compiled update: a program of its own, so that `step`, `tell` and `replay` give the same bits.
+
+    Args:
+        settings: the strategy.
+        plan: the plan that the population was perturbed by.
+        state: before the update; its parameters, masters and optimizer state are consumed.
+        coefficients: as for `update_parameters`.
+        optimizer: any optax transformation.
+    """
+    shardings = update_shardings(settings.placement, state)
+    places = shardings and shardings[0]
+    key = ("update", settings, programs.Identity(plan), programs.signature(state), tuple(jax.tree.leaves(shardings)))
+
+    def update(own: tuple[Any, Any, Any], rest: ESState, coefficients: Array) -> tuple[ESState, Any]:
+        params, opt_state, masters = own
+        whole = rest._replace(params=params, opt_state=opt_state, masters=masters)
+        return update_parameters(settings, plan, whole, coefficients, optimizer=optimizer, shardings=places)
+
+    program = programs.compile_once(*key, function=update, out_shardings=shardings, donate_argnums=0)
+    rest = state._replace(params=None, opt_state=None, masters=())
+    return program((state.params, state.opt_state, state.masters), rest, coefficients)

@@ -96,20 +96,27 @@ def remember(*key: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def compile_once(*key: Any, function: Callable, counted: tuple[Any, Any] | None = None, out_shardings: Any = None) -> Callable:
+def compile_once(
+    *key: Any,
+    function: Callable,
+    counted: tuple[Any, Any] | None = None,
+    out_shardings: Any = None,
+    donate_argnums: int | tuple[int, ...] = (),
+) -> Callable:
     """Return `jax.jit(function)`, the same object for the same key.
 
     Args:
         *key: everything that `function` depends on but its arguments.
         function: traced when the program runs for the first time.
         counted: (strategy, the user's function): many programs of the same code are a warning, given once.
-        out_shardings: as for `jax.jit`.
+        out_shardings: as for `jax.jit`, like `donate_argnums`.
+        donate_argnums: arguments whose memory the program reuses.
     """
 
     def make() -> Callable:
         if counted is not None:
             _count(*counted)
-        return jax.jit(function, out_shardings=out_shardings)
+        return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums)
 
     return remember(*key, make=make)
 

@@ -1,8 +1,16 @@
-"""`ESState`: everything a run needs to go on."""
+"""`ESState`: everything a run needs to continue, and who owns its memory.
 
-from typing import Any, NamedTuple
+A state shares no memory with the caller, and a generation updates it in place: what was a state before a `step`, `tell` or
+`replay` is *consumed* by it. `copy_state` keeps a copy.
+"""
 
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
 from jax import Array
+
+T = TypeVar("T")
 
 Masters = tuple[Array | None, ...]  # float32 copies of short parameters, in leaf order
 
@@ -17,3 +25,50 @@ class ESState(NamedTuple):
     sigma: Array  # float32 [], standard deviation of the next generation
     masters: Masters  # float32 copies of low-precision parameters, or None
     member_state: Any  # [P, 2, ...] carried per member, or None
+
+
+def copy_state(tree: T) -> T:
+    """Copy every array of a state, or of any pytree, so that it outlives the generations that consume the original."""
+    return jax.tree.map(_copy, tree)
+
+
+def own(tree: T) -> T:
+    """Copy those arrays of a pytree that share their memory with an array before them, or are given twice."""
+    seen: set[int] = set()
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, Array):
+            return leaf
+        places = _places(leaf)
+        shared = bool(places & seen)
+        leaf = _copy(leaf) if shared else leaf
+        seen.update(_places(leaf) if shared else places)
+        return leaf
+
+    return jax.tree.map(take, tree)
+
+
+def check_not_consumed(state: Any) -> None:
+    """Raise ValueError when arrays of a state were reused by the generation that followed it, or deleted by the caller."""
+    if any(
+        isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(state)
+    ):
+        raise ValueError(
+            "the state was consumed: step, tell and replay reuse the memory of the state that they are given. Use the state "
+            "that they return, or copy the old one before: eggroll.copy_state(state). With init(..., donate=True) the "
+            "parameters given to init are consumed, too."
+        )
+
+
+def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(leaf), copy=True), impl=jax.random.key_impl(leaf))
+    return jnp.array(leaf, copy=True)
+
+
+def _places(leaf: Array) -> set[int]:
+    """Addresses of the memory of an array on the devices of this process."""
+    if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return set()
+    return {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}

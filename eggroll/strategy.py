@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from eggroll import generation, programs
 from eggroll.devices.chunking import layout_in_budget
-from eggroll.devices.mesh import Placement, output_shardings, replicated, report_shardings, shard_inputs, update_shardings
+from eggroll.devices.mesh import Placement, output_shardings, replicated, report_shardings, shard_inputs
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
@@ -30,9 +30,10 @@ from eggroll.population.members import Population, build_member, check_coefficie
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
 from eggroll.settings import check_settings
-from eggroll.state import ESState
+from eggroll.state import ESState, check_not_consumed
 from eggroll.update import estimator
-from eggroll.update.parameters import UpdateReport, init_masters_and_optimizer, make_report, round_coefficients
+from eggroll.update.parameters import describe_update
+from eggroll.update.report import UpdateReport, make_report, round_coefficients
 from eggroll.update.shaping import Shaping
 
 
@@ -95,13 +96,14 @@ class EvolutionStrategy:
         """How a generation is spread over the mesh; None without one."""
         return None if self.mesh is None else Placement(self.mesh, self.layout, self.shard_optimizer)
 
-    def init(self, params: Any, *, key: Array, member_state: Any = None) -> ESState:
+    def init(self, params: Any, *, key: Array, member_state: Any = None, donate: bool = False) -> ESState:
         """Make the state of a new run.
 
         Args:
             params: pytree of parameters.
             key: typed key from `jax.random.key`; kept for the whole run, do not use it elsewhere.
             member_state: initial carried state of ONE member, or None.
+            donate: take over the arrays of `params`, for models that do not fit twice; the first generation consumes them.
 
         Returns:
             `ESState` at generation 0.
@@ -111,12 +113,10 @@ class EvolutionStrategy:
         """
         addresses.check_key(key)
         check_params(params, self.perturbation)
-        params = jax.tree.map(jnp.asarray, params)
-        masters, opt_state = init_masters_and_optimizer(self.optimizer, params, self.perturbation, self.precision)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
         sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
-        state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, per_member)
-        return shard_inputs(self.placement, state, None)[0]
+        start = functools.partial(generation.init_state, self, params, key=key, sigma=sigma, member_state=per_member)
+        return start(optimizer=self.optimizer, donate=donate)
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Return the plan of the parameters, read from one abstract trace of a function.
@@ -141,6 +141,7 @@ class EvolutionStrategy:
     def _checked_plan(self, state: ESState, batch: Any, function: Callable | None = None) -> Plan:
         if not isinstance(state, ESState):
             raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
+        check_not_consumed(state)
         read = functools.partial(self._read_plan, state, batch, function)
         return checked_plan(self, function, state.params, (batch, state.member_state), make=read)
 
@@ -148,15 +149,17 @@ class EvolutionStrategy:
         self.layout.check_batch(batch)
         one = self.layout.one_member(batch)
         given = (one,) if function else member_arguments(one, state.member_state)
-        plan = make_plan(function or self._fitness, state.params, *given, perturbation=self.perturbation)
+        whole = self.placement is None or self.placement.axis("model") is None  # no weight is sharded
+        make = functools.partial(make_plan, perturbation=self.perturbation, allow_kernels=whole)
+        plan = make(function or self._fitness, state.params, *given)
         estimator.check_sums(plan, num_pairs=self.layout.num_pairs)
-        return plan
+        return describe_update(plan, self.optimizer, state.params, self, on_mesh=self.mesh is not None)
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
         """Run one generation.
 
         Args:
-            state: from `init` or the last `step`.
+            state: from `init` or the last `step`; consumed (`eggroll.copy_state` keeps a copy).
             batch: any pytree the fitness takes; see `members_per_batch`.
 
         Returns:
@@ -170,8 +173,8 @@ class EvolutionStrategy:
         layout = self.chunked_layout(state, batch)
         state, batch = shard_inputs(placement, state, batch, batch_over="examples")
         evaluate = functools.partial(generation.evaluate_generation, self, plan, self._fitness, layout)
-        key, shardings = ("score", self, programs.Identity(plan), shapes, layout), report_shardings(placement)
-        program = programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=shardings)
+        key, places = ("score", self, programs.Identity(plan), shapes, layout), report_shardings(placement)
+        program = programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=places)
         return self._advance(plan, state, *program(state, batch))
 
     def ask(self, state: ESState) -> Population:
@@ -186,7 +189,7 @@ class EvolutionStrategy:
         """Finish the generation that `ask` began.
 
         Args:
-            state: the state given to `ask`.
+            state: the state given to `ask`; consumed.
             fitness: [N] or [N, K] floats, member 2 p and 2 p + 1 being the signs +1 and -1 of pair p.
             pairs: ints [S], the pairs that the fitness [2 S] or [2 S, K] is of; None: all. The estimate stays unbiased
                 when pairs are left out for reasons that have nothing to do with their fitness.
@@ -197,19 +200,20 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        given = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
+        check_not_consumed(state)
         plan = known_plan(self, state.params, needed_by="tell")
+        given = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
         state, given = shard_inputs(self.placement, state, given)
         score = functools.partial(generation.score_pairs, self, plan)
-        key, shardings = ("tell", self, programs.Identity(plan)), replicated(self.placement)
-        report = programs.compile_once(*key, function=score, out_shardings=shardings)(*given)
+        key, places = ("tell", self, programs.Identity(plan)), replicated(self.placement)
+        report = programs.compile_once(*key, function=score, out_shardings=places)(*given)
         return self._advance(plan, state, report, state.member_state)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:
         """Repeat the update of a generation without evaluating anything.
 
         Args:
-            state: before the generation.
+            state: before the generation; consumed.
             coefficients: float32 [P], its `Metrics.coefficients`.
 
         Returns:
@@ -218,6 +222,7 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
+        check_not_consumed(state)
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
         plan = known_plan(self, state.params, needed_by="replay")
         return self._update(plan, *shard_inputs(self.placement, state, coefficients))[0]
@@ -257,27 +262,19 @@ class EvolutionStrategy:
         plan = known_plan(self, state.params, needed_by="memory_budget")
         one_member = generation.ignore_key_and_state(function) if function else self._fitness
         evaluate = functools.partial(generation.evaluate_members, self.on_one_device(), plan, one_member)
-
-        def choose() -> PopulationLayout:
-            budget, placement = self.memory_budget, self.placement
-            return layout_in_budget(evaluate, state, batch, layout=self.layout, budget=budget, placement=placement)
-
-        return programs.remember("layout", self, function, programs.signature((state, batch)), make=choose)
+        choose = functools.partial(layout_in_budget, evaluate, state, batch, layout=self.layout, placement=self.placement)
+        key = "layout", self, function, programs.signature((state, batch))
+        return programs.remember(*key, make=functools.partial(choose, budget=self.memory_budget))
 
     def _advance(self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
+        sigma, old = generation.current_sigma(self, state), state.member_state
         new_state, done = self._update(plan, state, report.coefficients)
-        member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, state.member_state)
-        metrics = Metrics(state.generation, generation.current_sigma(self, state), *report, *done)
-        return new_state._replace(member_state=member_state), metrics
+        member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, old)
+        return new_state._replace(member_state=member_state), Metrics(state.generation, sigma, *report, *done)
 
     def _update(self, plan: Plan, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
-        """Update the parameters; a program of its own, so that `step`, `tell` and `replay` give the same bits."""
-        shardings, shapes = update_shardings(self.placement, state), programs.signature(state)
-        key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
-        places = shardings and shardings[0]
-        update = functools.partial(generation.update_parameters, self, plan, optimizer=self.optimizer, shardings=places)
-        program = programs.compile_once(*key, function=update, out_shardings=shardings)
-        state, done = program(state, round_coefficients(plan, coefficients, self.shaping))
+        rounded = round_coefficients(plan, coefficients, self.shaping)
+        state, done = generation.run_update(self, plan, state, rounded, optimizer=self.optimizer)
         return state, make_report(plan, done)
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:
@@ -290,6 +287,7 @@ class EvolutionStrategy:
         return program(*shard_inputs(self.placement, state, batch, batch_over="members"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
+        check_not_consumed(state)
         plan, scalars = known_plan(self, state.params, needed_by="member"), generation.make_scalars(self, state)
         return build_member(plan, state.params, index, scalars)
 

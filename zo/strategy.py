@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from eggroll import generation, plans, programs
 from eggroll.devices import sharded
-from eggroll.devices.mesh import Placement, shard_inputs, update_shardings
+from eggroll.devices.mesh import Placement, shard_inputs
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
@@ -28,9 +28,8 @@ from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, r
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
-from eggroll.state import ESState
-from eggroll.update.parameters import mask_frozen
-from eggroll.update.precision import float32_params, init_masters
+from eggroll.state import ESState, check_not_consumed
+from eggroll.update.parameters import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
 from eggroll.zo.estimators import ESTIMATORS, report_losses
 from eggroll.zo.optimizers.descent import Descent
@@ -132,13 +131,14 @@ class ZerothOrder:
         """How a step is spread over the mesh; None without one."""
         return None if self.mesh is None else Placement(self.mesh, self.layout)
 
-    def init(self, params: Any, *, key: Array, batch: Any = None) -> ESState:
+    def init(self, params: Any, *, key: Array, batch: Any = None, donate: bool = False) -> ESState:
         """Make the state of a new run.
 
         Args:
             params: pytree of parameters.
             key: typed key from `jax.random.key`, kept for the whole run.
             batch: as for `step`, arrays or shapes; only `Descent(momentum=...)`, whose state follows the plan, needs it.
+            donate: take over the arrays of `params` instead of copying them; the first step consumes them.
 
         Returns:
             `ESState` at generation (step) 0.
@@ -149,12 +149,9 @@ class ZerothOrder:
         addresses.check_key(key)
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
-        params = jax.tree.map(jnp.asarray, params)
         planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
-        masters = init_masters(params, self.precision)
-        opt_state = mask_frozen(self.optax_optimizer(planned), params, self.perturbation).init(float32_params(params, masters))
-        state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(self.sigma), masters, None)
-        return shard_inputs(self.placement, state, None)[0]
+        optimizer = self.optax_optimizer(planned)
+        return generation.init_state(self, params, optimizer=optimizer, key=key, sigma=self.sigma, donate=donate)
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """Read the plan from one abstract trace of the loss; the first call fixes it. `print(plan.table())` shows it."""
@@ -174,7 +171,8 @@ class ZerothOrder:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
         plan = make_plan(self._weighted, params, shapes, key, perturbation=self.perturbation)
-        return stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
+        plan = stacked_plan(plan) if isinstance(self.loss, Blocks) else plan
+        return describe_update(plan, self.optax_optimizer(plan), params, self, on_mesh=self.mesh is not None)
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
         """Run one step.
@@ -188,6 +186,7 @@ class ZerothOrder:
             evaluates them (`ESTIMATORS[...].unperturbed`), else the mean over the perturbed ones. `metrics.coefficients` are
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
+        check_not_consumed(state)
         self.check_batch(batch)
         plan = self._checked_plan(state.params, batch)
         placement, shapes = self.placement, programs.signature((state, batch))
@@ -210,6 +209,7 @@ class ZerothOrder:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
+        check_not_consumed(state)
         given = jnp.asarray(coefficients, jnp.float32)
         if given.shape != (self.directions,):
             raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
@@ -268,13 +268,7 @@ class ZerothOrder:
         return report_losses(estimator, losses, base, sigma=state.sigma, rank=plan.max_rank)
 
     def _update(self, plan: Plan, state: ESState, given: Array) -> tuple[ESState, Any]:
-        """Update the parameters; a program of its own, so that `step` and `replay` give the same bits."""
-        shardings, shapes = update_shardings(self.placement, state), programs.signature(state.params)
-        key = ("update", self, programs.Identity(plan), shapes, tuple(jax.tree.leaves(shardings)))
-        optimizer = self.optax_optimizer(plan)
-        places = shardings and shardings[0]
-        update = functools.partial(generation.update_parameters, self, plan, optimizer=optimizer, shardings=places)
-        return programs.compile_once(*key, function=update, out_shardings=shardings)(state, given)
+        return generation.run_update(self, plan, state, given, optimizer=self.optax_optimizer(plan))
 
     def optax_optimizer(self, plan: Plan | None) -> optax.GradientTransformation:
         """Return the optimizer as an optax transformation; momentum needs the plan."""

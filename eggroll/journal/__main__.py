@@ -21,6 +21,7 @@ import numpy as np
 from eggroll.journal import JournalError, Reader, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.header import UPDATE
 from eggroll.protocol import Strategy
 
 SHOWN = 10  # rows of the table: the first and the last five
@@ -105,6 +106,11 @@ def _to_numpy(leaf: Any) -> np.ndarray:
 
 def _verify(path: Path, options: argparse.Namespace) -> None:
     reader = Reader(path)
+    if reader.header.update != UPDATE:
+        raise JournalError(
+            f"{path} was written with version {reader.header.update} of the update, whose parameters this library (version "
+            f"{UPDATE}) rebuilds up to rounding, not bit for bit."
+        )
     es, initial = _remake(reader)
     checkpoints = Checkpoints(path.parent / "checkpoints", config=None)
     state, different = initial, []

@@ -12,6 +12,7 @@ from eggroll.noise.leaves import LeafPlan
 from eggroll.protocol import S, Strategy
 
 VERSION = 2  # of the file format; 2: the plan has the axes of the noise in each parameter
+UPDATE = 2  # of the arithmetic of an update; 2: block by block, with other random bits for stochastic rounding
 
 
 class JournalError(ValueError):
@@ -29,9 +30,19 @@ class Header:
     versions: dict  # of the software that wrote the journal; not compared
     recipe: dict | None = None  # {"function": "module:name", "options": ...}: rebuilds (strategy, initial state)
     version: int = VERSION
+    update: int = 1  # version of the update that the run was made with; headers from before it had one have none
 
     def check(self, other: "Header") -> None:
-        """Raise JournalError when `other` is the header of another run, naming the fields; versions and recipe may differ."""
+        """Raise JournalError when `other` is the header of another run, naming the fields.
+
+        Versions and recipe may differ. An update of another version is refused where it rounds stochastically; otherwise it is
+        the same up to rounding.
+        """
+        if self.update != other.update and other.config["precision"] == "stochastic":
+            raise JournalError(
+                f"the journal was written with version {self.update} of the update, whose stochastic rounding this library "
+                f"(version {other.update}) does not repeat: use the version of eggroll that the run began with."
+            )
         for name in ("version", "key", "config", "plan", "fingerprint"):
             stored, given = getattr(self, name), getattr(other, name)
             if stored != given:
@@ -54,7 +65,8 @@ def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> 
     key = [str(jax.random.key_impl(state.key)), np.asarray(jax.random.key_data(state.key)).tolist()]
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
     rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]
-    return Header(key, options, rows, fingerprint(state.params), versions, dict(recipe) if recipe else None)
+    made_by = dict(recipe) if recipe else None
+    return Header(key, options, rows, fingerprint(state.params), versions, made_by, update=UPDATE)
 
 
 def _axes(leaf: LeafPlan) -> str:

@@ -46,7 +46,7 @@ from eggroll.noise.rules import (
 )
 
 
-def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation) -> Plan:
+def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation, allow_kernels: bool = True) -> Plan:
     """Read how `function(params, *args)` uses its parameters and decide each one's noise.
 
     Args:
@@ -54,6 +54,7 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
         params: pytree of arrays or `jax.ShapeDtypeStruct`.
         *args: one member's further arguments.
         perturbation: a spec for all leaves, or rules `[(pattern, spec), ...]` on the paths: `re.fullmatch`, first match wins.
+        allow_kernels: not where the partitioner shards weights, which it would gather for a kernel.
 
     Returns:
         The plan.
@@ -73,7 +74,7 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
     rehearsed = _rehearse(function, planned, params, args)
-    return Plan(tuple(map(_with_implementation, rehearsed)), jax.tree.structure(params))
+    return Plan(tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed), jax.tree.structure(params))
 
 
 def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
@@ -96,8 +97,15 @@ def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tu
             ]
 
 
-def _with_implementation(leaf: LeafPlan) -> LeafPlan:
+def _with_implementation(leaf: LeafPlan, allowed: bool) -> LeafPlan:
     if not isinstance(leaf, LowRankLeaf):
+        return leaf
+    if not allowed:
+        if leaf.spec.implementation not in (None, "reference"):
+            raise NotImplementedError(
+                f"parameter '{leaf.path}' asks for implementation {leaf.spec.implementation!r}, which would gather its weights "
+                "on a mesh with the axis 'model': use None or 'reference'."
+            )
         return leaf
     side_by_side = len(leaf.rows) == 1 and leaf.columns == (leaf.rows[0] + 1,)  # as [m, n], which the kernels read
     covered = side_by_side and not leaf.quantised

@@ -18,6 +18,7 @@ class Plan:
 
     leaves: tuple[LeafPlan, ...]
     tree: Any  # jax.tree_util.PyTreeDef of the parameters
+    update: str = ""  # how the optimizer lets the parameters be updated, for people
 
     @property
     def max_rank(self) -> int:
@@ -36,7 +37,7 @@ class Plan:
 
     def table(self) -> str:
         """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason."""
-        return _table(self.leaves)
+        return _table(self.leaves) + (f"\nupdate: {self.update}" if self.update else "")
 
     @property
     def shapes(self) -> Any:

@@ -189,7 +189,13 @@ def _warn_of_invalid(history: list[Record], population_size: int) -> None:
     if record.skipped:
         warnings.warn(
             f"generation {record.generation} was skipped: the fitness of all {population_size} members, "
-            "or the gradient, was not finite.",
+            "or the coefficients or sigma, was not finite.",
+            stacklevel=3,
+        )
+    elif record.kept and not any(earlier.kept for earlier in history[:-1]):
+        warnings.warn(
+            f"{record.kept} blocks of parameters kept their old values in generation {record.generation}: the new ones, or the "
+            "optimizer's, would not have been finite (warned once; see `kept` in the history).",
             stacklevel=3,
         )
     elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):

@@ -6,9 +6,8 @@ NaN where nothing is to change. What is stored is finite: see `blocks`.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,13 @@ from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, cut
 from eggroll.noise.rules import Frozen, Perturbation, is_integer, quantised_leaves, trainable
+from eggroll.protocol import Strategy
 from eggroll.state import ESState, Masters
 from eggroll.update import estimator
-from eggroll.update.blocks import BASE, Counts, Held, Moves, Rules, move, no_counts
+from eggroll.update.blocks import Counts, Held, Moves, Rules, move, no_counts
 from eggroll.update.precision import are_short, float32_params, init_masters
+from eggroll.update.report import summarise
 from eggroll.update.splitting import Reading
-
-
-class UpdateReport(NamedTuple):
-    """What an update did."""
-
-    skipped: Array  # bool [], nothing changed: the coefficients or sigma were not finite
-    gradient_norm: Array  # float32 []
-    leaf_norms: Array  # float32 [leaves], gradient norm of every leaf in the order of the plan
-    moved: Array  # float32 [], share of the stored weights that changed their value
-    kept: Array  # int32 [], blocks of parameters that kept their old values, the new ones not being finite
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "generation"], meta_fields=["plan"])
@@ -96,6 +87,37 @@ def read_update(
     sums = jnp.int32 if plan.is_integer else jnp.float32
     gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, sums), wide)
     return Reading(optax.with_extra_args_support(optimizer), gradients, state.opt_state, wide, extra), extra
+
+
+def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[ESState], *, on_mesh: bool) -> Plan:
+    """Return the plan with a line on how the optimizer lets its parameters be updated, for its table.
+
+    Args:
+        plan: of the parameters.
+        optimizer: any optax transformation.
+        params: of which shapes and dtypes count.
+        settings: the strategy.
+        on_mesh: whether it runs on a mesh.
+    """
+    found: list[Reading] = []
+
+    def read(params: Any, key: Array, coefficients: Array) -> None:
+        masters, opt_state = init_masters_and_optimizer(optimizer, params, settings.perturbation, settings.precision)
+        state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(1), masters, None)
+        given = coefficients.astype(jnp.int32) if plan.is_integer else coefficients
+        masked = mask_frozen(optimizer, params, settings.perturbation)
+        found.append(read_update(plan, masked, state, given, sigma=state.sigma, noise_generation=state.generation)[0])
+
+    coefficients = jax.ShapeDtypeStruct((settings.population_size // 2,), jnp.float32)
+    jax.eval_shape(read, params, jax.eval_shape(lambda: jax.random.key(0)), coefficients)
+    split, reason = found[0].split, found[0].reason
+    if split == "elements":
+        line = "block by block"
+    elif split == "leaves" and not on_mesh:
+        line = f"one parameter at a time: the optimizer does not update each weight on its own ({reason})"
+    else:
+        line = f"all parameters at once, all gradients in memory: the optimizer does not update each on its own ({reason})"
+    return dataclasses.replace(plan, update=line)
 
 
 def update_state(
@@ -161,7 +183,7 @@ def update_state(
         counts.append(part.total(index, count))
     shared = _keep_finite(update.shared_states(), reading.shared_states(flat_states), rules[0].skipped)
     opt_state = reading.join_states([new.moments for new in moved], shared)
-    return _release(state, moved, opt_state), _summary(plan, counts, rules[0].skipped)
+    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped)
 
 
 def update_state_at_once(
@@ -196,7 +218,7 @@ def update_state_at_once(
         counts.append(count)
     states = _keep_finite(jax.tree.leaves(opt_state), jax.tree.leaves(state.opt_state), rules[0].skipped)
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), states)
-    return _release(state, moved, opt_state), _summary(plan, counts, rules[0].skipped)
+    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped)
 
 
 def _give(moves: Moves, region: Region, old: Held) -> Moves:
@@ -246,38 +268,6 @@ def _keep_finite(new: Sequence[Array], old: Sequence[Array], skipped: Array | No
         return jnp.where(stays, old, new)
 
     return [choose(*pair) for pair in zip(new, old, strict=True)]
-
-
-def _summary(plan: Plan, counts: Sequence[Counts], skipped: Array | None) -> Any:
-    together = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
-    if plan.is_integer:
-        return together
-    assert skipped is not None
-    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.quantised or jnp.issubdtype(leaf.dtype, jnp.floating))
-    moved = _as_float(together.moved).sum() / max(1.0, float(size))
-    norms = jnp.sqrt(together.squares)
-    return UpdateReport(skipped, jnp.sqrt(together.squares.sum()), norms, moved, together.kept.sum())
-
-
-def _as_float(moved: Array) -> Array:
-    """Counts of weights, int32 [..., 2], as float32."""
-    return moved[..., 0].astype(jnp.float32) * BASE + moved[..., 1].astype(jnp.float32)
-
-
-def round_coefficients(plan: Plan, coefficients: Array, shaping: Any) -> Array:
-    """Round the coefficients to whole numbers, 0 for NaN, where the parameters are int8."""
-    if not plan.is_integer:
-        return coefficients
-    return jnp.nan_to_num(coefficients).astype(jnp.int8 if shaping == "pair_sign" else jnp.int32)
-
-
-def make_report(plan: Plan, done: Any) -> UpdateReport:
-    """Make the report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
-    if not plan.is_integer:
-        return done
-    counts = _as_float(done.moved)
-    size = float(sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.integer))
-    return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size, jnp.int32(0))
 
 
 def mask_frozen(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:

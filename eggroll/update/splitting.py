@@ -67,13 +67,12 @@ class Reading:
         flat, tree, _ = forward_only(update, *given)
         self._jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
         self.state_tree = jax.tree.structure(opt_state)
-        self.num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
+        num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
         inputs = self._jaxpr.jaxpr.invars
-        self._gradients, self._params = inputs[: self.num_leaves], inputs[self.num_leaves : 2 * self.num_leaves]
-        self._states = inputs[2 * self.num_leaves :][:num_states]
-        self._extra = inputs[2 * self.num_leaves + num_states :]
+        self._gradients, self._params = inputs[:num_leaves], inputs[num_leaves : 2 * num_leaves]
+        self._states, self._extra = inputs[2 * num_leaves :][:num_states], inputs[2 * num_leaves + num_states :]
         outputs = self._jaxpr.jaxpr.outvars
-        self._updates, self.new_states = outputs[: self.num_leaves], outputs[self.num_leaves :]
+        self._updates, self.new_states = outputs[:num_leaves], outputs[num_leaves:]
         if len(self.new_states) != num_states:
             raise ValueError(f"optimizer.update must keep the structure of its state, got {tree}.")
         self._makers = {out: eqn for eqn in self._jaxpr.jaxpr.eqns for out in eqn.outvars}
@@ -129,9 +128,8 @@ class Reading:
         """Which states belong to which parameter, and how far each parameter can be split."""
         roots = [self._find(gradient) for gradient in self._gradients]
         self.mixed = len(set(roots)) < len(roots)
-        self._of_leaf: list[list[int]] = [[] for _ in roots]
-        self._shared: list[int] = []
-        alone: dict[Any, int] = {root: index for index, root in enumerate(roots)}
+        self._of_leaf, self._shared = [list[int]() for _ in roots], list[int]()
+        alone = dict(zip(roots, range(len(roots)), strict=True))
         for index, (var, new) in enumerate(zip(self._states, self.new_states, strict=True)):
             root = next(
                 (self._find(v) for v in (new, var) if isinstance(self._kind_of(v), Owned) and self._find(v) in alone), None
@@ -141,7 +139,7 @@ class Reading:
                 self.mixed |= new is not var and isinstance(self._kind_of(new), Owned)
             else:
                 self._of_leaf[alone[root]].append(index)
-        self.elementwise = [self._splits(index) for index in range(self.num_leaves)]
+        self.elementwise = [self._splits(index) for index in range(len(roots))]
 
     def _splits(self, leaf: int) -> bool:
         shape = self._gradients[leaf].aval.shape

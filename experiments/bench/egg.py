@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eggroll.experiments.bench.timing import machine, rounds_ms
+from eggroll.experiments.bench.timing import advancing, machine, rounds_ms
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.egg import evolution
@@ -86,6 +86,6 @@ def _forms(config: Config) -> dict[str, Callable[[], Any]]:
     return {
         "inference": lambda: inference(state.params, state.member_state, text),
         "forward": lambda: forward(state, text),
-        "update": lambda: es.tell(state, fitness)[0].params,
-        "generation": lambda: es.step(state, text),
+        "update": advancing(lambda state: es.tell(state, fitness), state),
+        "generation": advancing(lambda state: es.step(state, text), state),
     }

@@ -15,7 +15,7 @@ import optax
 
 import eggroll
 from eggroll.experiments.bench.cases import CASES, Case
-from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.bench.timing import advancing, interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
 from eggroll.noise.addresses import Distribution
 
@@ -122,6 +122,6 @@ def _engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callab
 
     return {
         "forward": lambda: forward(state, case.batch),
-        "update": lambda: es.tell(state, fitness),
-        "generation": lambda: es.step(state, case.batch),
+        "update": advancing(lambda state: es.tell(state, fitness), state),
+        "generation": advancing(lambda state: es.step(state, case.batch), state),
     }

@@ -13,6 +13,7 @@ from jax import Array
 
 import eggroll
 from eggroll.experiments.bench.kernel_work import Call, Work, bound
+from eggroll.experiments.bench.timing import advancing
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
@@ -49,7 +50,7 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
     implementation = f"mosaic_gpu {by_kernel}/{len(products)}" if by_kernel else "reference"  # of the matrices
     calls = {
         "plain": Call(bound(jax.vmap(likelihood, (None, 0)), params, texts), checked=False),
-        implementation: Call(lambda: es.step(state, texts), checked=False),
+        implementation: Call(advancing(lambda state: es.step(state, texts), state), checked=False),
     }
     count, weights = members * tokens, sum(leaf.size for leaf in jax.tree.leaves(params))
     shape = f"{weights:,} parameters, {members} members, {tokens} tokens each"

@@ -159,22 +159,21 @@ def _compare(
     return {
         "collective_bytes": crossing,
         "collective_total": sum(crossing.values()),
-        "predicted_bytes": _predict_bytes(config, mesh, params, shard_optimizer=shard_optimizer),
+        "predicted_bytes": _predict_bytes(config, mesh, params),
         "fitness_difference": _relative_difference(fitness, alone[1]),
         "update_difference": _relative_difference(weights, alone[0]),
         "peak_bytes": _peak_bytes(compiled),
     }
 
 
-def _predict_bytes(config: Scale, mesh: Mesh, params: Any, *, shard_optimizer: bool) -> int | None:
+def _predict_bytes(config: Scale, mesh: Mesh, params: Any) -> int | None:
     """Apply the cost model of docs/scaling.md: sizes of the collectives' results. None: the partitioner's ("model")."""
     if "model" in mesh.axis_names:
         return None
-    gradient = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    crossing = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # the gradient, or with shard_optimizer the parameters
     over_population, over_data = (mesh.shape.get(axis, 1) for axis in ("population", "data"))
-    shared = gradient + gradient // over_population if shard_optimizer else gradient
     averaged = 4 * config.members // over_population if over_data > 1 else 0
-    return 4 * config.members + averaged + shared
+    return 4 * config.members + averaged + crossing
 
 
 def _relative_difference(tree: Any, reference: Any) -> float:

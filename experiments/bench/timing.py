@@ -7,8 +7,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+
+import eggroll
 
 
 def interleaved_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
@@ -36,6 +39,17 @@ def rounds_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dic
             jax.block_until_ready(form())
             found[name].append(1e3 * (time.perf_counter() - start))
     return found
+
+
+def advancing(advance: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[], object]:
+    """Return a form that runs `advance(state) -> (state, result)` on the state of its last call, which that consumes."""
+    kept = [eggroll.copy_state(state)]
+
+    def form() -> object:
+        kept[0], result = advance(kept[0])
+        return kept[0], result
+
+    return form
 
 
 def queued_ms(forms: Mapping[str, Callable[[], object]], *, repeats: int, round_ms: float) -> dict[str, float]:

@@ -118,15 +118,14 @@ class Evolution:
                 )
             run.checkpoints.wait()
             best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
-            kept = self._rebuild(best, run, folder, initial=initial, progress=progress) if best else state
+            kept = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else state
         if is_first() and best:
             print(f"the parameters of generation {best} had the best validation accuracy", flush=True)
         return Improved(local(kept.params), int(state.generation))
 
-    def _rebuild(
-        self, generation: int, run: DurableRun, folder: Path, *, initial: eggroll.ESState, progress: Progress
-    ) -> eggroll.ESState:
+    def _rebuild(self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> eggroll.ESState:
         """Return the state of a generation from the journal, because a kill may have lost its checkpoint."""
+        initial = self.start(seed=seed)
         earlier = [saved for saved in run.checkpoints.generations if saved <= generation]
         restored = run.checkpoints.restore(initial, progress.save(), generation=earlier[-1]) if earlier else None
         es: Any = self.strategy

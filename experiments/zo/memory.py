@@ -29,7 +29,7 @@ def step_mib(arguments: Sequence[str], folder: Path) -> float:
         lowered = runs.advance.lower(runs.init(loaded.params, key=key), batch)
     else:
         tuner, state = runs.start(loaded.params, key=key)
-        lowered = jax.jit(lambda state, batch: tuner.step(state, batch)[0]).lower(state, batch)
+        lowered = jax.jit(lambda state, batch: tuner.step(state, batch)[0], donate_argnums=0).lower(state, batch)
     used: Any = lowered.compile().memory_analysis()
     sizes = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
     return sizes / 2**20

@@ -48,8 +48,8 @@ def test_chunks_are_chosen_for_every_batch_shape():
     budget, es = 300_000, strategy(population_size=64, memory_budget=300_000)
     state = start(es)
     small, large = jnp.ones((8, 4)), jnp.ones((4096, 4))
-    es.step(state, small)
-    es.step(state, large)
+    for batch in (small, large):
+        es.step(eggroll.copy_state(state), batch)
     layouts = [es.chunked_layout(state, batch) for batch in (small, large)]
     assert not layouts[0].is_chunked and layouts[1].is_chunked
 
@@ -63,8 +63,7 @@ def test_chunks_are_chosen_for_every_batch_shape():
 
 def test_a_function_with_another_plan_is_refused():
     es = strategy()
-    state = start(es)
-    es.step(state, jnp.ones((3, 4)))
+    state, _ = es.step(start(es), jnp.ones((3, 4)))
     population = es.ask(state)
     np.testing.assert_array_equal(population.apply(lambda p, x: x @ p["w"], jnp.ones((3, 4))).shape, (32, 3, 6))
     with pytest.raises(ValueError, match=r"the function uses parameter 'w' as dense .*, but the plan, .*, has it as low-rank"):
@@ -98,7 +97,7 @@ def test_ever_new_shapes_warn_once(small_memo, early_warning):
     state = start(es)
     with pytest.warns(UserWarning, match="fitness was compiled 4 times: .* batches of a few shapes") as seen:
         for rows in range(1, programs.MANY + 3):
-            es.step(state, jnp.ones((rows, 4)))
+            state, _ = es.step(state, jnp.ones((rows, 4)))
     assert len(seen) == 1
 
 
@@ -106,7 +105,7 @@ def test_a_plan_outlives_all_programs(small_memo):
     """Else another function could fix the plan anew, and a replay would silently be of another run."""
     es, other, batch = strategy(), strategy(sigma=0.2), jnp.ones((3, 4))
     state = start(es)
-    after, metrics = es.step(state, batch)
+    after, metrics = es.step(eggroll.copy_state(state), batch)
     other.step(start(other), batch)
     for rows in range(1, 2 * programs.LIMIT):
         other.ask(start(other)).apply(lambda p, x: x @ p["w"], jnp.ones((rows, 4)))
@@ -117,14 +116,15 @@ def test_a_plan_outlives_all_programs(small_memo):
 
 def test_equal_strategies_share_their_programs_and_a_different_one_does_not():
     first, second = strategy(perturbation=[("w", eggroll.LowRank(2)), ("b", eggroll.Dense())]), None
-    state, batch = start(first), jnp.ones((3, 4))
-    expected, _ = first.step(state, batch)
+    batch = jnp.ones((3, 4))
+    expected, _ = first.step(start(first), batch)
     second = strategy(perturbation=[("w", eggroll.LowRank(2)), ("b", eggroll.Dense())])
     before = programs.num_entries()
     same, _ = second.step(start(second), batch)
     assert programs.num_entries() == before
     np.testing.assert_array_equal(same.params["w"], expected.params["w"])
-    other, _ = strategy(perturbation=[("w", eggroll.LowRank(3)), ("b", eggroll.Dense())]).step(state, batch)
+    third = strategy(perturbation=[("w", eggroll.LowRank(3)), ("b", eggroll.Dense())])
+    other, _ = third.step(start(third), batch)
     assert programs.num_entries() > before and not np.array_equal(other.params["w"], expected.params["w"])
 
 

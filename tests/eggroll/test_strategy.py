@@ -44,7 +44,7 @@ def assert_trees_equal(one, other):
 def test_fitness_improves():
     es = strategy(optimizer=optax.sgd(1.0))
     state = start(es)
-    first = es.step(state, X)[1].mean_fitness
+    first = es.step(eggroll.copy_state(state), X)[1].mean_fitness
     for _ in range(60):
         state, metrics = es.step(state, X)
     assert metrics.mean_fitness > 0.3 * first and int(state.generation) == 60
@@ -52,7 +52,7 @@ def test_fitness_improves():
 
 def test_ask_tell_equals_step():
     es, outside = strategy(), strategy(None)
-    state = stepped = start(es)
+    state, stepped = start(es), start(es)
     for _ in range(3):
         outputs = outside.ask(state).apply(model, X)
         state, told = outside.tell(state, [float(score(outputs[i])) for i in range(16)])
@@ -156,7 +156,7 @@ def test_an_invalid_member_counts_as_worst_and_is_reported():
 def test_an_all_invalid_generation_changes_nothing_and_says_so(value):
     es = strategy(lambda p, b, k: value + 0.0 * fitness(p, b, k), optimizer=optax.sgd(0.1, momentum=0.9))
     before = start(es)
-    after, metrics = es.step(before, X)
+    after, metrics = es.step(eggroll.copy_state(before), X)
     assert metrics.skipped and metrics.invalid == 16 and np.isnan(metrics.mean_fitness)
     assert_trees_equal(after._replace(generation=before.generation), before)
     assert int(after.generation) == 1
@@ -165,7 +165,7 @@ def test_an_all_invalid_generation_changes_nothing_and_says_so(value):
 def test_all_equal_fitness_moves_nothing():
     es = strategy(lambda p, b, k: jnp.float32(0.1) + 0.0 * fitness(p, b, k))
     before = start(es)
-    after, metrics = es.step(before, X)
+    after, metrics = es.step(eggroll.copy_state(before), X)
     assert_trees_equal(after.params, before.params)
     assert float(metrics.gradient_norm) == 0.0
 
@@ -340,7 +340,7 @@ def test_parameters_of_other_shapes_get_a_plan_of_their_own():
 def test_a_sigma_that_reaches_zero_changes_nothing_and_says_so():
     es = strategy(sigma=optax.linear_schedule(0.1, 0.0, 1))
     state, first = es.step(start(es), X)
-    after, second = es.step(state, X)
+    after, second = es.step(eggroll.copy_state(state), X)
     assert not first.skipped and second.skipped
     assert_trees_equal(after.params, state.params)
 

@@ -186,7 +186,7 @@ SETTINGS = {
 @pytest.mark.parametrize("recipe", by_default(sorted(zo.RECIPES), "mezo", "fzoo", "lozo_m"))
 def test_recipes_learn_and_replay_bit_for_bit(recipe):
     tuner = zo.RECIPES[recipe](loss, **SETTINGS[recipe], weight_decay=1e-3, second_moment=None if recipe != "mezo" else 0.9)
-    state = replayed = tuner.init(PARAMS, key=KEY, batch=X)
+    state, replayed = (tuner.init(PARAMS, key=KEY, batch=X) for _ in range(2))
     before = float(loss(PARAMS, X, KEY))
     for _ in range(150):
         state, metrics = tuner.step(state, X)
@@ -213,7 +213,7 @@ def test_lozo_perturbs_and_updates_with_the_same_factors(step):
         loss, directions=1, sigma=0.01, optimizer=optax.sgd(1.0), perturbation=eggroll.LowRank(2, "normal", refresh=3)
     )
     state = start(tuner)._replace(generation=jnp.int32(step))
-    moved, metrics = tuner.step(state, X)
+    moved, metrics = tuner.step(eggroll.copy_state(state), X)
     noise = noise_of(tuner, state, 0)
     plus, minus = (
         loss(jax.tree.unflatten(jax.tree.structure(PARAMS), _cut(flat(PARAMS) + s * 0.01 * noise)), X, KEY) for s in (1, -1)

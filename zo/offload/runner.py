@@ -29,8 +29,8 @@ from eggroll.noise.rules import Perturbation, check_params, refuse_quantised
 from eggroll.population.members import check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
-from eggroll.update.parameters import UpdateReport
 from eggroll.update.precision import is_low
+from eggroll.update.report import UpdateReport
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced

@@ -70,7 +70,7 @@ def problem(name):
     function, options, batch, init = PROBLEMS[name]
     es = strategy(None, function, **options)
     first = steps(es, start(es, **init), batch)
-    return function, options, batch, init, (first, steps(es, first[0], batch))
+    return function, options, batch, init, (first, steps(es, eggroll.copy_state(first[0]), batch))
 
 
 def against_one_device(on, name="plain", *, count=1, **mesh_options):
@@ -197,13 +197,13 @@ def wrong_weights_of_padded_pairs():
 @functools.cache
 def cut_and_repeated():
     """Replay, ask and tell on one mesh against step, bit for bit where it is the same program."""
-    es = strategy(mesh(population=4, data=2), population_size=24)
+    es, copy = strategy(mesh(population=4, data=2), population_size=24), eggroll.copy_state
     before = start(es)
-    after, metrics = steps(es, before)
-    replayed = es.replay(before, np.asarray(metrics.coefficients))
+    after, metrics = steps(es, copy(before))
+    replayed = es.replay(copy(before), np.asarray(metrics.coefficients))
     outputs = es.ask(before).apply(model, X)
-    told, reported = es.tell(before, [float(-jnp.mean((o - 1.0) ** 2)) for o in outputs])
-    twice, _ = steps(es, after._replace(sigma=jnp.float32(0.05)))
+    told, reported = es.tell(copy(before), [float(-jnp.mean((o - 1.0) ** 2)) for o in outputs])
+    twice, _ = steps(es, copy(after)._replace(sigma=jnp.float32(0.05)))
     by_hand = [model(es.ask(before).member(i), X) for i in (0, 23)]
     return {
         "replay": same(replayed.params, after.params) and same(replayed.opt_state, after.opt_state),
@@ -223,7 +223,7 @@ def invalid():
     es = strategy(mesh(population=8), spoiled, members_per_batch=1)
     batch = jnp.where(jnp.arange(32)[:, None] == 5, 1.0, -jnp.ones((32, 4)))
     state, some = es.step(start(es), batch)
-    after, every = es.step(state, jnp.ones((32, 4)))
+    after, every = es.step(eggroll.copy_state(state), jnp.ones((32, 4)))
     skipped = [bool(some.skipped), bool(every.skipped)]
     return {"invalid": int(some.invalid), "skipped": skipped, "kept": same(after.params, state.params)}
 
@@ -282,7 +282,7 @@ def restored():
         checkpoints.wait()
         back, _ = checkpoints.restore(start(two))
         checkpoints.close()
-    ahead, went_on = steps(eight, state)[0], steps(two, back)[0]
+    ahead, went_on = steps(eight, state)[0], steps(two, eggroll.copy_state(back))[0]
     with tempfile.TemporaryDirectory() as folder:
         eight.plan(start(eight), X)
         run = DurableRun(folder, eight, start(eight), config={}, checkpoint_every=2)

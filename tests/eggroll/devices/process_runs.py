@@ -82,7 +82,7 @@ def same():
     _, again, nothing = go("run", 5, shard_optimizer=True, population_size=22)
     _, memory, _ = go("memory", 3, recurrent, member_state=jnp.ones(8), shaping="z_score")
     outputs = es.ask(state).apply(model, batch_of(9))
-    told, _ = es.tell(state, np.asarray(outputs).mean(axis=(1, 2)))
+    told, _ = es.tell(eggroll.copy_state(state), np.asarray(outputs).mean(axis=(1, 2)))
     tuner = zo.fzoo(lambda params, batch, key: -fitness(params, batch, key), learning_rate=0.05, sigma=0.05, mesh=es.mesh)
     tuned, _ = _train("zo", 4, tuner, every=2)
     from tests.zo.tiny_blocks import BATCH, PIECES, init

@@ -276,7 +276,7 @@ def test_floats_and_integers_evolve_together_and_are_replayed(precision):
         precision == "master" and leaf.dtype == jnp.int8 and name != "layers" for name, leaf in params.items()
     ]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(before.opt_state))
-    after, metrics = es.step(before, BATCH)
+    after, metrics = es.step(eggroll.copy_state(before), BATCH)
     assert all(after.params[name].dtype == leaf.dtype for name, leaf in params.items())
     np.testing.assert_array_equal(after.params["layers"], params["layers"])  # frozen, -128 too
     moved = {name: int((after.params[name] != leaf).sum()) for name, leaf in params.items()}
@@ -286,7 +286,7 @@ def test_floats_and_integers_evolve_together_and_are_replayed(precision):
     for leaf, master in zip(jax.tree.leaves(after.params), after.masters, strict=True):
         if master is not None:
             np.testing.assert_array_equal(leaf, np.round(np.asarray(master)).astype(np.int8))
-    replayed = es.replay(before, metrics.coefficients)
+    replayed = es.replay(eggroll.copy_state(before), metrics.coefficients)
     told, _ = es.tell(before, metrics.fitness)
     for other in (replayed, told):
         for one, two in zip(*map(jax.tree.leaves, ((after.params, after.masters), (other.params, other.masters))), strict=True):

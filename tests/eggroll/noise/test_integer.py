@@ -366,11 +366,12 @@ def test_equal_fitness_moves_nothing_and_weights_saturate(slope):
         return slope * dot(jnp.full((1, 4), 16, jnp.int8), params["w"]).sum(dtype=jnp.int32)
 
     es = strategy(fitness, optimizer=eggroll.threshold(1.0))
-    state = before = start(es, {"w": jnp.full((4, 4), 127, jnp.int8)})
+    params = {"w": jnp.full((4, 4), 127, jnp.int8)}
+    state = start(es, params)
     for _ in range(3):
         state, metrics = es.step(state)
     assert int(state.params["w"].min()) >= 124 and int(state.params["w"].max()) == 127
-    assert np.any(metrics.coefficients) == bool(slope) and same(state.params, before.params) == (not slope)
+    assert np.any(metrics.coefficients) == bool(slope) and same(state.params, params) == (not slope)
 
 
 def test_alpha_follows_its_schedule():
@@ -513,12 +514,13 @@ def test_a_killed_run_goes_on_and_a_journal_replays_bit_for_bit(tmp_path):
 def test_tell_takes_integers_and_some_pairs():
     es, state = planned(population_size=24)
     scores = np.random.default_rng(0).integers(-(2**29), 2**29, 24)
-    after, metrics = es.tell(state, scores)
+    copy = eggroll.copy_state
+    after, metrics = es.tell(copy(state), scores)
     assert metrics.fitness.dtype == jnp.int32 and same(metrics.fitness, scores)
-    assert same(es.replay(state, metrics.coefficients).params, after.params) and not same(after.params, state.params)
-    _, metrics = es.tell(state, scores[:8], pairs=[7, 1, 2, 3])
+    assert same(es.replay(copy(state), metrics.coefficients).params, after.params) and not same(after.params, state.params)
+    _, metrics = es.tell(copy(state), scores[:8], pairs=[7, 1, 2, 3])
     assert np.flatnonzero(metrics.coefficients).tolist() == [1, 2, 3, 7] and np.abs(metrics.coefficients).max() == 1
-    nothing, metrics = es.tell(state, [math.nan] * 24)
+    nothing, metrics = es.tell(copy(state), [math.nan] * 24)
     assert same(nothing.params, state.params) and metrics.invalid == 24
 
 

@@ -58,11 +58,11 @@ def test_a_batch_per_member_and_per_group():
     per_member = jax.random.normal(jax.random.key(3), (12, 5, 4))
     es = strategy(members_per_batch=1, chunk_size=4)
     state = es.init(PARAMS, key=jax.random.key(0))
-    scores = es.step(state, per_member)[1].fitness
+    scores = es.step(eggroll.copy_state(state), per_member)[1].fitness
     expected = [fitness(es.ask(state).member(i), per_member[i], None) for i in range(12)]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
     groups = strategy(members_per_batch=4, chunk_size=4)
-    scores = groups.step(state, per_member[:3])[1].fitness
+    scores = groups.step(eggroll.copy_state(state), per_member[:3])[1].fitness
     expected = [fitness(es.ask(state).member(i), per_member[i // 4], None) for i in range(12)]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
@@ -99,7 +99,7 @@ def test_aux_is_reduced_over_the_valid_members():
 def test_reductions_by_name(name):
     es = strategy(lambda p, b, k: (fitness(p, b, k), model(p, b)), aux=name)
     state = es.init(PARAMS, key=jax.random.key(0))
-    metrics = es.step(state, X)[1]
+    metrics = es.step(eggroll.copy_state(state), X)[1]
     outputs = np.stack([model(es.ask(state).member(i), X) for i in range(12)])
     np.testing.assert_allclose(metrics.aux, getattr(outputs, name)(axis=0), rtol=1e-4, atol=1e-6)
 
@@ -141,15 +141,15 @@ def test_memory_budget_picks_chunks_says_so_and_changes_nothing(caplog):
     batch = jax.random.normal(jax.random.key(3), (512, 5, 4))
     whole = strategy(**options)
     state = whole.init(PARAMS, key=jax.random.key(0))
-    expected = whole.step(state, batch)[1].fitness
+    expected = whole.step(eggroll.copy_state(state), batch)[1].fitness
     tight = strategy(**options, memory_budget=20_000)
-    np.testing.assert_allclose(tight.step(state, batch)[1].fitness, expected, rtol=1e-6)
+    np.testing.assert_allclose(tight.step(eggroll.copy_state(state), batch)[1].fitness, expected, rtol=1e-6)
     assert 1 <= tight.chunked_layout(state, batch).chunk_pairs < 256 and "512 members would need about" in caplog.text
     outputs = tight.ask(state).apply(model, batch)
     np.testing.assert_allclose(outputs, whole.ask(state).apply(model, batch), rtol=1e-6)
     assert 1 <= tight.chunked_layout(state, batch, function=model).chunk_pairs < 256
     roomy = strategy(**options, memory_budget=1 << 30)
-    roomy.step(state, batch)
+    roomy.step(eggroll.copy_state(state), batch)
     assert roomy.chunked_layout(state, batch).chunk_pairs is None
     with pytest.raises(ValueError, match="memory_budget of 10 bytes is too small"):
         strategy(**options, memory_budget=10).step(state, batch)

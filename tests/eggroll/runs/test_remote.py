@@ -45,17 +45,18 @@ def make(**options):
 def estimate(es, state, pairs, fitness):
     """The gradient that a step of plain SGD with rate 1 shows."""
     told = fitness.reshape(-1, 2)[np.asarray(pairs)].reshape(-1)
-    new, _ = es.tell(state, told, pairs=pairs)
+    new, _ = es.tell(eggroll.copy_state(state), told, pairs=pairs)
     moved = jax.tree.map(lambda after, before: after - before, new.params, state.params)
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)])
 
 
 def test_some_pairs_give_the_mean_of_their_shares_and_all_pairs_change_nothing():
     es, state = make()
-    fitness = es.step(state)[1].fitness
+    fitness = es.step(eggroll.copy_state(state))[1].fitness
     shares = np.stack([estimate(es, state, [pair], fitness) for pair in range(8)])
     np.testing.assert_allclose(estimate(es, state, [5, 0, 2], fitness), shares[[5, 0, 2]].mean(axis=0), rtol=1e-4, atol=1e-4)
-    for leaf, whole in zip(*(jax.tree.leaves(es.tell(state, fitness, **o)[0]) for o in ({}, {"pairs": range(8)})), strict=True):
+    every, all_pairs = (es.tell(eggroll.copy_state(state), fitness, **o)[0] for o in ({}, {"pairs": range(8)}))
+    for leaf, whole in zip(*map(jax.tree.leaves, (every, all_pairs)), strict=True):
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             np.testing.assert_array_equal(leaf, whole)
 
@@ -94,8 +95,8 @@ def test_wrong_pairs_are_refused(pairs, words):
 def test_a_strategy_and_its_plans_are_all_that_another_process_needs(monkeypatch):
     sgd = optax.GradientTransformation(_no_state, _sgd)  # plain pickle refuses optax's closures
     es, state = make(shaping="z_score", optimizer=sgd)
-    es.step(state)
-    expected = es.replay(state, jnp.ones(8)).params["w"]
+    state, _ = es.step(state)
+    expected = es.replay(eggroll.copy_state(state), jnp.ones(8)).params["w"]
     pickled = pickle.dumps((es, plans_of(es)))
     monkeypatch.setattr(programs, "_entries", type(programs._entries)())  # as in another process
     other, plans = pickle.loads(pickled)
@@ -198,7 +199,7 @@ def check(workers, es, state):
     """All pairs come, with the fitness of the engine."""
     fitness, pairs = workers.evaluate(state)
     assert pairs.tolist() == list(range(8)) and workers.report.dropped == workers.report.failed == 0
-    np.testing.assert_allclose(fitness, es.step(state)[1].fitness, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fitness, es.step(eggroll.copy_state(state))[1].fitness, rtol=1e-4, atol=1e-4)
     return fitness, pairs
 
 
@@ -405,7 +406,7 @@ def meeting(folder):
 @pytest.mark.filterwarnings("ignore")
 def test_workers_equal_the_engine_and_join_and_leave(ray, tmp_path):
     es, state = make()
-    local = state
+    local = eggroll.copy_state(state)
     with RemoteEvaluator(es, meeting(tmp_path), state, num_workers=1, pairs_per_task=3) as workers:
         for place, count in (("a", 1), ("b", 2), ("c", 1)):
             meet(tmp_path, place, count)  # so all have work

@@ -13,6 +13,7 @@ import pytest
 
 import eggroll
 from eggroll.runs.training import Record, train
+from eggroll.state import copy_state
 
 PARAMS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 10}
 
@@ -28,10 +29,14 @@ def sometimes_nan(params, batch, key):
 
 
 @functools.cache  # compiled once for all tests
-def make(function=fitness, aux=None):
-    es = eggroll.EvolutionStrategy(
+def strategy(function, aux):
+    return eggroll.EvolutionStrategy(
         function, population_size=32, sigma=0.1, optimizer=optax.sgd(0.05), shaping="z_score", aux=aux
     )
+
+
+def make(function=fitness, aux=None):
+    es = strategy(function, aux)
     return es, es.init(PARAMS, key=jax.random.key(3))
 
 
@@ -42,7 +47,7 @@ def assert_equal(left, right):
 def test_is_the_loop_of_steps_exactly():
     es, state = make()
     batch = jnp.float32(1.0)
-    trained, history = train(es, state, batch, generations=5)
+    trained, history = train(es, copy_state(state), batch, generations=5)
     means = []
     for _ in range(5):
         state, metrics = es.step(state, batch)
@@ -54,7 +59,7 @@ def test_is_the_loop_of_steps_exactly():
 
 def test_continued_run_equals_one_run():
     es, state = make()
-    whole, _ = train(es, state, jnp.float32(1.0), generations=6)
+    whole, _ = train(es, copy_state(state), jnp.float32(1.0), generations=6)
     half, _ = train(es, state, jnp.float32(1.0), generations=2)
     rest, history = train(es, half, jnp.float32(1.0), generations=4)
     assert_equal(whole.params, rest.params)
@@ -69,7 +74,7 @@ def test_batch_function_gets_the_generation_and_an_iterator_ends_training():
         asked.append(generation)
         return jnp.float32(generation)
 
-    by_function, _ = train(es, state, batch, generations=3)
+    by_function, _ = train(es, copy_state(state), batch, generations=3)
     assert asked == [0, 1, 2]
     by_iterator, history = train(es, state, (jnp.float32(i) for i in range(3)), generations=10)
     assert len(history) == 3
@@ -78,7 +83,7 @@ def test_batch_function_gets_the_generation_and_an_iterator_ends_training():
 
 def test_stops_at_the_target_and_not_before():
     es, state = make()
-    _, everything = train(es, state, jnp.float32(1.0), generations=8)
+    _, everything = train(es, copy_state(state), jnp.float32(1.0), generations=8)
     means = [record.mean_fitness for record in everything]
     assert means[4] > max(means[:4])  # else the target tests nothing
     _, history = train(es, state, jnp.float32(1.0), generations=8, target=means[4])
@@ -145,7 +150,7 @@ def test_one_transfer_per_generation(monkeypatch):
 def test_skipped_generations_warn_and_change_nothing(tmp_path):
     es, state = make(sometimes_nan)
     with pytest.warns(UserWarning, match="skipped: the fitness of all 32 members") as caught:
-        trained, history = train(es, state, jnp.float32(2.0), generations=2, run_folder=tmp_path)
+        trained, history = train(es, copy_state(state), jnp.float32(2.0), generations=2, run_folder=tmp_path)
     assert [str(w.message)[:12] for w in caught] == ["generation 0", "generation 1"]
     assert [record.skipped for record in history] == [True, True]
     assert_equal(trained.params, state.params)
@@ -178,7 +183,7 @@ def test_quiet_without_rich_unless_asked(capfd, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     es, state = make()
-    train(es, state, jnp.float32(1.0), generations=1)
+    state, _ = train(es, state, jnp.float32(1.0), generations=1)
     assert capfd.readouterr() == ("", "")
     with pytest.raises(ModuleNotFoundError, match="rich"):
         train(es, state, jnp.float32(1.0), generations=1, progress=True)

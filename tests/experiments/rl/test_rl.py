@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eggroll import envs
+from eggroll import copy_state, envs
 from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
 from eggroll.experiments.common.checkpoint import load_checkpoint
@@ -128,7 +128,7 @@ def test_statistics_are_gathered_through_the_engine():
     es = make_strategy(config, task)
     state = es.init(task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
     statistics = envs.ObservationStatistics(jnp.float32(9), jnp.full(4, 0.01), jnp.full(4, 0.1))
-    _, metrics = es.step(state, statistics)
+    _, metrics = es.step(copy_state(state), statistics)
     evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), 0)
 
     @jax.jit

@@ -1,0 +1,119 @@
+"""How far optax's updates split, and that an update in parts is the update in one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+import eggroll
+from eggroll.noise import regions
+from eggroll.update.splitting import Reading
+from tests.tables import by_default
+
+PARAMS = {"b": jnp.arange(8.0) / 8 + 0.1, "s": jnp.float32(2.0), "w": jnp.ones((6, 8))}
+SCHEDULE = optax.cosine_decay_schedule(0.1, 100)
+BY_ELEMENT = (
+    "adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad lion nadam nadamw optimistic_adam_v2 radam rmsprop "
+    "rprop sgd sign_sgd signum yogi"
+)
+OPTIMIZERS = {  # name: (optimizer, how far it splits)
+    **{name: (getattr(optax, name)(0.1), "elements") for name in BY_ELEMENT.split()},
+    **{name: (getattr(optax, name)(0.1), "leaves") for name in ("adafactor", "fromage", "lamb", "lars")},
+    "noisy_sgd": (optax.noisy_sgd(0.1, key=jax.random.key(0)), "leaves"),
+    "polyak_sgd": (optax.polyak_sgd(0.1), "whole"),
+    "nesterov": (optax.sgd(SCHEDULE, 0.9, nesterov=True), "elements"),
+    "short moments": (optax.adam(0.1, mu_dtype=jnp.bfloat16), "elements"),
+    "clip": (optax.chain(optax.clip(0.1), optax.adam(0.1)), "elements"),
+    "clip_by_global_norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), "whole"),
+    "clip_by_block_rms": (optax.chain(optax.clip_by_block_rms(1.0), optax.adam(0.1)), "leaves"),
+    "trust ratio": (optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.1)), "leaves"),
+    "centralize": (optax.chain(optax.centralize(), optax.sgd(0.1)), "leaves"),
+    "ema": (optax.chain(optax.adam(0.1), optax.ema(0.9)), "elements"),
+    "hyperparameters": (optax.inject_hyperparams(optax.adamw)(SCHEDULE), "elements"),
+    "groups": (optax.multi_transform({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"b": "b", "s": "b", "w": "a"}), "elements"),
+    "masked": (optax.masked(optax.adam(0.1), {"b": False, "s": True, "w": True}), "elements"),
+    "decay by dimension": (optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)), "elements"),
+    "anchored": (optax.chain(optax.adam(0.1), eggroll.anchored_decay(0.1), optax.scale(-1.0)), "elements"),
+    "standardised": (optax.chain(eggroll.standardised_sign(1.0), optax.scale(-1.0)), "leaves"),
+    "apply_if_finite": (optax.apply_if_finite(optax.adam(0.1), 3), "whole"),
+    "multi steps": (optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "whole"),
+    "ademamix": (optax.contrib.ademamix(0.1), "elements"),
+    "adopt": (optax.contrib.adopt(0.1), "elements"),
+    "cocob": (optax.contrib.cocob(0.1), "elements"),
+    "dadapt_adamw": (optax.contrib.dadapt_adamw(), "whole"),
+    "dog": (optax.contrib.dog(0.1), "whole"),
+    "momo": (optax.contrib.momo(0.1), "whole"),
+    "muon": (optax.contrib.muon(0.1), "leaves"),
+    "prodigy": (optax.contrib.prodigy(), "whole"),
+    "schedule_free": (optax.contrib.schedule_free_adamw(0.1), "elements"),
+}
+SOME = ("adam", "lamb", "short moments", "clip_by_global_norm", "hyperparameters", "masked", "anchored", "noisy_sgd", "muon")
+
+
+def values(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf).astype(np.float64)
+
+
+def gradients(step):
+    keys = jax.random.split(jax.random.key(step), len(PARAMS))
+    return {name: jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, PARAMS.items(), strict=True)}
+
+
+@pytest.mark.parametrize("name", by_default(list(OPTIMIZERS), *SOME))
+def test_an_update_in_parts_is_the_update_in_one(name, standard_promotion):
+    optimizer, split = OPTIMIZERS[name]
+    optimizer = optax.with_extra_args_support(optimizer)
+    extra = {"value": jnp.float32(1.0)} if name in ("polyak_sgd", "momo") else {}
+    state = optimizer.init(PARAMS)
+    for step in range(2):
+        _, state = optimizer.update(gradients(step), state, PARAMS, **extra)
+    reading = Reading(optimizer, gradients(2), state, PARAMS, extra)
+    assert reading.split == split
+    assert bool(reading.reason) == (split != "elements")
+    if split == "whole":
+        return
+    expected, expected_state = optimizer.update(gradients(2), state, PARAMS, **extra)
+    flat = jax.tree.leaves(state)
+    parts, of_leaves = reading.start(flat, extra), []
+    for index, (gradient, param) in enumerate(zip(*map(jax.tree.leaves, (gradients(2), PARAMS)), strict=True)):
+        own = reading.states_of(index, flat)
+        update, new = parts.of_leaf(index, gradient, param, own)
+        of_leaves.append((update, new))
+        if reading.elementwise[index] and gradient.ndim == 2:  # a block is what it is in the whole
+            block, _ = parts.of_leaf(index, gradient[2:4], param[2:4], [moment[2:4] for moment in own])
+            np.testing.assert_allclose(block, update[2:4], rtol=1e-5, atol=1e-7)
+    joined = reading.join_states([new for _, new in of_leaves], parts.shared_states())
+    assert jax.tree.structure(joined) == jax.tree.structure(expected_state)
+    for got, known in zip(jax.tree.leaves(joined), jax.tree.leaves(expected_state), strict=True):
+        np.testing.assert_allclose(values(got), values(known), rtol=1e-5, atol=1e-6)
+    for (got, _), known in zip(of_leaves, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, known, rtol=1e-5, atol=1e-6)
+
+
+def fitness(params, batch, key):
+    return -jnp.mean((jnp.tanh(batch @ params["w"]) @ params["v"][0] + params["b"]) ** 2)
+
+
+@pytest.mark.parametrize("precision", ["master", "stochastic"])
+@pytest.mark.parametrize("optimizer", ["adam", "lamb"])
+def test_blocks_of_any_size_are_one_update(precision, optimizer, monkeypatch, standard_promotion):
+    params = {"w": jnp.ones((7, 40), jnp.bfloat16), "v": jnp.ones((3, 40, 5), jnp.bfloat16), "b": jnp.ones(5)}
+    batch, results = jnp.full((4, 7), 0.1, jnp.bfloat16), []
+    for limit in (10**6, 64, 7):
+        monkeypatch.setattr(regions, "LIMIT", limit)
+        es = eggroll.EvolutionStrategy(
+            lambda p, b, key: fitness(jax.tree.map(lambda x: x.astype(jnp.float32), p), b.astype(jnp.float32), key),
+            population_size=8,
+            sigma=0.1,
+            optimizer=getattr(optax, optimizer)(0.01),
+            precision=precision,
+        )
+        state = es.init(params, key=jax.random.key(0))
+        state, metrics = es.step(state, batch)
+        results.append((state.params, state.opt_state, metrics.leaf_norms, metrics.moved))
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(values(a), values(b), rtol=1e-5, atol=1e-7)
