@@ -54,10 +54,11 @@ def read_quantised_stack(shards: Shards, leaf: Leaf, layers: int, dtype: np.dtyp
     """Read matrices layer by layer as int8 with scales of `dtype`: `int8.quantise` of `read_stack`."""
     inputs, outputs = leaf.shape
     stack = {INTEGERS: jnp.zeros((layers, inputs, outputs), jnp.int8), SCALE: jnp.zeros((layers, outputs), dtype)}
+    matrix = jnp.zeros((1, inputs, outputs), dtype)
     for layer in range(leaf.first_layer, layers):
-        matrix = _read_layer(jnp.zeros((1, *leaf.shape), dtype), 0, shards, leaf, layer=layer)
-        stack = {name: _put(stack[name], part, layer, 0) for name, part in quantise_matrix(matrix).items()}
-    return jax.block_until_ready(stack)
+        matrix = _read_layer(matrix, 0, shards, leaf, layer=layer)
+        stack = jax.block_until_ready(_put_quantised(stack, matrix, layer))
+    return stack
 
 
 def _read_layer(stack: Array, index: int, shards: Shards, leaf: Leaf, *, layer: int) -> Array:
@@ -79,6 +80,11 @@ def _put(stack: Array, part: Array, index: Array, start: Array, *, axis: int = 1
     return lax.dynamic_update_slice(stack, part, starts)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_quantised(stack: dict[str, Array], matrix: Array, index: Array) -> dict[str, Array]:
+    return {name: _put(stack[name], part, index, 0) for name, part in quantise_matrix(matrix).items()}
+
+
 def stored_tensors(leaves: Leaves, params: Any) -> list[Tensor]:
     """Return the tensors of parameters, resident ones first, then layer by layer; nothing is computed yet."""
     tensors = [_tensor(leaf, leaf.tensor, params["resident"][name]) for name, leaf in leaves.resident.items()]
@@ -95,7 +101,7 @@ def _tensor(leaf: Leaf, name: str, value: Any, layer: int | None = None) -> Tens
 
 
 def _pieces(leaf: Leaf, value: Any, layer: int | None) -> Iterator[np.ndarray]:
-    whole = value if layer is None else jax.tree.map(lambda stack: _take_layer(stack, layer), value)
+    whole = jax.tree.map(lambda array: _take(array, layer), value)
     whole = jnp.asarray(dequantise_matrix(whole) if is_quantised(whole) else whole)
     axis = 1 if leaf.transposed else 0
     rows = max(1, PIECE // max(1, whole.size // whole.shape[axis]))
@@ -105,5 +111,26 @@ def _pieces(leaf: Leaf, value: Any, layer: int | None) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(piece.T if leaf.transposed else piece)
 
 
-def _take_layer(stack: Any, layer: int) -> Any:
-    return stack[layer] if isinstance(stack, np.ndarray) else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+def _take(array: Any, layer: int | None) -> Any:
+    """One layer of a stacked parameter; None: a parameter that is not stacked."""
+    if isinstance(array, jax.Array) and len(array.devices()) > 1:
+        return _assemble(array, layer)
+    if layer is None or isinstance(array, np.ndarray):
+        return array if layer is None else array[layer]
+    return lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def _assemble(array: Array, layer: int | None) -> np.ndarray:
+    """The same of an array over several devices, of which this process sees the whole."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        raise ValueError("parameters are spread over several processes: `eggroll.devices.processes.local` gathers them.")
+    whole = np.empty(array.shape if layer is None else array.shape[1:], array.dtype)
+    for shard in {str(shard.index): shard for shard in array.addressable_shards}.values():
+        if layer is None:
+            whole[shard.index] = np.asarray(shard.data)
+            continue
+        layers = range(array.shape[0])[shard.index[0]]
+        if layer in layers:
+            part = lax.dynamic_index_in_dim(shard.data, layer - layers.start, keepdims=False)
+            whole[shard.index[1:]] = np.asarray(part)
+    return whole

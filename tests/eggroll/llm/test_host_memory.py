@@ -28,6 +28,7 @@ from tests.tables import by_default
 pytest.importorskip("safetensors")
 FAMILIES = {"llama": LLAMA, "opt": OPT, "rwkv7": RWKV7}
 OTHER = dataclasses.replace(LLAMA, rotary=Rotary(7.0))
+SHARDED = dataclasses.replace(LLAMA, num_hidden_layers=4)
 SHARD = 4000  # bytes; the small model has several times more
 
 
@@ -104,6 +105,19 @@ def test_int8_matrices_become_floats_layer_by_layer(tmp_path, monkeypatch):
     hf.save(tmp_path, LLAMA, params)
     assert len(shapes) == 7 * 3 and {len(shape) for shape in shapes} == {2}
     assert equal(hf.load(tmp_path)[2], dequantise(params))
+
+
+@pytest.mark.parametrize("axes", [(), ("x",), (None, "x"), (None, None, "x")], ids=["replicated", "layers", "rows", "columns"])
+def test_a_model_over_several_devices_is_saved(axes, tmp_path):
+    params = random_params(SHARDED)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+
+    def place(leaf):
+        spec = jax.sharding.PartitionSpec(*axes[: leaf.ndim])
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    hf.save(tmp_path, SHARDED, jax.tree.map(place, params))
+    assert equal(hf.load(tmp_path)[2], params)
 
 
 def test_a_large_model_has_several_files(tmp_path):
@@ -191,7 +205,7 @@ def test_transformers_reads_several_files(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("weights", ["float", "int8"])
 def test_a_billion_parameters_take_their_own_memory_and_a_tensor(weights, tmp_path):
-    """A process loads and saves 1.1e9 bfloat16 numbers; 192 MiB are for pieces, programs and what the allocator keeps."""
+    """A process loads and saves 1.1e9 bfloat16 numbers; 256 MiB are for pieces, programs and what the allocator keeps."""
     source, out = tmp_path / "source", tmp_path / "out"
     write_random(source, BILLION)
     command = [sys.executable, "-m", "tests.eggroll.llm.host_memory", source, weights, out]
@@ -201,5 +215,5 @@ def test_a_billion_parameters_take_their_own_memory_and_a_tensor(weights, tmp_pa
     shutil.rmtree(tmp_path)
     assert found["model"] > (2000 if weights == "float" else 1000)
     assert found["saved"] >= found["loaded"] > 0.9 * found["model"]
-    assert found["saved"] <= found["model"] + found["tensor"] + 192
+    assert found["saved"] <= found["model"] + found["tensor"] + 256
     assert len(files) == 4 and (weights == "int8" or all(same))
