@@ -1,6 +1,7 @@
 """The fingerprint of a pytree of arrays: equal if and only if two pytrees are equal byte for byte.
 
-Leaves are hashed one by one; one that has to be copied to the host's memory is copied in pieces.
+Leaves are hashed one by one. Host memory holds a piece of a leaf on an accelerator, a copy of one over several devices, and
+nothing in addition to a leaf on one CPU device.
 """
 
 import hashlib
@@ -28,15 +29,19 @@ def fingerprint(params: Any) -> str:
 
 
 def _pieces(array: Any) -> Iterator[np.ndarray]:
-    """The bytes of an array in order; it keeps no copy of them (`np.asarray` of an array on a device does)."""
-    if array.ndim == 0 or array.size == 0 or _is_on_host(array):
-        yield gather(array)
-        return
-    rows = max(1, PIECE * array.shape[0] // array.nbytes)
-    for start in range(0, array.shape[0], rows):
-        yield gather(lax.dynamic_slice_in_dim(array, start, min(rows, array.shape[0] - start)))
+    """The bytes of an array in order; it keeps no copy of them (`np.asarray` of an array on an accelerator does)."""
+    if not isinstance(array, jax.Array) or _is_on_host(array):
+        yield np.asarray(array)
+    elif len(array.devices()) > 1:
+        parts = [shard.data for shard in array.addressable_shards]
+        yield gather(jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts))  # it keeps the copy
+    else:
+        array = array.reshape(1) if array.ndim == 0 else array
+        rows = max(1, PIECE * array.shape[0] // max(1, array.nbytes))
+        for start in range(0, array.shape[0], rows):
+            yield np.asarray(lax.dynamic_slice_in_dim(array, start, min(rows, array.shape[0] - start)))
 
 
-def _is_on_host(array: Any) -> bool:
+def _is_on_host(array: jax.Array) -> bool:
     """Whether `np.asarray` needs no copy."""
-    return not isinstance(array, jax.Array) or [device.platform for device in array.devices()] == ["cpu"]
+    return [device.platform for device in array.devices()] == ["cpu"]
