@@ -17,6 +17,8 @@ from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.protocol import S
 
+CHUNK, IN_FLIGHT = 1 << 26, 1 << 28  # bytes: encoded together; written or read at a time
+
 
 class Checkpoints:
     """The checkpoints in a folder.
@@ -48,8 +50,27 @@ class Checkpoints:
             for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
                 shutil.rmtree(unfinished)
         wait_for_all("eggroll checkpoints")
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score)
-        self._ocp, self._manager = ocp, ocp.CheckpointManager(self._folder / "states", options=options)
+        self._ocp = ocp
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score
+        )
+        self._in_flight = IN_FLIGHT
+        self._manager = self._make_manager()
+
+    def _make_manager(self) -> Any:
+        """A manager that writes and reads arrays of less than `_in_flight` bytes at a time; a larger one would be refused."""
+        limit = self._in_flight / 1e9
+        state = self._ocp.StandardCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit)
+        handlers = {"state": state, "check": self._ocp.JsonCheckpointHandler()}
+        return self._ocp.CheckpointManager(self._folder / "states", options=self._options, item_handlers=handlers)
+
+    def _make_room(self, stored: Any) -> None:
+        """Raise the limit to the largest array."""
+        largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
+        if largest >= self._in_flight:
+            self._manager.close()
+            self._in_flight = largest + 1
+            self._manager = self._make_manager()
 
     @property
     def generations(self) -> list[int]:
@@ -64,6 +85,9 @@ class Checkpoints:
     def save(self, state: S, carried: Any = None, *, score: float | None = None) -> None:
         """Start to write a checkpoint; it is complete after `wait`, `close`, or the next `save`.
 
+        Until then orbax keeps the arrays of this state, on an accelerator as a copy in host memory: one copy of the state that
+        cannot be avoided if training continues meanwhile. In addition it encodes 256 MiB at a time, or the largest array.
+
         Args:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
@@ -71,12 +95,14 @@ class Checkpoints:
         """
         metrics = {"score": float("-inf") if score is None else float(score)}
         stored, args = _storable(state, carried), self._ocp.args
+        self._make_room(stored)
+        chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
         check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params)})
-        saved = args.Composite(state=args.StandardSave(stored), check=check)
+        saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
         self._manager.save(int(state.generation), args=saved, metrics=metrics)
 
     def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
-        """Read a checkpoint.
+        """Read a checkpoint. Memory holds `like`, the result, and at most 256 MiB or the largest array while it is decoded.
 
         Args:
             like: a state with the structure, dtypes and shardings to restore, such as the initial one.
@@ -92,8 +118,9 @@ class Checkpoints:
         if generation is None and not self.generations:
             return None
         chosen = self.generations[-1] if generation is None else generation
-        args = self._ocp.args
-        target = args.StandardRestore(jax.tree.map(_abstract, _storable(like, carried)))
+        args, target = self._ocp.args, _storable(like, carried)
+        self._make_room(target)
+        target = args.StandardRestore(jax.tree.map(_abstract, target))
         try:
             restored = self._manager.restore(chosen, args=args.Composite(state=target, check=args.JsonRestore()))
             stored = restored["state"]

@@ -2,21 +2,21 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import DTypeLike
 
 from eggroll.llm.decoder import Decoder
-from eggroll.llm.int8 import dequantise
+from eggroll.llm.export import replace_checkpoint
+from eggroll.llm.int8 import dequantise, matrices
 from eggroll.llm.models.families import FAMILIES, Config, family_of, make_decoder, make_generator
-from eggroll.llm.models.leaves import Leaf, check_params
-from eggroll.llm.shards import CONFIG, SINGLE, Shards, read_object
+from eggroll.llm.models.leaves import check_params
+from eggroll.llm.shards import CONFIG, Shards, read_object
+from eggroll.llm.stacks import read_quantised_stack, read_resident, read_stack, stored_tensors
 
 __all__ = ["FAMILIES", "Config", "load", "make_decoder", "make_generator", "read_config", "save"]
 HEAD = "lm_head.weight"
@@ -31,12 +31,13 @@ _COPIED = (  # files of a checkpoint that training does not change
 )
 
 
-def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, Decoder, Any]:
-    """Load a model. Host memory holds one stacked parameter at a time, in addition to those already loaded.
+def load(folder: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "float") -> tuple[Config, Decoder, Any]:
+    """Load a model. Memory holds the parameters read so far and a piece of a tensor, with int8 a layer of a matrix in addition.
 
     Args:
         folder: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
-        dtype: of all parameters; float32 or bfloat16.
+        dtype: of all floating parameters; float32 or bfloat16.
+        weights: "float", or "int8" to quantise the matrices of the blocks as they are read (`int8.quantise`).
 
     Returns:
         Its configuration, its decoder, its parameters.
@@ -49,12 +50,17 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Config, De
     folder, dtype = Path(folder), jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
+    if weights not in ("float", "int8"):
+        raise ValueError(f"weights must be 'float' or 'int8', got {weights!r}.")
     config = read_config(folder)
     family, shards = family_of(config), Shards(folder)
     config = family.detect_names(config, shards.names)
     leaves = family.leaves(config)
-    resident = {name: jnp.asarray(_read(shards, leaf, 0).astype(dtype)) for name, leaf in leaves.resident.items()}
-    blocks = {name: _read_stack(shards, leaf, leaves.layers, dtype) for name, leaf in leaves.blocks.items()}
+    resident = {name: read_resident(shards, leaf, dtype) for name, leaf in leaves.resident.items()}
+    blocks = {}
+    for name, leaf in leaves.blocks.items():
+        read = read_quantised_stack if weights == "int8" and name in matrices(leaves) else read_stack
+        blocks[name] = read(shards, leaf, leaves.layers, dtype)
     _check_rest(shards, family.ignored_tensors, config)
     return config, make_decoder(config), {"resident": resident, "blocks": blocks}
 
@@ -74,12 +80,6 @@ def read_config(folder: str | Path) -> Config:
     return FAMILIES[fields["model_type"]].from_fields(fields)
 
 
-def _read(shards: Shards, leaf: Leaf, layer: int) -> np.ndarray:
-    name = leaf.tensor.format(layer=layer)
-    array = shards.read((name, name.removeprefix("model.")), leaf.stored_shape)  # a headless model has no "model."
-    return array.T if leaf.transposed else array.reshape(leaf.shape)
-
-
 def _check_rest(shards: Shards, ignored: str, config: Config) -> None:
     """Raise ValueError if a tensor that was not read would change the model."""
     for name in sorted(shards.names - shards.read_names):
@@ -92,61 +92,44 @@ def _check_rest(shards: Shards, ignored: str, config: Config) -> None:
             raise ValueError(f"tensor '{name}' does not belong to the '{config.model_type}' that config.json describes.")
 
 
-def _read_stack(shards: Shards, leaf: Leaf, layers: int, dtype: Any) -> Array:
-    stack = np.empty((layers, *leaf.shape), dtype)
-    stack[: leaf.first_layer] = 0
-    for layer in range(leaf.first_layer, layers):
-        stack[layer] = _read(shards, leaf, layer)
-    return jax.block_until_ready(jax.device_put(stack))  # otherwise the host holds the stacks of several transfers
+def save(
+    folder: str | Path,
+    config: Config,
+    params: Any,
+    *,
+    source: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Save a model for transformers and `load`: config.json and model.safetensors, or several files of weights and their index.
 
-
-def save(folder: str | Path, config: Config, params: Any, *, source: str | Path | None = None) -> Path:
-    """Save a model for transformers and `load`: config.json and model.safetensors, each written atomically.
+    Memory holds the parameters and a copy of one tensor. A kill leaves the older model of the folder, the new one, or a folder
+    without config.json, which does not load.
 
     Args:
-        folder: created if missing.
+        folder: created if missing; a checkpoint in it is replaced.
         config: of the model.
         params: its parameters, of one dtype; int8 matrices (`int8.quantise`) are saved as floats.
         source: folder that the model was loaded from; its tokenizer and other settings are copied.
+        max_shard_bytes: most bytes of weights in a file, >= 1; a larger tensor has a file to itself.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `params` are not those of `config`.
+        ValueError: `params` are not those of `config`, or `max_shard_bytes` is below 1.
     """
-    from safetensors.numpy import save_file
-
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be an integer >= 1, got {max_shard_bytes}.")
     folder, family = Path(folder), family_of(config)
-    leaves, params = family.leaves(config), dequantise(params)
-    check_params(leaves, params)
-    tensors = {leaf.tensor: _to_stored(leaf, params["resident"][name]) for name, leaf in leaves.resident.items()}
-    for name, leaf in leaves.blocks.items():
-        stack = np.asarray(params["blocks"][name])
-        for layer in range(leaf.first_layer, leaves.layers):
-            tensors[leaf.tensor.format(layer=layer)] = _to_stored(leaf, stack[layer])
-    dtype = str(params["resident"]["embed"].dtype)
-    fields = family.to_fields(config) | {"dtype": dtype}
-    folder.mkdir(parents=True, exist_ok=True)
+    leaves = family.leaves(config)
+    check_params(leaves, jax.eval_shape(dequantise, params))
+    fields = family.to_fields(config) | {"dtype": str(params["resident"]["embed"].dtype)}
+    files = {}
     if source is not None:
         fields = read_object(Path(source) / CONFIG) | fields
         fields.pop("torch_dtype", None)  # the older name of dtype
-        _copy_files(Path(source), folder)
-    partial = folder / f"{SINGLE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / SINGLE)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+        files = {name: (Path(source) / name).read_bytes() for name in _COPIED if (Path(source) / name).is_file()}
+    files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_checkpoint(folder, stored_tensors(leaves, params), files, max_shard_bytes=max_shard_bytes)
     return folder
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for name in _COPIED:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _to_stored(leaf: Leaf, value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    return np.ascontiguousarray(array.T if leaf.transposed else array.reshape(leaf.stored_shape))

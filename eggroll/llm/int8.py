@@ -31,14 +31,21 @@ def is_quantised(w: Any) -> bool:
     return isinstance(w, dict)
 
 
+def matrices(leaves: Leaves) -> set[str]:
+    """Return the names of the parameters in the blocks that `quantise` converts."""
+    return {name for name, leaf in leaves.blocks.items() if leaf.start == "matrix"}
+
+
 def quantise(leaves: Leaves, params: Any) -> Any:
     """Return parameters with the matrices of the blocks in int8 and their scales in the dtype of the matrix."""
-    names = {name for name, leaf in leaves.blocks.items() if leaf.start == "matrix"}
-    blocks = {name: _quantise_matrix(leaf) if name in names else leaf for name, leaf in params["blocks"].items()}
+    names = matrices(leaves)
+    blocks = {name: quantise_matrix(leaf) if name in names else leaf for name, leaf in params["blocks"].items()}
     return params | {"blocks": blocks}
 
 
-def _quantise_matrix(matrix: Array) -> dict[str, Array]:
+@jax.jit
+def quantise_matrix(matrix: Array) -> dict[str, Array]:
+    """Return matrices [..., in, out] in int8, and their scales [..., out]; without temporaries of their size."""
     wide = matrix.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(wide), axis=-2) / LARGEST).astype(matrix.dtype)
     steps = jnp.where(scale > 0, scale.astype(jnp.float32), 1)[..., None, :]
@@ -46,15 +53,16 @@ def _quantise_matrix(matrix: Array) -> dict[str, Array]:
 
 
 def dequantise(params: Any) -> Any:
-    """Return parameters with every quantised matrix as floats, Q s, in the dtype of its scale."""
+    """Return parameters with every quantised matrix as floats."""
+    blocks = {name: dequantise_matrix(leaf) if is_quantised(leaf) else leaf for name, leaf in params["blocks"].items()}
+    return params | {"blocks": blocks}
 
-    def to_floats(leaf: Any) -> Any:
-        if not is_quantised(leaf):
-            return leaf
-        scale = jnp.asarray(leaf[SCALE])
-        return (leaf[INTEGERS].astype(jnp.float32) * scale.astype(jnp.float32)[..., None, :]).astype(scale.dtype)
 
-    return params | {"blocks": {name: to_floats(leaf) for name, leaf in params["blocks"].items()}}
+@jax.jit
+def dequantise_matrix(w: dict[str, Array]) -> Array:
+    """Return quantised matrices as floats, Q s, in the dtype of the scale."""
+    scale = w[SCALE]
+    return (w[INTEGERS].astype(jnp.float32) * scale.astype(jnp.float32)[..., None, :]).astype(scale.dtype)
 
 
 def optimizer_labels(params: Any) -> Any:

@@ -45,10 +45,15 @@ class MemoryPlan(NamedTuple):
         """Bytes that one more member takes."""
         return self.cache + self.noise + self.factors + self.logits
 
+    @property
+    def shortage(self) -> int:
+        """Bytes that the budget is short of a pair of members; 0 if one fits."""
+        return max(0, self.parameters + 2 * self.per_member - self.budget)
+
     def table(self) -> str:
         """Return the plan as a table for people."""
         texts = f"{self.prompts} texts of {self.prompt_length} + {self.max_new_tokens} tokens"
-        pair = self.parameters + 2 * self.per_member
+        pair = f"a pair needs {_format_bytes(self.parameters + 2 * self.per_member)}, short by {_format_bytes(self.shortage)}"
         rows = [
             ("model", self.model, ""),
             ("parameters", _format_bytes(self.parameters), "shared by all members"),
@@ -58,7 +63,7 @@ class MemoryPlan(NamedTuple):
             ("logits of a member", _format_bytes(self.logits), "float32"),
             ("a member", _format_bytes(self.per_member), "the four above"),
             ("budget", _format_bytes(self.budget), ""),
-            ("members at a time", f"{self.members:,}", "" if self.members else f"a pair needs {_format_bytes(pair)}"),
+            ("members at a time", f"{self.members:,}", "" if self.members else pair),
         ]
         return "\n".join(f"{name:<22}{value:>16}  {note}".rstrip() for name, value, note in rows)
 

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class Shards:
-    """The open weight files of a folder; tensors are read one at a time, so that memory holds only one.
+    """The weight files of a folder; tensors are read one at a time, so that memory holds only one.
+
+    A file is opened for every tensor: safetensors maps files, and what was read of a mapping stays in memory until it closes.
 
     Args:
         folder: with model.safetensors, or model.safetensors.index.json and what it lists.
@@ -53,38 +56,56 @@ class Shards:
             raise FileNotFoundError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} with its shards.")
         self.folder = folder
         self.read_names: set[str] = set()
-        self._files = {key: file for file in (_open(folder / name) for name in names) for key in file.keys()}  # noqa: SIM118
+        self._paths: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in (folder / name for name in names):
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._paths[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return set(self._paths)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, which must exist."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-        """Read one tensor.
+        """Read one tensor: `read_pieces` without a limit."""
+        return next(self.read_pieces(names, shape, limit=None))[1]
+
+    def read_pieces(
+        self, names: tuple[str, ...], shape: tuple[int, ...], *, limit: int | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read one tensor in pieces of whole rows.
 
         Args:
             names: its possible names; the first that exists is read.
             shape: expected; leading axes of size 1 are ignored.
+            limit: most numbers in a piece, if a row has no more; None: the tensor in one piece.
 
-        Returns:
-            The tensor, in the dtype of the file.
+        Yields:
+            Index of the first row and the rows, in the dtype of the file.
 
         Raises:
             ValueError: it is missing, or its shape differs.
         """
-        name = next((name for name in names if name in self._files), None)
+        name = next((name for name in names if name in self._paths), None)
         if name is None:
             raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
         got = self.shape(name)
         if _drop_leading_ones(got) != _drop_leading_ones(shape):
             raise ValueError(f"tensor '{name}' has shape {list(got)}, but config.json expects {list(shape)}.")
         self.read_names.add(name)
-        return self._files[name].get_tensor(name).reshape(shape)
+        with _open(self._paths[name]) as file:
+            if limit is None or got != shape or math.prod(got) <= limit:
+                yield 0, file.get_tensor(name).reshape(shape)
+                return
+            rows, tensor = max(1, limit // math.prod(got[1:])), file.get_slice(name)
+            for start in range(0, got[0], rows):
+                yield start, tensor[start : min(start + rows, got[0])]
 
 
 def _drop_leading_ones(shape: Sequence[int]) -> list[int]:

@@ -10,9 +10,7 @@ from eggroll.experiments.reason.problem import Problem, Sampling, Template, chec
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
 from eggroll.llm.chat import ChatTemplate
-from eggroll.llm.int8 import quantise
 from eggroll.llm.memory import MemoryPlan, memory_plan
-from eggroll.llm.models.families import family_of
 from eggroll.llm.shards import CONFIG, read_object
 from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -87,9 +85,7 @@ def load(config: Config, inputs: Inputs) -> Problem:
         ValueError, OSError, ImportError: as `prepare`.
     """
     source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
-    model, _, params = hf.load(source, config.dtype if config.model else "float32")
-    if config.weights == "int8":
-        params = quantise(family_of(model).leaves(model), params)
+    model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=config.timeout)
     return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 

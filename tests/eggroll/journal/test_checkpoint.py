@@ -1,4 +1,6 @@
-"""A checkpoint is read back with the bytes that were written, or refused."""
+"""A checkpoint is read back with the bytes that were written, or refused; arrays are hashed and written in pieces."""
+
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 
 import eggroll
 from eggroll.journal import checkpoint
+from eggroll.journal import fingerprint as fingerprints
 from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.fingerprint import fingerprint
 
 
 def make_state(weight):
@@ -30,3 +34,34 @@ def test_bytes_that_differ_from_the_fingerprint_are_refused(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"generation 1 .* cannot be read: its bytes differ from those written"):
         checkpoints.restore(make_state(0.0))
     checkpoints.close()
+
+
+def test_arrays_above_the_limit_are_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 15)  # bytes; the matrix has 16
+    monkeypatch.setattr(checkpoint, "CHUNK", 8)
+    checkpoints, state = Checkpoints(tmp_path, config={}), make_state(1.0)
+    checkpoints.save(state)
+    checkpoints.save(state._replace(generation=jnp.int32(1)), np.arange(100))
+    checkpoints.close()
+    again = Checkpoints(tmp_path, config={})
+    restored, carried = again.restore(make_state(0.0), np.zeros(100, int))
+    assert int(restored.generation) == 1 and fingerprint(restored.params) == fingerprint(state.params)
+    np.testing.assert_array_equal(carried, np.arange(100))
+    again.close()
+
+
+def test_pieces_have_the_fingerprint_of_the_whole(monkeypatch):
+    values = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    expected = hashlib.sha256(b"['w'] float32 (8, 6);" + values.tobytes()).hexdigest()
+    assert fingerprint({"w": jnp.asarray(values)}) == expected
+    monkeypatch.setattr(fingerprints, "PIECE", 3 * 24)  # bytes: three of eight rows
+    monkeypatch.setattr(fingerprints, "_is_on_host", lambda array: False)
+    assert [len(piece) for piece in fingerprints._pieces(jnp.asarray(values))] == [3, 3, 2]
+    for array in (values, values.T.copy().T, jnp.asarray(values), sharded):
+        assert fingerprint({"w": array}) == expected
+    assert fingerprint(jnp.zeros((0, 2))) != fingerprint(jnp.zeros((2, 0)))
+    scalar, key = fingerprint({"w": jnp.float32(1)}), fingerprint({"w": jax.random.key(0)})
+    assert scalar == hashlib.sha256(b"['w'] float32 ();" + np.float32(1).tobytes()).hexdigest()
+    assert key == fingerprint({"w": jax.random.key_data(jax.random.key(0))}) and key != scalar

@@ -104,9 +104,12 @@ def test_a_large_model_is_planned_in_seconds_without_its_arrays(tmp_path):
     assert "members at a time" in table and "12.55 GiB" in table and "8 texts of 128 + 384 tokens" in table
 
 
-def test_a_budget_without_room_says_what_a_pair_needs():
-    plan = planned(budget=1000)
-    assert plan.members == 0 and "a pair needs" in plan.table().splitlines()[-1]
+def test_a_budget_without_room_says_what_is_missing():
+    pair = planned().parameters + 2 * planned().per_member
+    plan = planned(budget=pair - 100)
+    assert (plan.members, plan.shortage) == (0, 100)
+    assert plan.table().splitlines()[-1].endswith("KiB, short by 100 B")
+    assert (planned(budget=pair).members, planned(budget=pair).shortage) == (2, 0)
     assert "a pair needs" not in planned().table()
 
 
