@@ -1,6 +1,6 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`.
+Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`.
 """
 
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from eggroll.experiments.bench import decode, egg, engine, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench.memory import command as memory
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
         "zo": (zo.ZO, zo.run),
         "egg": (egg.EGG, egg.run),
         "kernels": (kernels.Kernels, kernels.run),
+        "memory": (memory.Memory, memory.run),
     }
     config = tyro.extras.subcommand_cli_from_dict(
         {name: options for name, (options, _) in benchmarks.items()}, prog="python -m eggroll.experiments.bench"
