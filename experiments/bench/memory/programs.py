@@ -77,9 +77,10 @@ class Generation:
             fitness = normalise_fitness(es.fitness, has_aux=False, integers=False)
             evaluate = functools.partial(generation.evaluate_generation, es, self.plan, fitness, es.layout)
             return program(evaluate, out_shardings=report_shardings(es.placement)), (self.state, self.batch)
-        update = functools.partial(generation.update_parameters, es, self.plan, optimizer=es.optimizer)
-        coefficients = jax.ShapeDtypeStruct((es.population_size // 2,), jnp.float32, sharding=_sharding(self.state.sigma))
         shardings = update_shardings(es.placement, self.state)
+        places = shardings and shardings[0]
+        update = functools.partial(generation.update_parameters, es, self.plan, optimizer=es.optimizer, shardings=places)
+        coefficients = jax.ShapeDtypeStruct((es.population_size // 2,), jnp.float32, sharding=_sharding(self.state.sigma))
         return program(update, donate_argnums=0, out_shardings=shardings), (self.state, coefficients)
 
     def compile(self, name: str, *, platform: str | None = None) -> Any:
