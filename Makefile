@@ -1,4 +1,5 @@
 # Commands of the repository. All but `wheel` set up .venv first if it is missing; needs python3 >= 3.11 with pip and venv.
+# `jax011`, `cuda-compiler` and `gpu` set up environments of their own.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt

@@ -28,7 +28,7 @@ ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FR
 def rows(config: Memory) -> dict[str, Any]:
     """Run plain inference and a generation of every model, each in its own process."""
     print(f"{config.members} members of one token, stochastic + sgd; GB on this machine's GPU")
-    print(f"{'model':<8}{'program':<14}{'predicted':>11}{'measured':>11}{'ratio':>8}", flush=True)
+    print(f"{'model':<8}{'program':<14}{'predicted':>11}   measured, ratio", flush=True)
     found: dict[str, Any] = {}
     for name in chosen_models(config):
         found[name] = {}
@@ -53,8 +53,9 @@ def _run_in_process(config: Memory, name: str, program: str) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"  {row['failed']}"
-    ratio = row["measured_gb"] / row["predicted_gb"]
-    return f"{row['predicted_gb']:>11.2f}{row['measured_gb']:>11.2f}{ratio:>8.3f}"
+    predicted, measured = row["predicted_gb"], row["measured_gb"]
+    numbers = "-" if measured is None else f"{measured:.2f}{measured / predicted:>8.3f}"
+    return f"{predicted:>11.2f}   {numbers}"
 
 
 def run_program(config: Memory) -> dict[str, Any]:

@@ -91,6 +91,18 @@ def test_missing_compiler_is_a_clear_error(target, monkeypatch):
         command.run(Memory(target=target))
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the programs run")
+def test_a_program_that_cannot_run_is_a_row_that_says_why(capsys, monkeypatch):
+    failed = {"failed": "error: out of memory"}
+    monkeypatch.setattr(measured, "_run_in_process", lambda config, name, program: failed)
+    with pytest.raises(SystemExit, match="error: 2 of 2 rows could not be compiled or run"):
+        command.run(Memory(target="gpu", models=("tiny",)))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[-1].split(maxsplit=2) == ["tiny", "generation", "error: out of memory"]
+    assert json.loads(last) == {"gpu": {"tiny": {"plain": failed, "generation": failed}}}
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it runs")
 def test_a_program_needs_a_gpu():
     with pytest.raises(SystemExit, match="error: target gpu needs a GPU that JAX can use, the default backend is cpu"):
         command.run(Memory(target="gpu", models=("tiny",), program="plain"))
