@@ -25,7 +25,7 @@ def kernels(summary: dict[str, Any]) -> str:
         for row in summary["rows"]
     ]
     parts = [
-        table(("goal", "measured", "goal", "passed"), goals),
+        table(("name", "measured", "goal", "passed"), goals),
         table(("peak", "a second"), [(name, number(value)) for name, value in summary["peak"].items()]),
         table(("op", "case", "implementation", "ms", "roofline", "ratio", "difference"), rows),
     ]
