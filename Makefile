@@ -1,13 +1,15 @@
 # Commands of the repository. All but `wheel` set up .venv first if it is missing; needs python3 >= 3.11 with pip and venv.
+# `jax011`, `cuda-compiler` and `gpu` set up environments of their own.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
+EXTRAS := all
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SUITES := $(VENV)/.suites
 WORKERS ?= 2
 
-.PHONY: run test jax011 night mutants lint types bench suites parity tasks
+.PHONY: run test jax011 night mutants lint types bench suites parity tasks ready cuda-compiler gpu
 
 run: $(READY)  ## train a CartPole policy and show it
 	$(BIN)/python -m experiments.rl --render $(ARGS)
@@ -46,10 +48,19 @@ tasks: $(READY)  ## reasoning-gym and math-verify; their tests no longer skip
 bench: $(READY)  ## time the engine against pure inference
 	$(BIN)/python -m experiments.bench engine $(ARGS)
 
+cuda-compiler:  ## XLA's compiler for CUDA in .venv-cuda: no GPU and no driver needed, linux x86-64
+	$(MAKE) ready VENV=.venv-cuda CONSTRAINTS="constraints.txt constraints-cuda.txt" EXTRAS=all,cuda-compiler
+
+gpu:  ## all that needs a GPU, in .venv-gpu: tests, kernels, engine, memory, in one report to paste into an issue
+	$(MAKE) ready VENV=.venv-gpu CONSTRAINTS="constraints.txt constraints-cuda.txt" EXTRAS=all,cuda
+	.venv-gpu/bin/python -m experiments.bench gpu $(ARGS)
+
+ready: $(READY)  ## the environment alone
+
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "python >= 3.11 is needed, PYTHON=... chooses one"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable '.[$(EXTRAS)]'
 	touch $@
 
 $(SUITES): $(READY)

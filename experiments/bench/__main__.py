@@ -1,13 +1,15 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`.
+Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`. `gpu` runs those that need a GPU and
+writes a report.
 """
 
 from typing import Any
 
 import tyro
 
-from eggroll.experiments.bench import decode, egg, engine, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench import decode, egg, engine, gpu_report, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench.memory import command as memory
 
 
 def main() -> None:
@@ -21,6 +23,8 @@ def main() -> None:
         "zo": (zo.ZO, zo.run),
         "egg": (egg.EGG, egg.run),
         "kernels": (kernels.Kernels, kernels.run),
+        "memory": (memory.Memory, memory.run),
+        "gpu": (gpu_report.GPU, gpu_report.run),
     }
     config = tyro.extras.subcommand_cli_from_dict(
         {name: options for name, (options, _) in benchmarks.items()}, prog="python -m eggroll.experiments.bench"

@@ -1,11 +1,16 @@
 """Bytes that cross between devices, read from a compiled program."""
 
+import collections
+import functools
 import math
 import re
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_LINE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_LINE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-done)?\(")  # a "-start" returns its operands too
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?^\}", flags=re.MULTILINE | re.DOTALL)
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|\w+_computations?)=\{?((?:%?[\w.-]+(?:, )?)+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
@@ -21,6 +26,24 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     for shapes, kind in _LINE.findall(hlo):
         total[kind] = total.get(kind, 0) + sum(map(_bytes, _ARRAY.findall(shapes)))
     return total
+
+
+def executed_collective_bytes(hlo: str) -> dict[str, int]:
+    """`collective_bytes` with the body of a loop counted as often as it runs; once where the compiler does not know."""
+    texts = {found[2]: found[0] for found in _COMPUTATION.finditer(hlo)}
+    (entry,) = (found[2] for found in _COMPUTATION.finditer(hlo) if found[1])
+
+    @functools.cache
+    def of(name: str) -> collections.Counter:
+        total = collections.Counter(collective_bytes(texts[name]))
+        for line in texts[name].splitlines():
+            trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
+            for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(line))):
+                for kind, size in of(called).items() if called in texts else ():
+                    total[kind] += trips * size
+        return total
+
+    return dict(of(entry))
 
 
 def largest_collective(hlo: str, kind: str) -> int:

@@ -4,6 +4,7 @@ The model is random and has the sizes of Llama 3.2 1B, in bfloat16; every member
 the likelihood of each next token. The engine chooses its implementation itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,18 @@ ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="l
 SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)
 
 
+def make_likelihood(config: TransformerConfig) -> Callable[..., Array]:
+    """Return the mean log-likelihood of each next token of a text, a fitness `(params, int32 [B, T + 1], key)`."""
+    model = make_decoder(config)
+
+    def likelihood(params: Any, text: Array, key: Array | None = None) -> Array:
+        read, following = text[:, :-1], text[:, 1:]
+        log_probabilities = jax.nn.log_softmax(apply(model, params, read, jnp.ones(read.shape, bool)))
+        return jnp.take_along_axis(log_probabilities, following[..., None], axis=-1).mean()
+
+    return likelihood
+
+
 def work(*, small: bool, members: int, tokens: int) -> Work:
     """Make the model, its texts, and the two calls.
 
@@ -32,14 +45,9 @@ def work(*, small: bool, members: int, tokens: int) -> Work:
         tokens: tokens that each member reads.
     """
     config = SMALL if small else ONE_BILLION
-    model = make_decoder(config)
+    likelihood = make_likelihood(config)
     params = init(leaves(config), jax.random.key(0), jnp.bfloat16)
     texts = jax.random.randint(jax.random.key(1), (members, 1, tokens + 1), 0, config.vocab_size)
-
-    def likelihood(params: Any, text: Array, key: Array | None = None) -> Array:
-        read, following = text[:, :-1], text[:, 1:]
-        log_probabilities = jax.nn.log_softmax(apply(model, params, read, jnp.ones(read.shape, bool)))
-        return jnp.take_along_axis(log_probabilities, following[..., None], axis=-1).mean()
 
     es = eggroll.EvolutionStrategy(
         likelihood, population_size=members, sigma=1e-3, optimizer=optax.sgd(1e-3), members_per_batch=1

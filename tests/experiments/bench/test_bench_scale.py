@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from eggroll.experiments.bench import scale
-from eggroll.experiments.bench.collectives import collective_bytes, largest_collective
+from eggroll.experiments.bench.collectives import collective_bytes, executed_collective_bytes, largest_collective
 
 ROOT = Path(__file__).parents[3]
 HLO = """
   %all-reduce = (f32[128]{0}, f32[64,128]{1,0}) all-reduce(%a, %b), channel_id=1, to_apply=%sum
   %all-gather.1 = bf16[32,2]{1,0} all-gather(%c), channel_id=2, dimensions={0}
-  %all-gather.2 = u32[] all-gather-start(%c), channel_id=3
+  %all-gather.2 = (u32[], u32[]) all-gather-start(%c), channel_id=3
+  %all-gather.3 = u32[] all-gather-done(%all-gather.2)
   %done = f32[64]{0} fusion(%all-reduce), metadata={op_name="all-reduce"}
   %flags = pred[16]{0} collective-permute(%d)
 """
@@ -23,6 +24,27 @@ HLO = """
 def test_bytes_of_every_kind_of_collective():
     assert collective_bytes(HLO) == {"all-reduce": 4 * (128 + 64 * 128), "all-gather": 2 * 64 + 4, "collective-permute": 16}
     assert largest_collective(HLO, "all-gather") == 128 and largest_collective(HLO, "reduce-scatter") == 0
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    hlo = """HloModule jit_f
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%sum
+}
+
+%unknown (p: f32[2]) -> f32[2] {
+  %all-gather = f32[2]{0} all-gather(%p), channel_id=2
+}
+
+ENTRY %main.3 (a: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%t), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %while.2 = f32[2] while(%t), condition=%cond, body=%unknown
+  ROOT %all-reduce.2 = f32[8]{0} all-reduce(%y), channel_id=3, to_apply=%sum
+}
+"""
+    assert executed_collective_bytes(hlo) == {"all-reduce": 32 * 6, "all-gather": 8}
+    assert collective_bytes(hlo) == {"all-reduce": 32 * 2, "all-gather": 8}
 
 
 @pytest.mark.slow

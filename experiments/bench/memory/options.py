@@ -1,0 +1,56 @@
+"""Options of `python -m eggroll.experiments.bench memory`."""
+
+import dataclasses
+from typing import Literal
+
+from eggroll.experiments.bench.memory.models import DECODERS
+from eggroll.experiments.bench.memory.optimizers import OPTIMIZERS
+from eggroll.update.precision import PRECISIONS
+
+DEFAULT_MODELS = {"cpu": (), "cpux8": ("70b",), "h100": ("1b", "7b"), "h100x8": ("70b",), "gpu": ("1b", "7b")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Compile the programs of a generation from shapes and report the memory that they need."""
+
+    target: Literal["cpu", "cpux8", "h100", "h100x8", "gpu"] = "cpu"
+    """cpu: the update of a model of 604 M parameters; h100: generations, compiled for a GPU that need not be there;
+    h100x8, cpux8: generations over a mesh of eight; gpu: generations on this machine's GPU, next to what it used."""
+    models: tuple[str, ...] = ()
+    """Decoders of the targets other than cpu: tiny, 1b, 7b, 70b; default: 1b 7b, over eight devices 70b."""
+    precisions: tuple[str, ...] = PRECISIONS
+    """With cpu: precisions of the update."""
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """With cpu: sgd, adam (float32 moments), adam_bfloat16."""
+    members: int = 256
+    """Members of the population; those of a decoder read one token each."""
+    layers: int | None = None
+    """Layers of the decoders; None: all."""
+    implementation: Literal["auto", "reference", "mosaic_gpu"] = "auto"
+    """Implementation of the decoders' products; auto: what the engine chooses on the target."""
+    program: Literal["plain", "generation"] | None = None
+    """With gpu: run only this one, in this process; None: each in its own process, so that its peak is separate."""
+    small: bool = False
+    """With cpu: a model of no size."""
+
+
+def check(config: Memory) -> None:
+    """Exit with a clear error where an option is wrong."""
+    choices: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "models": (config.models, tuple(DECODERS)),
+        "precisions": (config.precisions, PRECISIONS),
+        "optimizers": (config.optimizers, tuple(OPTIMIZERS)),
+    }
+    for name, (given, allowed) in choices.items():
+        if unknown := sorted({*given} - {*allowed}):
+            raise SystemExit(f"error: {name} must be among {', '.join(allowed)}, got {', '.join(unknown)}.")
+    if config.members < 2 or config.members % 2:
+        raise SystemExit(f"error: members must be an even integer >= 2, got {config.members}.")
+    if config.layers is not None and config.layers < 1:
+        raise SystemExit(f"error: layers must be an integer >= 1, got {config.layers}.")
+
+
+def chosen_models(config: Memory) -> tuple[str, ...]:
+    """Return the names of the decoders."""
+    return config.models or DEFAULT_MODELS[config.target]
