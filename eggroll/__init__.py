@@ -15,7 +15,7 @@ from eggroll.update.shaping import SHAPINGS, centered_ranks, group_relative, pai
 from eggroll.update.sign_steps import standardised_sign
 from eggroll.update.threshold import threshold
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "SHAPINGS",
     "Dense",
