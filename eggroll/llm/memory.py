@@ -1,11 +1,11 @@
 """Memory that a population needs to continue texts, computed from shapes alone, before any array is made.
 
-    members at a time = (budget - parameters) / (cache + noise + factors + logits of one member), rounded down to whole pairs
+    members at a time = (budget - parameters - state) / (cache + noise + factors + logits of one member), in whole pairs
 
 All sizes come from abstract evaluation of the functions that run later. The result is a lower bound: it leaves out the
 temporaries of a layer (attention scores, its slice of the cache, the activations of a prompt), which are small compared with a
-long cache of many layers but most of a small model's memory, and what an update adds to the parameters (gradient and masters in
-float32, optimizer state). `EvolutionStrategy(memory_budget=...)` asks the compiler instead, once the model is loaded.
+long cache of many layers but most of a small model's memory, and the working set of an update, whose state is in place.
+`EvolutionStrategy(memory_budget=...)` asks the compiler instead, once the model is loaded.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
 import eggroll
@@ -22,6 +23,8 @@ from eggroll.llm.int8 import SCALE, quantise
 from eggroll.llm.models.families import Config, family_of, init_params, make_generator
 from eggroll.noise.leaves import FactoredLeaf
 from eggroll.noise.plan import Plan
+from eggroll.noise.rules import Spec
+from eggroll.update.parameters import init_masters_and_optimizer
 
 
 class MemoryPlan(NamedTuple):
@@ -33,11 +36,12 @@ class MemoryPlan(NamedTuple):
     max_new_tokens: int  # tokens of a completion
     rank: int  # of the noise
     parameters: int  # bytes, shared by all members
+    state: int  # bytes of the optimizer's state and of float32 masters; 0 without an optimizer
     cache: int  # bytes per member: keys and values, or recurrent states
     noise: int  # bytes per member: as drawn, signs packed
     factors: int  # bytes per member: factors unpacked to numbers, once before the loop over tokens
     logits: int  # bytes per member: of the next token, float32
-    budget: int  # bytes for parameters and members
+    budget: int  # bytes for parameters, state and members
     members: int  # most members at a time, even; 0: not even a pair fits
 
     @property
@@ -48,15 +52,21 @@ class MemoryPlan(NamedTuple):
     @property
     def shortage(self) -> int:
         """Bytes that the budget is short of a pair of members; 0 if one fits."""
-        return max(0, self.parameters + 2 * self.per_member - self.budget)
+        return max(0, self.of_a_pair - self.budget)
+
+    @property
+    def of_a_pair(self) -> int:
+        """Bytes that the smallest population takes."""
+        return self.parameters + self.state + 2 * self.per_member
 
     def table(self) -> str:
         """Return the plan as a table for people."""
         texts = f"{self.prompts} texts of {self.prompt_length} + {self.max_new_tokens} tokens"
-        pair = f"a pair needs {_format_bytes(self.parameters + 2 * self.per_member)}, short by {_format_bytes(self.shortage)}"
+        pair = f"a pair needs {_format_bytes(self.of_a_pair)}, short by {_format_bytes(self.shortage)}"
         rows = [
             ("model", self.model, ""),
             ("parameters", _format_bytes(self.parameters), "shared by all members"),
+            ("state", _format_bytes(self.state), "of the optimizer, and masters"),
             ("cache of a member", _format_bytes(self.cache), texts),
             ("noise of a member", _format_bytes(self.noise), f"rank {self.rank}, as drawn"),
             ("factors of a member", _format_bytes(self.factors), "unpacked for decoding"),
@@ -78,6 +88,8 @@ def memory_plan(
     rank: int,
     budget: int,
     weights: str = "float",
+    optimizer: optax.GradientTransformation | None = None,
+    precision: str = "master",
 ) -> MemoryPlan:
     """Compute the memory of a population without making an array.
 
@@ -88,8 +100,10 @@ def memory_plan(
         prompt_length: tokens of a prompt with padding, >= 1.
         max_new_tokens: most tokens of a completion, >= 1.
         rank: of the noise, >= 1.
-        budget: bytes for parameters and members, >= 1.
+        budget: bytes for parameters, state and members, >= 1.
         weights: "float", or "int8" for quantised matrices in the blocks.
+        optimizer: whose state is counted; None: no state, for inference.
+        precision: as of `EvolutionStrategy`; decides whether there are masters.
 
     Returns:
         The plan; `members` is 0 if not even a pair fits.
@@ -116,8 +130,13 @@ def memory_plan(
     def function(params: Any, prompts: Prompts) -> Any:
         return complete(generator, params, prompts, max_new_tokens=max_new_tokens, stop_token_ids=())
 
-    frozen = [(f".*/{SCALE}", eggroll.Frozen())] if weights == "int8" else []
-    noise = make_plan(function, params, batch, perturbation=[*frozen, (".*", eggroll.LowRank(rank))])
+    frozen: list[tuple[str, Spec]] = [(f".*/{SCALE}", eggroll.Frozen())] if weights == "int8" else []
+    perturbation: list[tuple[str, Spec]] = [*frozen, (".*", eggroll.LowRank(rank))]
+    noise = make_plan(function, params, batch, perturbation=perturbation)
+
+    def make_state(params: Any) -> Any:
+        return init_masters_and_optimizer(optimizer, params, perturbation, precision)
+
     plan = MemoryPlan(
         model=f"{config.model_type}, {dtype}" + (", int8 matrices" if weights == "int8" else ""),
         prompts=prompts,
@@ -125,6 +144,7 @@ def memory_plan(
         max_new_tokens=max_new_tokens,
         rank=rank,
         parameters=_bytes(params),
+        state=_bytes(jax.eval_shape(make_state, params)) if optimizer else 0,
         cache=_bytes(cache),
         noise=sum(leaf.noise_bytes for leaf in noise.leaves),
         factors=_factor_bytes(noise),
@@ -132,7 +152,7 @@ def memory_plan(
         budget=budget,
         members=0,
     )
-    return plan._replace(members=max(0, (budget - plan.parameters) // plan.per_member // 2 * 2))
+    return plan._replace(members=max(0, (budget - plan.parameters - plan.state) // plan.per_member // 2 * 2))
 
 
 def _bytes(shapes: Any) -> int:

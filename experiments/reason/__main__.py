@@ -17,7 +17,7 @@ from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, pr
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
-from eggroll.experiments.reason.evolution import Evolution
+from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
 from eggroll.experiments.reason.problem import Validation
 from eggroll.experiments.reason.progress import Progress
@@ -96,7 +96,7 @@ def run(config: Config) -> Row:
         raise ValueError("grpo runs in one process; eggroll runs in several.")
     inputs = prepare(config)
     if config.plan:
-        needed = plan(config, inputs)
+        needed = plan(config, inputs, optimizer=make_optimizer(config))
         print(needed.table())
         return needed._asdict()
     experiment = Experiment(config, inputs)

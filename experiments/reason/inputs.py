@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+import optax
+
 from eggroll.devices.chunking import free_bytes
 from eggroll.envs import tasks
 from eggroll.experiments.reason.config import Config
@@ -90,8 +92,8 @@ def load(config: Config, inputs: Inputs) -> Problem:
     return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 
 
-def plan(config: Config, inputs: Inputs) -> MemoryPlan:
-    """Return the memory that a population of the options needs."""
+def plan(config: Config, inputs: Inputs, *, optimizer: optax.GradientTransformation) -> MemoryPlan:
+    """Return the memory that a population of the options needs, and the state of a run with the optimizer."""
     return memory_plan(
         inputs.model,
         dtype=config.dtype if config.model else "float32",
@@ -101,6 +103,8 @@ def plan(config: Config, inputs: Inputs) -> MemoryPlan:
         rank=config.rank,
         budget=config.memory_budget or free_bytes(),
         weights=config.weights,
+        optimizer=optimizer,
+        precision=config.precision,
     )
 
 

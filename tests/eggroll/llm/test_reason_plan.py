@@ -48,6 +48,15 @@ def test_numbers_by_hand():
     assert planned(rank=3).factors == 3 * plan.factors
 
 
+def test_state_is_what_the_optimizer_and_masters_hold():
+    parameters = planned().parameters
+    assert planned().state == 0 and planned(optimizer=optax.sgd(0.1)).state == 0
+    adam = planned(optimizer=optax.adam(0.1))
+    assert adam.state == 2 * parameters + 4 and adam.of_a_pair == adam.parameters + adam.state + 2 * adam.per_member
+    assert planned(dtype="bfloat16", optimizer=optax.sgd(0.1)).state == parameters  # float32 masters
+    assert planned(dtype="bfloat16", optimizer=optax.sgd(0.1), precision="stochastic").state == 0
+
+
 def test_members_fill_the_budget_in_pairs():
     plan = planned()
     for members, expected in [(-1, 0), (1, 0), (2, 2), (7, 6)]:
