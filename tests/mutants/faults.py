@@ -19,6 +19,9 @@ LAZY = "tests/eggroll/lazy/test_perturbed.py"
 POPULATION = "tests/eggroll/population"
 ESTIMATOR = "tests/eggroll/update/test_estimator.py"
 SHAPING = "tests/eggroll/update/test_shaping.py"
+REGIONS = "tests/eggroll/noise/test_regions.py"
+BLOCKS = "tests/eggroll/update/test_blocks.py"
+SPLITTING = "tests/eggroll/update/test_splitting.py"
 PRECISION = "tests/eggroll/update/test_precision.py"
 PROGRAMS = "tests/eggroll/test_programs.py"
 STRATEGY = "tests/eggroll/test_strategy.py"
@@ -109,14 +112,14 @@ FAULTS = (
     ),
     Fault(
         "pairs off by one",
-        "eggroll/update/estimator.py",
-        "pairs = first.pair + start + jnp.arange(chunk, dtype=jnp.int32)",
-        "pairs = first.pair + start + 1 + jnp.arange(chunk, dtype=jnp.int32)",
+        "eggroll/update/pair_sums.py",
+        "pairs = first_pair + start + jnp.arange(chunk, dtype=jnp.int32)",
+        "pairs = first_pair + start + 1 + jnp.arange(chunk, dtype=jnp.int32)",
         (ESTIMATOR,),
     ),
     Fault(
         "the last chunk of pairs is dropped",
-        "eggroll/update/estimator.py",
+        "eggroll/update/pair_sums.py",
         "if for_all < num_pairs:",
         "if for_all < 0:",
         (ESTIMATOR,),
@@ -124,16 +127,65 @@ FAULTS = (
     Fault(
         "optimizer ascends the loss",
         "eggroll/update/parameters.py",
-        "descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation",
-        "descent = ascent",
+        "*update.of_leaf(index, -ascent, old.param, old.moments)",
+        "*update.of_leaf(index, ascent, old.param, old.moments)",
         (STRATEGY,),
     ),
     Fault(
         "parts of the gradient are not summed over devices",
-        "eggroll/devices/sharded.py",
-        "return jax.lax.psum(part, placement.manual)",
-        "return part",
+        "eggroll/devices/pieces.py",
+        "join=(lambda total: jax.lax.psum(total, pair_axes)) if pair_axes else Part.join,",
+        "join=Part.join,",
         (MESH,),
+    ),
+    Fault(
+        "a device's piece has the noise of the first piece",
+        "eggroll/devices/pieces.py",
+        "origins=tuple(origins),",
+        "origins=tuple((0,) * len(origin) for origin in origins),",
+        (MESH,),
+    ),
+    Fault(
+        "blocks of all layers have the noise of the first layers",
+        "eggroll/noise/regions.py",
+        "along = jnp.asarray(region.starts[axis]).astype(jnp.uint32) + jnp.arange(region.sizes[axis], dtype=jnp.uint32)",
+        "along = jnp.arange(region.sizes[axis], dtype=jnp.uint32)",
+        (REGIONS,),
+    ),
+    Fault(
+        "an optimizer that mixes parameters is split",
+        "eggroll/update/splitting.py",
+        "self.mixed = len(set(roots)) < len(roots)",
+        "self.mixed = False",
+        (SPLITTING,),
+    ),
+    Fault(
+        "an update that needs all of a parameter is applied to blocks",
+        "eggroll/update/splitting.py",
+        "elementwise = fits and (name in ELEMENTWISE",
+        "elementwise = True or (name in ELEMENTWISE",
+        (SPLITTING,),
+    ),
+    Fault(
+        "a block that is not finite is stored",
+        "eggroll/update/blocks.py",
+        "stays = ~finite if rules.skipped is None else ~finite | rules.skipped",
+        "stays = ~finite & finite if rules.skipped is None else rules.skipped",
+        (BLOCKS,),
+    ),
+    Fault(
+        "the state shares its memory with the caller's parameters",
+        "eggroll/generation.py",
+        "params = jax.tree.map(jnp.asarray, params) if donate else copy_state(params)",
+        "params = jax.tree.map(jnp.asarray, params)",
+        (BLOCKS,),
+    ),
+    Fault(
+        "rounding has the same random bits in every layer",
+        "eggroll/update/precision.py",
+        "high, low = (along[0] if along else jnp.uint32(0)), jnp.zeros(tuple(sizes), jnp.uint32)",
+        "high, low = jnp.uint32(0), jnp.zeros(tuple(sizes), jnp.uint32)",
+        (PRECISION,),
     ),
     Fault(
         "every device evaluates the first pairs",
@@ -229,8 +281,8 @@ FAULTS = (
     Fault(
         "the chunk of the first batch is kept for all (stale chunk)",
         "eggroll/strategy.py",
-        'return programs.remember("layout", self, function, programs.signature((state, batch)), make=choose)',
-        'return programs.remember("layout", self, function, programs.signature(state), make=choose)',
+        'key = "layout", self, function, programs.signature((state, batch))',
+        'key = "layout", self, function, programs.signature(state)',
         (PROGRAMS,),
     ),
     Fault(

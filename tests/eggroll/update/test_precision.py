@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.update.precision import init_masters, stochastic_round
+from eggroll.update.precision import init_masters, rounding_words, stochastic_round
 from tests.eggroll.update.rounding import apply_updates
 from tests.tables import covering
 
@@ -41,6 +41,16 @@ def test_stochastic_rounding_keeps_what_is_not_finite(dtype):
     np.testing.assert_array_equal(
         np.asarray(stochastic_round(value, dtype, uniform=jnp.zeros(value.shape)).astype(jnp.float32)), np.asarray(value)
     )
+
+
+def test_random_words_of_rounding_follow_the_place_of_a_weight():
+    key, shape = jax.random.key(5), (4, 6, 10)
+    whole = np.asarray(rounding_words(key, shape, (0, 0, 0), shape))
+    assert len(np.unique(whole)) == whole.size  # no two of 240 words of 32 bits are equal
+    for starts, sizes in (((2, 0, 0), (2, 6, 10)), ((1, 3, 0), (1, 2, 10)), ((3, 0, 4), (1, 6, 3))):
+        place = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+        np.testing.assert_array_equal(rounding_words(key, shape, starts, sizes), whole[place])
+    assert rounding_words(key, (), (), ()).shape == ()
 
 
 def moved(precision, steps=100):
