@@ -225,11 +225,16 @@ def _give(moves: Moves, region: Region, old: Held) -> Moves:
     return moves
 
 
+def is_skipped(coefficients: Array, sigma: Array) -> Array:
+    """Whether a generation changes nothing, decided from its scalars: the squares of (f+ - f-) / (2 sigma) are not finite."""
+    return ~jnp.isfinite(jnp.square(coefficients / (2 * sigma)).sum())
+
+
 def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any) -> list[Rules]:
     """How the new values of every parameter are stored, and whether the generation is skipped: decided from its scalars."""
     skipped = None
     if not plan.is_integer:
-        skipped = ~jnp.isfinite(extra["coefficients"] / extra["sigma"]).all()
+        skipped = is_skipped(extra["coefficients"], extra["sigma"])
     short = are_short(jax.tree.leaves(state.params), plan.quantised)
     key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation) if precision == "stochastic" else None
     return [

@@ -27,6 +27,7 @@ from eggroll.noise.rules import Frozen
 from eggroll.population.members import member_params
 from eggroll.population.metrics import FitnessReport
 from eggroll.update.estimator import leaf_gradient
+from eggroll.update.parameters import is_skipped
 from eggroll.update.precision import is_low, stochastic_round
 from eggroll.zo.blocks import Blocks
 from eggroll.zo.estimators import Estimator, report_losses
@@ -172,8 +173,7 @@ class Streams:
 
         A skipped step changes nothing and does not advance the learning rate schedule.
         """
-        # The resident step requires a finite gradient norm; offloading never has it, and requires finite squares instead.
-        skipped = ~jnp.isfinite(jnp.square(coefficients / (2 * state.sigma)).sum())
+        skipped = is_skipped(coefficients, state.sigma)
         descent, safe = self.descent, jnp.where(skipped, 0.0, coefficients)
         moment, scale = next_moment(state.moment, safe, state.sigma, descent.second_moment or 0.0)
         scale = jnp.float32(1) if descent.second_moment is None else scale
