@@ -118,7 +118,7 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Rules) -> t
         added = jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added
         new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
     made = Held(new, master, tuple(moves.moments))
-    finite = functools.reduce(jnp.logical_and, map(_is_finite, (added, *jax.tree.leaves(made))))
+    finite = _are_finite((added, *jax.tree.leaves(made)))
     stays = ~finite if rules.skipped is None else ~finite | rules.skipped
     made = jax.tree.map(functools.partial(jnp.where, stays), old, made)
     square = jnp.sum(moves.gradient**2) if jnp.issubdtype(moves.gradient.dtype, jnp.floating) else jnp.int32(0)
@@ -133,13 +133,22 @@ def _store(added: Array, region: Region, dtype: Any, rules: Rules) -> Array:
     return store(added, dtype, on_grid=rules.leaf.quantised, words=words)
 
 
-def _is_finite(values: Array) -> Array:
-    return jnp.isfinite(values).all() if jnp.issubdtype(values.dtype, jnp.floating) else jnp.bool_(True)
+def _are_finite(arrays: Sequence[Array]) -> Array:
+    """Whether every entry is finite: one pass over arrays of the same shape."""
+    shapes: dict[tuple[int, ...], Array] = {}
+    for array in arrays:
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            finite = jnp.isfinite(array)
+            shapes[array.shape] = shapes[array.shape] & finite if array.shape in shapes else finite
+    return functools.reduce(jnp.logical_and, [finite.all() for finite in shapes.values()], jnp.bool_(True))
 
 
 def _count_moved(old: Array, new: Array) -> Array:
-    """Weights that changed: two digits, int32 [2]. Whole leaves of more than 2^31 weights are counted by their first axis."""
+    """Weights that changed: two digits, int32 [2]. Whole leaves of 2^31 weights or more are counted by their first axis."""
     if not (jnp.issubdtype(old.dtype, jnp.floating) or old.dtype == jnp.int8):
         return jnp.zeros(2, jnp.int32)
+    if old.size < 2**31:
+        count = jnp.sum(old != new, dtype=jnp.int32)
+        return jnp.stack([count // BASE, count % BASE])
     changed = jnp.sum(old != new, axis=tuple(range(1, old.ndim)), dtype=jnp.int32).reshape(-1)
     return carry_over(jnp.stack([jnp.sum(changed // BASE), jnp.sum(changed % BASE)]))

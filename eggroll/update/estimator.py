@@ -113,6 +113,7 @@ def region_gradient(
     region: Region,
     coefficients: Array,
     *,
+    key: LeafKeys,
     noise_key: Array,
     noise_generation: Array | int,
     sigma: Array | float | None,
@@ -126,6 +127,7 @@ def region_gradient(
         leaf: the plan of the parameter.
         region: of the parameter.
         coefficients: [P], or those of some pairs.
+        key: of the parameter, from `draws.leaf_keys`.
         noise_key: the run's key.
         noise_generation: generation // noise_reuse.
         sigma: standard deviation the population was perturbed with.
@@ -136,7 +138,6 @@ def region_gradient(
     part = of_region(leaf, region)
     if not isinstance(leaf, PerturbedLeaf) or not isinstance(part, PerturbedLeaf):
         return jnp.zeros(region.sizes, sum_dtype(coefficients))
-    key = leaf_keys([leaf], noise_key, noise_generation)[0]
     is_whole = region.sizes == leaf.shape
 
     def draw_part(pair: Array) -> Factors | Array:

@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from eggroll.noise import addresses
+from eggroll.noise.draws import leaf_keys
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, cut
@@ -157,6 +158,7 @@ def update_state(
             plan.leaves[index],
             region,
             coefficients,
+            key=keys[index],
             noise_key=state.key,
             noise_generation=noise_generation,
             sigma=sigma,
@@ -169,6 +171,7 @@ def update_state(
         ascent = gradient(index, _shifted(region, rules[index].origin))
         return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: the only negation
 
+    keys = leaf_keys(plan.leaves, state.key, noise_generation)
     rules = _rules(plan, state, extra, precision, part.origins)
     held = _hold(state, [reading.states_of(index, flat_states) for index in range(len(plan.leaves))])
     moved, counts = [], []
