@@ -26,6 +26,9 @@ from eggroll.protocol import Strategy
 from eggroll.state import ESState, copy_state, own
 from eggroll.update import estimator
 from eggroll.update.parameters import init_masters_and_optimizer, mask_frozen
+from eggroll.update.told import Told
+
+LAST_GENERATION = 2**31 - 1  # its update is skipped, and the counter stays
 
 
 class Settings(Strategy[ESState], Protocol):
@@ -105,7 +108,7 @@ def evaluate_generation(
     return report, keep_valid(valid, member_state, state.member_state)
 
 
-def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any) -> FitnessReport:
+def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any, scores: Array | None = None) -> FitnessReport:
     """Shape the fitness, fold the pairs and report.
 
     Args:
@@ -113,23 +116,24 @@ def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any
         plan: the plan that the population was perturbed by.
         fitness: [N] or [N, K].
         aux: reduced over the population.
+        scores: what the shaping sees in place of the fitness (`told.Told`); None: the fitness.
     """
-    coefficients = estimator.compute_coefficients(plan, settings.shaping, fitness)
-    return report_fitness(fitness, coefficients, rank=plan.max_rank, aux=aux)
+    scores = fitness if scores is None else scores
+    coefficients = estimator.compute_coefficients(plan, settings.shaping, scores)
+    return report_fitness(fitness, coefficients, rank=plan.max_rank, aux=aux, scores=scores)
 
 
-def score_pairs(settings: Settings, plan: Plan, fitness: Array, pairs: Array) -> FitnessReport:
+def score_pairs(settings: Settings, plan: Plan, told: Told) -> FitnessReport:
     """`score_generation` of some pairs; the report has the coefficients of all.
 
     Args:
         settings: the strategy.
         plan: the plan that the population was perturbed by.
-        fitness: [2 S] or [2 S, K].
-        pairs: int32 [S].
+        told: fitness of the pairs.
     """
-    report = score_generation(settings, plan, fitness, aux=None)
-    num_pairs = settings.population_size // 2
-    return report._replace(coefficients=estimator.spread_to_all_pairs(plan, report.coefficients, pairs, num_pairs=num_pairs))
+    report = score_generation(settings, plan, told.fitness, aux=None, scores=told.scores)
+    spread = estimator.spread_to_all_pairs(plan, report.coefficients, told.pairs, num_pairs=settings.population_size // 2)
+    return report._replace(coefficients=spread)
 
 
 def update_parameters(
@@ -166,7 +170,7 @@ def update_parameters(
         noise_generation=state.generation // settings.noise_reuse,
         precision=settings.precision,
     )
-    new_state = new_state._replace(generation=state.generation + 1)
+    new_state = new_state._replace(generation=jnp.minimum(state.generation, LAST_GENERATION - 1) + 1)
     if callable(settings.sigma):
         following = current_sigma(settings, new_state)
         new_state = new_state._replace(sigma=jnp.where(jnp.isfinite(following), following, state.sigma))

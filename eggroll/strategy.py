@@ -26,7 +26,7 @@ from eggroll.noise.rules import LowRank, Perturbation, check_params
 from eggroll.plans import checked_plan, known_plan
 from eggroll.population.fitness import member_arguments, normalise_fitness
 from eggroll.population.layout import PopulationLayout
-from eggroll.population.members import Population, build_member, check_coefficients, check_fitness
+from eggroll.population.members import Population, build_member, check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
 from eggroll.settings import check_settings
@@ -35,6 +35,7 @@ from eggroll.update import estimator
 from eggroll.update.parameters import describe_update
 from eggroll.update.report import UpdateReport, make_report, round_coefficients
 from eggroll.update.shaping import Shaping
+from eggroll.update.told import check_told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +203,11 @@ class EvolutionStrategy:
         """
         check_not_consumed(state)
         plan = known_plan(self, state.params, needed_by="tell")
-        given = check_fitness(fitness, pairs, population_size=self.population_size, integers=self.sigma is None)
-        state, given = shard_inputs(self.placement, state, given)
+        check = functools.partial(check_told, shaping=self.shaping, integers=self.sigma is None)
+        state, told = shard_inputs(self.placement, state, check(fitness, pairs, population_size=self.population_size))
         score = functools.partial(generation.score_pairs, self, plan)
         key, places = ("tell", self, programs.Identity(plan)), replicated(self.placement)
-        report = programs.compile_once(*key, function=score, out_shardings=places)(*given)
+        report = programs.compile_once(*key, function=score, out_shardings=places)(told)
         return self._advance(plan, state, report, state.member_state)
 
     def replay(self, state: ESState, coefficients: Any) -> ESState:

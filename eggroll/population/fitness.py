@@ -20,7 +20,8 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
         integers: whether its value may be an integer.
 
     Returns:
-        `function(params, batch, key, member_state) -> (float32 or int32 fitness, aux or None, member state or None)`.
+        `function(params, batch, key, member_state) -> (fitness, aux or None, member state or None)`; the fitness is at least
+        float32, or int32.
 
     Raises:
         ValueError: there is no fitness function.
@@ -34,10 +35,15 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
         parts = _checked_parts(result, has_aux=has_aux, has_state=has_state, integers=integers)
         if has_state:
             _check_state(member_state, parts[-1])
-        dtype = jnp.float32 if jnp.issubdtype(parts[0].dtype, jnp.floating) else jnp.int32
+        dtype = at_least_float32(parts[0].dtype) if jnp.issubdtype(parts[0].dtype, jnp.floating) else jnp.int32
         return parts[0].astype(dtype), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype that sums of values of a dtype are formed in: float64 of float64, else float32."""
+    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def _check_state(old: Any, new: Any) -> None:

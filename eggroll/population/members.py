@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from eggroll.lazy.low_rank import perturb
@@ -17,6 +16,7 @@ from eggroll.noise.draws import Drawn, build_noise, draw_pair
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
+from eggroll.population.fitness import at_least_float32
 from eggroll.population.layout import Scalars
 
 
@@ -87,32 +87,6 @@ def check_coefficients(coefficients: Any, *, population_size: int) -> Array:
     return coefficients
 
 
-def check_fitness(fitness: Any, pairs: Any, *, population_size: int, integers: bool = False) -> tuple[Array, Array]:
-    """Return external fitness as float32 (int32 where `integers` allow and it is) and its pairs as int32 arrays.
-
-    Args:
-        fitness: [2 S] or [2 S, K] floats.
-        pairs: [S] ints, or None for all.
-        population_size: N.
-        integers: keep integers as they are.
-
-    Raises:
-        ValueError: pairs outside the population or repeated, or a fitness of another length.
-    """
-    num_pairs = population_size // 2
-    chosen = np.arange(num_pairs) if pairs is None else np.asarray(pairs)
-    if chosen.ndim != 1 or not chosen.size or not np.isin(chosen, np.arange(num_pairs)).all():
-        raise ValueError(f"pairs must be integers in [0, {num_pairs}), at least one, got {pairs!r}.")
-    if np.unique(chosen).size != chosen.size:
-        raise ValueError(f"pairs must name every pair once, got {pairs!r}.")
-    fitness, size = jnp.asarray(fitness), 2 * chosen.size
-    whole = integers and jnp.issubdtype(fitness.dtype, jnp.signedinteger)
-    fitness = fitness.astype(jnp.int32 if whole else jnp.float32)
-    if fitness.ndim not in (1, 2) or fitness.shape[0] != size:
-        raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {fitness.shape}.")
-    return fitness, jnp.asarray(chosen, jnp.int32)
-
-
 def member_params(
     plan: Plan,
     params: Any,
@@ -171,13 +145,14 @@ def _integer_leaf(planned: PerturbedLeaf, noise: IntegerNoise, leaf: Array, draw
 
 
 def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:
-    """Leaf + amplitude * drawn, added in float32 and rounded to `dtype`.
+    """Leaf + amplitude * drawn, added in float32, or the leaf's own dtype if that is wider, and rounded to `dtype`.
 
     `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
     the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is expensive for
     normal noise and inside a loop over chunks; it is cheap otherwise (measured, experiments/LOG.md).
     """
-    wide, drawn = leaf.astype(jnp.float32), drawn.astype(jnp.float32)
+    sums = at_least_float32(leaf.dtype)
+    wide, drawn, amplitude = leaf.astype(sums), drawn.astype(sums), jnp.asarray(amplitude, sums)
     if not once or jax.default_backend() != "cpu":
         return (wide + amplitude * drawn).astype(dtype)
     weights = jnp.stack([jnp.ones_like(amplitude), amplitude])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.population.fitness import at_least_float32
+
 REDUCTIONS = ("sum", "mean", "max", "min", "all")
 
 
@@ -52,7 +54,7 @@ class Metrics(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name not in arrays}
 
 
-def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) -> FitnessReport:
+def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any, scores: Array | None = None) -> FitnessReport:
     """Report a population.
 
     Args:
@@ -60,26 +62,27 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) 
         coefficients: [P], differences of the shaped fitness; of int8 parameters whole numbers.
         rank: the largest rank of the perturbations.
         aux: reduced over the population.
+        scores: like the fitness, in which members of a pair are compared; None: the fitness.
 
     Returns:
         The report; where no member is valid its statistics are NaN.
     """
     valid = valid_members(fitness)
-    columns, coefficients = fitness.reshape(fitness.shape[0], -1).astype(jnp.float32), coefficients.astype(jnp.float32)
-    finite = jnp.isfinite(columns)
-    scores = jnp.where(finite, columns, 0.0).sum(axis=1) / jnp.maximum(finite.sum(axis=1), 1).astype(jnp.float32)
-    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(valid, scores, 0.0).sum() / count
-    variance = jnp.where(valid, (scores - mean) ** 2, 0.0).sum() / count
+    wide, coefficients = at_least_float32(fitness.dtype), coefficients.astype(jnp.float32)
+    members, unit = _mean_of_columns(fitness.astype(wide))
+    count = jnp.maximum(valid.sum(), 1).astype(wide)
+    mean = jnp.where(valid, members, 0.0).sum() / count
+    variance = jnp.where(valid, (members - mean) ** 2, 0.0).sum() / count
+    compared = members if scores is None else _mean_of_columns(scores.astype(wide))[0]
     weights = jnp.square(coefficients)
     nothing = jnp.float32(jnp.nan)
     return FitnessReport(
-        mean_fitness=jnp.where(valid.any(), mean, nothing),
-        best_fitness=jnp.where(valid.any(), jnp.where(valid, scores, -jnp.inf).max(), nothing),
-        std_fitness=jnp.sqrt(variance),
+        mean_fitness=jnp.where(valid.any(), (unit * mean).astype(jnp.float32), nothing),
+        best_fitness=jnp.where(valid.any(), (unit * jnp.where(valid, members, -jnp.inf).max()).astype(jnp.float32), nothing),
+        std_fitness=(unit * jnp.sqrt(variance)).astype(jnp.float32),
         invalid=(~valid).sum(),
-        tied_pairs=(scores[0::2] == scores[1::2]).astype(jnp.float32).mean(),
-        pair_correlation=_correlation(scores[0::2], scores[1::2], valid[0::2] & valid[1::2]),
+        tied_pairs=(compared[0::2] == compared[1::2]).astype(jnp.float32).mean(),
+        pair_correlation=_correlation(members[0::2], members[1::2], valid[0::2] & valid[1::2]).astype(jnp.float32),
         effective_rank=rank * weights.sum() ** 2 / jnp.maximum(jnp.square(weights).sum(), jnp.finfo(jnp.float32).tiny),
         coefficients=jnp.where(valid.any(), coefficients, nothing),
         fitness=fitness,
@@ -87,9 +90,25 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any) 
     )
 
 
+def _mean_of_columns(fitness: Array) -> tuple[Array, Array]:
+    """Mean of the finite columns of every member [N], and the unit that it is in: not 1 where squares would overflow."""
+    columns = fitness.reshape(fitness.shape[0], -1)
+    finite = jnp.isfinite(columns)
+    known = jnp.where(finite, columns, 0.0)
+    largest = jnp.abs(known).max()
+    unit = jnp.where(largest > 1e15, largest, jnp.ones_like(largest))
+    return divide(known, unit).sum(axis=1) / jnp.maximum(finite.sum(axis=1), 1).astype(columns.dtype), unit
+
+
+def divide(values: Array, unit: Array) -> Array:
+    """Values / unit, where the reciprocal of a large unit would underflow."""
+    factor = jnp.where(unit > 1, 2.0**-64, 1.0).astype(values.dtype)
+    return (values * factor) / (unit * factor)
+
+
 def _correlation(plus: Array, minus: Array, valid: Array) -> Array:
     """Correlation of two vectors over the valid entries; 0 where one of them is constant."""
-    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    count = jnp.maximum(valid.sum(), 1).astype(plus.dtype)
     plus, minus = (jnp.where(valid, x - jnp.where(valid, x, 0.0).sum() / count, 0.0) for x in (plus, minus))
     scale = jnp.sqrt(jnp.square(plus).sum() * jnp.square(minus).sum())
     return jnp.where(scale > 0, (plus * minus).sum() / jnp.where(scale > 0, scale, 1.0), 0.0)

@@ -189,7 +189,7 @@ class RemoteEvaluator:
             state: that of the constructor, or the last given to `advance`; sigma may differ.
 
         Returns:
-            `(fitness, pairs)` for `EvolutionStrategy.tell`: float32 [2 S], and the int32 pairs [S] that were in time, sorted.
+            `(fitness, pairs)` for `EvolutionStrategy.tell`: float64 [2 S], and the int32 pairs [S] that were in time, sorted.
 
         Raises:
             ValueError: the workers are at another generation.
@@ -217,7 +217,7 @@ class RemoteEvaluator:
             raise RuntimeError(f"no pair of generation {generation} came within {self.deadline} seconds.")
         self._report_errors(2 * len(results))
         pairs = np.array(sorted(results), np.int32)
-        return np.concatenate([results[pair] for pair in pairs.tolist()]).astype(np.float32), pairs
+        return np.concatenate([results[pair] for pair in pairs.tolist()]).astype(np.float64), pairs
 
     def _report_errors(self, members: int) -> None:
         """Warn of the first error of the score, once; raise RuntimeError when it failed on every member."""

@@ -20,6 +20,7 @@ from typing import IO, Any
 import jax
 
 from eggroll.devices.processes import is_first, report_lost_process
+from eggroll.generation import LAST_GENERATION
 from eggroll.protocol import S, Strategy
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.plot import plot_history
@@ -76,6 +77,7 @@ def train(
     progress: bool | None = None,
     words: Callable[[Record], str] | None = None,
     plot: Callable[[Sequence[Record], Path], None] | None = None,
+    keep_arrays: bool = False,
 ) -> tuple[S, list[Record]]:
     """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
 
@@ -96,6 +98,7 @@ def train(
         progress: show the progress line; None: when standard error is a terminal and rich is installed.
         words: text of the progress line for a generation; None: best and mean fitness, members per second.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`.
+        keep_arrays: keep `aux` and `coefficients` of every generation in the history, on the device; callbacks always get them.
 
     Returns:
         `(state, history)`, one `Record` per generation run.
@@ -129,6 +132,8 @@ def train(
             _write(metrics_file, record)
             if durable is not None:
                 durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
+            if not keep_arrays:
+                history[-1] = dataclasses.replace(record, aux=None, coefficients=None)
             show(record.extra[name] if budget else len(history), (words or _progress_words)(record))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
@@ -165,6 +170,8 @@ def _batch_source(batches: Any) -> Callable[[int], Any]:
 
 def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
     start = time.perf_counter()
+    if int(state.generation) == LAST_GENERATION:
+        raise OverflowError(f"a run ends at generation {LAST_GENERATION:,}, where its counter does.")
     with report_lost_process(f"generation {int(state.generation)}"):
         state, metrics = es.step(state, batch)
         # One transfer: it is also what waits for the generation to finish.

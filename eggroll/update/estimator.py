@@ -35,7 +35,7 @@ def compute_coefficients(plan: Plan, shaping: str | Shaping, fitness: Array) -> 
     if plan.is_integer:
         assert isinstance(shaping, str)
         return integer_coefficients(shaping, fitness, largest_noise=_largest_noise(plan))
-    return pair_coefficients(shape_fitness(shaping, fitness))
+    return pair_coefficients(shape_fitness(shaping, fitness)).astype(jnp.float32)
 
 
 def _largest_noise(plan: Plan) -> int:

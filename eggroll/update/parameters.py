@@ -237,7 +237,7 @@ def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any)
     """How the new values of every parameter are stored, and whether the generation is skipped: decided from its scalars."""
     skipped = None
     if not plan.is_integer:
-        skipped = is_skipped(extra["coefficients"], extra["sigma"])
+        skipped = is_skipped(extra["coefficients"], extra["sigma"]) | (state.generation == jnp.iinfo(jnp.int32).max)
     short = are_short(jax.tree.leaves(state.params), plan.quantised)
     key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation) if precision == "stochastic" else None
     return [

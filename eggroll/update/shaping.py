@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise.integer import INT32
+from eggroll.population.fitness import at_least_float32
+from eggroll.population.metrics import divide
 
 Shaping = Callable[[Array], Array]
 P = ParamSpec("P")
@@ -29,7 +31,7 @@ P = ParamSpec("P")
 def _by_column(shaping: Callable[Concatenate[Array, P], Array]) -> Callable[Concatenate[Array, P], Array]:
     @functools.wraps(shaping)
     def shaped(fitness: Array, *args: P.args, **options: P.kwargs) -> Array:
-        columns = fitness.reshape(fitness.shape[0], -1).astype(jnp.float32)
+        columns = fitness.reshape(fitness.shape[0], -1).astype(at_least_float32(fitness.dtype))
         return shaping(columns, *args, **options).mean(axis=1)
 
     return shaped
@@ -61,7 +63,7 @@ def z_score(fitness: Array) -> Array:
     """Shape [N] or [N, K] fitness to zero mean and unit population standard deviation."""
     fitness = replace_nonfinite(fitness)
     size = jnp.abs(fitness).max(axis=0)
-    fitness = fitness / jnp.where(size > 0, size, 1.0)  # no overflow of the square when one member diverged
+    fitness = divide(fitness, jnp.where(size > 0, size, 1.0))  # no overflow of the square when one member diverged
     return (fitness - fitness.mean(axis=0)) / (fitness.std(axis=0) + 1e-8)
 
 
@@ -71,7 +73,7 @@ def pair_sign(fitness: Array) -> Array:
     fitness = jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf)
     better = fitness[0::2] > fitness[1::2]
     worse = fitness[0::2] < fitness[1::2]
-    half = 0.5 * (better.astype(jnp.float32) - worse.astype(jnp.float32))
+    half = 0.5 * (better.astype(fitness.dtype) - worse.astype(fitness.dtype))
     return jnp.stack([half, -half], axis=1).reshape(fitness.shape)
 
 
@@ -91,10 +93,12 @@ def group_relative(fitness: Array, *, group_size: int | None = None) -> Array:
     size = fitness.shape[0] if group_size is None and fitness.ndim == 2 else group_size
     if not size or size % 2 or fitness.shape[0] % size:
         raise ValueError(f"group_size must be even and divide population_size {fitness.shape[0]}, got {group_size}.")
-    columns = fitness.astype(jnp.float32).reshape(-1, size, math.prod(fitness.shape[1:]))
-    groups = jax.vmap(replace_nonfinite)(columns)
+    columns = fitness.astype(at_least_float32(fitness.dtype))
+    groups = jax.vmap(replace_nonfinite)(columns.reshape(-1, size, math.prod(fitness.shape[1:])))
+    unit = jnp.maximum(jnp.abs(groups).max(), 1.0)  # no overflow of the square when one member diverged
+    groups = divide(groups, unit)
     centred = groups - groups.mean(axis=1, keepdims=True)
-    return (centred / jnp.sqrt(groups.var() + 1e-5)).mean(axis=2).reshape(-1)
+    return (centred / jnp.sqrt(groups.var() + 1e-5 / unit / unit)).mean(axis=2).reshape(-1)
 
 
 SHAPINGS: dict[str, Shaping] = {
@@ -116,7 +120,7 @@ def shape_fitness(shaping: str | Shaping, fitness: Array) -> Array:
     shaped = shaping(replace_nonfinite(fitness.reshape(fitness.shape[0], -1)).reshape(fitness.shape))
     if shaped.shape != fitness.shape[:1]:
         raise ValueError(f"shaping must return shape ({fitness.shape[0]},), got {shaped.shape} for fitness {fitness.shape}.")
-    return shaped.astype(jnp.float32)
+    return shaped.astype(at_least_float32(shaped.dtype))
 
 
 INTEGER_SHAPINGS = ("pair_sign", "z_score")

@@ -135,7 +135,7 @@ def test_aux_reaches_callbacks():
         return params["w"].sum(), {"members": jnp.float32(1)}
 
     es, state = make(with_aux, aux="sum")
-    _, history = train(es, state, generations=1)
+    _, history = train(es, state, generations=1, keep_arrays=True)
     assert int(history[0].aux["members"]) == 32
 
 
