@@ -25,7 +25,7 @@ from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, re
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, copy_state, own
 from eggroll.update import estimator
-from eggroll.update.parameters import init_masters_and_optimizer, mask_frozen
+from eggroll.update.optimizer import init_masters_and_optimizer, mask_frozen
 from eggroll.update.told import Told
 
 LAST_GENERATION = 2**31 - 1  # its update is skipped, and the counter stays

@@ -32,7 +32,7 @@ from eggroll.protocol import AskTell
 from eggroll.settings import check_settings
 from eggroll.state import ESState, check_not_consumed
 from eggroll.update import estimator
-from eggroll.update.parameters import describe_update
+from eggroll.update.optimizer import describe_update
 from eggroll.update.report import UpdateReport, make_report, round_coefficients
 from eggroll.update.shaping import Shaping
 from eggroll.update.told import check_told

@@ -29,7 +29,7 @@ from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, check_not_consumed
-from eggroll.update.parameters import describe_update
+from eggroll.update.optimizer import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
 from eggroll.zo.estimators import ESTIMATORS, report_losses
 from eggroll.zo.optimizers.descent import Descent

@@ -28,7 +28,8 @@ from eggroll.population import evaluate as population
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.state import ESState
 from eggroll.update import estimator
-from eggroll.update.parameters import read_update, update_state, update_state_at_once
+from eggroll.update.optimizer import read_update
+from eggroll.update.parameters import update_state, update_state_at_once
 
 OVER_SHARES: dict[str, Callable] = {  # how results of the shares of the batch are joined: the reductions of aux, and "own"
     "own": lambda x, axis: x,

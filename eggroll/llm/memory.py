@@ -24,7 +24,7 @@ from eggroll.llm.models.families import Config, family_of, init_params, make_gen
 from eggroll.noise.leaves import FactoredLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Spec
-from eggroll.update.parameters import init_masters_and_optimizer
+from eggroll.update.optimizer import init_masters_and_optimizer
 
 
 class MemoryPlan(NamedTuple):

@@ -179,6 +179,20 @@ def test_frozen_parameters_do_not_move_and_hold_no_optimizer_state():
     assert np.abs(after.params["w"] - PARAMS["w"]).max() > 0
 
 
+def test_the_state_of_the_optimizer_is_the_users_own_also_with_frozen_parameters(standard_promotion):
+    optimizer = optax.inject_hyperparams(optax.adam)(0.1)
+    es = strategy(perturbation=[("b", eggroll.Frozen()), (".*", eggroll.LowRank())], optimizer=optimizer)
+    state, _ = es.step(start(es), X)
+    assert isinstance(state.opt_state, type(optimizer.init(PARAMS))) and state.opt_state.hyperparams["learning_rate"] == 0.1
+    state.opt_state.hyperparams["learning_rate"] = jnp.float32(0.0)  # as a user's schedule does
+    after, metrics = es.step(eggroll.copy_state(state), X)
+    np.testing.assert_array_equal(after.params["w"], state.params["w"])
+    groups = optax.multi_transform({"fast": optax.sgd(1.0), "slow": optax.sgd(0.1)}, {"w": "fast", "b": "slow"})
+    grouped = strategy(perturbation=[("b", eggroll.Frozen()), (".*", eggroll.LowRank())], optimizer=groups)
+    moved, _ = grouped.step(start(grouped), X)
+    np.testing.assert_array_equal(moved.params["b"], PARAMS["b"])
+
+
 def test_integer_parameters_may_be_frozen():
     params = PARAMS | {"steps": jnp.int32(3)}
     es = strategy(

@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from eggroll.update.estimator import leaf_gradient
-from eggroll.update.parameters import NoiseSource
+from eggroll.update.optimizer import NoiseSource
 
 
 class History(NamedTuple):

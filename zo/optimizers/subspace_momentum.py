@@ -22,7 +22,7 @@ from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import draw, from_matrix, leaf_keys
 from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
 from eggroll.noise.plan import Plan
-from eggroll.update.parameters import NoiseSource
+from eggroll.update.optimizer import NoiseSource
 
 
 class SubspaceMomentum(NamedTuple):
