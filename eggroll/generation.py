@@ -7,6 +7,7 @@ init_state          parameters -> state
 run_update          the compiled update, in the memory of the state that it is given
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,10 +21,11 @@ from eggroll.devices import sharded
 from eggroll.devices.mesh import Placement, shard_inputs, update_shardings
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
+from eggroll.noise.regions import LIMIT
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, report_fitness, valid_members
 from eggroll.protocol import Strategy
-from eggroll.state import ESState, copy_state, own
+from eggroll.state import ESState, check_not_consumed, copy_state, unshare
 from eggroll.update import estimator
 from eggroll.update.optimizer import init_masters_and_optimizer, mask_frozen
 from eggroll.update.told import Told
@@ -198,10 +200,17 @@ def init_state(
         donate: take over the arrays of `params`.
         member_state: with leading axes [P, 2], or None.
     """
+    check_not_consumed(params)
     params = jax.tree.map(jnp.asarray, params) if donate else copy_state(params)
-    masters, opt_state = init_masters_and_optimizer(optimizer, params, settings.perturbation, settings.precision)
-    state = ESState(params, opt_state, copy_state(key), jnp.int32(0), jnp.float32(sigma), masters, member_state)
-    return own(shard_inputs(settings.placement, state, None)[0])
+    perturbation, precision = settings.perturbation, settings.precision
+    make = functools.partial(init_masters_and_optimizer, optimizer, perturbation=perturbation, precision=precision)
+    if settings.placement is None and sum(leaf.size for leaf in jax.tree.leaves(params)) > LIMIT:
+        masters, opt_state = jax.jit(make)(params)  # without float32 copies of short parameters on the way
+    else:
+        masters, opt_state = make(params)
+        opt_state = copy_state(opt_state)  # the optimizer may have returned arrays of its own
+    state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, member_state)
+    return unshare(shard_inputs(settings.placement, state, None)[0])
 
 
 def run_update(

@@ -32,15 +32,15 @@ def copy_state(tree: T) -> T:
     return jax.tree.map(_copy, tree)
 
 
-def own(tree: T) -> T:
-    """Copy those arrays of a pytree that share their memory with an array before them, or are given twice."""
+def unshare(tree: T) -> T:
+    """Copy keys, and those arrays of a pytree that share their memory with an array before them or are given twice."""
     seen: set[int] = set()
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, Array):
             return leaf
         places = _places(leaf)
-        shared = bool(places & seen)
+        shared = bool(places & seen) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         leaf = _copy(leaf) if shared else leaf
         seen.update(_places(leaf) if shared else places)
         return leaf

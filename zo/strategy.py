@@ -178,7 +178,7 @@ class ZerothOrder:
         """Run one step.
 
         Args:
-            state: from `init` or the last `step`.
+            state: from `init` or the last `step`; consumed (`eggroll.copy_state` keeps a copy).
             batch: any pytree the loss takes; with a per-example estimator, with a leading axis of n.
 
         Returns:
@@ -203,7 +203,7 @@ class ZerothOrder:
         """Repeat the update of a step without evaluating anything.
 
         Args:
-            state: before the step; the plan is known.
+            state: before the step, consumed; the plan is known.
             coefficients: float32 [n], `Metrics.coefficients` of the step.
 
         Raises:

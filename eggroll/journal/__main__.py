@@ -48,7 +48,7 @@ def _inspect(path: Path, options: argparse.Namespace) -> None:
     reader = Reader(path)
     header = reader.header
     print(f"{path}, format {header.version}, key {header.key}, initial parameters {header.fingerprint[:16]}")
-    for name, value in (header.config | header.versions).items():
+    for name, value in (header.config | header.versions | {"version of the update": header.update}).items():
         print(f"  {name}: {value}")
     for row in header.plan:
         print(f"  {row}")

@@ -7,6 +7,7 @@ import jax
 from eggroll.journal.header import JournalError
 from eggroll.journal.records import Entry
 from eggroll.protocol import S, Strategy
+from eggroll.state import check_not_consumed
 
 
 def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | None = None) -> S:
@@ -14,7 +15,7 @@ def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | 
 
     Args:
         es: the strategy of the run, with its plan.
-        state: at any generation; earlier entries are skipped. An offloaded state is consumed.
+        state: at any generation; earlier entries are skipped. Consumed where an entry is applied.
         entries: from a `Reader`.
         until: stop at this generation; None: at the end.
 
@@ -24,6 +25,7 @@ def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | 
     Raises:
         JournalError: the entries start after the state, or end before `until`.
     """
+    check_not_consumed(state)
     reached = int(state.generation)
     for entry in entries:
         if entry.generation < reached:

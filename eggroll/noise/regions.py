@@ -30,7 +30,7 @@ class Region(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class BlockGrid:
     """Regions of one shape that lie next to each other: `count` of them along every axis, from `first` on."""
 
     sizes: tuple[int, ...]  # of a block
@@ -47,7 +47,7 @@ class Blocks:
         return Region(tuple(starts), self.sizes)
 
 
-def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> list[Blocks]:
+def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> list[BlockGrid]:
     """Cut a leaf, or a device's piece of it, into blocks.
 
     Layers are apart before a layer is cut; of a matrix the longer side is cut, so that noise is drawn again as little as
@@ -62,7 +62,7 @@ def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> li
         One set of blocks, or two: a cut that leaves a remainder.
     """
     limit, sizes, rest = limit or LIMIT, list(shape), math.prod(shape)
-    whole = Blocks(tuple(shape), (1,) * len(shape), (0,) * len(shape))
+    whole = BlockGrid(tuple(shape), (1,) * len(shape), (0,) * len(shape))
     if rest <= limit:
         return [whole]
     for axis in _cut_order(leaf, shape):
@@ -71,13 +71,13 @@ def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> li
         if rest <= limit:
             sizes[axis] = _length(shape[axis], limit // rest)
             break
-    main = Blocks(tuple(sizes), tuple(n // size for n, size in zip(shape, sizes, strict=True)), whole.first)
+    main = BlockGrid(tuple(sizes), tuple(n // size for n, size in zip(shape, sizes, strict=True)), whole.first)
     left = shape[axis] % sizes[axis]
     if not left:
         return [main]
     narrow, first = list(sizes), list(whole.first)
     narrow[axis], first[axis] = left, shape[axis] - left
-    return [main, Blocks(tuple(narrow), tuple(1 if k == axis else n for k, n in enumerate(main.count)), tuple(first))]
+    return [main, BlockGrid(tuple(narrow), tuple(1 if k == axis else n for k, n in enumerate(main.count)), tuple(first))]
 
 
 def _cut_order(leaf: LeafPlan, shape: Sequence[int]) -> list[int]:

@@ -22,6 +22,7 @@ from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.protocol import S, Strategy
+from eggroll.state import check_not_consumed
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class DurableRun(Generic[S]):
     Args:
         folder: created if missing; holds `journal.bin` and `checkpoints/`.
         es: the strategy, with its plan (`es.plan(state, batch)`).
-        initial: the state at generation 0; its parameters and key are compared with the journal's. An offloaded state is
-            consumed.
+        initial: the state at generation 0; its parameters and key are compared with the journal's. Consumed: continue
+            from the attribute `state`.
         config: JSON values that identify the run; a folder with another config is refused.
         carried: what is stored with the state; restored on resume.
         checkpoint_every: generations between checkpoints.
@@ -67,6 +68,7 @@ class DurableRun(Generic[S]):
         keep: int = 3,
         recipe: Mapping[str, Any] | None = None,
     ):
+        check_not_consumed(initial)
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried

@@ -57,7 +57,7 @@ class External:
         """Run one generation.
 
         Args:
-            state: from `init` or the last `step`.
+            state: from `init` or the last `step`; consumed.
             batch: `(inputs, known)`: what `function` gets, and what `score` gets besides the outputs.
 
         Returns:

@@ -2,8 +2,8 @@
 
     state, history = train(es, state, batch, generations=200, target=-0.01, run_folder="runs/first")
 
-This file owns the loop and the record of a generation; strategies own the mathematics, `progress` the progress line, `plot` the
-figure.
+This file owns the loop; strategies own the mathematics, `record` what a generation reports, `diagnosis` the warnings,
+`progress` the progress line, `plot` the figure.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,45 +21,13 @@ import jax
 from eggroll.devices.processes import is_first, report_lost_process
 from eggroll.generation import LAST_GENERATION
 from eggroll.protocol import S, Strategy
+from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
+from eggroll.runs.record import Record
 
 SCORES = ("held_out_return", "held_out_fitness")
-ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are not one number
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What one generation reported, on the host; the numbers are those of `Metrics`."""
-
-    generation: int
-    sigma: float
-    mean_fitness: float
-    best_fitness: float
-    std_fitness: float
-    invalid: int
-    tied_pairs: float
-    pair_correlation: float
-    effective_rank: float
-    skipped: bool
-    gradient_norm: float
-    moved: float
-    kept: int
-    seconds: float  # wall time of the generation, compilation included
-    members_per_second: float
-    aux: Any = None  # reduced over the population, still on the device, not written
-    coefficients: Any = None  # float32 [P], still on the device, not written
-    leaf_norms: tuple[float, ...] = ()  # gradient norm of every leaf in the order of the plan
-    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
-
-    def to_json(self) -> str:
-        """One line of JSON, without aux and coefficients; NaN and infinities become null."""
-        fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
-        fields |= {name: float(value) for name, value in self.extra.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
-        norms = [norm if math.isfinite(norm) else None for norm in self.leaf_norms]
-        return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)
 
 
 def train(
@@ -89,7 +56,8 @@ def train(
         budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback keeps (environment steps, tokens),
             is at least `amount`. The progress line then counts it.
         target: stop once the mean fitness of the population is at least this.
-        callbacks: each is called as `callback(state, record)` after every generation; True stops. It may add
+        callbacks: each is called as `callback(state, record)` after every generation; True stops. The next generation consumes
+            the state: keep `eggroll.copy_state(state)`, not its arrays. It may add
             held-out scores to `record.extra`.
         run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; created if missing. A
             run from generation 0 replaces them, a continued run appends.
@@ -111,6 +79,7 @@ def train(
     next_batch = _batch_source(batches)
     first = int(state.generation)
     history: list[Record] = []
+    diagnosis = Diagnosis(es.population_size)
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None and is_first():
@@ -126,7 +95,7 @@ def train(
             state, record = _run_generation(es, state, batch)
             history.append(record)
             if is_first():
-                _warn_of_invalid(history, es.population_size)
+                diagnosis.look(record)
             stops = [bool(callback(state, record)) for callback in callbacks]
             spent = _is_spent(budget, record)
             _write(metrics_file, record)
@@ -189,28 +158,6 @@ def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
 def _progress_words(record: Record) -> str:
     fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
-
-
-def _warn_of_invalid(history: list[Record], population_size: int) -> None:
-    record = history[-1]
-    if record.skipped:
-        warnings.warn(
-            f"generation {record.generation} was skipped: the fitness of all {population_size} members, "
-            "or the coefficients or sigma, was not finite.",
-            stacklevel=3,
-        )
-    elif record.kept and not any(earlier.kept for earlier in history[:-1]):
-        warnings.warn(
-            f"{record.kept} blocks of parameters kept their old values in generation {record.generation}: the new ones, or the "
-            "optimizer's, would not have been finite (warned once; see `kept` in the history).",
-            stacklevel=3,
-        )
-    elif record.invalid and not any(earlier.invalid and not earlier.skipped for earlier in history[:-1]):
-        warnings.warn(
-            f"the fitness of {record.invalid} of {population_size} members was not finite in generation {record.generation} "
-            "(warned once; see `invalid` in the history).",
-            stacklevel=3,
-        )
 
 
 def open_metrics(folder: Path, first: int) -> IO[str]:

@@ -3,7 +3,7 @@
     for every block: g = sum over the pairs;  u, moments = optimizer(-g, w, moments);  w + u rounded to the stored dtype
 
 Only one block's gradient, random bits and new values exist at a time. A block whose new values or moments are not finite keeps
-its old ones: what is stored is always finite.
+its old ones: no NaN or infinity is stored that was not there before.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax import Array
 
 from eggroll.noise.integer import LARGEST
 from eggroll.noise.leaves import LeafPlan
-from eggroll.noise.regions import Blocks, Region
+from eggroll.noise.regions import BlockGrid, Region
 from eggroll.update.precision import rounding_words, store
 
 BASE = 1 << 24  # of the two digits that weights are counted in
@@ -46,7 +46,7 @@ class Moves(NamedTuple):
     moments: Sequence[Array]
 
 
-class Rules(NamedTuple):
+class Storing(NamedTuple):
     """How the new values of a parameter are stored."""
 
     leaf: LeafPlan
@@ -56,7 +56,9 @@ class Rules(NamedTuple):
     origin: tuple[Array | int, ...]  # where a device's piece of the parameter begins
 
 
-def move(held: Held, blocks: Sequence[Blocks], compute: Callable[[Region, Held], Moves], rules: Rules) -> tuple[Held, Counts]:
+def move(
+    held: Held, blocks: Sequence[BlockGrid], compute: Callable[[Region, Held], Moves], rules: Storing
+) -> tuple[Held, Counts]:
     """Update a parameter.
 
     Args:
@@ -73,7 +75,7 @@ def move(held: Held, blocks: Sequence[Blocks], compute: Callable[[Region, Held],
         if len(alike) == 1 and alike.sizes == held.param.shape:
             return _move_block(held, alike.region(0), compute, rules)
 
-        def move_next(index: Array, carry: tuple[Held, Counts], alike: Blocks = alike) -> tuple[Held, Counts]:
+        def move_next(index: Array, carry: tuple[Held, Counts], alike: BlockGrid = alike) -> tuple[Held, Counts]:
             held, counts = carry
             region = alike.region(index)
             old = jax.tree.map(lambda x: jax.lax.dynamic_slice(x, region.starts, region.sizes), held)
@@ -100,7 +102,7 @@ def carry_over(moved: Array) -> Array:
     return jnp.stack([moved[0] + moved[1] // BASE, moved[1] % BASE])
 
 
-def _move_block(old: Held, region: Region, compute: Callable, rules: Rules) -> tuple[Held, Counts]:
+def _move_block(old: Held, region: Region, compute: Callable, rules: Storing) -> tuple[Held, Counts]:
     param, leaf = old.param, rules.leaf
     wide = old.master if old.master is not None else param.astype(jnp.float32) if rules.short else param
     moves = compute(region, old._replace(param=wide))
@@ -117,15 +119,16 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Rules) -> t
         added = wide + moves.update.astype(wide.dtype)
         added = jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added
         new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
-    made = Held(new, master, tuple(moves.moments))
-    finite = _are_finite((added, *jax.tree.leaves(made)))
+    moments = tuple(new.astype(before.dtype) for new, before in zip(moves.moments, old.moments, strict=True))
+    made = Held(new, master, moments)
+    finite = _are_finite([(added, wide), *zip(jax.tree.leaves(made), jax.tree.leaves(old), strict=True)])
     stays = ~finite if rules.skipped is None else ~finite | rules.skipped
     made = jax.tree.map(functools.partial(jnp.where, stays), old, made)
     square = jnp.sum(moves.gradient**2) if jnp.issubdtype(moves.gradient.dtype, jnp.floating) else jnp.int32(0)
     return made, Counts(square, _count_moved(param, made.param), (~finite).astype(jnp.int32))
 
 
-def _store(added: Array, region: Region, dtype: Any, rules: Rules) -> Array:
+def _store(added: Array, region: Region, dtype: Any, rules: Storing) -> Array:
     if not rules.short or rules.rounding_key is None:
         return store(added, dtype, on_grid=rules.leaf.quantised, words=None)
     starts = [origin + start for origin, start in zip(rules.origin, region.starts, strict=True)]
@@ -133,13 +136,13 @@ def _store(added: Array, region: Region, dtype: Any, rules: Rules) -> Array:
     return store(added, dtype, on_grid=rules.leaf.quantised, words=words)
 
 
-def _are_finite(arrays: Sequence[Array]) -> Array:
-    """Whether every entry is finite: one pass over arrays of the same shape."""
+def _are_finite(changes: Sequence[tuple[Array, Array]]) -> Array:
+    """Whether every entry (new, old) is finite or as it was: one pass over arrays of the same shape."""
     shapes: dict[tuple[int, ...], Array] = {}
-    for array in arrays:
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            finite = jnp.isfinite(array)
-            shapes[array.shape] = shapes[array.shape] & finite if array.shape in shapes else finite
+    for new, old in changes:
+        if jnp.issubdtype(new.dtype, jnp.floating):
+            finite = jnp.isfinite(new) | (new == old)
+            shapes[new.shape] = shapes[new.shape] & finite if new.shape in shapes else finite
     return functools.reduce(jnp.logical_and, [finite.all() for finite in shapes.values()], jnp.bool_(True))
 
 

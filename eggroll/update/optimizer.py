@@ -88,7 +88,7 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
 
     coefficients = jax.ShapeDtypeStruct((settings.population_size // 2,), jnp.float32)
     jax.eval_shape(read, params, jax.eval_shape(lambda: jax.random.key(0)), coefficients)
-    split, reason = found[0].split, found[0].reason
+    split, reason = found[0].split, found[0].reason or "values of one are used for another"
     if split == "elements":
         line = "block by block"
     elif split == "leaves" and not on_mesh:

@@ -21,7 +21,7 @@ from eggroll.noise.regions import Region, cut
 from eggroll.noise.rules import Frozen
 from eggroll.state import ESState
 from eggroll.update import estimator
-from eggroll.update.blocks import Counts, Held, Moves, Rules, move, no_counts
+from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts
 from eggroll.update.precision import are_short, float32_params
 from eggroll.update.report import summarise
 from eggroll.update.splitting import Reading
@@ -132,16 +132,35 @@ def update_state_at_once(
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     updates, opt_state = optax.with_extra_args_support(optimizer).update(descent, state.opt_state, wide, **extra)
     rules = _rules(plan, state, extra, precision, None)
+    places, shared = _places_of_moments(state.opt_state, jax.tree.structure(state.params))
+    states, new_states = jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state)
     moved, counts = [], []
-    steps = map(Moves, jax.tree.leaves(ascent), jax.tree.leaves(updates), [()] * len(rules))
-    for old, step, rule in zip(_hold(state, [()] * len(rules)), steps, rules, strict=True):
+    moments, new_moments = ([[flat[k] for k in own] for own in places] for flat in (states, new_states))
+    steps = map(Moves, jax.tree.leaves(ascent), jax.tree.leaves(updates), new_moments)
+    for old, step, rule in zip(_hold(state, moments), steps, rules, strict=True):
         whole = cut(rule.leaf, old.param.shape, limit=old.param.size)
         new, count = move(old, whole, functools.partial(_give, step), rule)
         moved.append(new)
         counts.append(count)
-    states = _keep_finite(jax.tree.leaves(opt_state), jax.tree.leaves(state.opt_state), rules[0].skipped)
+    kept = _keep_finite([new_states[k] for k in shared], [states[k] for k in shared], rules[0].skipped)
+    for own, values in zip((*places, shared), (*(held.moments for held in moved), kept), strict=True):
+        for place, value in zip(own, values, strict=True):
+            states[place] = value
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), states)
     return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped)
+
+
+def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:
+    """Entries of a flat optimizer state that belong to every parameter, being in a tree like the parameters, and the others."""
+    places: list[list[int]] = [[] for _ in range(params.num_leaves)]
+    others: list[int] = []
+    start = 0
+    for part in jax.tree.leaves(opt_state, is_leaf=lambda tree: jax.tree.structure(tree) == params):
+        is_like = jax.tree.structure(part) == params
+        for index in range(params.num_leaves if is_like else 1):
+            (places[index] if is_like else others).append(start + index)
+        start += params.num_leaves if is_like else 1
+    return places, others
 
 
 def _give(moves: Moves, region: Region, old: Held) -> Moves:
@@ -153,7 +172,7 @@ def is_skipped(coefficients: Array, sigma: Array) -> Array:
     return ~jnp.isfinite(jnp.square(coefficients / (2 * sigma)).sum())
 
 
-def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any) -> list[Rules]:
+def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any) -> list[Storing]:
     """How the new values of every parameter are stored, and whether the generation is skipped: decided from its scalars."""
     skipped = None
     if not plan.is_integer:
@@ -161,7 +180,7 @@ def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any)
     short = are_short(jax.tree.leaves(state.params), plan.quantised)
     key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation) if precision == "stochastic" else None
     return [
-        Rules(
+        Storing(
             leaf,
             is_short,
             jax.random.fold_in(key, index) if key is not None and is_short else None,

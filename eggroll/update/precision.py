@@ -7,7 +7,7 @@ A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to ne
     "nearest"     round to nearest (plain optax.apply_updates; loses small updates)
 
 The optimizer always sees float32 parameters and gradients. Float32 parameters are the same under all three. Quantised int8
-parameters (`rules.is_quantised`) move on the integers from -127 to 127 in the same three ways; so far do their masters go.
+parameters (`rules.is_quantised`) move on the integers from -127 to 127 in the same three ways; masters stay in that range.
 """
 
 from collections.abc import Sequence

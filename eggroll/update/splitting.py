@@ -68,30 +68,35 @@ class Reading:
         self._jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
         self.state_tree = jax.tree.structure(opt_state)
         num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
-        inputs = self._jaxpr.jaxpr.invars
+        inputs, outputs = self._jaxpr.jaxpr.invars, self._jaxpr.jaxpr.outvars
         self._gradients, self._params = inputs[:num_leaves], inputs[num_leaves : 2 * num_leaves]
         self._states, self._extra = inputs[2 * num_leaves :][:num_states], inputs[2 * num_leaves + num_states :]
-        outputs = self._jaxpr.jaxpr.outvars
         self._updates, self.new_states = outputs[:num_leaves], outputs[num_leaves:]
         if len(self.new_states) != num_states:
             raise ValueError(f"optimizer.update must keep the structure of its state, got {tree}.")
         self._makers = {out: eqn for eqn in self._jaxpr.jaxpr.eqns for out in eqn.outvars}
-        self._analyse()
+        self._analyse(constants_owned=True)
+        if self.mixed:
+            self._analyse(constants_owned=False)
 
-    def _analyse(self) -> None:
+    def _analyse(self, *, constants_owned: bool) -> None:
+        """Find what every value depends on; constant arrays of the state may belong to the parameter they are used with."""
         owned_states = self._states_that_follow_parameters()
         self._parent: dict[Any, Any] = {}
-        self._kind: dict[Any, Owned | Shared] = {var: Shared(False) for var in self._jaxpr.jaxpr.constvars}
-        for var in (*self._extra, *self._states):
-            self._kind[var] = Shared(var.aval.shape == ())
+        inputs = (*self._jaxpr.jaxpr.constvars, *self._extra, *self._states)
+        self._kind: dict[Any, Owned | Shared] = {var: Shared(var.aval.shape == ()) for var in inputs}
         for gradient, param in zip(self._gradients, self._params, strict=True):
             self._kind[gradient] = self._kind[param] = Owned(True, "")
             self._union(gradient, param)
         for var, new in zip(self._states, self.new_states, strict=True):
-            if var in owned_states or (new is var and var.aval.shape):  # a constant one may be of one parameter's shape
+            if var in owned_states or (constants_owned and new is var and var.aval.shape):
                 self._kind[var] = Owned(True, "")
         for equation in self._jaxpr.jaxpr.eqns:
             self._analyse_equation(equation)
+        ends = zip((*self._gradients, *self._states), (*self._updates, *self.new_states), strict=True)
+        for before, after in ends:  # an update or a state may come from another parameter without an equation
+            if isinstance(self._kind_of(before), Owned) and isinstance(self._kind_of(after), Owned):
+                self._union(before, after)
         self._assign()
 
     def _states_that_follow_parameters(self) -> set:
@@ -131,9 +136,8 @@ class Reading:
         self._of_leaf, self._shared = [list[int]() for _ in roots], list[int]()
         alone = dict(zip(roots, range(len(roots)), strict=True))
         for index, (var, new) in enumerate(zip(self._states, self.new_states, strict=True)):
-            root = next(
-                (self._find(v) for v in (new, var) if isinstance(self._kind_of(v), Owned) and self._find(v) in alone), None
-            )
+            owned = [self._find(v) for v in (new, var) if isinstance(self._kind_of(v), Owned)]
+            root = next((own for own in owned if own in alone), None)
             if root is None:
                 self._shared.append(index)
                 self.mixed |= new is not var and isinstance(self._kind_of(new), Owned)
@@ -146,9 +150,8 @@ class Reading:
         states = [self._states[k] for k in self._of_leaf[leaf]]
         ends = [self._updates[leaf], *(self.new_states[k] for k in self._of_leaf[leaf])]
         kinds = [self._kind_of(end) for end in ends]
-        return all(var.aval.shape == shape for var in (*states, *ends)) and all(
-            kind.elementwise if isinstance(kind, Owned) else kind.uniform for kind in kinds
-        )
+        same = all(var.aval.shape == shape for var in (*states, *ends))
+        return same and all(kind.elementwise if isinstance(kind, Owned) else kind.uniform for kind in kinds)
 
     @property
     def split(self) -> str:
@@ -160,7 +163,7 @@ class Reading:
     @property
     def reason(self) -> str:
         """The first primitive that is in the way of a finer split, or ""."""
-        kinds = (self._kind_of(end) for end in (*self._updates, *self.new_states))
+        kinds = [self._kind_of(end) for end in (*self._updates, *self.new_states)]
         return next((kind.through for kind in kinds if isinstance(kind, Owned) and kind.through), "")
 
     def states_of(self, leaf: int, states: Sequence[Any]) -> list[Any]:
@@ -189,13 +192,10 @@ class Reading:
         known = dict(zip(self._jaxpr.jaxpr.constvars, self._jaxpr.consts, strict=True))
         known |= {self._states[k]: states[k] for k in self._shared}
         known |= zip(self._extra, jax.tree.leaves(extra), strict=True)
-        scalars = {
-            atom: None
-            for equation in self._jaxpr.jaxpr.eqns
-            for atom in equation.invars
-            if not isinstance(atom, jexc.Literal) and atom.aval.shape == () and isinstance(self._kind[atom], Shared)
-        }
-        return Update(self, known | dict(zip(scalars, self.run(list(scalars), known), strict=True)))
+        used = [atom for equation in self._jaxpr.jaxpr.eqns for atom in equation.invars]
+        named = [atom for atom in (*used, *self._updates, *self.new_states) if not isinstance(atom, jexc.Literal)]
+        scalars = [*{atom: None for atom in named if atom.aval.shape == () and isinstance(self._kind[atom], Shared)}]
+        return Update(self, known | dict(zip(scalars, self.run(scalars, known), strict=True)))
 
     def ends(self, leaf: int) -> list[Any]:
         """Variables of the results of a parameter: its update, and its new entries of the state."""
@@ -246,7 +246,7 @@ class Reading:
 
     def _inputs_of(self, ends: Sequence[Any]) -> set:
         found, waiting = set(), [end for end in ends if not isinstance(end, jexc.Literal)]
-        seen = set(waiting)
+        seen = {*waiting}
         while waiting:
             var = waiting.pop()
             if var not in self._makers:

@@ -100,6 +100,46 @@ def test_a_state_shares_no_memory_with_the_caller_or_within_itself():
     assert (tied == 1).all() and jax.random.key_data(key).shape == (2,)
 
 
+def test_arrays_that_the_optimizer_holds_are_not_consumed(standard_promotion):
+    rate, anchor = jnp.float32(0.1), jnp.ones((3, 2))
+    held = optax.GradientTransformation(lambda params: anchor, lambda u, state, params=None: (u, state))
+    for optimizer in (
+        optax.inject_hyperparams(optax.sgd)(learning_rate=rate),
+        optax.noisy_sgd(0.1, key=jax.random.key(1)),
+        held,
+    ):
+        es = strategy(optimizer=optimizer)
+        for seed in range(2):
+            es.step(es.init(PARAMS, key=jax.random.key(seed)), X)
+    assert rate == 0.1 and (anchor == 1).all()
+
+
+def test_moments_stay_with_a_parameter_that_is_kept_also_when_the_optimizer_mixes(standard_promotion):
+    optimizer = optax.chain(optax.trace(0.9), optax.clip_by_global_norm(1.0), optax.scale(1e9), optax.sgd(1.0))
+    es = strategy(optimizer=optimizer, precision="nearest")
+    state = es.init(jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS), key=jax.random.key(0))
+    before = eggroll.copy_state(state)
+    state, metrics = es.step(state, X)
+    assert metrics.kept == 1 and "all parameters at once" in es.plan(state).update
+    np.testing.assert_array_equal(state.opt_state[0].trace["used"], before.opt_state[0].trace["used"])
+
+
+def test_an_infinity_that_was_there_does_not_stop_a_block():
+    es = strategy(optimizer=optax.sgd(0.1))
+    params = {"used": jnp.ones((3, 2)), "unused": jnp.array([1.0, -jnp.inf])}
+    state, metrics = es.step(es.init(params, key=jax.random.key(0)), X)
+    assert metrics.kept == 0 and state.params["unused"][1] == -jnp.inf
+
+
+def test_moments_keep_their_dtype():
+    drifting = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), lambda u, state, params=None: (u, u)
+    )
+    es = strategy(optimizer=drifting)
+    state, _ = es.step(es.init(PARAMS, key=jax.random.key(0)), X)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("kind", ["evolution", "zeroth order"])
 def test_donated_parameters_are_consumed(kind):
     params = {"used": jnp.ones((3, 2)), "unused": jnp.ones(5)}
@@ -110,6 +150,8 @@ def test_donated_parameters_are_consumed(kind):
     assert params["used"].is_deleted()
     with pytest.raises(ValueError, match="donate=True"):
         es.step(state, X)
+    with pytest.raises(ValueError, match="donate=True"):
+        es.init(params, key=jax.random.key(0))
 
 
 def state_shapes(es, params):

@@ -93,6 +93,46 @@ def test_an_update_in_parts_is_the_update_in_one(name, standard_promotion):
         np.testing.assert_allclose(got, known, rtol=1e-5, atol=1e-6)
 
 
+def transformation(update, init=lambda params: ()):
+    return optax.GradientTransformationExtraArgs(init, lambda u, state, params=None, **extra: update(u, state))
+
+
+def swapped(u, state):
+    return state, {"b": u["b"], "s": u["s"], "v": u["w"], "w": u["v"]}
+
+
+TWO = PARAMS | {"v": jnp.full((6, 8), 0.5)}
+CROSSING = {  # name: (optimizer of TWO, how far it splits)
+    "one's update is another's": (transformation(lambda u, state: (u | {"v": u["w"]}, state)), "whole"),
+    "states change places": (transformation(swapped, lambda params: params), "whole"),
+    "a delayed update": (
+        transformation(lambda u, state: (state[1], (u, state[0])), lambda params: (params, params)),
+        "elements",
+    ),
+    "muon of two matrices": (optax.contrib.muon(0.1), "leaves"),
+    "a rate that is an array": (optax.adam(jnp.float32(0.1)), "elements"),
+    "a sum of a shared state": (
+        transformation(lambda u, state: (u | {"s": jnp.sum(state)}, state + 1), lambda params: jnp.arange(5.0)),
+        "elements",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CROSSING))
+def test_what_crosses_between_parameters_is_seen(name, standard_promotion):
+    optimizer, split = CROSSING[name]
+    gradient = gradients(2) | {"v": gradients(3)["w"]}
+    state = optimizer.init(TWO)
+    reading = Reading(optax.with_extra_args_support(optimizer), gradient, state, TWO, {})
+    assert reading.split == split
+    if split != "whole":
+        flat = jax.tree.leaves(state)
+        parts, expected = reading.start(flat, {}), jax.tree.leaves(optimizer.update(gradient, state, TWO)[0])
+        for index, known in enumerate(expected):
+            leaf = jax.tree.leaves(gradient)[index], jax.tree.leaves(TWO)[index], reading.states_of(index, flat)
+            np.testing.assert_allclose(parts.of_leaf(index, *leaf)[0], known, rtol=1e-3, atol=1e-6)
+
+
 def fitness(params, batch, key):
     return -jnp.mean((jnp.tanh(batch @ params["w"]) @ params["v"][0] + params["b"]) ** 2)
 
