@@ -25,6 +25,7 @@ from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
+from eggroll.population.fitness import check_signature
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
@@ -238,7 +239,9 @@ class ZerothOrder:
 
     def _weighted(self, params: Any, batch: Any, key: Array, _: Any = None) -> tuple[Array, Array]:
         """The loss as (total, weight), float32."""
-        result = (whole_loss(self.loss) if isinstance(self.loss, Blocks) else self.loss)(params, batch, key)
+        loss = whole_loss(self.loss) if isinstance(self.loss, Blocks) else self.loss
+        check_signature("loss", loss, ("params", "batch", "key"))
+        result = loss(params, batch, key)
         total, weight = result if isinstance(result, tuple) else (result, jnp.float32(1))
         if jnp.shape(total) or jnp.shape(weight):
             raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")

@@ -3,7 +3,8 @@
 fitness(params, batch, key[, member_state]) -> fitness | (fitness, aux) | (fitness, member_state) | (fitness, aux, member_state)
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
 
     def function(params: Any, batch: Any, key: Array, member_state: Any) -> tuple[Array, Any, Any]:
         has_state = member_state is not None
+        check_signature("fitness", fitness, ("params", "batch", "key", *["member_state"] * has_state))
         result = fitness(params, batch, key, *((member_state,) if has_state else ()))
         parts = _checked_parts(result, has_aux=has_aux, has_state=has_state, integers=integers)
         if has_state:
@@ -39,6 +41,32 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
         return parts[0].astype(dtype), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
+
+
+def check_signature(role: str, function: Callable, arguments: Sequence[str]) -> None:
+    """Raise TypeError unless a function of the user's can be called with some positional arguments.
+
+    Args:
+        role: what the function is, for the message.
+        function: any callable; one without a readable signature is accepted.
+        arguments: their names.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"{role} is called as {role}({', '.join(arguments)}), but {name}{signature} {_reason(error)}."
+        ) from None
+
+
+def _reason(error: TypeError) -> str:
+    """What is wrong with a call: "missing a required argument: 'x'" and the like."""
+    return {"too many positional arguments": "takes fewer arguments"}.get(str(error), f"is {error}")
 
 
 def at_least_float32(dtype: Any) -> Any:

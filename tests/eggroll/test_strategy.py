@@ -278,6 +278,22 @@ def test_a_fitness_of_the_wrong_kind_is_refused_before_compilation(function, mes
         es.step(start(es), X)
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda params, batch: jnp.float32(0),
+            r"fitness is called as fitness\(params, batch, key\), but <lambda>\(params, batch\)",
+        ),
+        (lambda params, batch, key, more: 0, r"fitness\(params, batch, key\), but .* is missing a required argument: 'more'"),
+    ],
+)
+def test_a_fitness_of_the_wrong_signature_is_told_the_right_one(function, message):
+    es = strategy(function)
+    with pytest.raises(TypeError, match=message):
+        es.step(start(es), X)
+
+
 def test_missing_aux_and_state_are_named():
     es = strategy(aux="sum")
     with pytest.raises(ValueError, match=r"fitness must return \(fitness, aux\), got 1 value;"):
