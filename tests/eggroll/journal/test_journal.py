@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 
 import jax
@@ -312,6 +313,32 @@ def test_other_settings_are_refused_by_name(tmp_path):
         go(tmp_path, 4, config={"lr": 3, "b": 2, "c": 4})
     with pytest.raises(ValueError, match="config population_size is 16, not 32"):
         go(tmp_path, 4, options={"population_size": 32}, config={"lr": 1, "b": 2})
+
+
+def as_written_before_updates_had_a_version(path):
+    """Rewrite the header of a journal without the field."""
+    fields = dataclasses.asdict(Reader(path).header)
+    del fields["update"]
+    with open(path, "rb") as file:
+        records._read_record(file, path.stat().st_size)
+        rest = file.read()
+    path.write_bytes(records._record(records.HEADER, json.dumps(fields).encode()) + rest)
+
+
+@pytest.mark.parametrize("precision", ["master", "stochastic"])
+def test_a_journal_of_an_earlier_update_continues_where_it_is_the_same_up_to_rounding(tmp_path, precision):
+    options = {"precision": precision}
+    go(tmp_path, 2, options=options)
+    as_written_before_updates_had_a_version(tmp_path / "journal.bin")
+    assert Reader(tmp_path / "journal.bin").header.update == 1
+    if precision == "master":
+        state, _ = go(tmp_path, 3, options=options)
+        assert state.generation == 3
+        with pytest.raises(SystemExit, match=r"version 1 of the update, whose parameters .* up to rounding, not bit for bit"):
+            __main__.main(["verify", str(tmp_path)])
+    else:
+        with pytest.raises(JournalError, match="version 1 of the update, whose stochastic rounding"):
+            go(tmp_path, 3, options=options)
 
 
 def test_a_missing_journal_is_refused(tmp_path):
