@@ -8,10 +8,12 @@ from typing import Any
 
 from eggroll import programs
 from eggroll.noise.plan import Plan
+from eggroll.state import check_not_consumed
 
 
 def known_plan(strategy: Any, params: Any, *, needed_by: str) -> Plan:
-    """Return the plan of parameters; ValueError, naming what needed it, when there is none yet."""
+    """Return the plan of parameters; ValueError, naming what needed it, when there is none yet, or they were consumed."""
+    check_not_consumed(params)
     plan = programs.find("plan", strategy, programs.signature(params))
     if plan is None:
         raise ValueError(f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)")

@@ -201,7 +201,6 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        check_not_consumed(state)
         plan = known_plan(self, state.params, needed_by="tell")
         check = functools.partial(check_told, shaping=self.shaping, integers=self.sigma is None)
         state, told = shard_inputs(self.placement, state, check(fitness, pairs, population_size=self.population_size))
@@ -223,7 +222,6 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        check_not_consumed(state)
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
         plan = known_plan(self, state.params, needed_by="replay")
         return self._update(plan, *shard_inputs(self.placement, state, coefficients))[0]
@@ -234,6 +232,7 @@ class EvolutionStrategy:
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the fitness takes them."""
+        check_not_consumed(state)
         return state.params
 
     def evaluate(self, state: ESState, batch: Any, *, function: Callable | None = None) -> Any:
@@ -288,7 +287,6 @@ class EvolutionStrategy:
         return program(*shard_inputs(self.placement, state, batch, batch_over="members"))
 
     def _member(self, state: ESState, index: Array | int) -> Any:
-        check_not_consumed(state)
         plan, scalars = known_plan(self, state.params, needed_by="member"), generation.make_scalars(self, state)
         return build_member(plan, state.params, index, scalars)
 

@@ -210,7 +210,6 @@ class ZerothOrder:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        check_not_consumed(state)
         given = jnp.asarray(coefficients, jnp.float32)
         if given.shape != (self.directions,):
             raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
@@ -219,6 +218,7 @@ class ZerothOrder:
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the loss takes them."""
+        check_not_consumed(state)
         return state.params
 
     def check_batch(self, batch: Any) -> None:

@@ -82,6 +82,7 @@ def test_a_consumed_state_is_refused_by_name_and_a_copy_lives():
         lambda: es.replay(first, metrics.coefficients),
         lambda: population.apply(lambda params, x: x @ params["used"], X),
         lambda: population.member(0),
+        lambda: es.parameters(first),
     ):
         with pytest.raises(ValueError, match=r"the state was consumed: .*eggroll\.copy_state"):
             use()
