@@ -29,6 +29,7 @@ from eggroll.noise.rules import Perturbation, check_params, refuse_quantised
 from eggroll.population.members import check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
+from eggroll.state import check_not_consumed
 from eggroll.update.precision import is_low
 from eggroll.update.report import UpdateReport
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
@@ -147,6 +148,7 @@ class Offload:
         Raises:
             ValueError: the number of devices along "data" does not divide the number of examples.
         """
+        check_not_consumed(state)
         self.tuner.check_batch(batch)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         small = state._replace(resident=self._updated_resident(state), blocks=())
@@ -179,6 +181,7 @@ class Offload:
 
     def flush(self, state: OffloadState) -> OffloadState:
         """Apply the pending update; the blocks of `state` are consumed. Without a pending update the state is unchanged."""
+        check_not_consumed(state)
         if not _is_pending(state):
             return state
         blocks: list[Any] = []
