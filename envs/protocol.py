@@ -104,10 +104,14 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
         An `Environment`; its state counts the steps.
 
     Raises:
-        ValueError: `max_steps` is not a positive integer.
+        ValueError: `max_steps` is not a positive integer, or above the environment's own limit.
     """
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be an integer >= 1, got {max_steps!r}.")
+    if max_steps > environment.max_steps:
+        raise ValueError(
+            f"max_steps must be at most {environment.max_steps}, where '{environment.name}' ends its episodes, got {max_steps}."
+        )
     mask, draw = environment.action_mask, environment.draw
 
     def reset(key: Array) -> tuple[Array, Any]:
@@ -123,7 +127,7 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
         environment,
         reset=reset,
         step=step,
-        max_steps=min(max_steps, environment.max_steps),
+        max_steps=max_steps,
         action_mask=None if mask is None else lambda state: mask(state[0]),
         draw=None if draw is None else lambda state: draw(state[0]),
     )

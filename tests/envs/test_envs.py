@@ -581,3 +581,11 @@ def test_structured_spaces_are_refused():
     fake.reset = lambda key, params: ({"a": jnp.zeros(2)}, {"t": 0})
     with pytest.raises(ValueError, match="env 'fake' has observations of type dict, expected a single array"):
         adapt(fake, params, name="fake")
+
+
+def test_a_time_limit_that_cannot_take_effect_is_refused():
+    assert envs.with_time_limit(counting(max_steps=20), 20).max_steps == 20
+    with pytest.raises(ValueError, match="max_steps must be at most 20, where 'counting' ends its episodes, got 21"):
+        envs.with_time_limit(counting(max_steps=20), 21)
+    with pytest.raises(ValueError, match="max_steps must be at most 500, where 'CartPole-v1' ends its episodes, got 1000"):
+        envs.make("CartPole-v1", max_steps=1000)
