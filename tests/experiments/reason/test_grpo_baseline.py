@@ -162,7 +162,7 @@ def test_it_learns_to_say_seven(standard_promotion):
     settings = GRPO(prompts=2, samples=64, learning_rate=0.02, **passes)
     batches = Batches(given.task.split("train"), batch_size=2)
     trainer = Trainer(given, Sampling(2, 1.0, 1.0, ()), settings)
-    state, history = eggroll.train(trainer, trainer.init(key=jax.random.key(0)), batches, generations=40)
+    state, history = eggroll.train(trainer, trainer.init(key=jax.random.key(0)), batches, generations=40, keep_arrays=True)
     rewards = [record.mean_fitness for record in history]
     assert np.mean(rewards[:3]) < 0.1
     assert np.mean(rewards[-3:]) > 0.8
