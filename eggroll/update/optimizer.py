@@ -31,9 +31,9 @@ class NoiseSource:
 
     def map_leaves(self, function: Callable[[LeafPlan, Array], Array], updates: Any) -> Any:
         """`function(leaf's plan, leaf)` for every leaf of the updates; those that optax has masked stay so."""
-        leaves, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
+        leaves, tree = jax.tree.flatten(updates, is_leaf=is_masked)
         pairs = zip(self.plan.leaves, leaves, strict=True)
-        return jax.tree.unflatten(tree, [leaf if _is_masked(leaf) else function(own, leaf) for own, leaf in pairs])
+        return jax.tree.unflatten(tree, [leaf if is_masked(leaf) else function(own, leaf) for own, leaf in pairs])
 
 
 def read_update(
@@ -123,5 +123,6 @@ def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Pertur
     return masters, mask_frozen(optimizer, params, perturbation).init(wide)
 
 
-def _is_masked(leaf: Any) -> bool:
+def is_masked(leaf: Any) -> bool:
+    """Whether optax stands in for a leaf that an optimizer does not see."""
     return isinstance(leaf, optax.MaskedNode)

@@ -22,6 +22,7 @@ from eggroll.noise.rules import Frozen
 from eggroll.state import ESState
 from eggroll.update import estimator
 from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts
+from eggroll.update.optimizer import is_masked
 from eggroll.update.precision import are_short, float32_params
 from eggroll.update.report import summarise
 from eggroll.update.splitting import Reading
@@ -132,7 +133,7 @@ def update_state_at_once(
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     updates, opt_state = optax.with_extra_args_support(optimizer).update(descent, state.opt_state, wide, **extra)
     rules = _rules(plan, state, extra, precision, None)
-    places, shared = _places_of_moments(state.opt_state, jax.tree.structure(state.params))
+    places, shared = _places_of_moments(state.opt_state, state.params)
     states, new_states = jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state)
     moved, counts = [], []
     moments, new_moments = ([[flat[k] for k in own] for own in places] for flat in (states, new_states))
@@ -151,15 +152,29 @@ def update_state_at_once(
 
 
 def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:
-    """Entries of a flat optimizer state that belong to every parameter, being in a tree like the parameters, and the others."""
-    places: list[list[int]] = [[] for _ in range(params.num_leaves)]
+    """Entries of a flat optimizer state that belong to every parameter, and the others.
+
+    Parameters own the entries of a tree like theirs, which has no entry where a parameter is hidden from the optimizer.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    structure: Any = jax.tree.structure(params)
+
+    def entries(tree: Any) -> list[Any]:
+        return jax.tree.leaves(tree, is_leaf=is_masked)
+
+    def is_like(tree: Any) -> bool:
+        alike = jax.tree.structure(tree, is_leaf=is_masked) == structure
+        return alike and all(is_masked(own) or own.shape == shape for own, shape in zip(entries(tree), shapes, strict=True))
+
+    places: list[list[int]] = [[] for _ in shapes]
     others: list[int] = []
-    start = 0
-    for part in jax.tree.leaves(opt_state, is_leaf=lambda tree: jax.tree.structure(tree) == params):
-        is_like = jax.tree.structure(part) == params
-        for index in range(params.num_leaves if is_like else 1):
-            (places[index] if is_like else others).append(start + index)
-        start += params.num_leaves if is_like else 1
+    count = 0
+    for part in jax.tree.leaves(opt_state, is_leaf=is_like):
+        owners = places if is_like(part) else [others]
+        for owner, entry in zip(owners, entries(part), strict=True):
+            if not is_masked(entry):
+                owner.append(count)
+                count += 1
     return places, others
 
 

@@ -52,8 +52,8 @@ def check_told(fitness: Any, pairs: Any, *, population_size: int, shaping: str |
         raise ValueError(f"fitness must have shape ({size},) or ({size}, K), got {given.shape}.")
     where = jnp.asarray(chosen, jnp.int32)
     whole = integers and jnp.issubdtype(dtype, jnp.signedinteger)
-    if whole and not on_device and np.abs(given.astype(object)).max() >= LARGEST_INTEGER:
-        raise ValueError(f"an integer fitness must be less than 2^30 in size, got {np.abs(given.astype(object)).max()}.")
+    if whole and not on_device and (largest := max(-int(given.min()), int(given.max()))) >= LARGEST_INTEGER:
+        raise ValueError(f"an integer fitness must be less than 2^30 in size, got {largest}.")
     if on_device or whole:
         values = jnp.asarray(given).astype(jnp.int32 if whole else at_least_float32(dtype))
         return Told(values, values, where)

@@ -45,6 +45,11 @@ def check(config: Memory) -> None:
     for name, (given, allowed) in choices.items():
         if unknown := sorted({*given} - {*allowed}):
             raise SystemExit(f"error: {name} must be among {', '.join(allowed)}, got {', '.join(unknown)}.")
+    ignored = ["models", "layers", "implementation"] if config.target == "cpu" else ["precisions", "optimizers", "small"]
+    ignored += [] if config.target == "gpu" else ["program"]
+    for name in ignored:
+        if getattr(config, name) != getattr(Memory(), name):
+            raise SystemExit(f"error: {name} has no effect with target {config.target}.")
     if config.members < 2 or config.members % 2:
         raise SystemExit(f"error: members must be an even integer >= 2, got {config.members}.")
     if config.layers is not None and config.layers < 1:

@@ -11,6 +11,7 @@ import pytest
 
 import eggroll
 from eggroll import generation, zo
+from eggroll.journal import replay
 from eggroll.noise import regions
 from eggroll.update.blocks import BASE, carry_over
 from tests.tables import slow
@@ -71,7 +72,7 @@ def test_a_training_run_reports_kept_blocks(standard_promotion):
     assert [record.kept for record in history] == [1, 1]
 
 
-def test_a_consumed_state_is_refused_by_name_and_a_copy_lives():
+def test_a_consumed_state_is_refused_by_name_and_a_copy_lives(tmp_path):
     es = strategy()
     first = es.init(PARAMS, key=jax.random.key(0))
     population, copy = es.ask(first), eggroll.copy_state(first)
@@ -83,6 +84,8 @@ def test_a_consumed_state_is_refused_by_name_and_a_copy_lives():
         lambda: population.apply(lambda params, x: x @ params["used"], X),
         lambda: population.member(0),
         lambda: es.parameters(first),
+        lambda: replay(es, first, iter([])),
+        lambda: eggroll.DurableRun(tmp_path, es, first, config={}),
     ):
         with pytest.raises(ValueError, match=r"the state was consumed: .*eggroll\.copy_state"):
             use()
@@ -115,10 +118,12 @@ def test_arrays_that_the_optimizer_holds_are_not_consumed(standard_promotion):
     assert rate == 0.1 and (anchor == 1).all()
 
 
-def test_moments_stay_with_a_parameter_that_is_kept_also_when_the_optimizer_mixes(standard_promotion):
+@pytest.mark.parametrize("rules", [eggroll.LowRank(), [("third", eggroll.Frozen()), (".*", eggroll.LowRank())]])
+def test_moments_stay_with_a_parameter_that_is_kept_also_when_the_optimizer_mixes(rules, standard_promotion):
     optimizer = optax.chain(optax.trace(0.9), optax.clip_by_global_norm(1.0), optax.scale(1e9), optax.sgd(1.0))
-    es = strategy(optimizer=optimizer, precision="nearest")
-    state = es.init(jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS), key=jax.random.key(0))
+    es = strategy(optimizer=optimizer, precision="nearest", perturbation=rules)
+    params = PARAMS | {"third": jnp.ones(2)}
+    state = es.init(jax.tree.map(lambda x: x.astype(jnp.float16), params), key=jax.random.key(0))
     before = eggroll.copy_state(state)
     state, metrics = es.step(state, X)
     assert metrics.kept == 1 and "all parameters at once" in es.plan(state).update

@@ -130,7 +130,7 @@ def test_what_crosses_between_parameters_is_seen(name, standard_promotion):
         parts, expected = reading.start(flat, {}), jax.tree.leaves(optimizer.update(gradient, state, TWO)[0])
         for index, known in enumerate(expected):
             leaf = jax.tree.leaves(gradient)[index], jax.tree.leaves(TWO)[index], reading.states_of(index, flat)
-            np.testing.assert_allclose(parts.of_leaf(index, *leaf)[0], known, rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(parts.of_leaf(index, *leaf)[0], known, rtol=1e-5, atol=1e-7)
 
 
 def fitness(params, batch, key):

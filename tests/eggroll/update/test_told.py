@@ -10,7 +10,6 @@ import pytest
 
 import eggroll
 from eggroll.generation import LAST_GENERATION
-from eggroll.update.shaping import SHAPINGS
 from eggroll.update.told import check_told
 from tests.eggroll.update.test_shaping import SHAPED
 
@@ -88,11 +87,11 @@ def test_one_finite_outlier_silences_nothing(shaping, outlier):
 
 
 @pytest.mark.parametrize("shaping", SHAPED)
-@pytest.mark.parametrize("scale", [1e-38, 1e-42])
-def test_tiny_values_are_ordered_or_equal_and_finite(shaping, scale):
-    """Where the device flushes denormals to zero they are equal; they are never in the wrong order."""
-    shaped = np.asarray(shaping(jnp.arange(8).astype(jnp.float32) * scale))
-    assert np.isfinite(shaped).all() and (np.diff(shaped[0::2]) >= 0).all()
+def test_tiny_values_are_ordered_and_denormals_never_in_the_wrong_order(shaping):
+    """Where the device flushes denormals to zero they are equal."""
+    for scale, order in ((1e-37, np.greater), (1e-42, np.greater_equal)):
+        shaped = np.asarray(shaping(jnp.arange(1, 9, dtype=jnp.float32) * scale))
+        assert np.isfinite(shaped).all() and order(shaped[1::2], shaped[0::2]).all()
 
 
 def test_statistics_of_huge_values_do_not_overflow():
@@ -151,6 +150,3 @@ def test_a_long_run_keeps_numbers_and_no_arrays():
     assert len(jax.live_arrays()) - before < 12
     kept = eggroll.train(es, start(), generations=2, keep_arrays=True)[1]
     assert [record.coefficients.shape for record in kept] == [(4,), (4,)]
-
-
-assert set(SHAPINGS) == {"centered_ranks", "z_score", "group_relative", "pair_sign"}  # the table above has them all
