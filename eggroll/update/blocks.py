@@ -79,6 +79,7 @@ def move(
             held, counts = carry
             region = alike.region(index)
             old = jax.tree.map(lambda x: jax.lax.dynamic_slice(x, region.starts, region.sizes), held)
+            old = jax.lax.optimization_barrier(old)  # read once, before it is overwritten; else XLA may copy all of `held`
             new, own = _move_block(old, region, compute, rules)
             held = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, region.starts), held, new)
             return held, add_counts(counts, own)

@@ -62,9 +62,9 @@ def test_a_region_has_the_noise_of_its_place(name, limit):
         for starts, own, own_shared in zip(*blocks_of(leaf, blocks), strict=True):
             place = tuple(slice(int(start), int(start) + size) for start, size in zip(starts, blocks.sizes, strict=True))
             seen[place] += 1
-            np.testing.assert_array_equal(own, noise[place])
-            if shared is not None:
-                np.testing.assert_array_equal(own_shared, shared[place])
+            pairs = [(own, noise)] if shared is None else [(own, noise), (own_shared, shared)]
+            for part, whole in pairs:  # programs may round erf_inv, and sums of products of normal factors, in their own way
+                np.testing.assert_allclose(part, whole[place], rtol=1e-5 if "normal" in str(leaf.spec) else 0, atol=1e-6)
     assert (seen == 1).all()
 
 
