@@ -154,11 +154,11 @@ def update_parameters(
         plan: the plan that the population was perturbed by.
         state: before the update.
         coefficients: [P], from the report; whole numbers for int8 parameters.
-        optimizer: any optax transformation; parameters frozen by rule are masked from it.
+        optimizer: any optax transformation; parameters frozen by rule are hidden from it.
         shardings: of the state on a mesh (`Placement.shardings`); None: unknown, or no mesh.
 
     Returns:
-        The state of the next generation, and the raw values that `parameters.make_report` takes.
+        The state of the next generation, and the raw values that `report.make_report` takes.
     """
     sigma = current_sigma(settings, state)
     new_state, done = sharded.update(

@@ -129,7 +129,7 @@ class DurableRun(Generic[S]):
 
         Args:
             state: after the generation.
-            metrics: `Metrics` or `training.Record` of the generation.
+            metrics: `Metrics` or `record.Record` of the generation.
             score: held-out score that decides the best checkpoint; higher is better.
         """
         carried = None if self._carried is None else self._carried.save()
