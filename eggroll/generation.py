@@ -27,7 +27,7 @@ from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, re
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, check_not_consumed, copy_state, unshare
 from eggroll.update import estimator
-from eggroll.update.optimizer import init_masters_and_optimizer, mask_frozen
+from eggroll.update.optimizer import fit_optimizer, init_masters_and_optimizer
 from eggroll.update.told import Told
 
 LAST_GENERATION = 2**31 - 1  # its update is skipped, and the counter stays
@@ -144,6 +144,7 @@ def update_parameters(
     state: ESState,
     coefficients: Array,
     *,
+    value: Array | None = None,
     optimizer: optax.GradientTransformation,
     shardings: ESState | None = None,
 ) -> tuple[ESState, Any]:
@@ -154,6 +155,7 @@ def update_parameters(
         plan: the plan that the population was perturbed by.
         state: before the update.
         coefficients: [P], from the report; whole numbers for int8 parameters.
+        value: minus the mean fitness of the population, float32 [], for optimizers that read it; None: not known.
         optimizer: any optax transformation; parameters frozen by rule are hidden from it.
         shardings: of the state on a mesh (`Placement.shardings`); None: unknown, or no mesh.
 
@@ -163,11 +165,12 @@ def update_parameters(
     sigma = current_sigma(settings, state)
     new_state, done = sharded.update(
         plan,
-        mask_frozen(optimizer, state.params, settings.perturbation),
+        fit_optimizer(optimizer, state.params, settings.perturbation),
         state,
         coefficients,
         placement=settings.placement,
         shardings=shardings,
+        value=value,
         sigma=sigma,
         noise_generation=state.generation // settings.noise_reuse,
         precision=settings.precision,
@@ -214,7 +217,13 @@ def init_state(
 
 
 def run_update(
-    settings: Settings, plan: Plan, state: ESState, coefficients: Array, *, optimizer: optax.GradientTransformation
+    settings: Settings,
+    plan: Plan,
+    state: ESState,
+    coefficients: Array,
+    mean_fitness: Any,
+    *,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[ESState, Any]:
     """Run the compiled update: a program of its own, so that `step`, `tell` and `replay` give the same bits.
 
@@ -223,17 +232,20 @@ def run_update(
         plan: the plan that the population was perturbed by.
         state: before the update; its parameters, masters and optimizer state are consumed.
         coefficients: as for `update_parameters`.
+        mean_fitness: of the population, a number or float32 []; None: not known.
         optimizer: any optax transformation.
     """
     shardings = update_shardings(settings.placement, state)
     places = shardings and shardings[0]
     key = ("update", settings, programs.Identity(plan), programs.signature(state), tuple(jax.tree.leaves(shardings)))
 
-    def update(own: tuple[Any, Any, Any], rest: ESState, coefficients: Array) -> tuple[ESState, Any]:
+    def update(own: tuple[Any, Any, Any], rest: ESState, coefficients: Array, mean: Array | None) -> tuple[ESState, Any]:
         params, opt_state, masters = own
         whole = rest._replace(params=params, opt_state=opt_state, masters=masters)
-        return update_parameters(settings, plan, whole, coefficients, optimizer=optimizer, shardings=places)
+        value = None if mean is None else -mean
+        return update_parameters(settings, plan, whole, coefficients, value=value, optimizer=optimizer, shardings=places)
 
     program = programs.compile_once(*key, function=update, out_shardings=shardings, donate_argnums=0)
-    rest = state._replace(params=None, opt_state=None, masters=())
-    return program((state.params, state.opt_state, state.masters), rest, coefficients)
+    rest, mean = state._replace(params=None, opt_state=None, masters=()), mean_fitness
+    mean = None if mean is None else jnp.asarray(mean, jnp.float32)
+    return program((state.params, state.opt_state, state.masters), rest, coefficients, mean)

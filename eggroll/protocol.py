@@ -1,7 +1,7 @@
 """What the training loop, durable runs, the journal and remote evaluation need of a strategy and of its state.
 
     step:    (state, batch) -> (next state, metrics)
-    replay:  (state, metrics.coefficients) -> the same next state, bit for bit, without evaluating anything
+    replay:  (state, metrics.coefficients, metrics.mean_fitness) -> the same next state, bit for bit, without any evaluation
 
 `EvolutionStrategy`, `zo.ZerothOrder`, `zo.Offload` and `External` are strategies; mypy checks each of them in its own module.
 """
@@ -83,7 +83,7 @@ class Strategy(Protocol[S]):
     def step(self, state: S, batch: Any) -> tuple[S, Metrics]:
         """Run one generation."""
 
-    def replay(self, state: S, coefficients: Any) -> S:
+    def replay(self, state: S, coefficients: Any, *, mean_fitness: Any = None) -> S:
         """Repeat the update of a generation; may consume `state`."""
 
     def parameters(self, state: S) -> Any:

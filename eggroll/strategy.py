@@ -49,7 +49,8 @@ class EvolutionStrategy:
         population_size: N, even, >= 2.
         sigma: standard deviation of one entry of the perturbation, > 0, or a schedule `generation -> sigma`; None for `Integer`
             noise. `state._replace(sigma=...)` changes a number between generations; it has no effect on a schedule.
-        optimizer: any optax transformation; it receives the descent gradient. `threshold` for `Integer` noise.
+        optimizer: any optax transformation; it gets the descent gradient and `value`, minus the mean fitness. `threshold` for
+            `Integer` noise.
         perturbation: `LowRank`, `Dense`, `Integer`, `Frozen`, or rules `[(path pattern, one of them), ...]`, first match wins.
         shaping: a name from `eggroll.SHAPINGS` or a function [N] -> [N].
         noise_reuse: generations that share the same noise, >= 1.
@@ -209,12 +210,13 @@ class EvolutionStrategy:
         report = programs.compile_once(*key, function=score, out_shardings=places)(told)
         return self._advance(plan, state, report, state.member_state)
 
-    def replay(self, state: ESState, coefficients: Any) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
         """Repeat the update of a generation without evaluating anything.
 
         Args:
             state: before the generation; consumed.
             coefficients: float32 [P], its `Metrics.coefficients`.
+            mean_fitness: its `Metrics.mean_fitness`, for optimizers that read `value`, such as `reduce_on_plateau`.
 
         Returns:
             The state as `step` left it, bit for bit on the same backend; a carried `member_state` is not rebuilt.
@@ -222,9 +224,9 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, or no plan yet.
         """
-        coefficients = check_coefficients(coefficients, population_size=self.population_size)
         plan = known_plan(self, state.params, needed_by="replay")
-        return self._update(plan, *shard_inputs(self.placement, state, coefficients))[0]
+        coefficients = check_coefficients(coefficients, population_size=self.population_size)
+        return self._update(plan, *shard_inputs(self.placement, state, coefficients), mean_fitness)[0]
 
     def on_one_device(self) -> Self:
         """Return the strategy without its mesh."""
@@ -268,13 +270,13 @@ class EvolutionStrategy:
 
     def _advance(self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
         sigma, old = generation.current_sigma(self, state), state.member_state
-        new_state, done = self._update(plan, state, report.coefficients)
+        new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, old)
         return new_state._replace(member_state=member_state), Metrics(state.generation, sigma, *report, *done)
 
-    def _update(self, plan: Plan, state: ESState, coefficients: Array) -> tuple[ESState, UpdateReport]:
+    def _update(self, plan: Plan, state: ESState, coefficients: Array, mean: Any) -> tuple[ESState, UpdateReport]:
         rounded = round_coefficients(plan, coefficients, self.shaping)
-        state, done = generation.run_update(self, plan, state, rounded, optimizer=self.optimizer)
+        state, done = generation.run_update(self, plan, state, rounded, mean, optimizer=self.optimizer)
         return state, make_report(plan, done)
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:

@@ -197,15 +197,16 @@ class ZerothOrder:
         key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self._score, plan)
         score = programs.compile_once(*key, function=evaluate, counted=(self, self.loss))
         report = score(state, batch)
-        new_state, done = self._update(plan, state, report.coefficients)
+        new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
         return new_state, Metrics(state.generation, state.sigma, *report, *done)
 
-    def replay(self, state: ESState, coefficients: Any) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
         """Repeat the update of a step without evaluating anything.
 
         Args:
             state: before the step, consumed; the plan is known.
             coefficients: float32 [n], `Metrics.coefficients` of the step.
+            mean_fitness: its `Metrics.mean_fitness`, for optimizers that read `value`.
 
         Raises:
             ValueError: wrong length, or no plan yet.
@@ -214,7 +215,7 @@ class ZerothOrder:
         if given.shape != (self.directions,):
             raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
         plan = plans.known_plan(self, state.params, needed_by="replay")
-        return self._update(plan, *shard_inputs(self.placement, state, given))[0]
+        return self._update(plan, *shard_inputs(self.placement, state, given), mean_fitness)[0]
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the loss takes them."""
@@ -270,8 +271,8 @@ class ZerothOrder:
         losses = losses.reshape(self.directions, len(estimator.signs))
         return report_losses(estimator, losses, base, sigma=state.sigma, rank=plan.max_rank)
 
-    def _update(self, plan: Plan, state: ESState, given: Array) -> tuple[ESState, Any]:
-        return generation.run_update(self, plan, state, given, optimizer=self.optax_optimizer(plan))
+    def _update(self, plan: Plan, state: ESState, given: Array, mean: Any) -> tuple[ESState, Any]:
+        return generation.run_update(self, plan, state, given, mean, optimizer=self.optax_optimizer(plan))
 
     def optax_optimizer(self, plan: Plan | None) -> optax.GradientTransformation:
         """Return the optimizer as an optax transformation; momentum needs the plan."""

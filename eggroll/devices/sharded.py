@@ -203,12 +203,13 @@ def gradient(
 
 def update(
     plan: Plan,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     state: ESState,
     coefficients: Array,
     *,
     placement: Placement | None,
     shardings: ESState | None,
+    value: Array | None,
     sigma: Array,
     noise_generation: Array,
     precision: str,
@@ -217,11 +218,12 @@ def update(
 
     Args:
         plan: the plan the population was perturbed by.
-        optimizer: any optax transformation.
+        optimizer: from `fit_optimizer`.
         state: before the update.
         coefficients: float32 [P], or integers of int8 parameters.
         placement: the mesh; None: one device.
         shardings: of the state; None: where it lies is not known.
+        value: minus the mean fitness of the population, or None.
         sigma: standard deviation the population was perturbed with.
         noise_generation: generation // noise_reuse.
         precision: how short floats and quantised parameters are updated.
@@ -229,7 +231,8 @@ def update(
     Returns:
         As for `parameters.update_state`.
     """
-    reading, extra = read_update(plan, optimizer, state, coefficients, sigma=sigma, noise_generation=noise_generation)
+    scalars = {"value": value, "sigma": sigma, "noise_generation": noise_generation}
+    reading, extra = read_update(plan, optimizer, state, coefficients, **scalars)
     if placement is None and reading.split != "whole":
         update = functools.partial(update_state, plan, reading, extra, state, coefficients)
         return update(sigma=sigma, noise_generation=noise_generation, precision=precision)

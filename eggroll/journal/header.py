@@ -11,7 +11,8 @@ from eggroll.journal.fingerprint import fingerprint
 from eggroll.noise.leaves import LeafPlan
 from eggroll.protocol import S, Strategy
 
-VERSION = 2  # of the file format; 2: the plan has the axes of the noise in each parameter
+VERSION = 3  # of the file format; 2: the plan has the axes of the noise in each parameter; 3: the mean fitness is recorded
+READABLE = (2, 3)
 UPDATE = 2  # of the arithmetic of an update; 2: block by block, with other random bits for stochastic rounding
 
 
@@ -43,7 +44,7 @@ class Header:
                 f"the journal was written with version {self.update} of the update, whose stochastic rounding this library "
                 f"(version {other.update}) does not repeat: use the version of eggroll that the run began with."
             )
-        for name in ("version", "key", "config", "plan", "fingerprint"):
+        for name in ("key", "config", "plan", "fingerprint"):
             stored, given = getattr(self, name), getattr(other, name)
             if stored != given:
                 raise JournalError(f"the journal belongs to another run: its {_difference(name, stored, given)}.")

@@ -3,7 +3,8 @@
     file     record*            the first is the header, then one per generation, without gaps
     record   magic "EGJ1"  kind u8  length u32  crc32 u32 (of kind, length and payload)  payload      little-endian
     header   JSON, see `header.Header`
-    generation  number i32, sigma f32, pairs u32, encoding u8, coefficients, extra (the arrays that `runs.durable` carries)
+    generation  number i32, sigma f32, pairs u32, encoding u8, mean fitness f32 where encoding has bit 1, coefficients, extra
+                (the arrays that `runs.durable` carries)
 
 Coefficients take 4 P bytes, or P / 5 when all are one of (-c, 0, c), as with `pair_sign`: three-valued digits, five a byte.
 A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation.
@@ -20,13 +21,14 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from eggroll.journal.header import VERSION, Header, JournalError
+from eggroll.journal.header import READABLE, Header, JournalError
 
 MAGIC = b"EGJ1"
 HEADER, GENERATION = 0, 1
 _FRAME = struct.Struct("<4sBII")
 _ENTRY = struct.Struct("<ifIB")
-_FLOAT32, _TERNARY = 0, 1
+_MEAN = struct.Struct("<f")
+_FLOAT32, _TERNARY, _HAS_MEAN = 0, 1, 2  # encoding; the last is added to one of the others
 _DIGITS = 3 ** np.arange(5, dtype=np.int64)
 
 
@@ -37,6 +39,7 @@ class Entry(NamedTuple):
     sigma: float
     coefficients: np.ndarray  # float32 [P]
     extra: bytes
+    mean_fitness: float | None = None  # of the population; None in journals of versions before 0.3
 
 
 class Reader:
@@ -62,8 +65,9 @@ class Reader:
         if frame is None or frame[0] != HEADER:
             raise JournalError(f"{path} is not a journal, or its header is damaged.")
         fields = json.loads(frame[1])
-        if fields.get("version") != VERSION:
-            raise JournalError(f"{path} has version {fields.get('version')} of the format; this library reads {VERSION}.")
+        if fields.get("version") not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise JournalError(f"{path} has version {fields.get('version')} of the format; this library reads {known}.")
         self.header = Header(**fields)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -134,19 +138,23 @@ def encode(entry: Entry) -> bytes:
         encoding = _TERNARY
     else:
         packed, encoding = values.astype("<f4").tobytes(), _FLOAT32
-    return _ENTRY.pack(entry.generation, entry.sigma, values.size, encoding) + packed + entry.extra
+    mean = b"" if entry.mean_fitness is None else _MEAN.pack(entry.mean_fitness)
+    head = _ENTRY.pack(entry.generation, entry.sigma, values.size, encoding | (_HAS_MEAN if mean else 0))
+    return head + mean + packed + entry.extra
 
 
 def _decode(payload: bytes) -> Entry:
     generation, sigma, pairs, encoding = _ENTRY.unpack_from(payload)
-    body = payload[_ENTRY.size :]
-    if encoding == _FLOAT32:
-        return Entry(generation, sigma, np.frombuffer(body, "<f4", pairs).astype(np.float32), body[4 * pairs :])
+    body, mean = payload[_ENTRY.size :], None
+    if encoding & _HAS_MEAN:
+        (mean,), body = _MEAN.unpack_from(body), body[_MEAN.size :]
+    if encoding & _TERNARY == _FLOAT32:
+        return Entry(generation, sigma, np.frombuffer(body, "<f4", pairs).astype(np.float32), body[4 * pairs :], mean)
     count = -(-pairs // 5)
     scale = np.frombuffer(body, "<f4", 1)[0]
     packed = np.frombuffer(body, np.uint8, count, offset=4).astype(np.int64)
     digits = (packed[:, None] // _DIGITS % 3).reshape(-1)[:pairs] - 1
-    return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :])
+    return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :], mean)
 
 
 class Writer:
@@ -162,9 +170,11 @@ class Writer:
 
     def __init__(self, path: Path, header: Header):
         self.next: int | None = None  # the generation to append next, None: any
+        self._version = header.version  # a file is continued in the version that it began in
         if path.exists() and path.stat().st_size:
             reader = Reader(path)
             reader.header.check(header)
+            self._version = reader.header.version
             for entry in reader:
                 self.next = entry.generation + 1
             self.note = reader.note
@@ -187,7 +197,8 @@ class Writer:
         """
         if self.next is not None and entry.generation != self.next:
             raise JournalError(f"the journal continues with generation {self.next}, got {entry.generation}.")
-        record, start = _record(GENERATION, encode(entry)), self._file.tell()
+        known = entry if self._version > 2 else entry._replace(mean_fitness=None)
+        record, start = _record(GENERATION, encode(known)), self._file.tell()
         try:
             written = self._file.write(record)
             if written != len(record):

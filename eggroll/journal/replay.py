@@ -36,7 +36,7 @@ def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | 
             raise JournalError(f"the journal starts with generation {entry.generation}, after the state's {reached}.")
         if not callable(es.sigma):
             state = state._replace(sigma=jax.numpy.float32(entry.sigma))
-        state, reached = es.replay(state, entry.coefficients), reached + 1
+        state, reached = es.replay(state, entry.coefficients, mean_fitness=entry.mean_fitness), reached + 1
     if until is not None and reached < until:
         raise JournalError(f"generation {until} is not in the journal, which ends at {reached}.")
     return state

@@ -138,7 +138,8 @@ class DurableRun(Generic[S]):
         if recorded is not None and not np.array_equal(recorded.coefficients, coefficients, equal_nan=True):
             raise JournalError(f"generation {generation}, evaluated again, gave other coefficients than {self._folder} has.")
         if recorded is None and self._journal is not None:
-            self._journal.append(Entry(generation, float(metrics.sigma), coefficients, _pack(carried)))
+            scalars = float(metrics.sigma), coefficients, _pack(carried), float(metrics.mean_fitness)
+            self._journal.append(Entry(generation, *scalars))
         if (generation + 1) % self._every == 0:
             if self._journal is not None:
                 self._journal.sync()

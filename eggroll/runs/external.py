@@ -79,9 +79,9 @@ class External:
         state, metrics = self.es.tell(state, broadcast_from_first(fitness))
         return state, metrics._replace(aux=aux)
 
-    def replay(self, state: ESState, coefficients: Any) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
         """As `EvolutionStrategy.replay`."""
-        return self.es.replay(state, coefficients)
+        return self.es.replay(state, coefficients, mean_fitness=mean_fitness)
 
     def parameters(self, state: ESState) -> Any:
         """As `EvolutionStrategy.parameters`."""

@@ -48,9 +48,9 @@ class Worker:
         state = jax.tree.map(jax.numpy.asarray, state)
         self._state = state._replace(key=jax.random.wrap_key_data(state.key, impl="threefry2x32"))
 
-    def advance(self, sigma: float, coefficients: np.ndarray) -> None:
+    def advance(self, sigma: float, coefficients: np.ndarray, mean_fitness: float) -> None:
         """Repeat the update of a generation."""
-        self._state = self._es.replay(self._with(sigma), coefficients)
+        self._state = self._es.replay(self._with(sigma), coefficients, mean_fitness=mean_fitness)
 
     def evaluate(self, updated: None, sigma: float, pairs: Sequence[int]) -> tuple[list[float], int, str]:
         """Score both members of every pair.
@@ -279,9 +279,9 @@ class RemoteEvaluator:
         for worker, _, evaluation in list(self._running.values()):
             if evaluation is not None and before - evaluation.generation >= MANY_GENERATIONS:
                 self._replace(worker)
-        coefficients = self._ray.put(np.asarray(metrics.coefficients))
+        scalars = float(metrics.sigma), self._ray.put(np.asarray(metrics.coefficients)), float(metrics.mean_fitness)
         for worker in self._updated:  # actors keep the order of their calls
-            self._updated[worker] = worker.advance.remote(float(metrics.sigma), coefficients)
+            self._updated[worker] = worker.advance.remote(*scalars)
 
     def close(self) -> None:
         """Stop all workers, even busy ones."""

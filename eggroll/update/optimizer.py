@@ -1,8 +1,11 @@
 """The user's optimizer: what it is given, what is hidden from it, and how far its update splits."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,17 +40,25 @@ class NoiseSource:
 
 
 def read_update(
-    plan: Plan, optimizer: optax.GradientTransformation, state: ESState, coefficients: Any, *, sigma: Any, noise_generation: Any
+    plan: Plan,
+    optimizer: optax.GradientTransformationExtraArgs,
+    state: ESState,
+    coefficients: Any,
+    *,
+    value: Any,
+    sigma: Any,
+    noise_generation: Any,
 ) -> tuple[Reading, Any]:
     """Read how far the update of an optimizer can be split.
 
     Args:
         plan: the plan that the population was perturbed by.
-        optimizer: any optax transformation; one with extra arguments gets `coefficients`, `sigma` and `noise`, a `NoiseSource`,
-            too. For int8 parameters one to int8 steps, `threshold`: it gets sums over the pairs, with `deviation` and
-            `generation`.
+        optimizer: from `fit_optimizer`; it gets the extra arguments `value`, `coefficients`, `sigma` and `noise`, a
+            `NoiseSource`. For int8 parameters one to int8 steps, `threshold`: it gets sums over the pairs, with `deviation`
+            and `generation`.
         state: of which shapes and dtypes count here.
         coefficients: [P] of the whole population.
+        value: what optax minimises, minus the mean fitness of the population, float32 []; None: not known.
         sigma: standard deviation that the population was perturbed with.
         noise_generation: generation // noise_reuse.
 
@@ -59,12 +70,13 @@ def read_update(
     else:
         source = NoiseSource(plan, state.key, jnp.asarray(noise_generation, jnp.int32))
         extra = {"coefficients": coefficients, "sigma": sigma, "noise": source}
+        extra |= {} if value is None else {"value": value}
     wide = jax.eval_shape(
         lambda params, masters: float32_params(params, masters, quantised=plan.quantised), *state[:1], state.masters
     )
     sums = jnp.int32 if plan.is_integer else jnp.float32
     gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, sums), wide)
-    return Reading(optax.with_extra_args_support(optimizer), gradients, state.opt_state, wide, extra), extra
+    return Reading(optimizer, gradients, state.opt_state, wide, extra), extra
 
 
 def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[ESState], *, on_mesh: bool) -> Plan:
@@ -79,15 +91,17 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
     """
     found: list[Reading] = []
 
-    def read(params: Any, key: Array, coefficients: Array) -> None:
+    def read(params: Any, key: Array, coefficients: Array, value: Array) -> None:
         masters, opt_state = init_masters_and_optimizer(optimizer, params, settings.perturbation, settings.precision)
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(1), masters, None)
         given = coefficients.astype(jnp.int32) if plan.is_integer else coefficients
-        masked = mask_frozen(optimizer, params, settings.perturbation)
-        found.append(read_update(plan, masked, state, given, sigma=state.sigma, noise_generation=state.generation)[0])
+        fitted = fit_optimizer(optimizer, params, settings.perturbation)
+        scalars = {"value": value, "sigma": state.sigma, "noise_generation": state.generation}
+        found.append(read_update(plan, fitted, state, given, **scalars)[0])
 
     coefficients = jax.ShapeDtypeStruct((settings.population_size // 2,), jnp.float32)
-    jax.eval_shape(read, params, jax.eval_shape(lambda: jax.random.key(0)), coefficients)
+    key, value = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
+    jax.eval_shape(read, params, key, coefficients, value)
     split, reason = found[0].split, found[0].reason or "values of one are used for another"
     if split == "elements":
         line = "block by block"
@@ -98,21 +112,68 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
     return dataclasses.replace(plan, update=line)
 
 
-def mask_frozen(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformation:
-    """Hide the parameters that are frozen by rule from the user's optimizer, whose state stays its own."""
+def fit_optimizer(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformationExtraArgs:
+    """The user's optimizer as a run calls it: parameters frozen by rule are hidden from it, and its state stays its own.
+
+    Args:
+        optimizer: any optax transformation.
+        params: pytree of parameters.
+        perturbation: of them.
+
+    Returns:
+        The transformation. Its `init` and `update` raise ValueError, naming the part of the optimizer that does not fit.
+    """
     mask = trainable(params, perturbation)
-    if is_integer(perturbation) or all(jax.tree.leaves(mask)):
-        return optimizer  # sums of frozen int8 parameters are zero
-    inner = optax.with_extra_args_support(optimizer)
+    whole = is_integer(perturbation) or all(jax.tree.leaves(mask))  # sums of frozen int8 parameters are zero
+    takes = inspect.signature(optimizer.update).parameters.values()
+    names, takes_all = {one.name for one in takes}, any(one.kind is one.VAR_KEYWORD for one in takes)
 
     def hide(tree: Any) -> Any:
-        return tree if tree is None else jax.tree.map(lambda own, leaf: leaf if own else optax.MaskedNode(), mask, tree)
+        if tree is None or whole:
+            return tree
+        return jax.tree.map(lambda own, leaf: leaf if own else optax.MaskedNode(), mask, tree)
+
+    def init(params: Any) -> Any:
+        with _explain("init", optimizer.init, {}):
+            return optimizer.init(hide(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        moves, state = inner.update(hide(updates), state, hide(params), **extra)
-        return jax.tree.map(lambda own, move, leaf: move if own else jnp.zeros_like(leaf), mask, moves, updates), state
+        with _explain("update", optimizer.update, extra):
+            given = hide(updates)
+            known = {name: value for name, value in extra.items() if takes_all or name in names}
+            moves, new_state = optimizer.update(given, state, hide(params), **known)
+            for what, before, after in (("an update", given, moves), ("a state", state, new_state)):
+                if _shapes(before) != _shapes(after):
+                    raise ValueError(f"it returned {what} of another structure or other shapes than it was given")
+        if whole:
+            return moves, new_state
+        return jax.tree.map(lambda own, move, leaf: move if own else jnp.zeros_like(leaf), mask, moves, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(hide(params)), update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@contextlib.contextmanager
+def _explain(call: str, function: Callable, extra: Mapping[str, Any]) -> Iterator[None]:
+    """Say of an error in the user's optimizer which part of it does not fit, and what an update is given."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        theirs = [frame for frame in frames if frame.f_globals["__name__"].split(".")[0] not in ("jax", "eggroll")]
+        called = getattr(function, "__qualname__", "")
+        parts = [name.partition(".<locals>") for name in (called, *(frame.f_code.co_qualname for frame in theirs))]
+        names = [name for name, inner, _ in parts if inner and name != "chain"]
+        value = "`value`, minus the mean fitness," if "value" in extra else "no `value` (replay needs mean_fitness for it)"
+        raise ValueError(
+            f"optimizer{f' {names[-1]}' if names else ''} cannot be used: its {call} raised {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. An update is given the gradient, the parameters and {value} but no gradients of "
+            "examples and no function to evaluate elsewhere."
+        ) from error
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [jnp.shape(leaf) for leaf in leaves]
 
 
 def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
@@ -120,7 +181,7 @@ def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Pertur
     grid = quantised_leaves(params, perturbation)
     masters = init_masters(params, precision, quantised=grid)
     wide = float32_params(params, masters, quantised=grid)
-    return masters, mask_frozen(optimizer, params, perturbation).init(wide)
+    return masters, fit_optimizer(optimizer, params, perturbation).init(wide)
 
 
 def is_masked(leaf: Any) -> bool:

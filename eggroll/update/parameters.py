@@ -112,7 +112,7 @@ def update_state(
 
 def update_state_at_once(
     plan: Plan,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     extra: Any,
     state: ESState,
     ascent: Any,
@@ -123,7 +123,7 @@ def update_state_at_once(
 
     Args:
         plan: the plan that the population was perturbed by.
-        optimizer: any optax transformation.
+        optimizer: from `fit_optimizer`.
         extra: its extra arguments.
         state: before the update.
         ascent: the gradient estimate, float32; for int8 parameters the sums over pairs, int32.
@@ -131,7 +131,7 @@ def update_state_at_once(
     """
     wide = float32_params(state.params, state.masters, quantised=plan.quantised)
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(descent, state.opt_state, wide, **extra)
+    updates, opt_state = optimizer.update(descent, state.opt_state, wide, **extra)
     rules = _rules(plan, state, extra, precision, None)
     places, shared = _places_of_moments(state.opt_state, state.params)
     states, new_states = jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state)

@@ -64,7 +64,7 @@ class Reading:
             return optimizer.update(gradients, opt_state, params, **extra)
 
         given = jax.eval_shape(lambda *trees: trees, gradients, params, opt_state, extra)
-        flat, tree, _ = forward_only(update, *given)
+        flat, _, _ = forward_only(update, *given)
         self._jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
         self.state_tree = jax.tree.structure(opt_state)
         num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
@@ -72,8 +72,6 @@ class Reading:
         self._gradients, self._params = inputs[:num_leaves], inputs[num_leaves : 2 * num_leaves]
         self._states, self._extra = inputs[2 * num_leaves :][:num_states], inputs[2 * num_leaves + num_states :]
         self._updates, self.new_states = outputs[:num_leaves], outputs[num_leaves:]
-        if len(self.new_states) != num_states:
-            raise ValueError(f"optimizer.update must keep the structure of its state, got {tree}.")
         self._makers = {out: eqn for eqn in self._jaxpr.jaxpr.eqns for out in eqn.outvars}
         self._analyse(constants_owned=True)
         if self.mixed:
@@ -114,8 +112,8 @@ class Reading:
         own = [(kind, atom) for kind, atom in zip(kinds, equation.invars, strict=True) if isinstance(kind, Owned)]
         if not own:
             spreads = name in ELEMENTWISE or name in SPREADING
-            uniform = out.aval.shape == () or (spreads and all(kind.uniform for kind in kinds if isinstance(kind, Shared)))
-            self._kind.update((var, Shared(uniform and len(equation.outvars) == 1)) for var in equation.outvars)
+            uniform = spreads and all(kind.uniform for kind in kinds if isinstance(kind, Shared))
+            self._kind.update((var, Shared(var.aval.shape == () or uniform)) for var in equation.outvars)
             return
         for _, atom in own:
             self._union(own[0][1], atom)

@@ -162,12 +162,13 @@ class Offload:
         done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan), jnp.int32(0))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
 
-    def replay(self, state: OffloadState, coefficients: Any) -> OffloadState:
+    def replay(self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None) -> OffloadState:
         """Repeat a step without evaluating anything; the blocks of `state` are consumed.
 
         Args:
             state: before the step; the plan is known.
             coefficients: float32 [n], `Metrics.coefficients` of the step.
+            mean_fitness: of no use to `Descent`.
 
         Returns:
             The state as `step` left it, bit for bit on the same backend.

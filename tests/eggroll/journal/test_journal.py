@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import eggroll
@@ -22,7 +23,7 @@ from tests.tables import by_default
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 HEADER = Header(key=["threefry2x32", [0, 1]], config={"sigma": 0.1}, plan=["w"], fingerprint="f", versions={"jax": "x"})
-ENTRIES = [Entry(g, 0.1 + g, np.float32([g, -1.5, 0.25, np.nan, 3]), bytes([g] * g)) for g in range(6)]
+ENTRIES = [Entry(g, 0.1 + g, np.float32([g, -1.5, 0.25, np.nan, 3]), bytes([g] * g), g / 4) for g in range(6)]
 
 
 def fitness(params, batch, key):
@@ -36,7 +37,8 @@ def batch_of(generation):
 def make(options=None):
     """Make a strategy with its plan, and the initial state: the recipe of the journal."""
     options = dict(population_size=16, sigma=0.1) | (options or {})
-    es = eggroll.EvolutionStrategy(fitness, optimizer=optax.adam(1e-2), **options)
+    options.setdefault("optimizer", optax.adam(1e-2))
+    es = eggroll.EvolutionStrategy(fitness, **options)
     state = es.init(PARAMS, key=jax.random.key(3))
     es.plan(state, batch_of(0))
     return es, state
@@ -94,6 +96,7 @@ def written(path, entries=ENTRIES):
 
 def equal(entry, other):
     numbers = entry.generation == other.generation and np.float32(entry.sigma) == np.float32(other.sigma)
+    numbers = numbers and entry.mean_fitness == other.mean_fitness
     return numbers and entry.extra == other.extra and entry.coefficients.tobytes() == other.coefficients.tobytes()
 
 
@@ -103,6 +106,17 @@ def equal(entry, other):
 def test_records_are_read_back(tmp_path):
     reader = Reader(written(tmp_path / "journal.bin"))
     assert reader.header == HEADER and all(map(equal, reader, ENTRIES)) and reader.note is None
+
+
+def test_a_file_of_the_format_without_mean_fitness_is_continued_in_it(tmp_path):
+    path, old = tmp_path / "journal.bin", [entry._replace(mean_fitness=None) for entry in ENTRIES]
+    header = dataclasses.replace(HEADER, version=2)
+    for first, entry in enumerate(ENTRIES):
+        writer = Writer(path, header if first == 0 else HEADER)
+        writer.append(entry)
+        writer.close()
+    assert all(map(equal, Reader(path), old))
+    assert path.read_bytes().endswith(records.encode(old[-1]))  # what versions before 0.3 read
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 5, 6, 1000])
@@ -217,7 +231,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path, field, value, words):
 
 def test_another_version_and_a_missing_file_are_refused(tmp_path):
     Writer(tmp_path / "a", dataclasses.replace(HEADER, version=9)).close()
-    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 2"):
+    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 2 and 3"):
         Reader(tmp_path / "a")
     with pytest.raises(JournalError, match="there is no journal"):
         Reader(tmp_path / "b")
@@ -232,8 +246,9 @@ def test_another_version_and_a_missing_file_are_refused(tmp_path):
         {},
         {"shaping": "pair_sign", "perturbation": eggroll.LowRank(rank=2), "noise_reuse": 3},
         {"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()},
+        {"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))},
     ],
-    ids=["default", "sign", "schedule"],
+    ids=["default", "sign", "schedule", "plateau"],
 )
 @pytest.mark.optimized
 def test_replay_is_the_run_bit_for_bit(options):
@@ -243,7 +258,8 @@ def test_replay_is_the_run_bit_for_bit(options):
         if generation == 3 and not callable(es.sigma):
             state = state._replace(sigma=jnp.float32(0.05))
         state, metrics = es.step(state, batch_of(generation))
-        entries.append(Entry(generation, float(metrics.sigma), np.asarray(metrics.coefficients), b""))
+        mean = float(metrics.mean_fitness)
+        entries.append(Entry(generation, float(metrics.sigma), np.asarray(metrics.coefficients), b"", mean))
     again, replayed = make(options)
     same(replay(again, copy_state(replayed), iter(entries)), state)
     told, asked = start, make(options)[0]
@@ -305,6 +321,15 @@ def test_a_damaged_checkpoint_is_detected_and_skipped(tmp_path, damage, caplog):
     same(state, whole)
     assert "the checkpoint of generation 8" in caplog.text and "an earlier one is used" in caplog.text
     gc.collect()  # the abandoned tasks are this test's, not those of one that comes later
+
+
+def test_an_optimizer_that_reads_the_fitness_resumes_bit_for_bit(tmp_path):
+    options = {"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}
+    whole, _ = go(tmp_path / "whole", 6, options=options)
+    go(tmp_path / "parts", 3, options=options)
+    parts, _ = go(tmp_path / "parts", 6, options=options)
+    same(parts, whole)
+    assert float(whole.opt_state[1].scale) < 1
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
