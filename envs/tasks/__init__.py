@@ -2,19 +2,22 @@
 
 from eggroll.envs.tasks.answers import final_answer, last_number
 from eggroll.envs.tasks.batches import Batches
+from eggroll.envs.tasks.calls import InvalidReward, Reward
 from eggroll.envs.tasks.pass_at_k import pass_at_k
-from eggroll.envs.tasks.protocol import SPLITS, Reward, Row, Task, check_disjoint, collate
+from eggroll.envs.tasks.protocol import SPLITS, Row, Task, check_disjoint, collate
 from eggroll.envs.tasks.registry import load, names
 from eggroll.envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
-from eggroll.envs.tasks.scoring import MINIMUM, Scorer, Scores
+from eggroll.envs.tasks.scoring import MINIMUM, RewardFailed, Scorer, Scores, fill_with_mean
 
 __all__ = [
     "MINIMUM",
     "SPLITS",
     "THINK_ANSWER",
     "Batches",
+    "InvalidReward",
     "Matches",
     "Reward",
+    "RewardFailed",
     "Row",
     "Scorer",
     "Scores",
@@ -22,6 +25,7 @@ __all__ = [
     "Weighted",
     "check_disjoint",
     "collate",
+    "fill_with_mean",
     "final_answer",
     "last_number",
     "load",

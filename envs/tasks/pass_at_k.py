@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def pass_at_k(passed: ArrayLike, *, k: int) -> np.ndarray:
+def pass_at_k(passed: ArrayLike, *, k: int, has_score: ArrayLike = True) -> np.ndarray:
     """Estimate pass@k of every prompt.
 
     Args:
         passed: bool [..., n], which of a prompt's samples are right.
         k: from 1 to n.
+        has_score: bool [..., n], False for samples to leave out, which nobody has judged.
 
     Returns:
-        float64 [...].
+        float64 [...], NaN where fewer than k samples are left.
 
     Raises:
         ValueError: `k` is out of its bounds, or `passed` is not of bools.
@@ -28,8 +29,13 @@ def pass_at_k(passed: ArrayLike, *, k: int) -> np.ndarray:
     right = np.asarray(passed)
     if right.dtype != np.bool_ or right.ndim < 1:
         raise ValueError(f"passed must be bool [..., samples], such as scores >= 1, got {right.dtype} {list(right.shape)}.")
-    n = right.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and the {n} samples of a prompt, got {k}.")
-    estimates = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-    return np.take(estimates, right.sum(axis=-1))
+    samples = right.shape[-1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must be between 1 and the {samples} samples of a prompt, got {k}.")
+    judged = np.broadcast_to(np.asarray(has_score, np.bool_), right.shape)
+    left, correct = judged.sum(axis=-1), (right & judged).sum(axis=-1)
+    estimates = np.full(left.shape, np.nan)
+    for n in map(int, np.unique(left[left >= k])):
+        table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
+        estimates[left == n] = table[correct[left == n]]
+    return estimates

@@ -1,19 +1,21 @@
 """Tasks for language models: prompts with columns, a verifiable reward, and splits that share no prompt.
 
-The reward has the signature that TRL and tunix use:
+A reward is called as TRL calls it, by keyword:
 
-    reward(prompts, completions, **columns) -> list[float]
+    reward(prompts=prompts, completions=completions, **columns) -> list[float | None]
 
-Texts in, one number per completion, higher is better. A column is a list with one entry per completion, such as `answer`; a
-reward names those that it reads and takes the others in `**columns`. A prompt is the plain question; a chat template is up to
+Texts in, one number per completion, higher is better; None abstains: the completion has no score. A column is a list with one
+entry per completion, such as `answer`; a reward names what it reads and takes the rest in `**kwargs`, such as
+`def reward(completions, answer, **kwargs)`. `async def` works as well. A prompt is the plain question; a chat template is up to
 the caller.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-Reward = Callable[..., list[float]]
+from eggroll.envs.tasks.calls import Reward
+from eggroll.envs.tasks.rewards import check_reward
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,12 +33,13 @@ class Task:
 
     Args:
         name: in the registry.
-        reward: `reward(prompts, completions, **columns) -> list[float]`.
+        reward: `reward(prompts=, completions=, **columns) -> list[float | None]`.
         splits: rows of "train", "validation" and "test". Tuples are checked to share no prompt; a sequence that makes its rows
             lazily must ensure this itself.
 
     Raises:
-        ValueError: two splits share a prompt, or a split is empty.
+        ValueError: two splits share a prompt, or a split is empty; the reward is no function, or does not take prompts,
+            completions and the columns of each split's first row by keyword.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Task:
         for split, rows in self.splits.items():
             if not len(rows):
                 raise ValueError(f"split '{split}' of task '{self.name}' has no rows.")
+            check_reward(self.reward, rows[0].columns)
         check_disjoint({split: rows for split, rows in self.splits.items() if isinstance(rows, tuple)})
 
     def split(self, name: str) -> Sequence[Row]:
@@ -59,11 +63,6 @@ class Task:
         if name not in self.splits:
             raise ValueError(f"split must be one of {', '.join(self.splits)} of task '{self.name}', got {name!r}.")
         return self.splits[name]
-
-
-def name_of(reward: Reward) -> str:
-    """Return the name of a reward in errors: of a function, or of the class of an object."""
-    return getattr(reward, "__name__", type(reward).__name__)
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Row]]) -> None:

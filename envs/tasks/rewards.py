@@ -8,29 +8,12 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from eggroll.envs.tasks.answers import final_answer, last_number
-from eggroll.envs.tasks.protocol import Reward, name_of
-
-
-class InvalidReward(ValueError):
-    """A reward does not follow the protocol."""
-
-
-def checked(reward: Reward, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list:
-    """Return what a reward gives.
-
-    Raises:
-        InvalidReward: that is not a list of one entry per completion.
-    """
-    values = reward(prompts, completions, **columns)
-    if not hasattr(values, "__len__") or len(values) != len(completions):
-        got = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
-        raise InvalidReward(f"reward '{name_of(reward)}' must return one float per completion, {len(completions)}, got {got}.")
-    return list(values)
+from eggroll.envs.tasks.calls import Reward, call, check_signature, number
 
 
 def number_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
@@ -104,6 +87,9 @@ THINK_ANSWER = Matches(rf"<think>{_UNTAGGED}</think>\s*<answer>{_UNTAGGED}</answ
 class Weighted:
     """The weighted sum of rewards: `Weighted((number_matches, 1.0), (THINK_ANSWER, 0.1))`.
 
+    A part that abstains from a completion (None) is left out of its sum; where all do, the sum is None. A part that fails makes
+    the sum fail.
+
     Raises:
         ValueError: there is no part, or a weight is not a finite number.
     """
@@ -116,8 +102,24 @@ class Weighted:
             raise ValueError(f"parts must be one (reward, finite weight) or more, got the weights {weights}.")
         object.__setattr__(self, "parts", parts)
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Score the completions."""
-        scores = [checked(reward, prompts, completions, **columns) for reward, _ in self.parts]
-        weights = [weight for _, weight in self.parts]
-        return [sum(w * score for w, score in zip(weights, row, strict=True)) for row in zip(*scores, strict=True)]
+        values = [call(reward, prompts, completions, columns) for reward, _ in self.parts]
+        return [self._sum(row) for row in zip(*values, strict=True)]
+
+    def _sum(self, values: Sequence[Any]) -> float | None:
+        terms = [weight * number(value) for (_, weight), value in zip(self.parts, values, strict=True) if value is not None]
+        return sum(terms) if terms else None
+
+
+def check_reward(reward: Reward, columns: Iterable[str]) -> None:
+    """Check that a reward, and each part of a weighted one, takes prompts, completions and all columns by keyword.
+
+    Raises:
+        InvalidReward: one does not, or is no function.
+        ValueError: a column is called "prompts" or "completions".
+    """
+    columns = tuple(columns)
+    check_signature(reward, columns)
+    for part, _ in reward.parts if isinstance(reward, Weighted) else ():
+        check_reward(part, columns)

@@ -1,22 +1,30 @@
-"""Scores of many completions at once, by a reward that may raise, hang or kill its process.
+"""Scores of many completions at once, by a reward that may raise, hang, kill its process or abstain.
 
 A batch is split into calls, which worker processes make. A call that fails is repeated for each of its completions alone, so
-that only those that fail on their own are lost: they score the minimum and are counted.
+that only those that fail on their own are lost: they score as low as any other completion of the batch, and are counted. A
+completion from which the reward abstains takes the mean of its prompt: it carries no information.
 """
 
+import asyncio
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from eggroll.envs.tasks.protocol import Reward, name_of
-from eggroll.envs.tasks.rewards import InvalidReward, checked
+from eggroll.envs.tasks.calls import InvalidReward, Reward, call, check_callable, name_of, number, shorten
+from eggroll.envs.tasks.rewards import check_reward
 from eggroll.envs.tasks.workers import Died, Pool, TimedOut
 
-MINIMUM = 0.0  # score of a completion whose reward failed
+MINIMUM = 0.0  # score of a completion whose reward failed, if no other of the batch is lower
 CALLS_PER_WORKER = 4  # per batch: small calls, so that a slow or failed one delays or repeats little
+PROBES = 32  # completions to try alone, after all calls hung or died, before the others are
+
+
+class RewardFailed(RuntimeError):
+    """A reward failed on every completion of a batch."""
 
 
 class Scores(NamedTuple):
@@ -26,7 +34,13 @@ class Scores(NamedTuple):
     errors: int  # completions whose reward raised, killed its process or gave no finite number
     timeouts: int  # completions whose reward exceeded the time limit
     first_error: str | None  # description of the first of either
-    minimum: float  # their score
+    minimum: float  # their score: the scorer's minimum, or the lowest score of the batch if that is lower
+    has_score: np.ndarray  # bool [completions], False where the reward abstained and the value is the mean of the prompt
+
+    @property
+    def abstained(self) -> int:
+        """The number of completions from which the reward abstained."""
+        return int((~self.has_score).sum())
 
 
 class _Job(NamedTuple):
@@ -51,51 +65,55 @@ class _Raised(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A reward as a function of a job: it returns scores, messages for those that are not finite, or `_Raised`."""
+    """A reward as a function of a job: it returns scores, NaN to abstain, messages for bad numbers, or `_Raised`."""
 
     reward: Reward
 
     def __call__(self, job: _Job) -> "list[float | str] | _Raised":
         try:
-            values = checked(self.reward, job.prompts, job.completions, **job.columns)
+            values = call(self.reward, job.prompts, job.completions, job.columns)
         except InvalidReward as error:
             return _Raised(str(error), invalid=True)
-        except (Exception, SystemExit) as error:
-            return _Raised(f"reward '{name_of(self.reward)}' raised {type(error).__name__}: {error}", invalid=False)
-        return [self._score(value) for value in values]
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            text = shorten(f"reward '{name_of(self.reward)}' raised {type(error).__name__}: {error}")
+            return _Raised(text, invalid=False)
+        return [math.nan if value is None else self._score(value) for value in values]
 
     def _score(self, value: Any) -> float | str:
-        try:
-            score = float(value) if not isinstance(value, str | bytes) else math.nan
-        except (TypeError, ValueError, OverflowError):
-            score = math.nan
-        return score if math.isfinite(score) else f"reward '{name_of(self.reward)}' must give finite numbers, got {value!r}."
+        score = number(value)
+        if math.isfinite(score):
+            return score
+        return shorten(f"reward '{name_of(self.reward)}' must give finite numbers, got {value!r}.")
 
 
 class Scorer:
     """A reward with processes that call it; `close` it, or use it as a context manager.
 
     Args:
-        reward: `reward(prompts, completions, **columns) -> list[float]`. With workers it is a function at the top level of a
-            module, or another object that can be pickled. It is called with parts of a batch, then with each completion of a
-            part that failed alone.
+        reward: `reward(prompts=, completions=, **columns) -> list[float | None]`, also `async def`. With workers it is a
+            function at the top level of a module, or another object that can be pickled. It is called with parts of a batch,
+            then with each completion of a part that failed alone; it gets copies of all lists.
         workers: processes; 0: rewards are called in this one, where nothing stops one that hangs.
         timeout: seconds a call may take, of several completions or of one.
-        minimum: the score of a completion whose reward fails.
+        minimum: the score of a completion whose reward fails, unless another completion of the batch scores lower: then that.
+            None: 0.
 
     Raises:
-        ValueError: `workers` is negative, `timeout` is not above 0, or `minimum` is not finite.
+        ValueError: `workers` is negative, `timeout` is not above 0, `minimum` is not finite, or `reward` is no function.
         TypeError: `reward` cannot be sent to a worker.
     """
 
-    def __init__(self, reward: Reward, *, workers: int = 1, timeout: float = 10.0, minimum: float = MINIMUM):
+    def __init__(self, reward: Reward, *, workers: int = 1, timeout: float = 10.0, minimum: float | None = None):
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
-        if not math.isfinite(minimum):
-            raise ValueError(f"minimum must be a finite number, got {minimum}.")
-        self._call, self._timeout, self._minimum = _Call(reward), timeout, minimum
+        if minimum is not None and not math.isfinite(minimum):
+            raise ValueError(f"minimum must be a finite number or None, got {minimum}.")
+        check_callable(reward)
+        self._call, self._timeout, self._minimum = _Call(reward), timeout, MINIMUM if minimum is None else float(minimum)
+        self._checked: set[frozenset[str]] = set()  # names of columns that the reward takes
+        self._warned = False
         self._calls = max(1, workers * CALLS_PER_WORKER)
         try:
             self._pool = Pool(self._call, workers=workers, timeout=timeout) if workers else None
@@ -117,19 +135,32 @@ class Scorer:
             The scores.
 
         Raises:
-            ValueError: lists of different lengths; the reward gives another number of scores than there are completions.
+            ValueError: lists of different lengths; the reward does not take prompts, completions and the columns by keyword, or
+                gives another number of scores than there are completions.
+            RewardFailed: it failed on every completion (of those that hang or die, after a sample alone); the message has the
+                first error.
             RuntimeError: a worker cannot start, or the scorer is closed.
         """
         for name, column in {"prompts": prompts, **columns}.items():
             if len(column) != len(completions):
                 raise ValueError(f"{name} must have one entry per completion, {len(completions)}, got {len(column)}.")
+        if frozenset(columns) not in self._checked:
+            check_reward(self._call.reward, columns)
+            self._checked.add(frozenset(columns))
         job = _Job(list(prompts), list(completions), {name: list(column) for name, column in columns.items()})
         outcomes = self._outcomes(job)
         failed = [outcome for outcome in outcomes if not isinstance(outcome, float)]
-        timeouts = sum(isinstance(outcome, TimedOut) for outcome in failed)
-        values = [outcome if isinstance(outcome, float) else self._minimum for outcome in outcomes]
         first = self._text(failed[0]) if failed else None
-        return Scores(np.array(values, np.float64), len(failed) - timeouts, timeouts, first, self._minimum)
+        if failed and len(failed) == len(outcomes):
+            raise RewardFailed(f"{self._name} failed on all {len(failed)} completions; the first error: {first}")
+        scored = [outcome for outcome in outcomes if isinstance(outcome, float) and not math.isnan(outcome)]
+        minimum = min([self._minimum, *scored])
+        values = np.array([outcome if isinstance(outcome, float) else minimum for outcome in outcomes], np.float64)
+        has_score = ~np.isnan(values)
+        if len(values) and not has_score.any():
+            self._warn_of_none(len(values))
+        timeouts = sum(isinstance(outcome, TimedOut) for outcome in failed)
+        return Scores(fill_with_mean(values, job.prompts), len(failed) - timeouts, timeouts, first, minimum, has_score)
 
     def close(self) -> None:
         """End the processes."""
@@ -148,7 +179,10 @@ class Scorer:
         size = -(-n // self._calls)
         parts = [slice(first, min(first + size, n)) for first in range(0, n, max(size, 1))]
         outcomes: list[Any] = [None] * n
-        for part, reply in zip(parts, self._replies([job.part(part) for part in parts]), strict=True):
+        replies = self._replies([job.part(part) for part in parts])
+        if size > 1 and n > PROBES and all(isinstance(reply, TimedOut | Died) for reply in replies):
+            self._probe(job)
+        for part, reply in zip(parts, replies, strict=True):
             outcomes[part] = reply if isinstance(reply, list) else [reply if size == 1 else None] * (part.stop - part.start)
         again = [index for index, outcome in enumerate(outcomes) if outcome is None]
         alone = self._replies([job.part(slice(index, index + 1)) for index in again])
@@ -156,16 +190,54 @@ class Scorer:
             outcomes[index] = reply[0] if isinstance(reply, list) else reply
         return outcomes
 
+    def _probe(self, job: _Job) -> None:
+        """Raise RewardFailed if some completions alone hang or die too: to wait for each of a large batch would take hours."""
+        n = len(job.completions)
+        chosen = np.random.default_rng(0).permutation(n)[:PROBES].tolist()  # not evenly spaced: of all prompts
+        replies = self._replies([job.part(slice(index, index + 1)) for index in chosen])
+        if all(isinstance(reply, TimedOut | Died) for reply in replies):
+            where = f"all {n} completions together, and on each of {PROBES} alone"
+            raise RewardFailed(f"{self._name} failed on {where}; the first error: {self._text(replies[0])}")
+
     def _replies(self, jobs: list[_Job]) -> list:
         replies = self._pool.map(jobs) if self._pool else [self._call(job) for job in jobs]
         for reply in replies:
             if isinstance(reply, _Raised) and reply.invalid:
-                raise ValueError(reply.text)
+                raise InvalidReward(reply.text)
         return replies
+
+    @property
+    def _name(self) -> str:
+        return f"reward '{name_of(self._call.reward)}'"
 
     def _text(self, failure: Any) -> str:
         if isinstance(failure, TimedOut):
-            return f"reward '{name_of(self._call.reward)}' exceeded its time limit of {self._timeout:g} s."
+            return f"{self._name} exceeded its time limit of {self._timeout:g} s."
         if isinstance(failure, Died):
-            return f"reward '{name_of(self._call.reward)}' ended its process with exit code {failure.exit_code}."
+            return f"{self._name} ended its process with exit code {failure.exit_code}."
         return failure.text if isinstance(failure, _Raised) else failure
+
+    def _warn_of_none(self, completions: int) -> None:
+        """Warn once of a batch without any score."""
+        if not self._warned:
+            warnings.warn(f"{self._name} gave None for all {completions} completions of a batch (warned once).", stacklevel=3)
+            self._warned = True
+
+
+def fill_with_mean(values: np.ndarray, keys: Sequence[Any]) -> np.ndarray:
+    """Replace NaN by the mean of the other values with the same key; without one by the mean of all, or by 0.
+
+    Args:
+        values: float64 [n].
+        keys: one per value, such as prompts, compared as texts.
+
+    Returns:
+        float64 [n]; the mean of equal values is exactly that value, so that they stay without signal.
+    """
+    known, names = ~np.isnan(values), np.array([str(key) for key in keys], object)
+    filled = values.copy()
+    for name in set(names[~known]):
+        same = names == name
+        others = values[same & known] if (same & known).any() else values[known]
+        filled[same & ~known] = np.clip(others.mean(), others.min(), others.max()) if others.size else 0.0
+    return filled

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing import connection, get_context
 from typing import Any, NamedTuple, NoReturn
 
+from eggroll.envs.tasks.calls import shorten
+
 STARTUP_SECONDS = 120.0  # of a worker: it imports the reward's module and what that imports
 
 
@@ -168,7 +170,7 @@ def _serve(pipe: connection.Connection, function: bytes) -> None:
     try:
         call = pickle.loads(function)
     except Exception as error:
-        pipe.send(Failed(f"{type(error).__name__}: {error}"))
+        pipe.send(Failed(shorten(f"{type(error).__name__}: {error}")))
         return
     with contextlib.suppress(EOFError, BrokenPipeError):
         pipe.send(None)

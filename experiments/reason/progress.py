@@ -54,7 +54,7 @@ class Progress:
             self._count(record, tokens=0, failures=0)
         else:
             self._count(record, tokens=report.tokens, failures=report.scores.errors + report.scores.timeouts)
-            record.extra.update(report.extra, ended=report.ended)
+            record.extra.update(report.extra, ended=report.ended, abstained_rewards=report.scores.abstained)
             self._warn(record, report.scores, due=due)
             print_examples(report.examples if due else [])
         if due:

@@ -26,7 +26,7 @@ def _obey(completion):
         with open(completion.removeprefix("child "), "w") as file:
             file.write(str(child.pid))
         time.sleep(600)
-    return {"nan": float("nan"), "text": "1.0", "none": None}.get(completion, 1)
+    return {"nan": float("nan"), "text": "1.0"}.get(completion, 1)
 
 
 def too_few(prompts, completions, **columns):

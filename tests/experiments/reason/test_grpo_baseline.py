@@ -172,7 +172,7 @@ def test_it_learns_to_say_seven(standard_promotion):
 
 def test_equal_rewards_change_nothing(monkeypatch, standard_promotion):
     given = problem()
-    trainer, equal = trainer_of(given, SAMPLING, SETTINGS), tasks.Scores(np.full(6, 0.1), 0, 0, None, 0.0)
+    trainer, equal = trainer_of(given, SAMPLING, SETTINGS), tasks.Scores(np.full(6, 0.1), 0, 0, None, 0.0, np.full(6, True))
     monkeypatch.setattr(Problem, "score", lambda *_: Scored([], equal))
     state = trainer.init(key=jax.random.key(0))
     for _ in range(3):

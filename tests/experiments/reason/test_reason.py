@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -182,8 +183,9 @@ def test_older_journals_have_older_names_of_options():
     assert restore_config(older).options() == parse([*TINY, "--stop-token-ids", "10"]).options()
 
 
-def failing(prompts, completions, **_):
-    raise ZeroDivisionError("no")
+def failing(completions, **_):
+    """Fail on a quarter of the completions, and abstain from a quarter."""
+    return [(float("nan"), 0.0, None, 0.0)[index % 4] for index in range(len(completions))]
 
 
 @pytest.mark.slow
@@ -197,7 +199,9 @@ def test_a_reward_that_fails_is_told_once_and_counted(capsys, monkeypatch):
     with pytest.warns(UserWarning) as told:
         summary = run(capsys, "--generations", "2", "--folder", "out/failing")
     assert sum("a reward failed and scored 0" in str(one.message) for one in told) == 1
-    assert summary["failed_rewards"] == 2 * 4 * 2
+    assert summary["failed_rewards"] == 2 * 4 * 2 / 4
+    lines = [json.loads(line) for line in Path("out/failing/metrics.jsonl").read_text().splitlines()]
+    assert [(line["failed_rewards"], line["abstained_rewards"]) for line in lines] == [(2, 2)] * 2
 
 
 def test_plan_reads_no_weights(capsys, monkeypatch):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eggroll.envs.tasks import Row, Task, load
+from eggroll.envs.tasks import Row, Task, load, number_matches
 from eggroll.experiments.common import warm_start as common
 from eggroll.experiments.reason import warm_start as start
 from eggroll.experiments.reason.warm_start import WarmStart, encode_examples, train, warm_start
@@ -72,7 +72,7 @@ def test_another_folder_for_whatever_decides_the_model(change, tmp_path, monkeyp
 
 def test_task_without_worked_examples_is_refused(tmp_path):
     splits = {name: (Row(name, {"answer": "1"}),) for name in ("train", "validation", "test")}
-    task = Task("plain", reward=len, splits=splits)
+    task = Task("plain", reward=number_matches, splits=splits)
     with pytest.raises(ValueError, match="must have the column 'worked' for a warm start, 'plain' has"):
         warm_start(TINY, task, template="{prompt}", cache=tmp_path / "starts")
 
