@@ -79,7 +79,7 @@ class Trainer:
         completions = self._draw(state.params, prompts, jax.random.key_data(draw_key))
         scores = problem.score([row for row in rows for _ in range(settings.samples)], completions).scores
         rewards = scores.values.reshape(settings.prompts, settings.samples)
-        relative = advantages(rewards, global_std=settings.global_std).reshape(-1)
+        relative = advantages(rewards, global_std=settings.global_std).reshape(-1) * scores.has_score
         batch = Batch(prompts, completions, relative, None, None)
         state, (clipped, norm) = self._learn(state, batch, order_key)
         extra = {"silent": float(groups_without_signal(rewards).mean()), "clipped": float(clipped)}

@@ -149,6 +149,8 @@ class Config:
     """Processes that score completions; 0: this one, without a time limit."""
     timeout: float = 10.0
     """Time limit for a call of the reward in a worker, in seconds."""
+    reward_minimum: float | None = None
+    """Score of a completion whose reward fails, unless another of the generation scores lower: then that. None: 0."""
     check_every: int = 10
     """Generations between checkpoints, which also check the unperturbed parameters on validation problems, greedily."""
     validation_size: int = 128
@@ -211,6 +213,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value}.")
+        if self.reward_minimum is not None and not abs(self.reward_minimum) < float("inf"):
+            raise ValueError(f"reward_minimum must be a finite number or None, got {self.reward_minimum}.")
         check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.sampling_temperature, top_p=self.top_p)
         if self.stop is not None and self.stop_token_ids is not None:
             raise ValueError(f"give stop or stop_token_ids, not both; got {self.stop} and {self.stop_token_ids}.")

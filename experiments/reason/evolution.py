@@ -68,10 +68,18 @@ class Evolution:
         asked = [row for member in range(members) for row in rows[member // group_size]]
         texts, scores = self._problem.score(asked, outputs)
         values = scores.values.reshape(members, config.prompts, config.samples)
-        fitness = values.mean(axis=2) if config.pass_k is None else tasks.pass_at_k(values >= 1, k=config.pass_k)
+        fitness = values.mean(axis=2) if config.pass_k is None else self._pass_at_k(values, scores, groups=len(rows))
         chosen = np.linspace(0, len(asked) - 1, config.examples).astype(int).tolist() if config.examples else []
         examples = [(asked[i].prompt, texts[i], float(scores.values[i])) for i in chosen]
         return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {})
+
+    def _pass_at_k(self, values: np.ndarray, scores: tasks.Scores, *, groups: int) -> np.ndarray:
+        """Return pass@k [N, prompts]; with too few scores for it, a member takes the mean of its group for the problem."""
+        k: Any = self._config.pass_k
+        estimates = tasks.pass_at_k(values >= 1, k=k, has_score=scores.has_score.reshape(values.shape))
+        members, prompts = estimates.shape
+        problems = np.repeat(np.arange(groups * prompts).reshape(groups, prompts), members // groups, axis=0)
+        return tasks.fill_with_mean(estimates.reshape(-1), problems.reshape(-1).tolist()).reshape(members, prompts)
 
     def start(self, *, seed: int) -> eggroll.ESState:
         """Return the initial state, and make the plan of the strategy."""

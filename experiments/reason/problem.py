@@ -121,7 +121,7 @@ class Problem:
 class Check(NamedTuple):
     """The result of held-out problems."""
 
-    accuracy: float  # mean score; the share of right answers where scores are 0 and 1
+    accuracy: float  # mean of the scores, 0 without any; the share of right answers where scores are 0 and 1
     ended: float  # share of completions that a stop token ended
     tokens: float  # mean length of a completion
     examples: list[tuple[str, str, float]]  # prompt, completion, score
@@ -150,17 +150,17 @@ class Validation:
         """Check parameters; return `examples` completions with the result."""
         firsts = range(0, len(self._rows), BATCH_SIZE)
         parts = [self._complete(params, self._rows[first : first + BATCH_SIZE]) for first in firsts]
-        texts = [text for _, scored in parts for text in scored.texts]
-        scores = np.concatenate([scored.scores.values for _, scored in parts])
-        completions = Completions(*map(np.concatenate, zip(*(own for own, _ in parts), strict=True)))
-        shown = [(self._rows[i].prompt, texts[i], float(scores[i])) for i in range(min(examples, len(texts)))]
-        return Check(float(scores.mean()), float(completions.ended.mean()), float(completions.length.mean()), shown)
+        completions = Completions(*map(np.concatenate, zip(*parts, strict=True)))
+        texts, scores = self._problem.score(self._rows, completions)  # of all batches: a failure is compared with all of them
+        given = scores.values[scores.has_score]
+        accuracy = float(given.mean()) if given.size else 0.0
+        shown = [(self._rows[i].prompt, texts[i], float(scores.values[i])) for i in range(min(examples, len(texts)))]
+        return Check(accuracy, float(completions.ended.mean()), float(completions.length.mean()), shown)
 
-    def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> tuple[Completions, Scored]:
+    def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> Completions:
         padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))  # the last batch has the shape of the others
         padded = jax.device_get(self._decode(params, self._problem.prompts([*rows, *padding])))
-        completions = Completions(*(array[: len(rows)] for array in padded))
-        return completions, self._problem.score(rows, completions)
+        return Completions(*(array[: len(rows)] for array in padded))
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:

@@ -181,6 +181,17 @@ def test_equal_rewards_change_nothing(monkeypatch, standard_promotion):
     jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
 
 
+def test_a_completion_without_a_score_changes_nothing(monkeypatch, standard_promotion):
+    given, learned = problem(), []
+    trainer, has_score = Trainer(given, SAMPLING, SETTINGS), np.array([True, False, True, True, True, False])
+    scores = tasks.Scores(np.array([1.0, 0.5, 0.0, 1.0, 0.0, 0.4]), 0, 0, None, 0.0, has_score)
+    monkeypatch.setattr(Problem, "score", lambda *_: Scored([], scores))
+    monkeypatch.setattr(trainer, "_learn", lambda state, batch, key: (learned.append(batch), (state, (0.0, 0.0)))[1])
+    trainer.step(trainer.init(key=jax.random.key(0)), given.task.split("train"))
+    assert learned[0].advantages.dtype == np.float32
+    np.testing.assert_array_equal(learned[0].advantages != 0, has_score)
+
+
 def test_low_precision_keeps_full_weights(standard_promotion):
     given = problem(dtype=jnp.bfloat16)
     trainer = Trainer(given, SAMPLING, dataclasses.replace(SETTINGS, learning_rate=1e-5))
