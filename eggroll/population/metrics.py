@@ -46,6 +46,8 @@ class Metrics(NamedTuple):
     leaf_norms: Array
     moved: Array
     kept: Array
+    update_over_sigma: Array
+    weight_norm: Array
 
     @property
     def scalars(self) -> dict[str, Array]:

@@ -1,10 +1,18 @@
-"""Warnings of a run about itself: what was not finite, and what keeps it from learning; each is given once."""
+"""What a run says of itself: what was not finite, what keeps it from learning, what to change; each warning is given once."""
 
+import math
+import statistics
 import warnings
+from collections.abc import Sequence
 
+from eggroll.noise.leaves import FrozenLeaf
+from eggroll.noise.plan import Plan
 from eggroll.runs.record import Record
 
-PATIENCE = 5  # generations in a row without information before a warning
+PATIENCE = 5  # generations in a row before a warning
+FAR = 10.0  # sigmas that an update moves a weight by: its gradient says nothing of places that far
+SHARED = 0.99  # correlation of the members of pairs above which a pair's fitness is that of its random key
+RECENT = 20  # generations that an advice looks at
 
 
 class Diagnosis:
@@ -17,13 +25,15 @@ class Diagnosis:
     def __init__(self, population_size: int):
         self._population_size = population_size
         self._given: set[str] = set()
-        self._tied = self._still = 0  # generations in a row
+        self._tied = self._still = self._far = 0  # generations in a row
 
     def look(self, record: Record) -> None:
         """Warn of what a generation shows."""
         self._tied = self._tied + 1 if record.tied_pairs == 1 and not record.skipped else 0
         self._still = self._still + 1 if record.gradient_norm == 0 and not self._tied else 0
+        self._far = self._far + 1 if record.update_over_sigma > FAR and not record.skipped else 0
         size, generation = self._population_size, record.generation
+        in_a_row = f"in {PATIENCE} generations in a row (last: {generation})"
         if record.skipped:
             why = f"the fitness of all {size} members, or the coefficients or sigma, was not finite"
             warnings.warn(f"generation {generation} was skipped: {why}.", stacklevel=3)
@@ -40,18 +50,72 @@ class Diagnosis:
         if self._tied == PATIENCE:
             self._once(
                 "tied_pairs",
-                f"both members of every pair had the same fitness in {PATIENCE} generations in a row (last: {generation}), "
-                f"so nothing is learned. Raise sigma (now {record.sigma:g}), sample actions or tokens instead of taking the "
-                "best one, or give a member more episodes or examples",
+                f"both members of every pair had the same fitness {in_a_row}, so nothing is learned. " + _untie(record.sigma),
             )
         if self._still == PATIENCE:
             self._once(
                 "gradient_norm",
-                f"the gradient was zero in {PATIENCE} generations in a row (last: {generation}), although members of pairs "
-                "differ: the shaping gives them equal weight",
+                f"the gradient was zero {in_a_row}, although members of pairs differ: the shaping gives them equal weight",
+            )
+        if self._far == PATIENCE:
+            self._once(
+                "update_over_sigma",
+                f"updates moved the weights by more than {FAR:g} sigma {in_a_row}, the last time by "
+                f"{record.update_over_sigma:.3g}: beyond the perturbations that they were estimated from. "
+                + _come_closer(record.sigma),
             )
 
     def _once(self, name: str, message: str) -> None:
         if name not in self._given:
             self._given.add(name)
             warnings.warn(f"{message} (warned once; see `{name}` in the history).", stacklevel=4)
+
+
+def advise(history: Sequence[Record], plan: Plan) -> str:
+    """Say what the last generations of a run without gain show, and what to change.
+
+    Args:
+        history: from `train`; of runs that were continued, what there is.
+        plan: of the parameters.
+
+    Returns:
+        A sentence or more.
+    """
+    last = history[-RECENT:]
+    if not last:
+        return "No generation was run."
+
+    def median(name: str) -> float:
+        return statistics.median(getattr(record, name) for record in last)
+
+    perturbed = sum(math.prod(leaf.shape) for leaf in plan.leaves if not isinstance(leaf, FrozenLeaf))
+    sigma, weight = last[-1].sigma, last[-1].weight_norm / math.sqrt(max(1, perturbed))
+    found = []
+    if median("tied_pairs") > 0.5:
+        share = f"{median('tied_pairs'):.0%} of the pairs had members of the same fitness"
+        found.append(f"{share}, which teach nothing. {_untie(sigma)}")
+    if median("update_over_sigma") > FAR:
+        found.append(
+            f"Updates moved the weights by {median('update_over_sigma'):.3g} sigma, beyond the perturbations that they were "
+            f"estimated from. {_come_closer(sigma)}"
+        )
+    if median("pair_correlation") > SHARED:
+        shared = f"The members of a pair had nearly the same fitness (correlation {median('pair_correlation'):.3f})"
+        found.append(f"{shared}, which is that of their random key. Raise sigma (now {sigma:g})")
+    if sigma > 3 * weight:
+        found.append(
+            f"Sigma ({sigma:g}) is {sigma / weight if weight else math.inf:.3g} times as large as the weights (root mean "
+            f"square {weight:.3g}), which it drowns. Lower sigma"
+        )
+    return ". ".join(found or ["Try another learning rate or sigma, a larger population, or more generations"]) + "."
+
+
+def _untie(sigma: float) -> str:
+    return (
+        f"Raise sigma (now {sigma:g}), sample actions or tokens instead of taking the best one, or give a member more episodes "
+        "or examples"
+    )
+
+
+def _come_closer(sigma: float) -> str:
+    return f"Raise sigma (now {sigma:g}), or lower the learning rate"

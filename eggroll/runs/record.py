@@ -25,6 +25,8 @@ class Record:
     gradient_norm: float
     moved: float
     kept: int
+    update_over_sigma: float
+    weight_norm: float
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written

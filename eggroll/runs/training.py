@@ -58,7 +58,8 @@ def train(
         target: stop once the mean fitness of the population is at least this.
         callbacks: each is called as `callback(state, record)` after every generation; True stops. The next generation consumes
             the state: keep `eggroll.copy_state(state)`, not its arrays. It may add
-            held-out scores to `record.extra`.
+            held-out scores of the unperturbed parameters to `record.extra`; next to `held_out_return` or `held_out_fitness`
+            the loop puts `held_out_minus_mean`, what they are above the mean of the population.
         run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; created if missing. A
             run from generation 0 replaces them, a continued run appends.
         durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
@@ -97,10 +98,13 @@ def train(
             if is_first():
                 diagnosis.look(record)
             stops = [bool(callback(state, record)) for callback in callbacks]
+            score = next((record.extra[name] for name in SCORES if name in record.extra), None)
+            if score is not None:
+                record.extra["held_out_minus_mean"] = score - record.mean_fitness
             spent = _is_spent(budget, record)
             _write(metrics_file, record)
             if durable is not None:
-                durable.record(state, record, score=next((record.extra[n] for n in SCORES if n in record.extra), None))
+                durable.record(state, record, score=score)
             if not keep_arrays:
                 history[-1] = dataclasses.replace(record, aux=None, coefficients=None)
             show(record.extra[name] if budget else len(history), (words or _progress_words)(record))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise.integer import LARGEST
-from eggroll.noise.leaves import LeafPlan
+from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.regions import BlockGrid, Region
 from eggroll.update.precision import rounding_words, store
 
@@ -33,7 +33,9 @@ class Held(NamedTuple):
 class Counts(NamedTuple):
     """What happened to a parameter."""
 
-    squares: Array  # float32 [], sum of the squares of the gradient; int32 0 for int8 parameters
+    squares: Array  # float32 [], sum of the squares of the gradient; int32 0 for int8 parameters, as the two that follow
+    steps: Array  # float32 [], sum of the squares of the update
+    weights: Array  # float32 [], sum of the squares of the new values
     moved: Array  # int32 [2], stored weights that changed: in units of `BASE`, and the rest
     kept: Array  # int32 [], blocks that kept their old values, the new ones not being finite
 
@@ -90,12 +92,13 @@ def move(
 
 def no_counts(leaf: LeafPlan) -> Counts:
     """Counts of nothing."""
-    return Counts(jnp.zeros((), jnp.int32 if leaf.integer else jnp.float32), jnp.zeros(2, jnp.int32), jnp.int32(0))
+    zero = jnp.zeros((), jnp.int32 if leaf.integer else jnp.float32)
+    return Counts(zero, zero, zero, jnp.zeros(2, jnp.int32), jnp.int32(0))
 
 
 def add_counts(a: Counts, b: Counts) -> Counts:
     """The counts of two parts together."""
-    return Counts(a.squares + b.squares, carry_over(a.moved + b.moved), a.kept + b.kept)
+    return jax.tree.map(jnp.add, a, b)._replace(moved=carry_over(a.moved + b.moved))
 
 
 def carry_over(moved: Array) -> Array:
@@ -125,8 +128,19 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Storing) ->
     finite = _are_finite([(added, wide), *zip(jax.tree.leaves(made), jax.tree.leaves(old), strict=True)])
     stays = ~finite if rules.skipped is None else ~finite | rules.skipped
     made = jax.tree.map(functools.partial(jnp.where, stays), old, made)
-    square = jnp.sum(moves.gradient**2) if jnp.issubdtype(moves.gradient.dtype, jnp.floating) else jnp.int32(0)
-    return made, Counts(square, _count_moved(param, made.param), (~finite).astype(jnp.int32))
+    squares = _sum_squares(moves, wide, added, stays, leaf)
+    return made, Counts(*squares, _count_moved(param, made.param), (~finite).astype(jnp.int32))
+
+
+def _sum_squares(moves: Moves, wide: Array, added: Array, stays: Array, leaf: LeafPlan) -> tuple[Array, Array, Array]:
+    """Sums of the squares of the gradient, the update and the new values of a block."""
+    if not jnp.issubdtype(moves.gradient.dtype, jnp.floating):
+        return jnp.int32(0), jnp.int32(0), jnp.int32(0)
+    square = jnp.sum(moves.gradient**2)
+    if isinstance(leaf, FrozenLeaf):
+        return square, jnp.float32(0), jnp.float32(0)
+    step = jnp.sum(jnp.where(stays, 0, moves.update.astype(jnp.float32)) ** 2)
+    return square, step, jnp.sum(jnp.where(stays, wide, added).astype(jnp.float32) ** 2)
 
 
 def _store(added: Array, region: Region, dtype: Any, rules: Storing) -> Array:

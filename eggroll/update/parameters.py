@@ -107,7 +107,7 @@ def update_state(
         counts.append(part.total(index, count))
     shared = _keep_finite(update.shared_states(), reading.shared_states(flat_states), rules[0].skipped)
     opt_state = reading.join_states([new.moments for new in moved], shared)
-    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped)
+    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped, extra.get("sigma"))
 
 
 def update_state_at_once(
@@ -148,7 +148,7 @@ def update_state_at_once(
         for place, value in zip(own, values, strict=True):
             states[place] = value
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), states)
-    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped)
+    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped, extra.get("sigma"))
 
 
 def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:

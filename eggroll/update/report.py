@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.update.blocks import BASE, Counts
 
@@ -20,18 +22,39 @@ class UpdateReport(NamedTuple):
     leaf_norms: Array  # float32 [leaves], gradient norm of every leaf in the order of the plan
     moved: Array  # float32 [], share of the stored weights that changed their value
     kept: Array  # int32 [], blocks of parameters that kept their old values, the new ones not being finite
+    update_over_sigma: Array  # float32 [], root mean square of the update of a weight, in units of its sigma; NaN: not known
+    weight_norm: Array  # float32 [], norm of all perturbed weights after the update; NaN: not known
 
 
-def summarise(plan: Plan, counts: Sequence[Counts], skipped: Array | None) -> Any:
+def report_deferred(skipped: Array) -> UpdateReport:
+    """Report of an update that is still to be made: nothing else is known of it."""
+    unknown = jnp.float32(jnp.nan)
+    return UpdateReport(skipped, unknown, jnp.zeros(0, jnp.float32), unknown, jnp.int32(0), unknown, unknown)
+
+
+def summarise(plan: Plan, counts: Sequence[Counts], skipped: Array | None, sigma: Array | None) -> Any:
     """Join the counts of all parameters: an `UpdateReport`; counts of int8 parameters, which `make_report` takes."""
     together = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
     if plan.is_integer:
         return together
-    assert skipped is not None
-    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.quantised or jnp.issubdtype(leaf.dtype, jnp.floating))
-    moved = _as_float(together.moved).sum() / max(1.0, float(size))
-    norms = jnp.sqrt(together.squares)
-    return UpdateReport(skipped, jnp.sqrt(together.squares.sum()), norms, moved, together.kept.sum())
+    assert skipped is not None and sigma is not None
+    floating = [leaf for leaf in plan.leaves if leaf.quantised or jnp.issubdtype(leaf.dtype, jnp.floating)]
+    moved = _as_float(together.moved).sum() / _count(floating)
+    units = np.array([getattr(leaf.spec, "sigma_multiplier", 1.0) for leaf in plan.leaves], np.float32)
+    perturbed = _count([leaf for leaf in floating if not isinstance(leaf, FrozenLeaf)])
+    return UpdateReport(
+        skipped=skipped,
+        gradient_norm=jnp.sqrt(together.squares.sum()),
+        leaf_norms=jnp.sqrt(together.squares),
+        moved=moved,
+        kept=together.kept.sum(),
+        update_over_sigma=jnp.sqrt((together.steps / units**2).sum() / perturbed) / sigma,
+        weight_norm=jnp.sqrt(together.weights.sum()),
+    )
+
+
+def _count(leaves: Sequence[LeafPlan]) -> float:
+    return max(1.0, float(sum(math.prod(leaf.shape) for leaf in leaves)))
 
 
 def _as_float(moved: Array) -> Array:
@@ -51,5 +74,7 @@ def make_report(plan: Plan, done: Any) -> UpdateReport:
     if not plan.is_integer:
         return done
     counts = _as_float(done.moved)
-    size = float(sum(math.prod(leaf.shape) for leaf in plan.leaves if leaf.integer))
-    return UpdateReport(jnp.bool_(False), jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / size, jnp.int32(0))
+    share = counts.sum() / _count([leaf for leaf in plan.leaves if leaf.integer])
+    return report_deferred(jnp.bool_(False))._replace(
+        gradient_norm=jnp.sqrt(counts.sum()), leaf_norms=jnp.sqrt(counts), moved=share
+    )

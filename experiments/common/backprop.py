@@ -36,4 +36,6 @@ def gradient_metrics(step: int, *, fitness: float, gradient_norm: float = math.n
         leaf_norms=jnp.zeros(0, jnp.float32),
         moved=unknown,
         kept=jnp.int32(0),
+        update_over_sigma=unknown,
+        weight_norm=unknown,
     )

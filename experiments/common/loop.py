@@ -19,6 +19,7 @@ class Tuned(NamedTuple):
     forwards: int  # passes of a batch
     skipped: int  # steps that changed nothing, because no loss was finite
     forwards_per_second: float  # of the median step; NaN where no step was left
+    advice: str = ""  # what to change, should nothing have been learned
 
 
 class Checks:

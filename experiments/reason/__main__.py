@@ -60,6 +60,8 @@ class Experiment:
         after = self._accuracies(params)
         words = f"test accuracy {after['test_accuracy']:.3f}, {before['test_accuracy_before']:.3f} before"
         print(f"seed {run.seed}: {words}; metrics and model are in {folder}", flush=True)
+        if after["validation_accuracy"] <= before["validation_accuracy_before"]:
+            print(f"seed {run.seed}: the validation accuracy has not risen. {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
         if is_first():
             hf.save(folder / "model", problem.config, params, source=problem.source)

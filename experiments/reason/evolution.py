@@ -24,6 +24,7 @@ from eggroll.experiments.reason.progress import Improved, Progress, Report
 from eggroll.journal import Reader, replay
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
+from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 from eggroll.update.shaping import Shaping
@@ -129,7 +130,7 @@ class Evolution:
             kept = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else state
         if is_first() and best:
             print(f"the parameters of generation {best} had the best validation accuracy", flush=True)
-        return Improved(local(kept.params), int(state.generation))
+        return Improved(local(kept.params), int(state.generation), advise(history, es.plan(kept)))
 
     def _rebuild(self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> eggroll.ESState:
         """Return the state of a generation from the journal, because a kill may have lost its checkpoint."""

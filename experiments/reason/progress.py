@@ -20,6 +20,7 @@ class Improved(NamedTuple):
 
     params: Any
     generations: int  # steps of grpo
+    advice: str = ""  # what to change, should nothing have been learned
 
 
 class Report(NamedTuple):

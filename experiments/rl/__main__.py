@@ -23,7 +23,7 @@ from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import Evolution
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.ppo import PPO
-from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained, seed_keys
+from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained, is_above, seed_keys
 
 Algorithm = Evolution | PolicyGradient | RandomPolicy
 
@@ -43,19 +43,24 @@ def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: 
     start = time.perf_counter()
     trained = algorithm.train(run)
     seconds = time.perf_counter() - start
-    mean_return = random_return = evaluation.random_return(key=keys.random)
+    returns = random_returns = evaluation.random_returns(key=keys.random)
     if trained.params is not None:
         save_checkpoint(run.folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
-        mean_return = evaluation.mean_return(trained.params, trained.statistics, key=keys.evaluation)
-        print(f"seed {run.seed}: mean return {mean_return:.4g}; metrics and checkpoint are in {run.folder}", flush=True)
+        returns = evaluation.returns(trained.params, trained.statistics, key=keys.evaluation)
+        print(f"seed {run.seed}: mean return {returns.mean():.4g}; metrics and checkpoint are in {run.folder}", flush=True)
         if config.render and is_first():
             _render(evaluation.task, trained, run.folder / "policy.gif", key=keys.evaluation)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
         print(f"seed {run.seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+    above_random = is_above(returns, random_returns)
+    if trained.params is not None and not above_random:
+        means = f"{returns.mean():.4g} is not above that of random actions, {random_returns.mean():.4g}"
+        print(f"seed {run.seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
     return {
-        "mean_return": mean_return,
-        "random_return": random_return,
+        "mean_return": float(returns.mean()),
+        "random_return": float(random_returns.mean()),
+        "above_random": above_random,
         "generations": trained.generations,
         "env_steps": trained.env_steps,
         "invalid": trained.invalid,

@@ -16,6 +16,7 @@ from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
+from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
@@ -147,4 +148,5 @@ class Evolution:
             generation_seconds=statistics.median(record.seconds for record in history) if history else 0.0,
             env_steps=progress.env_steps,
             invalid=progress.invalid,
+            advice=advise(history, es.plan(state)),
         )

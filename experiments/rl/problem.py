@@ -86,6 +86,7 @@ class Trained(NamedTuple):
     generation_seconds: float  # median
     env_steps: int
     invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+    advice: str = ""  # what to change, should nothing have been learned
 
 
 class Evaluation:
@@ -96,13 +97,23 @@ class Evaluation:
         self._play: Callable = jax.jit(functools.partial(task.play, episodes=episodes))
         self._uniform: Callable = jax.jit(functools.partial(play_uniform, task.environment, episodes=episodes))
 
+    def returns(self, params: Any, statistics: envs.ObservationStatistics, *, key: Array) -> Array:
+        """Returns of `params`, float32 [episodes]."""
+        return self._play(params, statistics, key).total_reward
+
     def mean_return(self, params: Any, statistics: envs.ObservationStatistics, *, key: Array) -> float:
         """Mean return of `params`."""
-        return float(self._play(params, statistics, key).total_reward.mean())
+        return float(self.returns(params, statistics, key=key).mean())
 
-    def random_return(self, *, key: Array) -> float:
-        """Mean return of uniformly drawn actions."""
-        return float(self._uniform(key=key).total_reward.mean())
+    def random_returns(self, *, key: Array) -> Array:
+        """Returns of uniformly drawn actions, float32 [episodes]."""
+        return self._uniform(key=key).total_reward
+
+
+def is_above(returns: Array, others: Array) -> bool:
+    """Whether the mean of some returns is above that of others by more than two standard errors of their difference."""
+    error = math.sqrt(sum(float(values.var()) / values.size for values in (returns, others)))
+    return float(returns.mean() - others.mean()) > 2 * error
 
 
 class HeldOutChecks:

@@ -65,6 +65,10 @@ class Experiment:
         splits = {"train": some, "validation": task.validation, "test": task.test}
         after = {name: self._score(tuned.params, examples) for name, examples in splits.items()}
         print(f"seed {run.seed}: test accuracy {after['test'].accuracy:.3f}; metrics and model are in {folder}", flush=True)
+        losses = after["validation"].loss, before["validation"].loss
+        if not losses[0] < losses[1]:
+            told = f"the validation loss {losses[0]:.4g} is not below that before, {losses[1]:.4g}"
+            print(f"seed {run.seed}: {told}. {tuned.advice}".rstrip(), flush=True)
         if is_first():
             hf.save(folder / "model", self.loaded.config, tuned.params, source=self.loaded.source)
             draw_run(read_metrics(folder), before["validation"], folder / "curves.png", forwards=self.runs.forwards)

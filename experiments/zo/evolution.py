@@ -21,6 +21,7 @@ from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.figure import as_row
 from eggroll.experiments.zo.problem import FineTuning, Score, score
 from eggroll.protocol import Strategy
+from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
@@ -135,7 +136,7 @@ class Evolution:
         steps = int(state.generation)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
         tuned = jax.tree.map(jnp.asarray, local(tuner.parameters(state)))
-        return Tuned(tuned, steps, steps * self.forwards, progress.skipped, speed)
+        return Tuned(tuned, steps, steps * self.forwards, progress.skipped, speed, advise(history, tuner.plan(state)))
 
     def _score_validation(self, state: Any) -> Score:
         if self._config.offload:

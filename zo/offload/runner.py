@@ -31,7 +31,7 @@ from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.state import check_not_consumed
 from eggroll.update.precision import is_low
-from eggroll.update.report import UpdateReport
+from eggroll.update.report import report_deferred
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced
@@ -159,8 +159,7 @@ class Offload:
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
         report: FitnessReport = _program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
-        done = UpdateReport(skipped, jnp.float32(jnp.nan), jnp.zeros(0, jnp.float32), jnp.float32(jnp.nan), jnp.int32(0))
-        return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
+        return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *report_deferred(skipped))
 
     def replay(self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None) -> OffloadState:
         """Repeat a step without evaluating anything; the blocks of `state` are consumed.

@@ -237,3 +237,23 @@ def test_two_digits_count_more_than_int32():
     moved = jnp.array([2**31 // BASE * 3, BASE - 1], jnp.int32)
     carried = carry_over(moved + jnp.array([0, 2], jnp.int32))
     assert int(carried[0]) * BASE + int(carried[1]) == 3 * 2**31 + BASE + 1
+
+
+@pytest.mark.parametrize("limit", [10**6, 7])
+def test_an_update_is_measured_in_sigmas(limit, monkeypatch):
+    monkeypatch.setattr(regions, "LIMIT", limit)
+    rules = [("still", eggroll.Frozen()), ("w", eggroll.LowRank(sigma_multiplier=0.5)), (".*", eggroll.LowRank())]
+    params = {"still": jnp.full(9, 100.0), "v": jnp.ones(5), "w": jnp.ones((4, 6))}
+    es = eggroll.EvolutionStrategy(
+        lambda p, batch, key: -jnp.sum(p["w"] ** 2) - jnp.sum(p["v"] ** 2) + p["still"][0],
+        population_size=16,
+        sigma=0.1,
+        optimizer=optax.sgd(0.1),
+        perturbation=rules,
+    )
+    state, metrics = es.step(es.init(params, key=jax.random.key(0)))
+    steps = [(state.params[name] - params[name]) / sigma for name, sigma in (("v", 0.1), ("w", 0.05))]
+    sigmas = np.sqrt(sum(float((step**2).sum()) for step in steps) / 29)
+    np.testing.assert_allclose(metrics.update_over_sigma, sigmas, rtol=1e-5)
+    norm = np.sqrt(sum(float((state.params[name] ** 2).sum()) for name in "vw"))
+    np.testing.assert_allclose(metrics.weight_norm, norm, rtol=1e-6)

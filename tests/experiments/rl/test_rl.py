@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def small_run(tmp_path_factory):
 
 def test_summary_and_artefacts(small_run):
     summary, folder = small_run
-    names = ["env", "algorithm", "mean_return", "random_return", "generations", "env_steps", "invalid"]
+    names = ["env", "algorithm", "mean_return", "random_return", "above_random", "generations", "env_steps", "invalid"]
     assert list(summary) == [*names, "seconds", "generation_seconds", "peak_mib"] and 15 < summary["random_return"] < 35
     assert (summary["env"], summary["algorithm"], summary["generations"]) == ("CartPole-v1", "eggroll", 4)
     assert 1 <= summary["mean_return"] <= 500 and summary["seconds"] > 0
@@ -277,3 +278,21 @@ def test_run_folder(tmp_path, monkeypatch):
 def test_cartpole_is_solved(seed, capsys, tmp_path):
     summary = run(capsys, "--seed", str(seed), "--folder", str(tmp_path))
     assert summary["mean_return"] >= 475 and summary["seconds"] < 60
+
+
+BAD = {  # options: what the run says of them
+    "--env Pendulum-v1 --sigma 1e-5": r"updates moved the weights by more than 10 sigma .*Raise sigma \(now 1e-05\)",
+    "--env Pendulum-v1 --sigma 5": r"not above that of random actions, -\d+\. Sigma \(5\) is \d.* it drowns\. Lower sigma",
+    "--env navix/Navix-Empty-8x8-v0": "both members of every pair had the same fitness .*sample actions",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("options", list(BAD))
+def test_a_bad_setting_is_named_by_the_run(options, tmp_path, capsys, recwarn):
+    if "navix" in options:
+        pytest.importorskip("navix")
+    rl.main([*options.split(), "--env-steps", "300000", "--folder", str(tmp_path)])
+    said = capsys.readouterr().out + "".join(str(warning.message) for warning in recwarn)
+    assert re.search(BAD[options], said)
