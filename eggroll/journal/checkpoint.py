@@ -25,7 +25,8 @@ class Checkpoints:
 
     Args:
         folder: created if missing.
-        config: JSON values that identify the run; a folder with another config is refused. None: any config is accepted.
+        config: JSON values that identify the run; a folder with another config is refused. None: to read only, whatever the
+            config; a run that writes to the folder meanwhile is not disturbed.
         keep: number of most recent checkpoints to keep, in addition to the one with the best score.
 
     Raises:
@@ -40,19 +41,22 @@ class Checkpoints:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
         logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs every step of every save
         self._folder = Path(folder).absolute()
-        self._folder.mkdir(parents=True, exist_ok=True)
         if config is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
             _check_config(self._folder / "config.json", dict(config))
         policies = ocp.checkpoint_managers
         score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
-        if is_first():
+        if config is not None and is_first():
             for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
                 shutil.rmtree(unfinished)
         wait_for_all("eggroll checkpoints")
         self._ocp = ocp
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), create=True, **score
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            create=config is not None,
+            read_only=config is None,
+            **score,
         )
         self._in_flight = IN_FLIGHT
         self._manager = self._make_manager()

@@ -22,6 +22,7 @@ from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.protocol import S, Strategy
+from eggroll.runs.lock import lock_for_all
 from eggroll.state import check_not_consumed
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class DurableRun(Generic[S]):
             `(es, initial)`, with the plan.
 
     Raises:
+        RunInUse: another process, or another object of this one, has the run open.
         ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten.
     """
 
@@ -74,6 +76,17 @@ class DurableRun(Generic[S]):
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
         self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_for_all(self._folder)
+        try:
+            self._open(es, initial, config=config, keep=keep, recipe=recipe)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def _open(
+        self, es: Strategy[S], initial: S, *, config: Mapping[str, Any], keep: int, recipe: Mapping[str, Any] | None
+    ) -> None:
         self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
         header = make_header(es, initial, recipe=recipe)
         path = self._folder / "journal.bin"
@@ -131,7 +144,12 @@ class DurableRun(Generic[S]):
             state: after the generation.
             metrics: `Metrics` or `record.Record` of the generation.
             score: held-out score that decides the best checkpoint; higher is better.
+
+        Raises:
+            RunLost: the folder was moved or deleted, or another process took over; nothing is written.
         """
+        if self._lock is not None:
+            self._lock.check()
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
         recorded = self._reevaluated.pop(generation, None)
@@ -150,6 +168,8 @@ class DurableRun(Generic[S]):
         if self._journal is not None:
             self._journal.close()
         self.checkpoints.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _pack(carried: Any) -> bytes:

@@ -1,0 +1,113 @@
+"""One writer per run folder."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+
+from eggroll.journal import Reader
+from eggroll.journal.checkpoint import Checkpoints
+from eggroll.runs import lock
+from eggroll.runs.durable import DurableRun
+from eggroll.runs.lock import RunInUse, RunLock, RunLost
+from tests.eggroll.journal.test_journal import batch_of, make
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def open_run(folder):
+    es, initial = make()
+    return es, DurableRun(folder, es, initial, config={}, checkpoint_every=2)
+
+
+def go(es, run, state, generations):
+    for _ in range(generations):
+        state, metrics = es.step(state, batch_of(int(state.generation)))
+        run.record(state, metrics)
+    return state
+
+
+def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path):
+    es, first = open_run(tmp_path)
+    state = go(es, first, first.state, 5)
+    with pytest.raises(
+        RunInUse, match=rf"{tmp_path} is in use by process {os.getpid()} on .* \(since 20.*\): end it, or choose"
+    ):
+        open_run(tmp_path)
+    reader = Checkpoints(tmp_path / "checkpoints", config=None)  # readers need no lock, and disturb nobody
+    assert reader.generations == [2, 4] or reader.generations == [2]
+    reader.close()
+    go(es, first, state, 3)
+    first.close()
+    assert [entry.generation for entry in Reader(tmp_path / "journal.bin")] == list(range(8))
+    _, second = open_run(tmp_path)
+    assert second.state.generation == 8
+    second.close()
+
+
+def test_a_refused_run_leaves_the_folder_free(tmp_path):
+    es, first = open_run(tmp_path)
+    first.close()
+    with pytest.raises(ValueError, match="other settings"):
+        DurableRun(tmp_path, es, make()[1], config={"a": 1})
+    RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("what", ["moved", "deleted", "replaced"])
+def test_a_folder_that_vanishes_stops_the_run(tmp_path, what):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    held = RunLock(folder)
+    held.check()
+    os.rename(folder, tmp_path / "elsewhere")
+    if what == "deleted":
+        os.unlink(tmp_path / "elsewhere" / lock.NAME)
+    if what == "replaced":
+        folder.mkdir()
+        RunLock(folder).release()
+    with pytest.raises(RunLost, match="taken over by another process" if what == "replaced" else "moved or deleted"):
+        held.check()
+
+
+def test_without_locks_the_later_writer_wins_and_the_earlier_one_is_told(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(lock.errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="has no locks: do not start a second process"):
+        first = RunLock(tmp_path)
+    first.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = RunLock(tmp_path)
+    second.check()
+    with pytest.raises(RunLost, match=rf"was taken over by process {os.getpid()} on"):
+        first.check()
+
+
+def test_a_lock_ends_with_its_process_and_not_with_what_it_started(tmp_path):
+    """A forked child, and a program that was started, outlive the holder without the lock."""
+    script = f"""
+        import os, subprocess, sys, time
+        from pathlib import Path
+        from eggroll.runs.lock import RunLock
+        lock = RunLock(Path({str(tmp_path)!r}))
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        other = subprocess.Popen(["sleep", "60"], close_fds=False)
+        Path({str(tmp_path / "pids")!r}).write_text(f"{{child}} {{other.pid}}")
+        os.kill(os.getpid(), 9)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL, timeout=60)
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    try:
+        assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+        RunLock(tmp_path).release()
+    finally:
+        for pid in pids:
+            os.kill(pid, 9)
