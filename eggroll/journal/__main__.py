@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--generation", type=int, help="replay: generations to apply; all by default")
     parser.add_argument("--out", type=Path, help="replay: the file; RUN/replayed-G.npz by default")
     options = parser.parse_args(arguments)
+    for name in ("generation", "out"):
+        if options.command != "replay" and getattr(options, name) is not None:
+            sys.exit(f"error: --{name} has no effect with {options.command}: it belongs to replay.")
     path = options.run / "journal.bin" if options.run.is_dir() else options.run
     try:
         {"inspect": _inspect, "replay": _replay, "verify": _verify}[options.command](path, options)

@@ -19,6 +19,7 @@ import optax
 
 import eggroll
 from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.egg.models.byte_models import transformer_config
 from eggroll.llm import hf
@@ -60,6 +61,9 @@ class Decode:
     """Checkpoint in the Hugging Face layout to time instead of the random models."""
 
 
+RULES = (unless(lambda config: config.model is not None, "with --model: it is of the random models", "layers", "width"),)
+
+
 class Work(NamedTuple):
     """A model and the prompts that it continues."""
 
@@ -83,6 +87,7 @@ def run(config: Decode) -> None:
 
 
 def _check(config: Decode) -> None:
+    refuse(ignored_options(config, RULES, Decode()))
     for name in ("chunk_size", "prompts", "repeats", "layers"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from eggroll.experiments.bench.timing import advancing, machine, rounds_ms
 from eggroll.experiments.common.memory import peak_mib
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.egg import evolution
 from eggroll.experiments.egg.config import Config
@@ -27,14 +28,30 @@ class EGG:
     """Time a generation of `experiments.egg`; the defaults are its tiny preset."""
 
     train: Config = dataclasses.field(default_factory=Config)
-    """Options of `experiments.egg`."""
+    """Options of `experiments.egg` that change a generation."""
     repeats: int = 15
     """Rounds; medians and the fastest round are reported."""
+
+
+_OF_RUNS = (
+    "preset",
+    "generations",
+    "seeds",
+    "validation_every",
+    "validation_bytes",
+    "sample_length",
+    "temperature",
+    "checkpoint_every",
+    "resume",
+    "folder",
+)
+RULES = (unless(lambda config: True, "in the benchmark, which runs one generation", *(f"train.{name}" for name in _OF_RUNS)),)
 
 
 def run(config: EGG) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
     try:
+        refuse(ignored_options(config, RULES, EGG()))
         config.train.check()
         times = rounds_ms(_forms(config.train), repeats=config.repeats)
     except (ValueError, OSError) as error:

@@ -22,6 +22,7 @@ from jax import Array
 from eggroll.experiments.bench import kernel_generation
 from eggroll.experiments.bench.kernel_work import Work, bound, works
 from eggroll.experiments.bench.timing import machine, queued_ms
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import print_summary
 
 OPS = ("lowrank_dot", "lowrank_update", "int8_dot", "together", "generation")
@@ -43,11 +44,15 @@ class Kernels:
     repeats: int = 12
     """Rounds; the medians are reported."""
     members: int = 256
-    """Members of the generation; at most 8 if small."""
+    """Members of the generation. Shrunk, it has at most 8; another number above that is an error."""
     tokens: int = 1
     """Tokens that each member of the generation reads."""
     verbose: bool = False
     """Name every call on standard error before its first run; if a kernel hangs, it is the last one named."""
+
+
+RULES = (unless(lambda config: "generation" not in config.ops, "without generation among --ops", "members", "tokens"),)
+MOST_SMALL = 8  # members of a shrunk generation
 
 
 class Peak(NamedTuple):
@@ -73,9 +78,9 @@ class Settings(NamedTuple):
 
 def run(config: Kernels) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
-    _check(config)
     on_gpu = jax.default_backend() == "gpu"
     small = config.small or not on_gpu
+    _check(config, small)
     settings = Settings(small, config.repeats, 20.0 if on_gpu else 0.0, config.verbose)
     about = machine() | {"small": small, "rounds": config.repeats}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
@@ -87,7 +92,7 @@ def run(config: Kernels) -> None:
     rows: list[dict[str, Any]] = []
     for op in config.ops:
         for name, make in _works(op, config, small):
-            if not config.cases or any(part in name for part in config.cases):
+            if _is_chosen(config, name):
                 rows += measure(op, name, make, peak, settings)
     goals = goals_of([] if small else rows)
     for name, found in goals.items():
@@ -95,19 +100,32 @@ def run(config: Kernels) -> None:
     print_summary({"about": about, "peak": figures, "rows": rows, "goals": goals})
 
 
-def _check(config: Kernels) -> None:
+def _check(config: Kernels, small: bool) -> None:
     unknown = [op for op in config.ops if op not in OPS]
     if unknown:
         raise SystemExit(f"error: ops must be among {', '.join(OPS)}, got {', '.join(unknown)}.")
     for name in ("repeats", "members", "tokens"):
         if getattr(config, name) < 1:
             raise SystemExit(f"error: {name} must be an integer >= 1, got {getattr(config, name)}.")
+    try:
+        refuse(ignored_options(config, RULES, Kernels()))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if small and config.members not in (*range(1, MOST_SMALL + 1), Kernels().members):
+        raise SystemExit(f"error: members must be at most {MOST_SMALL} where cases are shrunk (--small, or no GPU).")
+    names = [name for op in config.ops for name, _ in _works(op, config, small)]
+    if unknown := [part for part in config.cases if not any(part in name for name in names)]:
+        raise SystemExit(f"error: cases must be parts of {', '.join(names)}, got {', '.join(unknown)}.")
+
+
+def _is_chosen(config: Kernels, name: str) -> bool:
+    return not config.cases or any(part in name for part in config.cases)
 
 
 def _works(op: str, config: Kernels, small: bool) -> list[tuple[str, Callable[[], Work]]]:
     if op != "generation":
         return works(op, small=small)
-    members = min(config.members, 8) if small else config.members
+    members = min(config.members, MOST_SMALL) if small else config.members
     return [("llama-1b", lambda: kernel_generation.work(small=small, members=members, tokens=config.tokens))]
 
 

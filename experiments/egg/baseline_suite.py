@@ -23,6 +23,7 @@ import jax
 import optax
 import tyro
 
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import exit_on_error, jsonable, print_summary, run_folder, use_compilation_cache, write_json
 from eggroll.experiments.egg import baseline as learners
 from eggroll.experiments.egg.data import corpus
@@ -40,6 +41,15 @@ RATES: dict[str, tuple[float, ...]] = {
     "transformer-adam": (0.001, 0.003, 0.01),
 }
 RESULTS = "results.json"
+RULES = (
+    unless(
+        lambda config: "egg-eggroll" not in config.baselines,
+        "without egg-eggroll among --baselines",
+        "population_size",
+        "sigma",
+        "chunk_size",
+    ),
+)
 _POSITIVE = ("layers", "width", "streams", "updates", "seeds", "validation_every", "validation_bytes")
 
 
@@ -83,13 +93,13 @@ class Config:
     """Gets metrics.jsonl, bits_per_byte.png and results.json, which are replaced."""
 
     def check(self) -> None:
-        """Raise ValueError for options that would not get a clear error later."""
+        """Raise ValueError for options that have no effect, or that would not get a clear error later."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
         if not 1 <= self.bytes_per_update <= MAX_TOKENS:
             raise ValueError(f"bytes_per_update must be from 1 to {MAX_TOKENS}, got {self.bytes_per_update}.")
-        if self.population_size < 2 or self.population_size % (2 * self.streams):
+        if "egg-eggroll" in self.baselines and (self.population_size < 2 or self.population_size % (2 * self.streams)):
             raise ValueError(
                 f"population_size must be a multiple of twice the streams, got {self.population_size} and {self.streams}."
             )
@@ -97,6 +107,7 @@ class Config:
             raise ValueError(f"learning_rates must be finite numbers > 0, got {self.learning_rates}.")
         if not self.baselines:
             raise ValueError("baselines must name at least one baseline.")
+        refuse(ignored_options(self, RULES, Config()))
         for baseline in self.baselines:
             make_model(self, baseline)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.egg.models import egg
 from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS
@@ -19,6 +20,17 @@ _POSITIVE = ("seeds", "generations", "alpha_steps", "checkpoint_every", "validat
 # Options that may change when a run is resumed: its parameters do not depend on them.
 _NOT_IDENTITY = {"seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume"}
 _NOT_IDENTITY |= {"checkpoint_every", "validation_every", "validation_bytes", "sample_length", "temperature"}
+RULES = (
+    unless(lambda config: config.sample_length == 0, "with --sample-length 0: no text is drawn", "temperature"),
+    unless(
+        lambda config: config.alpha_end == config.alpha,
+        "with --alpha-end equal to --alpha: the share is constant",
+        "alpha_steps",
+    ),
+    unless(
+        lambda config: config.distribution == "rademacher", "with --distribution rademacher: its factors are signs", "update"
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +116,8 @@ class Config:
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY})
 
     def check(self) -> None:
-        """Raise ValueError for options that would not get a clear error later."""
+        """Raise ValueError for options that have no effect, or that would not get a clear error later."""
+        refuse(ignored_options(self, RULES, Config(), preset_defaults(self)))
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -127,4 +140,9 @@ class Config:
 def parse(arguments: Sequence[str] | None) -> Config:
     """Read the command line: a preset sets defaults, explicit options take precedence."""
     config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.egg")
-    return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **PRESETS[config.preset]))
+    return tyro.cli(Config, args=arguments, default=preset_defaults(config))
+
+
+def preset_defaults(config: Config) -> Config:
+    """Return the defaults of a configuration's preset."""
+    return dataclasses.replace(Config(), **PRESETS[config.preset])

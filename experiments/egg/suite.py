@@ -16,11 +16,14 @@ from typing import Any
 
 import tyro
 
+from eggroll.experiments.common.options import check_passed
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.egg import config as egg
 from eggroll.experiments.egg.figure import plot_scaling
+
+OWN = ("population_size", "group", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         ValueError, OSError: an option is wrong, the folder has other runs, or the baselines read other data.
     """
     config.check()
+    check_passed(options, own=OWN, ignored=())
     folder = run_folder(config.folder)
     lines = read_baselines(config, config.baselines) if config.baselines else {}
     corpora = set[str]()  # the fingerprint of the text that all runs read

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import tyro
 
+from eggroll.experiments.common.options import ignored_options, refuse
 from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.reason.effects import RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
@@ -142,7 +144,7 @@ class Config:
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
-    """Bytes of temporary memory for an evaluation; determines the chunk size."""
+    """Bytes of temporary memory for an evaluation; determines the chunk size, in place of chunk_size."""
     mesh: str | None = None
     """Devices, such as population=4. None: all devices of a run of several processes, otherwise one."""
     workers: int = 0
@@ -164,12 +166,12 @@ class Config:
     seeds: int = 1
     """Number of runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     resume: bool = False
-    """Continue the run in the folder; not for grpo. Otherwise its files are replaced."""
+    """Continue the run in the folder. Otherwise its files are replaced."""
     folder: Path | None = None
     """Run folder, which contains a folder per seed if there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
     plan: bool = False
-    """Only print the memory of a population and how many members fit memory_budget, by default the free memory here; read from
-    shapes alone, without weights."""
+    """Only print the memory of a population and how many members fit memory_budget, by default the free memory of a device;
+    read from shapes alone, without weights. Options of the training that it does not need are accepted, as in a dry run."""
 
     @property
     def sampling_temperature(self) -> float:
@@ -192,7 +194,7 @@ class Config:
                 found[name] = json.loads(value)
             except ValueError:
                 found[name] = value
-        if self.model is None and self.task == "arithmetic":
+        if self.model is None and self.task == WORKED_TASK:
             found.setdefault("noise", self.start.noise)
         return found
 
@@ -201,8 +203,13 @@ class Config:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
+    def ignored(self) -> dict[str, str]:
+        """Return the options that are set and have no effect, each with the error that says so."""
+        return ignored_options(self, RULES, Config())
+
     def check(self) -> None:
-        """Raise ValueError for options that are out of range or contradict each other."""
+        """Raise ValueError for options that have no effect, are out of range or contradict each other."""
+        refuse(self.ignored())
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
@@ -227,13 +234,12 @@ class Config:
             raise ValueError(
                 f"population_size must be a multiple of group, an even number, got {self.population_size} and {group}."
             )
-        if self.algorithm == "grpo" and (self.resume or self.mesh or self.pass_k):
-            raise ValueError("resume, mesh and pass_k are for eggroll, not for grpo.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()
         self.int8.check()
-        self.parsed_task_options()
+        if self.model is not None and self.task == WORKED_TASK and "noise" in self.parsed_task_options():
+            raise ValueError("--task-options noise has no effect with --model: only a warm start reads worked examples.")
         if self.algorithm == "grpo":
             self.grpo.check()
 

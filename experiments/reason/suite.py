@@ -14,16 +14,20 @@ from typing import Any, Literal
 import tyro
 
 from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Job, Report, Result, Suite, markdown_table, run_suite
 from eggroll.experiments.reason import config as reason
+from eggroll.experiments.reason.effects import RULES
 from eggroll.experiments.reason.figure import Curve, draw_curves
+
+OWN = ("algorithm", "start.architecture", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare algorithms at equal seconds. Options not listed here are passed to experiments.reason."""
+    """Compare algorithms at equal seconds. Other options go to those runs of experiments.reason that read them."""
 
     architectures: tuple[Literal["transformer", "rwkv7"], ...] = ("transformer", "rwkv7")
     """Small models, a panel of the figure each."""
@@ -61,6 +65,8 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         ValueError: an option is wrong, or the folder has other runs.
     """
     config.check()
+    ignored = [reason.parse(("--algorithm", algorithm, *options)).ignored() for algorithm in config.algorithms]
+    check_passed(options, own=OWN, ignored=ignored)
     folder = run_folder(config.folder)
     settings = [
         make_setting(config, architecture, algorithm, options)
@@ -89,13 +95,15 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
 
 
 def make_setting(config: Config, architecture: str, algorithm: str, options: Sequence[str]) -> Setting:
-    """Make the setting of a model and algorithm; ValueError if an option is wrong."""
+    """Make the setting of a model and algorithm, without options that have no effect in it; ValueError if one is wrong."""
     limits = ["--seconds", str(config.seconds)]
     limits += [] if config.generations is None else ["--generations", str(config.generations)]
     arguments = ("--start.architecture", architecture, "--algorithm", algorithm, *limits, *options)
+    arguments = drop_options(arguments, reason.parse(arguments).ignored())
     parsed = reason.parse(arguments)
     parsed.check()
-    return Setting((architecture, algorithm), arguments, parsed.options(), run_folder(config.folder) / architecture / algorithm)
+    compared = effective(parsed.options(), parsed, RULES)
+    return Setting((architecture, algorithm), arguments, compared, run_folder(config.folder) / architecture / algorithm)
 
 
 def check_limits(setting: Setting, found: Summaries) -> Summaries:

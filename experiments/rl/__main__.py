@@ -72,7 +72,7 @@ def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: 
 def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None:
     statistics = trained.statistics if task.normalise else None
     drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=statistics)
-    print(f"an episode is drawn in {drawn}" if drawn else f"{task.environment.name} cannot be drawn", flush=True)
+    print(f"an episode is drawn in {drawn}", flush=True)
 
 
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:

@@ -7,12 +7,47 @@ from typing import Any, Literal
 
 import tyro
 
+from eggroll.experiments.common.options import ignored_options, only_with, refuse
 from eggroll.experiments.common.run import jsonable
-from eggroll.experiments.rl.ppo import PPO
+from eggroll.experiments.rl.ppo import PPO, RULE
 from eggroll.experiments.rl.presets import SMALL, paper_settings
 from eggroll.update.shaping import SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
+EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
+_OF_EVOLUTION = (
+    "population_size",
+    "generations",
+    "sigma",
+    "sigma_decay",
+    "optimizer",
+    "learning_rate",
+    "learning_rate_decay",
+    "shaping",
+    "episodes",
+    "chunk_size",
+    "mesh",
+    "checkpoint_every",
+    "resume",
+)
+_OF_POLICIES = (
+    "preset",
+    "env_steps",
+    "hidden_sizes",
+    "activation",
+    "sampled_actions",
+    "normalise",
+    "target",
+    "checks",
+    "render",
+)
+RULES = (
+    only_with("algorithm", ("eggroll",), "rank"),
+    only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
+    only_with("algorithm", TRAINED, *_OF_POLICIES),
+    only_with("algorithm", ("ppo",), "ppo"),
+    RULE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +93,8 @@ class Config:
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
     """Activation of the hidden layers."""
     sampled_actions: bool = False
-    """Sample actions, in training and in evaluation, else take the most likely. PPO always samples in training; its continuous
-    actions are never sampled in evaluation."""
+    """Sample actions, in training and in evaluation, else take the most likely. PPO always samples in training, and never
+    samples continuous actions in evaluation."""
     normalise: bool = True
     """Normalise observations by their running mean and standard deviation."""
     max_steps: int | None = None
@@ -80,7 +115,7 @@ class Config:
     resume: bool = False
     """Resume the run in the folder; evolution strategies only. Otherwise its files are replaced."""
     render: bool = False
-    """Write one episode of the trained policy as policy.gif, where the suite can be drawn."""
+    """Write one episode of the trained policy as policy.gif; an environment that cannot be drawn is an error."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/rl-<env>-<algorithm>-<seed>."""
 
@@ -94,16 +129,17 @@ class Config:
         apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "render")
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
+    def ignored(self) -> dict[str, str]:
+        """Return the options that are set and have no effect, each with the error that says so."""
+        return ignored_options(self, RULES, Config(), preset_defaults(self))
+
     def check(self) -> None:
-        """Raise ValueError for options that would not get a clear error later."""
+        """Raise ValueError for options that have no effect, or that would not get a clear error later."""
+        refuse(self.ignored())
         for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value}.")
-        if self.resume and self.algorithm == "ppo":
-            raise ValueError("resume is for eggroll and openes; ppo always starts from the beginning.")
-        if self.mesh and self.algorithm not in ("eggroll", "openes"):
-            raise ValueError(f"mesh is for eggroll and openes, not for {self.algorithm}.")
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
@@ -123,5 +159,10 @@ def parse(arguments: Sequence[str] | None) -> Config:
         ValueError: the preset has nothing for this environment.
     """
     config = tyro.cli(Config, args=arguments, prog="python -m eggroll.experiments.rl")
+    return tyro.cli(Config, args=arguments, default=preset_defaults(config))
+
+
+def preset_defaults(config: Config) -> Config:
+    """Return the defaults of a configuration's preset and environment; ValueError where the preset has none."""
     settings = paper_settings(config.env) if config.preset == "paper" else SMALL.get(config.env, {})
-    return tyro.cli(Config, args=arguments, default=dataclasses.replace(Config(), **settings))
+    return dataclasses.replace(Config(), **settings)

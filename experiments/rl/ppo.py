@@ -18,6 +18,7 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums
+from eggroll.experiments.common.options import unless
 from eggroll.experiments.rl.collect import ActorCritic, Lanes, Step, advantages, collect, reset
 
 
@@ -66,6 +67,13 @@ class PPO:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
         if self.steps_per_update % self.minibatches:
             raise ValueError(f"minibatches must divide the {self.steps_per_update} steps of a rollout, got {self.minibatches}.")
+
+
+RULE = unless(  # of `experiments.rl`
+    lambda config: config.ppo.epochs * config.ppo.minibatches == 1,
+    "with --ppo.epochs 1 and --ppo.minibatches 1: the probability ratio is 1 in the only step on a rollout",
+    "ppo.clip",
+)
 
 
 class Learner(NamedTuple):

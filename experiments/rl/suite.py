@@ -5,6 +5,7 @@ The last line of standard output is a JSON object.
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,21 +16,23 @@ import tyro
 from eggroll import envs
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
 from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
-from eggroll.experiments.rl.config import parse
+from eggroll.experiments.rl.config import EVOLUTION, RULES, parse
 from eggroll.experiments.rl.figure import Curve, draw_curves
+from eggroll.experiments.rl.inputs import ignored_in
 from eggroll.experiments.rl.presets import SMALL
 from eggroll.experiments.rl.search import SEED, random_options
 
 MODULE = "eggroll.experiments.rl"
-SEARCHED = ("eggroll", "openes")
+OWN = ("env", "algorithm", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare algorithms over tasks and seeds at equal budgets. Options not listed here are passed to experiments.rl."""
+    """Compare algorithms over tasks and seeds at equal budgets. Other options go to runs of experiments.rl that read them."""
 
     envs: tuple[str, ...] = tuple(SMALL)
     """Names of environments."""
@@ -72,15 +75,19 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     for name in ("seeds", "jobs"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
-    for env in config.envs:
-        envs.make(env)
+    if config.search and not {*EVOLUTION} & {*config.algorithms}:
+        raise ValueError(
+            f"--search has no effect with --algorithms {' '.join(config.algorithms)}: it belongs to eggroll and openes."
+        )
+    pairs = [(env, algorithm) for env in config.envs for algorithm in config.algorithms]
+    check_passed(options, own=OWN, ignored=[_ignored(("--env", env, "--algorithm", name, *options)) for env, name in pairs])
     folder, options = run_folder(config.folder), ("--target", "inf", *options)
-    settings = [make_setting(folder, env, algorithm, options) for env in config.envs for algorithm in config.algorithms]
+    settings = [make_setting(folder, env, algorithm, options) for env, algorithm in pairs]
     for setting in settings:
         parse(setting.arguments).check()
 
     def choose(setting: Setting) -> Setting:
-        if not config.search or setting.labels[1] not in SEARCHED:
+        if not config.search or setting.labels[1] not in EVOLUTION:
             return setting
         tries = search_settings(setting, options, number=config.search)
         best = search(MODULE, tries, seed=SEED, score=lambda summary: summary["mean_return"])
@@ -97,10 +104,23 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
 
 
 def make_setting(folder: Path, env: str, algorithm: str, options: Sequence[str]) -> Setting:
-    """Make the setting of a task and algorithm."""
-    resume = () if algorithm == "ppo" else ("--resume",)
+    """Make the setting of a task and algorithm, without the options that have no effect in it."""
+    resume = ("--resume",) if algorithm in EVOLUTION else ()
     arguments = ("--env", env, "--algorithm", algorithm, *options, *resume)
-    return Setting((env, algorithm), arguments, parse(arguments).options(), folder / env.replace("/", "-") / algorithm)
+    ignored = _ignored(arguments)
+    arguments = drop_options(arguments, ignored)
+    parsed = parse(arguments)
+    compared = {name: value for name, value in effective(parsed.options(), parsed, RULES).items() if name not in ignored}
+    return Setting((env, algorithm), arguments, compared, folder / env.replace("/", "-") / algorithm)
+
+
+def _ignored(arguments: Sequence[str]) -> dict[str, str]:
+    """Options of a run that have no effect, with the errors that say so."""
+    parsed = parse(arguments)
+    return parsed.ignored() | ignored_in(_environment(parsed.env), parsed)
+
+
+_environment = functools.cache(envs.make)
 
 
 def search_settings(setting: Setting, options: Sequence[str], *, number: int) -> list[Setting]:
@@ -166,7 +186,7 @@ def compare(rows: Sequence[Row]) -> dict[str, Any]:
         env: {name: row.low > row.random_return for name, row in found.items() if name != "random"}
         for env, found in by_env.items()
     }
-    pairs = {env: (found["eggroll"], found["openes"]) for env, found in by_env.items() if {*SEARCHED} <= {*found}}
+    pairs = {env: (found["eggroll"], found["openes"]) for env, found in by_env.items() if {*EVOLUTION} <= {*found}}
     return {
         "above_random": above,
         "not_worse": {env: difference_interval(ours.returns, dense.returns)[1] >= 0 for env, (ours, dense) in pairs.items()},

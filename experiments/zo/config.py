@@ -10,16 +10,41 @@ from typing import Any, Literal
 import tyro
 
 from eggroll import zo
+from eggroll.experiments.common.options import ignored_options, only_with, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.tasks import RTE, SST2, Classification, Generation, Task
-from eggroll.experiments.zo.warm_start import WarmStart
+from eggroll.experiments.zo.warm_start import RULE, WarmStart
 
 BACKPROP = "adam"
 RECIPES = (*zo.RECIPES, BACKPROP)
 TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "rte": RTE}
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
 OWN = ("learning_rate", "sigma", "directions", "weight_decay")  # arguments of a recipe that are options of their own
+_OF_RECIPES = (
+    "sigma",
+    "directions",
+    "options",
+    "weight_decay",
+    "chunk_directions",
+    "offload",
+    "mesh",
+    "checkpoint_every",
+    "resume",
+)
+_OWN_TASK = "with --label-words or --answer, which make a task of their own"
+RULES = (
+    only_with("recipe", tuple(zo.RECIPES), *_OF_RECIPES),
+    unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
+    unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
+    unless(
+        lambda config: config.steps is not None,
+        "with --steps, which says how long training takes; give one of them",
+        "forwards",
+    ),
+    unless(lambda config: bool(config.label_words) or config.answer is not None, _OWN_TASK, "task"),
+    RULE,
+)
 
 # Chosen on validation examples with seed 100, which no table uses (experiments/RESULTS.md).
 SMALL: dict[str, dict[str, Any]] = {
@@ -68,7 +93,8 @@ class Config:
     seeds: int = 1
     """Runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     forwards: int = 40_000
-    """Forward passes of a batch that training may take. A step of adam counts one; its backward pass is not counted."""
+    """Forward passes of a batch that training may take, without --steps. A step of adam counts one; its backward pass is not
+    counted."""
     steps: int | None = None
     """Steps. None: as many as `forwards` allows."""
     batch_size: int = 16
@@ -138,11 +164,16 @@ class Config:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
+    def ignored(self) -> dict[str, str]:
+        """Return the options that are set and have no effect, each with the error that says so."""
+        return ignored_options(self, RULES, Config(), small_defaults(self))
+
     def check(self) -> None:
-        """Raise ValueError for options that would not get a clear error later."""
+        """Raise ValueError for options that have no effect, or that would not get a clear error later."""
         for name, among in (("recipe", RECIPES), ("task", tuple(TASKS)), ("objective", ("loss", "accuracy"))):
             if getattr(self, name) not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {getattr(self, name)!r}.")
+        refuse(self.ignored())
         numbers = ("seeds", "forwards", "steps", "batch_size", "directions", "checks", "checkpoint_every", "max_length")
         for name in numbers:
             value = getattr(self, name)
@@ -154,19 +185,12 @@ class Config:
                 raise ValueError(f"{name} must be a finite number > 0, got {value}.")
         self.start.check()
         _ = self.language_task
-        if self.recipe == BACKPROP:
-            self._check_backprop()
-        else:
+        if self.recipe != BACKPROP:
             self.given()
+        elif self.objective != "loss":
+            raise ValueError(f"objective {self.objective} has no gradient: adam needs the objective loss.")
         if self.learning_rate is None and arguments(self.recipe).get("learning_rate") is inspect.Parameter.empty:
             raise ValueError(f"learning_rate must be given: none is known for {self.recipe} on this model.")
-
-    def _check_backprop(self) -> None:
-        for name in ("sigma", "directions", "options", "weight_decay", "offload", "mesh", "resume"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is for zeroth-order recipes, not for adam.")
-        if self.objective != "loss":
-            raise ValueError(f"objective {self.objective} has no gradient: adam needs the objective loss.")
 
 
 def config_from(settings: dict[str, Any]) -> Config:
@@ -189,5 +213,10 @@ def arguments(recipe: str) -> dict[str, Any]:
 def parse(command: Sequence[str] | None) -> Config:
     """Read the command line: the small model's settings of a recipe are defaults, explicit options take precedence."""
     config = tyro.cli(Config, args=command, prog="python -m eggroll.experiments.zo")
+    return tyro.cli(Config, args=command, default=small_defaults(config))
+
+
+def small_defaults(config: Config) -> Config:
+    """Return the defaults of a configuration's recipe: the small model's settings, where that is what is tuned."""
     settings = SMALL.get(config.recipe, {}) if config.model is None else {}
-    return tyro.cli(Config, args=command, default=dataclasses.replace(Config(), **settings))
+    return dataclasses.replace(Config(), **settings)

@@ -15,23 +15,25 @@ import tyro
 
 from eggroll.experiments.common.bootstrap import mean_interval
 from eggroll.experiments.common.loop import read_metrics
+from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
-from eggroll.experiments.zo.config import BACKPROP, RECIPES, parse
+from eggroll.experiments.zo.config import BACKPROP, RECIPES, RULES, parse
 from eggroll.experiments.zo.config import Config as ZOConfig
 from eggroll.experiments.zo.figure import Curve, draw_curves
 from eggroll.experiments.zo.memory import step_mib
 from eggroll.experiments.zo.warm_start import warm_start
 
 MODULE = "eggroll.experiments.zo"
+OWN = ("recipe", "steps", "seed")
 SEARCH_SEED = 100
 FACTORS = (1 / 3, 1.0, 3.0)  # of the default step size, that --search tries
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare recipes at equal forward budget. Options not listed here are passed to experiments.zo."""
+    """Compare recipes at equal forward budget. Other options go to those runs of experiments.zo that read them."""
 
     recipes: tuple[str, ...] = RECIPES
     """Recipes of experiments.zo."""
@@ -74,6 +76,8 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     """
     if config.seeds < 1:
         raise ValueError(f"seeds must be an integer >= 1, got {config.seeds}.")
+    ignored = [parse(("--recipe", recipe, *options)).ignored() for recipe in config.recipes]
+    check_passed(options, own=OWN, ignored=ignored)
     config = dataclasses.replace(config, folder=run_folder(config.folder))
     settings = [make_setting(config, recipe, options) for recipe in config.recipes]
     first = parse(settings[0].arguments)
@@ -99,7 +103,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
 
 
 def make_setting(config: Config, recipe: str, options: Sequence[str], *, rate: float | None = None) -> Setting:
-    """Make the setting of a recipe, with its default step size or the one given.
+    """Make the setting of a recipe, with its default step size or the one given, without options that have no effect in it.
 
     Raises:
         ValueError: an option is wrong.
@@ -108,9 +112,10 @@ def make_setting(config: Config, recipe: str, options: Sequence[str], *, rate: f
     resume = () if recipe == BACKPROP else ("--resume",)
     learning_rate = () if rate is None else ("--learning-rate", f"{rate:.3g}")
     arguments = ("--recipe", recipe, *budget, *learning_rate, *options, *resume)
+    arguments = drop_options(arguments, parse(arguments).ignored())
     parsed = parse(arguments)
     parsed.check()
-    return Setting((recipe,), arguments, parsed.settings(), config.folder / recipe)
+    return Setting((recipe,), arguments, effective(parsed.settings(), parsed, RULES), config.folder / recipe)
 
 
 def search_settings(config: Config, recipe: str, options: Sequence[str]) -> list[Setting]:

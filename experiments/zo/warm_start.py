@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from eggroll.experiments.common.options import unless
 from eggroll.experiments.common.warm_start import byte_transformer, cached_model, check_settings, fit
 from eggroll.llm.decoder import Decoder, apply, token_log_likelihood
 from eggroll.llm.models.families import init_params, make_decoder
@@ -56,6 +57,15 @@ class WarmStart:
     def model(self) -> TransformerConfig:
         """The model's sizes."""
         return byte_transformer(layers=self.layers, width=self.width)
+
+
+RULE = unless(  # of `experiments.zo`
+    lambda config: config.start.steps == 0,
+    "with --start.steps 0, which leaves the small model untrained",
+    "start.batch_size",
+    "start.length",
+    "start.learning_rate",
+)
 
 
 class Text(NamedTuple):

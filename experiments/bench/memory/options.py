@@ -5,8 +5,14 @@ from typing import Literal
 
 from eggroll.experiments.bench.memory.models import DECODERS
 from eggroll.experiments.bench.memory.optimizers import OPTIMIZERS
+from eggroll.experiments.common.options import ignored_options, only_with, refuse
 from eggroll.update.precision import PRECISIONS
 
+RULES = (
+    only_with("target", ("cpux8", "h100", "h100x8", "gpu"), "models", "layers", "implementation"),
+    only_with("target", ("cpu",), "precisions", "optimizers", "small"),
+    only_with("target", ("gpu",), "program"),
+)
 DEFAULT_MODELS = {"cpu": (), "cpux8": ("70b",), "h100": ("1b", "7b"), "h100x8": ("70b",), "gpu": ("1b", "7b")}
 
 
@@ -45,11 +51,10 @@ def check(config: Memory) -> None:
     for name, (given, allowed) in choices.items():
         if unknown := sorted({*given} - {*allowed}):
             raise SystemExit(f"error: {name} must be among {', '.join(allowed)}, got {', '.join(unknown)}.")
-    ignored = ["models", "layers", "implementation"] if config.target == "cpu" else ["precisions", "optimizers", "small"]
-    ignored += [] if config.target == "gpu" else ["program"]
-    for name in ignored:
-        if getattr(config, name) != getattr(Memory(), name):
-            raise SystemExit(f"error: {name} has no effect with target {config.target}.")
+    try:
+        refuse(ignored_options(config, RULES, Memory()))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     if config.members < 2 or config.members % 2:
         raise SystemExit(f"error: members must be an even integer >= 2, got {config.members}.")
     if config.layers is not None and config.layers < 1:

@@ -72,9 +72,9 @@ def test_moments_in_bfloat16_take_half_and_give_the_same_first_step(standard_pro
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"target": "h100", "precisions": ("master",)}, "precisions has no effect with target h100"),
-        ({"layers": 2}, "layers has no effect with target cpu"),
-        ({"target": "h100", "program": "plain"}, "program has no effect with target h100"),
+        ({"target": "h100", "precisions": ("master",)}, "--precisions has no effect with --target h100: it belongs to cpu"),
+        ({"layers": 2}, "--layers has no effect with --target cpu: it belongs to cpux8, h100, h100x8 and gpu"),
+        ({"target": "h100", "program": "plain"}, "--program has no effect with --target h100: it belongs to gpu"),
         ({"target": "h100", "models": ("3b",)}, "models must be among tiny, 1b, 7b, 70b, got 3b"),
         ({"precisions": ("exact",)}, "precisions must be among master, stochastic, nearest, got exact"),
         ({"optimizers": ("lion",)}, "optimizers must be among sgd, adam, adam_bfloat16, got lion"),

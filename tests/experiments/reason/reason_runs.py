@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 
+from eggroll.experiments.common.options import drop_options
 from eggroll.experiments.reason import __main__ as reason
+from eggroll.experiments.reason.config import parse
 from eggroll.journal.checkpoint import Checkpoints
 
 TINY = ["--start.steps", "2", "--start.width", "16", "--start.layers", "1", "--start.batch-size", "4"]
@@ -18,6 +20,11 @@ TINY += ["--population-size", "4", "--prompts", "2", "--max-new-tokens", "4", "-
 TINY += ["--check-every", "2", "--examples", "1", "--task-options", "train=40", "validation=8", "test=8"]
 # Calls of the reward: two checks before training; of the generations one each; a check after every second one.
 IN_GENERATION_2 = 6
+
+
+def tiny(*options):
+    """`TINY` and more options, without those of `TINY` that have no effect with them."""
+    return [*drop_options(TINY, parse([*TINY, *options]).ignored()), *options]
 
 
 def letters(prompts, completions, **_):
@@ -58,4 +65,4 @@ if __name__ == "__main__":
     if moment == "clock" and os.environ["JAX_PROCESS_ID"] == "1":
         clock = time.perf_counter
         time.perf_counter = lambda: 0.01 * clock()
-    reason.main([*TINY, *options])
+    reason.main(tiny(*options))

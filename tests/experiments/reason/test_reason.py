@@ -18,7 +18,7 @@ from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
 from eggroll.llm.shards import CONFIG
-from tests.experiments.reason.reason_runs import TINY, letters
+from tests.experiments.reason.reason_runs import TINY, letters, tiny
 from tests.tables import slow
 
 pytestmark = [
@@ -45,7 +45,7 @@ def signal(monkeypatch):
 
 
 def run(capsys, *options):
-    reason.main([*TINY, *options])
+    reason.main(tiny(*options))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -247,7 +247,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
         (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
         (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),
-        (["--algorithm", "grpo", "--resume"], "resume, mesh and pass_k are for eggroll, not for grpo."),
+        (["--algorithm", "grpo", "--resume"], "--resume has no effect with --algorithm grpo: it belongs to eggroll."),
         (["--algorithm", "grpo", "--grpo.samples", "1"], "grpo.samples must be an integer >= 2, got 1."),
         (["--weights", "int8", "--int8.sigma", "0"], "int8.sigma must be a finite number > 0, got 0.0."),
         (["--weights", "int8", "--int8.learning-rate", "inf"], "int8.learning_rate must be a finite number > 0, got inf."),
@@ -260,7 +260,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
 )
 def test_wrong_options_are_refused_by_a_clear_error(options, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
-        reason.main([*TINY, "--generations", "1", "--folder", "out/wrong", *options])
+        reason.main(tiny("--generations", "1", "--folder", "out/wrong", *options))
     text = str(stopped.value)
     assert text.startswith("error: ") and sentence in text and "\n" not in text
 

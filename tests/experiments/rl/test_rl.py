@@ -171,7 +171,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
-        (["--algorithm", "ppo", "--resume"], "error: resume is for eggroll and openes; ppo always starts from the beginning."),
+        (["--algorithm", "ppo", "--resume"], "error: --resume has no effect with --algorithm ppo: it belongs to eggroll"),
         (
             ["--shaping", "ranks"],
             "error: shaping must be one of centered_ranks, z_score, ",
@@ -223,8 +223,9 @@ def test_uniform_actions_cover_the_space(space):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["openes", "ppo"])
 def test_every_seed_is_a_run_of_its_own(algorithm, capsys, tmp_path):
-    options = ["--ppo.num-envs", "4", "--ppo.rollout-steps", "8", "--env-steps", "64", "--generations", "2"]
-    options = [*SMALL, *options, "--algorithm", algorithm, "--seed", "3", "--seeds", "2", "--folder", str(tmp_path)]
+    own = {"openes": SMALL, "ppo": ["--ppo.num-envs", "4", "--ppo.rollout-steps", "8", "--hidden-sizes", "8"]}[algorithm]
+    options = ["--env-steps", "64", "--algorithm", algorithm, "--seed", "3", "--seeds", "2", "--folder", str(tmp_path)]
+    options = [*own, *options]
     summary = run(capsys, *options)
     rows = summary["seeds"]
     assert [row["seed"] for row in rows] == [3, 4] and rows[0]["mean_return"] != rows[1]["mean_return"]

@@ -12,19 +12,8 @@ from eggroll.experiments.rl import suite as rl_suite
 from eggroll.experiments.rl.search import SEED
 from eggroll.experiments.rl.suite import compare, make_row, make_setting, make_table, search_settings
 
-TINY = [
-    "--population-size",
-    "4",
-    "--hidden-sizes",
-    "4",
-    "--env-steps",
-    "100",
-    "--evaluation-episodes",
-    "4",
-    "--max-steps",
-    "20",
-]
-TINY += ["--ppo.num-envs", "2", "--ppo.rollout-steps", "8", "--ppo.minibatches", "2"]
+SHORT = ["--evaluation-episodes", "4", "--max-steps", "20"]
+TINY = ["--population-size", "4", "--hidden-sizes", "4", "--env-steps", "100", *SHORT]
 
 
 def summary(mean_return, *, random_return=0.0, generation_seconds=1.0):
@@ -94,7 +83,7 @@ def test_a_suite_runs_what_is_missing(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_other_options_are_refused_and_a_failed_run_is_told(capsys, tmp_path, monkeypatch):
-    options = ["--envs", "CartPole-v1", "--algorithms", "random", "--seeds", "1", "--folder", str(tmp_path), *TINY]
+    options = ["--envs", "CartPole-v1", "--algorithms", "random", "--seeds", "1", "--folder", str(tmp_path), *SHORT]
     rl_suite.main(options)
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -128,7 +117,9 @@ def test_search_draws_the_same_settings_for_both_and_takes_the_best(tmp_path):
     rows = [make_setting(tmp_path, "CartPole-v1", name, ()) for name in ("eggroll", "openes")]
     ours, dense = (search_settings(row, ("--sigma", "0.3"), number=3) for row in rows)
     for mine, theirs in zip(ours, dense, strict=True):
-        assert mine.options == theirs.options | {"algorithm": "eggroll"} and mine.options["sigma"] == 0.3
+        rank = {"rank": mine.options["rank"]}  # dense noise has none
+        assert mine.options == theirs.options | {"algorithm": "eggroll"} | rank and mine.options["sigma"] == 0.3
+        assert "--rank" in mine.arguments and (rank == {"rank": 1} or "--rank" not in theirs.arguments)
     assert len({row.arguments for row in ours}) == 3
 
     def best(*scores):

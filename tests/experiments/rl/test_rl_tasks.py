@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the suites' own warnings
 ]
 MULTI_AGENT = ("mpe/simple_spread_v3", "mpe/simple_speaker_listener_v4", "mpe/simple_reference_v3")
-TINY = ["--population-size", "4", "--generations", "2", "--evaluation-episodes", "2", "--max-steps", "10", "--checks", "1"]
+SHORT = ["--evaluation-episodes", "2", "--max-steps", "10", "--checks", "1"]
+TINY = ["--population-size", "4", "--generations", "2", *SHORT]
 
 
 def row(name):
@@ -45,7 +46,7 @@ def test_trains_and_ends_with_json(env, capsys, tmp_path):
 @pytest.mark.parametrize("env", [row("jumanji/Knapsack-v1"), row(MULTI_AGENT[1])])
 def test_ppo_respects_masks_and_agents(env, capsys, tmp_path):
     options = ["--ppo.num-envs", "2", "--ppo.rollout-steps", "8", "--ppo.minibatches", "2", "--env-steps", "32"]
-    rl.main(["--env", env, *TINY, "--algorithm", "ppo", *options, "--folder", str(tmp_path)])
+    rl.main(["--env", env, *SHORT, "--algorithm", "ppo", *options, "--folder", str(tmp_path)])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["algorithm"], summary["env_steps"]) == ("ppo", 32)
 

@@ -1,0 +1,293 @@
+"""Options that cannot take effect are errors: what every command says, what suites pass on, and that no option is forgotten."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from eggroll import envs
+from eggroll.experiments.bench import decode, egg, engine, gpu_report, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench.memory import options as memory
+from eggroll.experiments.common.options import covers, drop_options, option_values
+from eggroll.experiments.egg import baseline_suite
+from eggroll.experiments.egg import config as egg_config
+from eggroll.experiments.egg import suite as egg_suite
+from eggroll.experiments.estimator import __main__ as estimator
+from eggroll.experiments.faultdrill import __main__ as faultdrill
+from eggroll.experiments.reason import config as reason_config
+from eggroll.experiments.reason import suite as reason_suite
+from eggroll.experiments.reason.effects import RULES as REASON_RULES
+from eggroll.experiments.rl import config as rl_config
+from eggroll.experiments.rl import inputs as rl_inputs
+from eggroll.experiments.rl import suite as rl_suite
+from eggroll.experiments.zo import config as zo_config
+from eggroll.experiments.zo import suite as zo_suite
+from eggroll.journal import __main__ as journal
+
+PARSERS = {"rl": rl_config.parse, "zo": zo_config.parse, "egg": egg_config.parse, "reason": reason_config.parse}
+OF_A_RUN = "seed seeds folder"
+_EGG = "data cache layers width rounding population_size group bytes_per_update alpha alpha_end shift rank distribution shaping"
+# Command -> its options, its rules, and the options that always take effect; the rest has to be in a rule.
+COMMANDS = {
+    "rl": (rl_config.Config, rl_config.RULES, f"env algorithm max_steps evaluation_episodes {OF_A_RUN}"),
+    "zo": (
+        zo_config.Config,
+        zo_config.RULES,
+        "recipe model data template label_words answer max_length objective steps batch_size learning_rate checks " + OF_A_RUN,
+    ),
+    "egg": (
+        egg_config.Config,
+        egg_config.RULES,
+        f"preset {_EGG} generations chunk_size mesh validation_every validation_bytes sample_length checkpoint_every resume "
+        + OF_A_RUN,
+    ),
+    "egg_baselines": (
+        baseline_suite.Config,
+        baseline_suite.RULES,
+        "baselines data cache layers width streams bytes_per_update updates learning_rates validation_every validation_bytes "
+        + OF_A_RUN,
+    ),
+    "reason": (
+        reason_config.Config,
+        REASON_RULES,
+        "algorithm model weights task task_options template prompt_length max_new_tokens stop stop_token_ids temperature "
+        f"generations seconds workers check_every validation_size test_size examples {OF_A_RUN}",
+    ),
+    "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
+    "zo_suite": (zo_suite.Config, (), "recipes seeds forwards search folder"),
+    "egg_scaling": (
+        egg_suite.Config,
+        (),
+        "populations streams bytes_per_update generations layers width seeds baselines folder",
+    ),
+    "reason.compare": (reason_suite.Config, (), "architectures algorithms seconds generations seeds cores folder figure"),
+    "estimator": (
+        estimator.Config,
+        (),
+        "ranks bias_size bias_pairs bias_replicates sigmas sizes cosine_pairs cosine_replicates population_sizes width "
+        "error_replicates rank seed run",
+    ),
+    "faultdrill": (faultdrill.Config, (), "kills generations checkpoint_every damages seed folder"),
+    "bench engine": (engine.Engine, (), "cases repeats dense_repeats distribution rank tune"),
+    "bench decode": (
+        decode.Decode,
+        decode.RULES,
+        "members growth prompts max_new_tokens chunk_size rank repeats dense_repeats model",
+    ),
+    "bench kernels": (kernels.Kernels, kernels.RULES, "ops cases small repeats verbose"),
+    "bench rl": (
+        rl.RL,
+        (),
+        "env target seeds generations population_size episodes sigma learning_rate hidden_sizes",
+    ),
+    "bench scale": (scale.Scale, (), "devices members width examples chunk_size growths"),
+    "bench populations": (populations.Populations, (), "memory_budget case"),
+    "bench zo": (zo.ZO, (), "blocks width tokens directions matrix rows repeats"),
+    "bench egg": (
+        egg.EGG,
+        egg.RULES,
+        "repeats "
+        + " ".join(f"train.{name}" for name in [*_EGG.split(), "alpha_steps", "update", "chunk_size", "mesh", "seed"]),
+    ),
+    "bench memory": (memory.Memory, memory.RULES, "target members"),
+    "bench gpu": (gpu_report.GPU, (), "report folder parts minutes"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_a_rule_or_always_takes_effect(command):
+    """A new option has to be classified: where does it have no effect?"""
+    config, rules, always = COMMANDS[command]
+    options = set(option_values(config()))
+    in_rules = {option for option in options if any(covers(rule, option) for rule in rules)}
+    assert options - in_rules == set(always.split()) and not in_rules & set(always.split())
+    unknown = {name for rule in rules for name in rule.options if not any(covers(rule, option) for option in options)}
+    assert not unknown
+
+
+PPO, RANDOM, GRPO, ADAM = (
+    ["--algorithm", "ppo"],
+    ["--algorithm", "random"],
+    ["--algorithm", "grpo"],
+    ["--recipe", "adam"],
+)
+MODEL = ["--model", "folder"]
+REFUSED = [
+    ("rl", [*PPO, "--sigma", "0.2"], "--sigma has no effect with --algorithm ppo: it belongs to eggroll and openes."),
+    ("rl", [*PPO, "--mesh", "population=2"], "--mesh has no effect with --algorithm ppo: it belongs to eggroll and openes."),
+    ("rl", [*PPO, "--generations", "3"], "--generations has no effect with --algorithm ppo"),
+    ("rl", ["--algorithm", "openes", "--rank", "2"], "--rank has no effect with --algorithm openes: it belongs to eggroll."),
+    ("rl", ["--ppo.clip", "0.1"], "--ppo.clip has no effect with --algorithm eggroll: it belongs to ppo."),
+    ("rl", [*RANDOM, "--render"], "--render has no effect with --algorithm random: it belongs to eggroll, openes and ppo."),
+    ("rl", [*RANDOM, "--resume"], "--resume has no effect with --algorithm random: it belongs to eggroll and openes."),
+    ("rl", [*RANDOM, "--preset", "paper"], "--preset has no effect with --algorithm random"),
+    (
+        "rl",
+        [*PPO, "--ppo.epochs", "1", "--ppo.minibatches", "1", "--ppo.clip", "0.1"],
+        "--ppo.clip has no effect with --ppo.epochs 1 and --ppo.minibatches 1: the probability ratio is 1",
+    ),
+    (
+        "zo",
+        [*ADAM, "--chunk-directions", "2"],
+        "--chunk-directions has no effect with --recipe adam: it belongs to mezo, adamezo",
+    ),
+    ("zo", [*ADAM, "--checkpoint-every", "7"], "--checkpoint-every has no effect with --recipe adam"),
+    ("zo", ["--dtype", "bfloat16"], "--dtype has no effect without --model: the small model has float32 parameters."),
+    ("zo", [*MODEL, "--start.layers", "1"], "--start.layers has no effect with --model: it is of the small model."),
+    ("zo", ["--steps", "3", "--forwards", "8"], "--forwards has no effect with --steps, which says how long training takes"),
+    ("zo", ["--answer", "{a}", "--task", "rte"], "--task has no effect with --label-words or --answer, which make a task"),
+    ("zo", ["--start.steps", "0", "--start.length", "8"], "--start.length has no effect with --start.steps 0"),
+    (
+        "egg",
+        ["--sample-length", "0", "--temperature", "1"],
+        "--temperature has no effect with --sample-length 0: no text is drawn",
+    ),
+    ("egg", ["--alpha-end", "1", "--alpha-steps", "9"], "--alpha-steps has no effect with --alpha-end equal to --alpha"),
+    ("egg", ["--distribution", "rademacher", "--update", "sign"], "--update has no effect with --distribution rademacher"),
+    ("reason", [*GRPO, "--sigma", "0.5"], "--sigma has no effect with --algorithm grpo: it belongs to eggroll."),
+    ("reason", [*GRPO, "--prompts", "4"], "--prompts has no effect with --algorithm grpo: it belongs to eggroll."),
+    ("reason", [*GRPO, "--plan"], "--plan has no effect with --algorithm grpo: it belongs to eggroll."),
+    ("reason", ["--grpo.samples", "4"], "--grpo.samples has no effect with --algorithm eggroll: it belongs to grpo."),
+    ("reason", [*GRPO, "--grpo.clip", "0.1"], "--grpo.clip has no effect with --grpo.epochs 1 and --grpo.minibatches 1"),
+    ("reason", ["--int8.sigma", "1"], "--int8.sigma has no effect with --weights float: it belongs to int8."),
+    (
+        "reason",
+        ["--weights", "int8", "--int8.threshold", "1", "--int8.learning-rate", "1"],
+        "--int8.learning-rate has no effect with --int8.threshold, which takes its place.",
+    ),
+    ("reason", ["--dtype", "bfloat16"], "--dtype has no effect without --model: the small model has float32 parameters."),
+    ("reason", [*MODEL, "--start.steps", "1"], "--start.steps has no effect with --model: it is of the small model."),
+    ("reason", ["--task", "gsm8k", "--start.noise", "0.1"], "--start.noise has no effect without --task arithmetic"),
+    (
+        "reason",
+        ["--task-options", "noise=0.1", "--start.noise", "0.1"],
+        "--start.noise has no effect without --task arithmetic, or",
+    ),
+    ("reason", [*MODEL, "--task-options", "noise=0.1"], "--task-options noise has no effect with --model"),
+    ("reason", [*MODEL, "--precision", "nearest"], "--precision has no effect on float32 parameters"),
+    ("reason", ["--top-p", "0.5"], "--top-p has no effect on greedy completions; give a --temperature."),
+    ("reason", ["--timeout", "1"], "--timeout has no effect with --workers 0: nothing stops a reward in this process."),
+    ("reason", ["--chunk-size", "2", "--memory-budget", "9"], "--memory-budget has no effect with --chunk-size, which takes"),
+    ("reason", ["--plan", "--mesh", "population=2"], "--mesh has no effect with --plan, which says how many members fit one"),
+    ("reason", ["--plan", "--freeze", ".*"], "--freeze has no effect with --plan, which counts the state of all parameters."),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "message"), REFUSED, ids=[f"{row[0]} {' '.join(row[1])}" for row in REFUSED])
+def test_an_option_without_effect_is_a_clear_error(command, options, message):
+    with pytest.raises(ValueError) as raised:
+        PARSERS[command](options).check()
+    assert str(raised.value).startswith(message) and str(raised.value).endswith(".")
+
+
+ACCEPTED = [
+    ("rl", [*PPO, "--env", "Pendulum-v1", "--ppo.clip", "0.1"]),  # whose defaults of sigma and the population are others
+    ("rl", [*PPO, "--preset", "paper"]),
+    ("rl", ["--algorithm", "openes", "--preset", "paper"]),  # which sets a rank
+    ("rl", [*RANDOM, "--max-steps", "10"]),
+    ("rl", ["--resume", "--render", "--chunk-size", "512"]),
+    ("zo", [*ADAM, "--steps", "3"]),
+    ("zo", ["--recipe", "lozo", "--offload", "--weight-decay", "0.1"]),
+    ("egg", ["--preset", "paper", "--resume"]),
+    ("reason", [*GRPO, "--grpo.epochs", "2", "--grpo.clip", "0.1", "--temperature", "0.7"]),
+    ("reason", ["--plan", "--memory-budget", "9", "--rank", "2", "--seconds", "60", "--start.layers", "1"]),
+    ("reason", ["--weights", "int8", "--precision", "stochastic", "--int8.threshold", "1"]),
+    ("reason", ["--workers", "2", "--timeout", "1", "--temperature", "1", "--top-p", "0.9", "--samples", "2"]),
+]
+
+
+@pytest.mark.parametrize(("command", "options"), ACCEPTED, ids=[f"{command} {' '.join(o)}" for command, o in ACCEPTED])
+def test_options_that_take_effect_are_accepted(command, options):
+    PARSERS[command](options).check()
+
+
+@pytest.mark.parametrize(
+    ("run", "config", "message"),
+    [
+        (
+            decode.run,
+            decode.Decode(model="folder", layers=1),
+            "--layers has no effect with --model: it is of the random models",
+        ),
+        (egg.run, egg.EGG(egg_config.Config(preset="paper")), "--train.preset has no effect in the benchmark"),
+        (egg.run, egg.EGG(egg_config.Config(resume=True)), "--train.resume has no effect in the benchmark"),
+        (kernels.run, kernels.Kernels(("int8_dot",), tokens=2), "--tokens has no effect without generation among --ops"),
+        (kernels.run, kernels.Kernels(members=64, small=True), "members must be at most 8 where cases are shrunk"),
+        (kernels.run, kernels.Kernels(("int8_dot",), ("huge",)), "cases must be parts of .*, got huge"),
+    ],
+)
+def test_benchmarks_refuse_them_too(run, config, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        run(config)
+
+
+@pytest.mark.parametrize(("command", "option"), [*itertools.product(("inspect", "verify"), ("generation", "out"))])
+def test_the_journal_refuses_options_of_replay(command, option):
+    with pytest.raises(SystemExit, match=f"^error: --{option} has no effect with {command}: it belongs to replay."):
+        journal.main([command, "run", f"--{option}", "3"])
+
+
+def test_the_environment_decides_about_pictures_and_sampled_actions():
+    undrawn = dataclasses.replace(envs.make("CartPole-v1"), draw=None)
+    assert "it cannot be drawn" in rl_inputs.ignored_in(undrawn, rl_config.Config(render=True))["render"]
+    assert not rl_inputs.ignored_in(envs.make("CartPole-v1"), rl_config.Config(render=True))
+    sampled = rl_config.Config(env="Pendulum-v1", algorithm="ppo", sampled_actions=True)
+    with pytest.raises(ValueError, match="--sampled-actions has no effect with --algorithm ppo and --env Pendulum-v1"):
+        rl_inputs.load(sampled)
+    for config in (dataclasses.replace(sampled, algorithm="eggroll"), dataclasses.replace(sampled, env="CartPole-v1")):
+        rl_inputs.load(config)
+
+
+def test_options_are_dropped_with_their_values():
+    line = [
+        "--sigma",
+        "-1",
+        "--no-ppo.linear-decay",
+        "--ppo.no-linear-decay",
+        "--hidden-sizes",
+        "8",
+        "8",
+        "--noise-reuse=2",
+        "--a",
+    ]
+    assert drop_options(line, {"sigma", "hidden_sizes"}) == tuple(line[2:4] + line[7:])
+    assert drop_options(line, {"ppo.linear_decay", "noise_reuse"}) == tuple(line[:3] + line[4:7] + line[8:])
+
+
+def test_suites_pass_options_to_the_runs_that_they_belong_to(tmp_path):
+    options = ["--sigma", "0.3", "--ppo.clip", "0.1", "--rank", "2", "--sampled-actions", "--max-steps", "9"]
+    rows = {
+        name: rl_suite.make_setting(tmp_path, "Pendulum-v1", name, options) for name in ("eggroll", "openes", "ppo", "random")
+    }
+    passed = {name: {part for part in row.arguments if part.startswith("--")} for name, row in rows.items()}
+    assert passed["eggroll"] - passed["openes"] == {"--rank"} and "--resume" in passed["openes"]
+    assert passed["openes"] == {"--env", "--algorithm", "--sigma", "--sampled-actions", "--max-steps", "--resume"}
+    assert passed["ppo"] == {"--env", "--algorithm", "--ppo.clip", "--max-steps"}
+    assert passed["random"] == {"--env", "--algorithm", "--max-steps"}
+    assert "sigma" in rows["eggroll"].options and "sigma" not in rows["ppo"].options  # not compared with earlier runs
+    config = zo_suite.Config(folder=tmp_path)
+    recipe, adam = (zo_suite.make_setting(config, name, ["--directions", "2"]) for name in ("mezo", "adam"))
+    assert "--directions" in recipe.arguments and "--directions" not in adam.arguments
+    config = reason_suite.Config(folder=tmp_path / "reason")
+    ours, grpo = (reason_suite.make_setting(config, "rwkv7", name, ["--prompts", "4"]) for name in ("eggroll", "grpo"))
+    assert "--prompts" in ours.arguments and "--prompts" not in grpo.arguments
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "message"),
+    [
+        (rl_suite, ["--algorithms", "eggroll", "--ppo.clip", "0.1"], "--ppo.clip has no effect with --algorithm eggroll"),
+        (rl_suite, ["--algorithms", "ppo", "--search", "2"], "--search has no effect with --algorithms ppo"),
+        (rl_suite, ["--seed", "3"], "--seed cannot be given to a suite, which sets it for every run."),
+        (rl_suite, ["--env", "Acrobot-v1"], "--env cannot be given to a suite"),
+        (zo_suite, ["--recipes", "adam", "--sigma", "1"], "--sigma has no effect with --recipe adam"),
+        (zo_suite, ["--steps", "3"], "--steps cannot be given to a suite"),
+        (egg_suite, ["--population-size", "64"], "--population-size cannot be given to a suite"),
+        (reason_suite, ["--algorithms", "grpo", "--sigma", "1"], "--sigma has no effect with --algorithm grpo"),
+        (reason_suite, ["--start.architecture", "rwkv7"], "--start.architecture cannot be given to a suite"),
+    ],
+)
+def test_suites_refuse_options_that_no_run_reads(suite, options, message, tmp_path):
+    environment = ["--envs", "CartPole-v1"] if suite is rl_suite else []
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        suite.main([*environment, *options, "--folder", str(tmp_path)])
