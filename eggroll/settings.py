@@ -5,15 +5,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from eggroll.generation import Settings
-from eggroll.noise.rules import is_integer
+from eggroll.noise.rules import Frozen, Integer, Perturbation, is_integer, match_rules, paths
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.metrics import REDUCTIONS
-from eggroll.update.precision import PRECISIONS
+from eggroll.update.precision import PRECISIONS, is_low
 from eggroll.update.shaping import INTEGER_SHAPINGS, SHAPINGS
 
 
@@ -31,6 +32,14 @@ class EvolutionSettings(Settings, Protocol):
     @property
     def layout(self) -> PopulationLayout:
         """Layout of the population without a memory budget."""
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Members evaluated at a time."""
+
+    @property
+    def aux(self) -> Any:
+        """How the aux of the fitness is reduced over the population."""
 
     @property
     def memory_budget(self) -> Any:
@@ -70,6 +79,10 @@ def check_settings(es: EvolutionSettings) -> None:
     budget = es.memory_budget
     if budget not in (None, "device") and not (isinstance(budget, int | np.integer) and budget > 0):
         raise ValueError(f"memory_budget must be bytes > 0, 'device' or None, got {budget!r}.")
+    if budget is not None and es.chunk_size is not None:
+        raise ValueError("memory_budget has no effect with chunk_size, which takes its place; give one of them.")
+    if es.aux is not None and es.fitness is None:
+        raise ValueError("aux has no effect without a fitness function, whose aux it reduces; leave it out.")
     if es.mesh is None and es.shard_optimizer:
         raise ValueError("shard_optimizer needs a mesh with the axis 'population', got no mesh.")
     _ = es.placement  # checks the mesh
@@ -82,3 +95,14 @@ def _check_integers(es: EvolutionSettings) -> None:
         raise ValueError(f"shaping must be one of {', '.join(INTEGER_SHAPINGS)} for int8 parameters, got {es.shaping!r}.")
     if es.mesh is not None and getattr(es.mesh, "shape", {}).get("data", 1) > 1:
         raise ValueError("mesh axis 'data' averages the fitness, which int8 parameters do not; use 'population' alone.")
+
+
+def check_precision(precision: str, params: Any, perturbation: Perturbation) -> None:
+    """Raise ValueError if a precision was chosen and no parameter that evolves is rounded in an update."""
+    specs = match_rules(perturbation, paths(params))
+    evolve = [leaf for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True) if not isinstance(spec, Frozen | Integer)]
+    if precision != PRECISIONS[0] and not any(is_low(leaf) or leaf.dtype == jnp.int8 for leaf in evolve):
+        raise ValueError(
+            f"precision {precision!r} has no effect: no parameter that evolves is quantised or shorter than float32; "
+            "leave it out."
+        )

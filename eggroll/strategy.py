@@ -29,7 +29,7 @@ from eggroll.population.layout import PopulationLayout
 from eggroll.population.members import Population, build_member, check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
-from eggroll.settings import check_settings
+from eggroll.settings import check_precision, check_settings
 from eggroll.state import ESState, check_not_consumed
 from eggroll.update import estimator
 from eggroll.update.optimizer import describe_update
@@ -56,7 +56,7 @@ class EvolutionStrategy:
         noise_reuse: generations that share the same noise, >= 1.
         members_per_batch: None: all members share `batch`; 1: `batch` has a leading axis of N; g: of N / g, consecutive
             groups of g members (even, dividing N) share one entry.
-        chunk_size: members evaluated at a time (even), None: all, or what `memory_budget` allows.
+        chunk_size: members evaluated at a time (even), None: all, or what `memory_budget` allows; give one of them.
         memory_budget: bytes of temporary memory of an evaluation, or "device": half of what is free; picks the chunk size.
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
@@ -111,10 +111,12 @@ class EvolutionStrategy:
             `ESState` at generation 0.
 
         Raises:
-            TypeError, ValueError: no array leaves, a leaf that is not an array or cannot be perturbed, a wrong key.
+            TypeError, ValueError: no array leaves, a leaf that is not an array or cannot be perturbed, a wrong key, a
+                `precision` that has no effect on these parameters.
         """
         addresses.check_key(key)
         check_params(params, self.perturbation)
+        check_precision(self.precision, params, self.perturbation)
         per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
         sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
         start = functools.partial(generation.init_state, self, params, key=key, sigma=sigma, member_state=per_member)

@@ -33,21 +33,24 @@ def programs() -> int:
     return jax.devices()[0].core_count if jax.default_backend() == "gpu" else SMS
 
 
-def choose_implementation(op: str, implementation: str | None, check: Callable[[], None]) -> str:
+def choose_implementation(op: str, implementation: str | None, check: Callable[[], None], *, config: object = None) -> str:
     """The implementation of an operation that runs.
 
     Args:
         op: its name, for messages.
         implementation: "reference", "mosaic_gpu", or None: the kernel where it can run, else the reference.
         check: raises NotImplementedError unless the kernel covers the operands.
+        config: tiles of the kernel, or None.
 
     Raises:
         NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or tiles for the reference.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation of {op} must be None or one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if implementation == "reference":
+        if config is not None:
+            raise ValueError(f"config of {op} has no effect with implementation 'reference': its tiles are the kernel's.")
         return implementation
     try:
         check_device()

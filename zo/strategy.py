@@ -29,6 +29,7 @@ from eggroll.population.fitness import check_signature
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
+from eggroll.settings import check_precision
 from eggroll.state import ESState, check_not_consumed
 from eggroll.update.optimizer import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
@@ -145,11 +146,12 @@ class ZerothOrder:
             `ESState` at generation (step) 0.
 
         Raises:
-            ValueError: there is momentum, and neither a batch nor a plan.
+            ValueError: there is momentum, and neither a batch nor a plan; a `precision` without effect on these parameters.
         """
         addresses.check_key(key)
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
+        check_precision(self.precision, params, self.perturbation)
         planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
         optimizer = self.optax_optimizer(planned)
         return generation.init_state(self, params, optimizer=optimizer, key=key, sigma=self.sigma, donate=donate)

@@ -113,7 +113,7 @@ def complete(
         The completions.
 
     Raises:
-        ValueError: max_new_tokens, temperature or top_p out of range, or no key to draw with.
+        ValueError: max_new_tokens, temperature or top_p out of range, a top_p for greedy completions, or no key to draw with.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if temperature and key is None:
@@ -144,10 +144,12 @@ def complete(
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raise ValueError where a sampling setting is out of range."""
+    """Raise ValueError where a sampling setting is out of range or has no effect."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens}.")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+    if top_p < 1 and not temperature:
+        raise ValueError("top_p has no effect with temperature 0, where the likeliest token is taken; give a temperature.")

@@ -103,7 +103,7 @@ def memory_plan(
         budget: bytes for parameters, state and members, >= 1.
         weights: "float", or "int8" for quantised matrices in the blocks.
         optimizer: whose state is counted; None: no state, for inference.
-        precision: as of `EvolutionStrategy`; decides whether there are masters.
+        precision: as of `EvolutionStrategy`; decides whether the state has masters of short parameters.
 
     Returns:
         The plan; `members` is 0 if not even a pair fits.
@@ -118,6 +118,10 @@ def memory_plan(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
+    if precision != "master" and (optimizer is None or (dtype.itemsize >= 4 and weights == "float")):
+        raise ValueError(
+            f"precision {precision!r} has no effect without an optimizer's state of short parameters; leave it out."
+        )
     generator, leaves = make_generator(config), family_of(config).leaves(config)
     params = jax.eval_shape(lambda: init_params(config, key=jax.random.key(0), dtype=dtype))
     if weights == "int8":

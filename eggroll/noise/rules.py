@@ -188,6 +188,8 @@ def _check_rule(pattern: Any, spec: Any) -> None:
             raise ValueError(f"shift must be an integer from 0 to {most} for {spec.distribution} factors, got {spec.shift!r}.")
         if spec.update not in ("value", "sign"):
             raise ValueError(f"update must be 'value' or 'sign', got {spec.update!r}.")
+        if (spec.update, spec.distribution) == ("sign", "rademacher"):
+            raise ValueError("update 'sign' has no effect with rademacher factors, which are signs; leave it out.")
     if isinstance(spec, LowRank | Dense | Flipout) and not spec.sigma_multiplier > 0:
         raise ValueError(f"sigma_multiplier must be > 0, got {spec.sigma_multiplier!r}; use Frozen() for no noise.")
 

@@ -69,6 +69,10 @@ class PopulationLayout:
         """Raise ValueError unless every leaf of `batch` has the leading axis that `members_per_batch` asks for."""
         if self.members_per_batch is None:
             return
+        if not jax.tree.leaves(batch):
+            raise ValueError(
+                f"members_per_batch {self.members_per_batch} has no effect without a batch; give one, or leave it out."
+            )
         expected = self.population_size // self.members_per_batch
         for leaf in jax.tree.leaves(batch):
             if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != expected:

@@ -65,8 +65,9 @@ def train(
         durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
             `held_out_fitness` that a callback puts into `record.extra` decides which checkpoint is the best.
         progress: show the progress line; None: when standard error is a terminal and rich is installed.
-        words: text of the progress line for a generation; None: best and mean fitness, members per second.
-        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`.
+        words: text of the progress line for a generation; None: best and mean fitness, members per second. Not with
+            `progress=False`.
+        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
         keep_arrays: keep `aux` and `coefficients` of every generation in the history, on the device; callbacks always get them.
 
     Returns:
@@ -77,6 +78,10 @@ def train(
         RuntimeError: another process of this run was lost.
     """
     _check(generations, budget, target, callbacks)
+    if plot is not None and run_folder is None:
+        raise ValueError("plot has no effect without run_folder, where it draws; give one, or leave it out.")
+    if words is not None and progress is False:
+        raise ValueError("words has no effect with progress=False, without a progress line; leave one of them out.")
     next_batch = _batch_source(batches)
     first = int(state.generation)
     history: list[Record] = []

@@ -42,10 +42,10 @@ def int8_dot(
 
     Raises:
         NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or tiles for the reference.
     """
     check = functools.partial(limits.check, x, w, noise, bits=bits)
-    if hopper.choose_implementation("int8_dot", implementation, check) == "reference":
+    if hopper.choose_implementation("int8_dot", implementation, check, config=config) == "reference":
         return reference.int8_dot(x, w, noise, sign=sign, bits=bits, shift=shift)
     from eggroll.kernels.int8_dot import mosaic_gpu  # Pallas is imported where it is used
 

@@ -40,10 +40,10 @@ def lowrank_dot(
 
     Raises:
         NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or tiles for the reference.
     """
     check = functools.partial(limits.check, x, w, noise, rank=rank)
-    if hopper.choose_implementation("lowrank_dot", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_dot", implementation, check, config=config) == "reference":
         return population_dot(x, w, noise, scale=scale, rank=rank)
     from eggroll.kernels.lowrank_dot import mosaic_gpu  # Pallas is imported where it is used
 

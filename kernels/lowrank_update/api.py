@@ -41,10 +41,10 @@ def lowrank_update(
 
     Raises:
         NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or tiles for the reference.
     """
     check = functools.partial(limits.check, noise, rows=rows, columns=columns)
-    if hopper.choose_implementation("lowrank_update", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_update", implementation, check, config=config) == "reference":
         return population_update(coefficients, noise, rank=rank, rows=rows, columns=columns)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 
@@ -79,7 +79,7 @@ def lowrank_step(
 
     Raises:
         NotImplementedError: a named implementation that cannot run here, or does not cover the operands.
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or tiles for the reference.
     """
     words = jax.random.key_data(key)
 
@@ -88,7 +88,7 @@ def lowrank_step(
         if w.dtype != "bfloat16":
             raise NotImplementedError(f"lowrank_step 'mosaic_gpu' moves bfloat16 matrices, got {w.dtype}.")
 
-    if hopper.choose_implementation("lowrank_step", implementation, check) == "reference":
+    if hopper.choose_implementation("lowrank_step", implementation, check, config=config) == "reference":
         return population_step(w, coefficients, noise, key=words, rank=rank)
     from eggroll.kernels.lowrank_update import mosaic_gpu  # Pallas is imported where it is used
 

@@ -63,6 +63,8 @@ class Offload:
             raise TypeError("only Descent can be deferred block by block, got another optimizer.")
         if self.tuner.optimizer.momentum is not None:
             raise ValueError("momentum cannot be deferred block by block: its state would be transferred with the blocks.")
+        if self.tuner.precision != "master":
+            raise ValueError("precision has no effect on offloaded blocks, which are rounded stochastically; leave it out.")
         _ = self.devices  # checks the mesh
         short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
         if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):

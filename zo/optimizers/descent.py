@@ -31,7 +31,7 @@ class Descent:
         momentum: decay rate in [0, 1) of a momentum in the subspace that steps share (LOZO-M, `subspace_momentum`).
 
     Raises:
-        ValueError: a number outside its range, two of the last three, or `exempt` is no pattern.
+        ValueError: a number outside its range, two of the last three, or an `exempt` that is no pattern or has no effect.
     """
 
     learning_rate: float | Callable[[Any], Any]
@@ -50,6 +50,10 @@ class Descent:
         for name in ("second_moment", "momentum"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
+        if self.exempt != EXEMPT and not self.weight_decay:
+            raise ValueError(
+                "exempt has no effect without weight_decay, from which it exempts parameters; give a weight_decay."
+            )
         given = [name for name in ("second_moment", "adam", "momentum") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"only one of second_moment, adam and momentum can be given, got {' and '.join(given)}.")

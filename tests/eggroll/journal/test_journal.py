@@ -39,7 +39,8 @@ def make(options=None):
     options = dict(population_size=16, sigma=0.1) | (options or {})
     options.setdefault("optimizer", optax.adam(1e-2))
     es = eggroll.EvolutionStrategy(fitness, **options)
-    state = es.init(PARAMS, key=jax.random.key(3))
+    dtype = jnp.bfloat16 if es.precision == "stochastic" else jnp.float32
+    state = es.init(jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS), key=jax.random.key(3))
     es.plan(state, batch_of(0))
     return es, state
 
