@@ -188,7 +188,6 @@ def init_state(
     *,
     optimizer: optax.GradientTransformation,
     key: Array,
-    sigma: Any,
     donate: bool,
     member_state: Any = None,
 ) -> ESState:
@@ -199,9 +198,8 @@ def init_state(
         params: pytree of parameters.
         optimizer: any optax transformation.
         key: typed key of the run.
-        sigma: of generation 0.
         donate: take over the arrays of `params`.
-        member_state: with leading axes [P, 2], or None.
+        member_state: of one member, or None.
     """
     check_not_consumed(params)
     params = jax.tree.map(jnp.asarray, params) if donate else copy_state(params)
@@ -212,7 +210,10 @@ def init_state(
     else:
         masters, opt_state = make(params)
         opt_state = copy_state(opt_state)  # the optimizer may have returned arrays of its own
-    state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, member_state)
+    sigma = settings.sigma(jnp.int32(0)) if callable(settings.sigma) else 1.0 if settings.sigma is None else settings.sigma
+    pairs = (settings.population_size // 2, 2)
+    per_member = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*pairs, *jnp.shape(leaf))), member_state)
+    state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(sigma), masters, per_member)
     return unshare(shard_inputs(settings.placement, state, None)[0])
 
 

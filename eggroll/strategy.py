@@ -117,10 +117,8 @@ class EvolutionStrategy:
         addresses.check_key(key)
         check_params(params, self.perturbation)
         check_precision(self.precision, params, self.perturbation)
-        per_member = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.population_size // 2, 2, *jnp.shape(x))), member_state)
-        sigma = self.sigma(jnp.int32(0)) if callable(self.sigma) else 1.0 if self.sigma is None else self.sigma
-        start = functools.partial(generation.init_state, self, params, key=key, sigma=sigma, member_state=per_member)
-        return start(optimizer=self.optimizer, donate=donate)
+        start = functools.partial(generation.init_state, self, params, optimizer=self.optimizer)
+        return start(key=key, donate=donate, member_state=member_state)
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Return the plan of the parameters, read from one abstract trace of a function.

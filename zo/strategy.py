@@ -154,7 +154,7 @@ class ZerothOrder:
         check_precision(self.precision, params, self.perturbation)
         planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
         optimizer = self.optax_optimizer(planned)
-        return generation.init_state(self, params, optimizer=optimizer, key=key, sigma=self.sigma, donate=donate)
+        return generation.init_state(self, params, optimizer=optimizer, key=key, donate=donate)
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """Read the plan from one abstract trace of the loss; the first call fixes it. `print(plan.table())` shows it."""
