@@ -25,7 +25,7 @@ from eggroll.noise import integer
 Alpha = float | Callable[[int], float]
 
 
-def threshold(alpha: Alpha, *, steps: int = 10_000) -> optax.GradientTransformationExtraArgs:
+def threshold(alpha: Alpha, *, steps: int | None = None) -> optax.GradientTransformationExtraArgs:
     """Make the transformation that turns sums of integer noise into steps of -1, 0 and 1.
 
     Its `update` gets -Z, as optax minimises, and needs the parameters and, as `EvolutionStrategy` gives them, `deviation`
@@ -35,11 +35,14 @@ def threshold(alpha: Alpha, *, steps: int = 10_000) -> optax.GradientTransformat
     Args:
         alpha: share of the weights that move when the fitness says nothing, in (0, 1], or a function from generation to it,
             called on the host when this is.
-        steps: generations that the function is called for; later ones have the last value.
+        steps: generations that the function is called for; later ones have the last value. None: 10,000.
 
     Raises:
-        ValueError: `alpha` is outside (0, 1], `steps` is not an integer >= 1.
+        ValueError: `alpha` is outside (0, 1], `steps` is not an integer >= 1, or is given for a constant.
     """
+    if steps is not None and not callable(alpha):
+        raise ValueError(f"steps has no effect on a constant alpha, got {steps!r}.")
+    steps = 10_000 if steps is None else steps
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
     levels = np.array([_level(alpha(step), step) for step in range(steps)] if callable(alpha) else [_level(alpha)], np.int32)

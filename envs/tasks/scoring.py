@@ -94,18 +94,22 @@ class Scorer:
             function at the top level of a module, or another object that can be pickled. It is called with parts of a batch,
             then with each completion of a part that failed alone; it gets copies of all lists.
         workers: processes; 0: rewards are called in this one, where nothing stops one that hangs.
-        timeout: seconds a call may take, of several completions or of one.
+        timeout: seconds a call of a worker may take, of several completions or of one; None: 10.
         minimum: the score of a completion whose reward fails, unless another completion of the batch scores lower: then that.
             None: 0.
 
     Raises:
-        ValueError: `workers` is negative, `timeout` is not above 0, `minimum` is not finite, or `reward` is no function.
+        ValueError: `workers` is negative, `timeout` is not above 0 or has no workers to stop, `minimum` is not finite, or
+            `reward` is no function.
         TypeError: `reward` cannot be sent to a worker.
     """
 
-    def __init__(self, reward: Reward, *, workers: int = 1, timeout: float = 10.0, minimum: float | None = None):
+    def __init__(self, reward: Reward, *, workers: int = 1, timeout: float | None = None, minimum: float | None = None):
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
+        if timeout is not None and workers == 0:
+            raise ValueError(f"timeout has no effect with workers=0: nothing stops a reward in this process, got {timeout}.")
+        timeout = 10.0 if timeout is None else timeout
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
         if minimum is not None and not math.isfinite(minimum):

@@ -88,7 +88,8 @@ def load(config: Config, inputs: Inputs) -> Problem:
     """
     source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
     model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
-    scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=config.timeout, minimum=config.reward_minimum)
+    timeout = config.timeout if config.workers else None
+    scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=timeout, minimum=config.reward_minimum)
     return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 
 

@@ -167,6 +167,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     [
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"timeout": 0}, "timeout must be above 0 seconds, got 0"),
+        ({"workers": 0, "timeout": 5.0}, "timeout has no effect with workers=0: .* got 5.0"),
         ({"minimum": float("nan")}, "minimum must be a finite number or None, got nan"),
     ],
 )

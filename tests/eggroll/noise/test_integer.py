@@ -583,10 +583,11 @@ def planned(spec=SPECS["normal-1"], params=None, function=None, batch=None, **op
             TypeError,
             "shaping 'z_score' of int8 parameters needs an int32 fitness, got float32",
         ),
+        (lambda: eggroll.threshold(0.1, steps=5), ValueError, "steps has no effect on a constant alpha, got 5"),
         (lambda: eggroll.threshold(0.0), ValueError, "alpha must be in .0, 1., got 0.0"),
         (lambda: eggroll.threshold(1.5), ValueError, "alpha must be in .0, 1., got 1.5"),
         (lambda: eggroll.threshold(lambda step: 1 - step, steps=5), ValueError, "got 0 for generation 1"),
-        (lambda: eggroll.threshold(0.5, steps=0), ValueError, "steps must be an integer >= 1, got 0"),
+        (lambda: eggroll.threshold(lambda step: 0.5, steps=0), ValueError, "steps must be an integer >= 1, got 0"),
         (
             lambda: zo.mezo(lambda p, b, k: 0.0, learning_rate=1.0, perturbation=eggroll.Integer()),
             ValueError,
