@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eggroll.devices.rendezvous import meet
+
 LAUNCHED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST = re.compile(r"\bgloo\b|\bnccl|coordination service|distributed service", re.IGNORECASE)
 SCHEDULED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for the processes that srun or mpirun starts
@@ -57,7 +59,7 @@ def join(
     if all(value is None for value in arguments):
         given = {name: os.environ.get(name) for name in LAUNCHED}
     missing = [name for name, value in given.items() if value is None]
-    scheduled = any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULED)
+    scheduled = any(_count(os.environ.get(name, "1")) > 1 for name in SCHEDULED)
     if len(missing) == len(LAUNCHED):
         return _initialize(timeout) if scheduled else False
     if missing:
@@ -66,13 +68,24 @@ def join(
         address, count, index = str(given[LAUNCHED[0]]), int(str(given[LAUNCHED[1]])), int(str(given[LAUNCHED[2]]))
     except ValueError:
         raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be integers, got {given}.") from None
-    if not 0 <= index < count or not address.rpartition(":")[2].isdigit():
-        raise ValueError(f"process {index} of {count} at {address!r}: need 0 <= process < number, and an address host:port.")
+    host, _, port = address.rpartition(":")
+    if not 0 <= index < count or not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ValueError(
+            f"process {index} of {count} at {address!r}: need 0 <= process < number, and an address host:port with a port "
+            "from 1 to 65535."
+        )
     if count == 1:
         return False
+    meet(host.strip("[]"), int(port), count=count, index=index, timeout=timeout)
     if index > 0:
         _wait_for(address, timeout)
     return _initialize(timeout, coordinator_address=address, num_processes=count, process_id=index)
+
+
+def _count(text: str) -> int:
+    """The number of tasks in what a scheduler says: "4", or "4(x2)" for 4 on each of 2 nodes."""
+    found = re.match(r"(\d+)(?:\(x(\d+)\))?", text.strip())
+    return int(found[1]) * int(found[2] or 1) if found else 1
 
 
 def _initialize(

@@ -1,7 +1,10 @@
 """Several processes are one run: 2 and 4 real processes over loopback (gloo) against one, a death among them, wrong use."""
 
+import concurrent.futures
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ import pytest
 from eggroll import launch
 from eggroll.devices import processes
 from eggroll.devices.processes import LAUNCHED
+from eggroll.devices.rendezvous import meet
 from eggroll.experiments.common.mesh import parse_mesh
 
 ROOT = Path(__file__).parents[3]
@@ -82,6 +86,46 @@ def test_a_first_process_that_is_not_there_is_told():
         processes.join(coordinator_address="127.0.0.1:9", num_processes=2, process_id=1, timeout=1)
 
 
+def test_a_first_process_alone_names_those_that_did_not_come(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **options: pytest.fail("jaxlib would end the process"))
+    port = free_port()
+    with pytest.raises(RuntimeError, match=rf"process 0 of 3 waited 0.2 s at port {port} for 1, 2, which did not come"):
+        processes.join(coordinator_address=f"127.0.0.1:{port}", num_processes=3, process_id=0, timeout=0.2)
+
+
+def test_a_port_in_use_is_told():
+    with socket.create_server(("", 0)) as other, pytest.raises(RuntimeError, match=r"port \d+ .* is in use: choose another"):
+        processes.join(coordinator_address=f"127.0.0.1:{other.getsockname()[1]}", num_processes=2, process_id=0, timeout=1)
+
+
+@pytest.mark.parametrize(("second", "told"), [((3, 2), None), ((3, 1), "process 1 of 3 came"), ((2, 1), "process 1 of 2 came")])
+def test_processes_meet_before_jax_connects_them(second, told):
+    """Two others, the second with a number of its own, or with one that is taken, or in a run of another size."""
+    port, errors = free_port(), []
+
+    def come(count, index):
+        try:
+            meet("127.0.0.1", port, count=count, index=index, timeout=5 if told is None else 0.5)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with socket.socket() as stranger, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first = pool.submit(come, 3, 0)
+        while stranger.connect_ex(("127.0.0.1", port)):  # one that only connects
+            time.sleep(0.01)
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        pool.submit(come, 3, 1).add_done_callback(lambda _: None)
+        time.sleep(0.1)
+        pool.submit(come, *second)
+        first.result(20)
+    assert not errors if told is None else any(told in error for error in errors)
+
+
+def free_port():
+    with socket.create_server(("", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def test_a_process_alone_has_nobody_to_meet(monkeypatch):
     for name in (*LAUNCHED, *processes.SCHEDULED):
         monkeypatch.delenv(name, raising=False)
@@ -97,7 +141,7 @@ def test_slurm_and_open_mpi_are_recognised(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **options: called.append((given, options)))
     for name in processes.SCHEDULED:
         with monkeypatch.context() as context:
-            context.setenv(name, "4")
+            context.setenv(name, "4" if name == "OMPI_COMM_WORLD_SIZE" else "4(x2)")
             processes.join(timeout=7)
     assert [options["initialization_timeout"] for _, options in called] == [7, 7]
     assert called[0][0] == (None, None, None)  # jax reads the rest from the scheduler
@@ -110,6 +154,8 @@ def test_slurm_and_open_mpi_are_recognised(monkeypatch):
         (dict(coordinator_address="a:1", num_processes="two", process_id=0), "must be integers"),
         (dict(coordinator_address="a:1", num_processes=2, process_id=2), "process 2 of 2 at 'a:1': need 0 <= process < number"),
         (dict(coordinator_address="host", num_processes=2, process_id=1), "an address host:port"),
+        (dict(coordinator_address="host:0", num_processes=2, process_id=1), "'host:0': .* a port from 1 to 65535"),
+        (dict(coordinator_address="host:99999", num_processes=2, process_id=1), "'host:99999': .* a port from 1 to 65535"),
     ],
 )
 def test_incomplete_or_wrong_processes_are_refused(options, words):
@@ -123,19 +169,30 @@ def test_launch_says_how_it_is_used(arguments):
         launch.main(arguments)
 
 
-def test_ending_the_launcher_ends_its_processes(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
+def test_ending_the_launcher_ends_its_processes(tmp_path, how):
     script = tmp_path / "one.py"
     script.write_text("import os, time\nopen(os.environ['JAX_PROCESS_ID'], 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    if how == signal.SIGINT:  # the first Ctrl-C waits for processes that take their time, a second one does not
+        script.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + script.read_text())
     command, environment = [sys.executable, "-m", "eggroll.launch", "2", str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
     launcher = subprocess.Popen(command, cwd=tmp_path, env=environment)
     numbers, deadline = [tmp_path / str(index) for index in (0, 1)], time.monotonic() + 60
     while not all(path.exists() and path.read_text() for path in numbers) and time.monotonic() < deadline:
         time.sleep(0.05)
-    launcher.terminate()
-    assert launcher.wait(30) == 143
+    launcher.send_signal(how)
+    if how == signal.SIGINT:
+        time.sleep(0.3)
+        launcher.send_signal(how)
+    assert launcher.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 1}[how]
     for path in numbers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(path.read_text()), 0)
+        deadline = time.monotonic() + 5
+        while (status := Path(f"/proc/{path.read_text()}/stat")).exists() and time.monotonic() < deadline:
+            if status.read_text().split()[2] == "Z":  # ended; whoever adopted it has not looked yet
+                break
+            time.sleep(0.02)
+        else:
+            assert not status.exists()
 
 
 def test_launch_ends_the_others_when_one_fails(tmp_path):
