@@ -40,7 +40,7 @@ def unshare(tree: T) -> T:
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, Array):
             return leaf
         places = _places(leaf)
-        shared = bool(places & seen) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        shared = bool(places & seen) or is_key(leaf)
         leaf = _copy(leaf) if shared else leaf
         seen.update(_places(leaf) if shared else places)
         return leaf
@@ -61,14 +61,33 @@ def check_not_consumed(state: Any) -> None:
         )
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed keys."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def keys_to_words(tree: T) -> T:
+    """Replace typed keys, which files and NumPy do not take, by their words, uint32 [..., words]."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
+def words_to_keys(tree: T, like: Any) -> T:
+    """Undo `keys_to_words`, with the implementations of the keys in `like`."""
+
+    def restore(leaf: Any, own: Any) -> Any:
+        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(own)) if is_key(own) else leaf
+
+    return jax.tree.map(restore, tree, like)
+
+
 def _copy(leaf: Any) -> Any:
-    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         return jax.random.wrap_key_data(jnp.array(jax.random.key_data(leaf), copy=True), impl=jax.random.key_impl(leaf))
     return jnp.array(leaf, copy=True)
 
 
 def _places(leaf: Array) -> set[int]:
     """Addresses of the memory of an array on the devices of this process."""
-    if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if leaf.size == 0 or is_key(leaf):
         return set()
     return {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}

@@ -23,6 +23,7 @@ from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.journal.header import UPDATE
 from eggroll.protocol import Strategy
+from eggroll.state import keys_to_words
 
 SHOWN = 10  # rows of the table: the first and the last five
 
@@ -102,8 +103,8 @@ def _replay(path: Path, options: argparse.Namespace) -> None:
 
 
 def _to_numpy(leaf: Any) -> np.ndarray:
-    """A leaf as .npz stores it: short floats, which NumPy cannot name, as float32."""
-    array = np.asarray(leaf)
+    """A leaf as .npz stores it: short floats, which NumPy cannot name, as float32, typed keys as their words."""
+    array = np.asarray(keys_to_words(leaf))
     return array if array.dtype.kind in "fiub" else array.astype(np.float32)
 
 

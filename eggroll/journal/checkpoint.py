@@ -16,6 +16,7 @@ import numpy as np
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.protocol import S
+from eggroll.state import keys_to_words, words_to_keys
 
 CHUNK, IN_FLIGHT = 1 << 26, 1 << 28  # bytes: encoded together; written or read at a time
 
@@ -133,8 +134,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
-        key = jax.random.wrap_key_data(jax.numpy.asarray(stored["state"]["key"]), impl=jax.random.key_impl(like.key))
-        return like._replace(**{**stored["state"], "key": key}), stored["carried"]
+        return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
 
     def fingerprints(self, generation: int) -> dict[str, str]:
         """Return the saved fingerprints: of everything ("all") and of the parameters ("params")."""
@@ -151,7 +151,7 @@ class Checkpoints:
 
 
 def _storable(state: S, carried: Any) -> dict[str, Any]:
-    stored = {"state": state._asdict() | {"key": jax.random.key_data(state.key)}, "carried": carried}
+    stored = keys_to_words({"state": state._asdict(), "carried": carried})
     if jax.process_count() == 1:
         return stored
     # orbax takes global arrays or NumPy arrays, but not arrays local to one process.

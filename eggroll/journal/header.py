@@ -54,8 +54,17 @@ def _difference(name: str, stored: Any, given: Any) -> str:
     if isinstance(stored, dict) and isinstance(given, dict):
         names = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
         return ", ".join(f"{name} {key} is {stored.get(key)!r}, not {given.get(key)!r}" for key in names)
+    if name == "plan":
+        return f"plan {_difference_of_plans(stored, given)}"
     opaque = isinstance(stored, list) or name == "fingerprint"
     return f"{name} differs" if opaque else f"{name} is {stored!r}, not {given!r}"
+
+
+def _difference_of_plans(stored: list[str], given: list[str]) -> str:
+    """The first row that differs."""
+    rows = zip([*stored, *[""] * len(given)], [*given, *[""] * len(stored)], strict=True)
+    old, new = next((old, new) for old, new in rows if old != new)
+    return f"has {f'the row {old!r}' if old else 'no row'}, not {f'the row {new!r}' if new else 'none'}"
 
 
 def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> Header:

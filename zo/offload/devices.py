@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from eggroll.devices.mesh import put
 from eggroll.noise import addresses
 from eggroll.noise.leaves import DenseLeaf, LeafPlan
+from eggroll.state import is_key, keys_to_words
 from eggroll.update.estimator import leaf_gradient
 
 AXES = ("population", "data")
@@ -34,14 +35,23 @@ BATCH = PartitionSpec("data")
 OWN = PartitionSpec(*AXES)  # of `add_device_axes`
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape", "dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape", "dtype", "key_impl"])
 @dataclasses.dataclass(frozen=True)
 class Sliced:
-    """One leaf of a block: flat, padded with zeros, in equal slices over all devices."""
+    """One leaf of a block: flat, padded with zeros, in equal slices over all devices; typed keys as their words."""
 
     values: Array  # [N slice]; in a program [slice]
-    shape: tuple[int, ...]  # of the leaf
+    shape: tuple[int, ...]  # of the leaf, or of its words
     dtype: Any  # dtype of the model's computation
+    key_impl: Any = None  # implementation of typed keys; None: numbers
+
+    def assemble(self, values: Array) -> Array:
+        """Return the leaf of the model's computation from all its values, with their padding."""
+        return self.typed(values[: math.prod(self.shape)].reshape(self.shape).astype(self.dtype))
+
+    def typed(self, array: Array) -> Array:
+        """Return typed keys for words [..., *shape]; other arrays as they are."""
+        return array if self.key_impl is None else jax.random.wrap_key_data(array, impl=self.key_impl)
 
 
 def is_sliced(leaf: Any) -> bool:
@@ -109,18 +119,21 @@ class Devices:
         """Sharding of slices between the steps."""
         return NamedSharding(self.mesh, SLICES, memory_kind=HOST)
 
-    def store(self, leaf: np.ndarray, dtype: Any) -> Sliced:
+    def store(self, leaf: Any, transfer_dtype: Any) -> Sliced:
         """Put one leaf of a block into the host's memory.
 
         Args:
-            leaf: in the dtype of the transfers.
-            dtype: of the model's computation.
+            leaf: in the dtype of the model's computation; typed keys, too.
+            transfer_dtype: of float32 leaves in the host's memory and in transfers; None: unchanged.
 
         Raises:
             RuntimeError: the memory is full; the message names the setting that raises CUDA's limit.
         """
-        flat = np.zeros(self.mesh.size * self._slice(leaf.size), leaf.dtype)
-        flat[: leaf.size] = np.ravel(leaf)
+        impl = jax.random.key_impl(leaf) if is_key(leaf) else None
+        array = np.asarray(keys_to_words(leaf))
+        stored = transfer_dtype if array.dtype == np.float32 and transfer_dtype is not None else array.dtype
+        flat = np.zeros(self.mesh.size * self._slice(array.size), stored)
+        flat[: array.size] = np.ravel(array).astype(stored)
         try:
             values = jax.make_array_from_callback(flat.shape, self.host, lambda index: flat[index].copy())
         except RuntimeError as error:
@@ -128,7 +141,7 @@ class Devices:
                 f"the host's memory for blocks is full ({flat.nbytes / 2**30:.3g} GiB more were requested); on CUDA it is "
                 "capped at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set higher before JAX starts."
             ) from error
-        return Sliced(values, leaf.shape, jnp.dtype(dtype))
+        return Sliced(values, array.shape, array.dtype, impl)
 
     def _slice(self, size: int) -> int:
         """Values in a slice of a leaf."""
@@ -138,8 +151,7 @@ class Devices:
         """Gather a block from its slices, in the dtypes of the model's computation."""
 
         def gathered(leaf: Sliced) -> Array:
-            flat = jax.lax.all_gather(leaf.values, AXES, tiled=True)
-            return flat[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
+            return leaf.assemble(jax.lax.all_gather(leaf.values, AXES, tiled=True))
 
         return jax.tree.map(gathered, block, is_leaf=is_sliced)
 

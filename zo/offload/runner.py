@@ -119,7 +119,8 @@ class Offload:
         refuse_quantised(params, self.tuner.perturbation)
         if self.transfer_dtype is not None and any(is_low(leaf) for leaf in jax.tree.leaves(params["blocks"])):
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which are transferred unchanged.")
-        blocks = tuple(jax.tree.map(lambda x, index=i: self._store(x[index]), params["blocks"]) for i in range(count))
+        store = functools.partial(self.devices.store, transfer_dtype=self.transfer_dtype)
+        blocks = tuple(jax.tree.map(lambda x, index=i: store(x[index]), params["blocks"]) for i in range(count))
         zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
         history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
         sigma, none = jnp.float32(self.tuner.sigma), jnp.zeros(self.tuner.directions, jnp.float32)
@@ -213,13 +214,9 @@ class Offload:
         for index, block in enumerate(self._updated_blocks(state)):
             for array, leaf in zip(stacked, jax.tree.leaves(block, is_leaf=is_sliced), strict=True):
                 array[index] = gather(leaf.values)[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
-        blocks = jax.tree.unflatten(jax.tree.structure(state.blocks[0], is_leaf=is_sliced), stacked)
+        arrays = [leaf.typed(array) for leaf, array in zip(like, stacked, strict=True)]
+        blocks = jax.tree.unflatten(jax.tree.structure(state.blocks[0], is_leaf=is_sliced), arrays)
         return {"resident": self._updated_resident(state), "blocks": blocks}
-
-    def _store(self, leaf: Any) -> Sliced:
-        """A leaf of one block in the host's memory, in the dtype of its transfers."""
-        shortened = leaf.dtype == jnp.float32 and self.transfer_dtype is not None
-        return self.devices.store(np.asarray(leaf, self.transfer_dtype if shortened else None), leaf.dtype)
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
         shapes = _shapes(state)
@@ -288,7 +285,10 @@ def _is_pending(state: OffloadState) -> bool:
 def _shapes(state: OffloadState) -> Any:
     """Shapes of the parameters, in the dtypes of the model's computation."""
     count = len(state.blocks)
-    stacked = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)  # noqa: E731
+
+    def stacked(leaf: Sliced) -> Any:
+        return jax.eval_shape(leaf.typed, jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype))
+
     blocks = jax.tree.map(stacked, state.blocks[0], is_leaf=is_sliced)
     return {"resident": jax.eval_shape(lambda x: x, state.resident), "blocks": blocks}
 
