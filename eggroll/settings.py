@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from eggroll.generation import Settings
-from eggroll.noise.rules import Frozen, Integer, Perturbation, is_integer, match_rules, paths
+from eggroll.noise.rules import Frozen, Integer, Perturbation, is_integer, match_rules
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.metrics import REDUCTIONS
 from eggroll.update.precision import PRECISIONS, is_low
@@ -99,7 +99,7 @@ def _check_integers(es: EvolutionSettings) -> None:
 
 def check_precision(precision: str, params: Any, perturbation: Perturbation) -> None:
     """Raise ValueError if a precision was chosen and no parameter that evolves is rounded in an update."""
-    specs = match_rules(perturbation, paths(params))
+    specs = match_rules(perturbation, params)
     evolve = [leaf for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True) if not isinstance(spec, Frozen | Integer)]
     if precision != PRECISIONS[0] and not any(is_low(leaf) or leaf.dtype == jnp.int8 for leaf in evolve):
         raise ValueError(

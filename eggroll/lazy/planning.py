@@ -37,13 +37,14 @@ from eggroll.noise.rules import (
     Dense,
     Flipout,
     Frozen,
+    Noisy,
     Perturbation,
-    Spec,
     check_params,
     match_rules,
     paths,
     quantised_leaves,
 )
+from eggroll.noise.variables import Collection, collections
 
 
 def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation, allow_kernels: bool = True) -> Plan:
@@ -64,12 +65,14 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     """
     check_params(params, perturbation)
     leaf_paths, leaves = paths(params), jax.tree.leaves(params)
-    specs = match_rules(perturbation, leaf_paths)
+    specs = match_rules(perturbation, params)
     grid = quantised_leaves(params, perturbation)
-    seen = read_uses(function, params, *args, quantised=grid)
+    seen = read_uses(function, params, *args, quantised=grid, frozen=[isinstance(spec, Frozen) for spec in specs])
     planned = [
-        _plan_leaf(path, leaf, spec, seen.uses.get(path, []), converted=seen.widest(path) if on_grid else None)
-        for path, leaf, spec, on_grid in zip(leaf_paths, leaves, specs, grid, strict=True)
+        _freeze(path, leaf, spec, collection)
+        if isinstance(spec, Frozen)
+        else _plan_leaf(path, leaf, spec, seen.uses.get(path, []), converted=seen.widest(path) if on_grid else None)
+        for path, leaf, spec, on_grid, collection in zip(leaf_paths, leaves, specs, grid, collections(params), strict=True)
     ]
     if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
@@ -130,16 +133,16 @@ def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
     return perturb(planned, leaf, noise, scale=scale)
 
 
-def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[bool]) -> Observer:
-    """Trace `function(params, *args)` abstractly; return what every parameter was used for. `quantised`: of every leaf."""
+def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[bool], frozen: Sequence[bool]) -> Observer:
+    """Trace `function(params, *args)` abstractly; return what every parameter that is not frozen was used for."""
     observer = Observer()
     leaf_paths = paths(params)
 
     def observed(params, *args):
         leaves, tree = jax.tree.flatten(params)
         probes = [
-            probe(leaf, path=path, observer=observer, quantised=on_grid)
-            for leaf, path, on_grid in zip(leaves, leaf_paths, quantised, strict=True)
+            leaf if stays else probe(leaf, path=path, observer=observer, quantised=on_grid)
+            for leaf, path, on_grid, stays in zip(leaves, leaf_paths, quantised, frozen, strict=True)
         ]
         return apply_perturbed(function, jax.tree.unflatten(tree, probes), *args)
 
@@ -147,10 +150,13 @@ def read_uses(function: Callable, params: Any, *args: Any, quantised: Sequence[b
     return observer
 
 
-def _plan_leaf(path: str, leaf: Any, spec: Spec, uses: list[Use], *, converted: Any) -> LeafPlan:
+def _freeze(path: str, leaf: Any, spec: Frozen, collection: Collection | None) -> FrozenLeaf:
+    reason = f"not a parameter: {collection.name}" if collection else "by rule"
+    return FrozenLeaf(path, tuple(leaf.shape), leaf.dtype, spec, reason, collection=collection)
+
+
+def _plan_leaf(path: str, leaf: Any, spec: Noisy, uses: list[Use], *, converted: Any) -> LeafPlan:
     about = path, tuple(leaf.shape), leaf.dtype
-    if isinstance(spec, Frozen):
-        return FrozenLeaf(*about, spec, "by rule", converted)
     if not uses:
         return FrozenLeaf(*about, spec, "not used by the function", converted)
     if isinstance(spec, Dense):

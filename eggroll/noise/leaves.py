@@ -19,6 +19,7 @@ from eggroll.noise import addresses, integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.rules import Flipout, Integer, LowRank, Noisy, Spec
+from eggroll.noise.variables import Collection
 
 AxesOfNoise = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stack, rows, columns
 
@@ -77,6 +78,7 @@ class FrozenLeaf(LeafPlan):
     """No noise."""
 
     role = "frozen"
+    collection: Collection | None = None  # that the leaf belongs to; None: it is a parameter
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ class Plan:
         return tuple(leaf.quantised for leaf in self.leaves)
 
     def table(self) -> str:
-        """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason."""
-        return _table(self.leaves) + (f"\nupdate: {self.update}" if self.update else "")
+        """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason; then what is frozen by default."""
+        lines = [_table(self.leaves), *_frozen_collections(self.leaves)]
+        return "\n".join(lines + ([f"update: {self.update}"] if self.update else []))
 
     @property
     def shapes(self) -> Any:
@@ -72,6 +74,15 @@ def _table(leaves: Sequence[LeafPlan]) -> str:
     shared = sum(math.prod(leaf.shape) * leaf.noise_dtype.itemsize for leaf in leaves if isinstance(leaf, FlipoutLeaf))
     lines += [f"noise of all members: {shared:,} bytes"] if shared else []
     return "\n".join([*lines, f"noise per member: {total:,} bytes"])
+
+
+def _frozen_collections(leaves: Sequence[LeafPlan]) -> list[str]:
+    """A line for every kind of collections that are frozen because they are not parameters."""
+    counts = Counter(leaf.collection for leaf in leaves if isinstance(leaf, FrozenLeaf) and leaf.collection)
+    kinds: dict[str, list[str]] = {}
+    for collection, count in counts.items():
+        kinds.setdefault(collection.kind, []).append(f"{collection.name} ({count} array{'s' * (count != 1)})")
+    return [f"frozen: {', '.join(named)}, not parameters: {kind}" for kind, named in kinds.items()]
 
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:

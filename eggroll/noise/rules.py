@@ -1,8 +1,9 @@
 """Rules: which kind of noise the user asks for, by parameter path.
 
 A perturbation is one spec for all parameters, or a list of rules (pattern, spec): `re.fullmatch` on the path, the first match
-wins, a rule that matches nothing is an error. An int8 parameter under `LowRank`, `Dense` or `Flipout` is *quantised*: a member
-sees float(Q) + sigma E where its function converts it to a floating dtype, sigma in units of one integer.
+wins, a rule that matches nothing is an error. Collections that are not parameters (`variables`) are frozen,
+except by rules whose pattern matches no parameter. An int8 parameter under `LowRank`, `Dense` or `Flipout` is *quantised*: a
+member sees float(Q) + sigma E where its function converts it to a floating dtype, sigma in units of one integer.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from eggroll.kernels.hopper import IMPLEMENTATIONS
 from eggroll.noise import addresses
+from eggroll.noise.variables import collections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Integer:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """No noise and no update."""
+    """No noise and no update: what collections that are not parameters get by default."""
 
 
 Noisy = LowRank | Dense | Flipout | Integer
@@ -111,7 +113,7 @@ def check_params(params: Any, perturbation: Perturbation) -> None:
                 f"params leaf '{path}' is a {type(leaf).__name__}, expected an array; split arrays from the rest first "
                 "(nnx.split, equinox.partition)."
             )
-    for path, leaf, spec in zip(leaf_paths, leaves, match_rules(perturbation, leaf_paths), strict=True):
+    for path, leaf, spec in zip(leaf_paths, leaves, match_rules(perturbation, params), strict=True):
         if isinstance(spec, Integer) and leaf.dtype != jnp.int8:
             raise ValueError(f"parameter '{path}' has dtype {leaf.dtype}; Integer() is for int8 parameters.")
         if not isinstance(spec, Integer | Frozen) and not _takes_floating_noise(leaf):
@@ -136,7 +138,7 @@ def quantised_leaves(params: Any, perturbation: Perturbation) -> tuple[bool, ...
     Raises:
         ValueError: an unused rule, or a leaf without a rule.
     """
-    specs = match_rules(perturbation, paths(params))
+    specs = match_rules(perturbation, params)
     return tuple(is_quantised(leaf, spec) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True))
 
 
@@ -207,20 +209,28 @@ def is_integer(perturbation: Perturbation) -> bool:
     return any(integers)
 
 
-def match_rules(perturbation: Perturbation, leaf_paths: Sequence[str]) -> list[Spec]:
-    """Return the spec of every path.
+def match_rules(perturbation: Perturbation, params: Any) -> list[Spec]:
+    """Return the spec of every leaf, in leaf order.
+
+    A leaf that is not a parameter follows the rules whose pattern matches no parameter, and is frozen where there is none.
 
     Raises:
-        ValueError: a path without a rule, or a rule without a path.
+        ValueError: a parameter without a rule, or a rule without a leaf.
     """
-    rules = check_perturbation(perturbation)
+    rules, leaf_paths = check_perturbation(perturbation), paths(params)
+    others = collections(params)
+    parameters = [path for path, other in zip(leaf_paths, others, strict=True) if other is None]
+    of_others = [not any(re.fullmatch(pattern, path) for path in parameters) for pattern, _ in rules]
     used, specs = set(), []
-    for path in leaf_paths:
-        matched = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
-        if matched is None:
+    for path, other in zip(leaf_paths, others, strict=True):
+        matched = [i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)]
+        if other is None and not matched:
             raise ValueError(f"no perturbation rule matches parameter '{path}'; end the list with ('.*', LowRank()).")
-        used.add(matched)
-        specs.append(rules[matched][1])
+        used.update(matched[:1])
+        if other is not None:
+            matched = [i for i in matched if of_others[i]]
+            used.update(matched[:1])
+        specs.append(rules[matched[0]][1] if matched else Frozen())
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
             raise ValueError(
@@ -231,10 +241,10 @@ def match_rules(perturbation: Perturbation, leaf_paths: Sequence[str]) -> list[S
 
 
 def trainable(params: Any, perturbation: Perturbation) -> Any:
-    """A pytree like `params`: False where a rule freezes the leaf.
+    """A pytree like `params`: False where the leaf is frozen.
 
     Raises:
         ValueError: an unused rule, or a leaf without a rule.
     """
-    specs = match_rules(perturbation, paths(params))
+    specs = match_rules(perturbation, params)
     return jax.tree.unflatten(jax.tree.structure(params), [not isinstance(spec, Frozen) for spec in specs])

@@ -179,7 +179,8 @@ def _shapes(tree: Any) -> Any:
 def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
     """Return the masters and the optimizer's state of a new run."""
     grid = quantised_leaves(params, perturbation)
-    masters = init_masters(params, precision, quantised=grid)
+    moving = jax.tree.leaves(trainable(params, perturbation))
+    masters = init_masters(params, precision, quantised=grid, moving=moving)
     wide = float32_params(params, masters, quantised=grid)
     return masters, fit_optimizer(optimizer, params, perturbation).init(wide)
 

@@ -16,6 +16,7 @@ from jax import Array
 
 from eggroll.noise import addresses
 from eggroll.noise.draws import leaf_keys
+from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, cut
 from eggroll.noise.rules import Frozen
@@ -97,7 +98,7 @@ def update_state(
     held = _hold(state, [reading.states_of(index, flat_states) for index in range(len(plan.leaves))])
     moved, counts = [], []
     for index, (leaf, old) in enumerate(zip(plan.leaves, held, strict=True)):
-        if isinstance(leaf.spec, Frozen) and not old.moments:
+        if _stays(leaf, old):
             new, count = old, no_counts(leaf)
         else:
             limit = None if reading.elementwise[index] else old.param.size
@@ -139,8 +140,11 @@ def update_state_at_once(
     moments, new_moments = ([[flat[k] for k in own] for own in places] for flat in (states, new_states))
     steps = map(Moves, jax.tree.leaves(ascent), jax.tree.leaves(updates), new_moments)
     for old, step, rule in zip(_hold(state, moments), steps, rules, strict=True):
-        whole = cut(rule.leaf, old.param.shape, limit=old.param.size)
-        new, count = move(old, whole, functools.partial(_give, step), rule)
+        if _stays(rule.leaf, old):
+            new, count = old, no_counts(rule.leaf)
+        else:
+            whole = cut(rule.leaf, old.param.shape, limit=old.param.size)
+            new, count = move(old, whole, functools.partial(_give, step), rule)
         moved.append(new)
         counts.append(count)
     kept = _keep_finite([new_states[k] for k in shared], [states[k] for k in shared], rules[0].skipped)
@@ -176,6 +180,11 @@ def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], li
                 owner.append(count)
                 count += 1
     return places, others
+
+
+def _stays(leaf: LeafPlan, held: Held) -> bool:
+    """Whether nothing of a parameter changes: it is frozen, and the optimizer keeps nothing of it."""
+    return isinstance(leaf.spec, Frozen) and not held.moments
 
 
 def _give(moves: Moves, region: Region, old: Held) -> Moves:

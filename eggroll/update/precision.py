@@ -29,13 +29,18 @@ def is_low(leaf: Array) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4)
 
 
-def init_masters(params: Any, precision: str, *, quantised: Sequence[bool] | None = None) -> Masters:
-    """Float32 copies of the low-precision and quantised leaves, in leaf order, None for the others and other precisions."""
+def init_masters(
+    params: Any, precision: str, *, quantised: Sequence[bool] | None = None, moving: Sequence[bool] | None = None
+) -> Masters:
+    """Float32 copies of the low-precision and quantised leaves, in leaf order.
+
+    None for the others, for those that are not `moving` (None: all are), and for other precisions.
+    """
     leaves = jax.tree.leaves(params)
-    short = are_short(leaves, quantised)
+    short, moves = are_short(leaves, quantised), moving or [True] * len(leaves)
     return tuple(
-        leaf.astype(jnp.float32) if precision == "master" and is_short else None
-        for leaf, is_short in zip(leaves, short, strict=True)
+        leaf.astype(jnp.float32) if precision == "master" and is_short and changes else None
+        for leaf, is_short, changes in zip(leaves, short, moves, strict=True)
     )
 
 
