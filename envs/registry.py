@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
+from eggroll.envs.checks import check_environment
 from eggroll.envs.protocol import Environment, with_time_limit
 
 
@@ -92,9 +93,18 @@ def make(name: str, *, max_steps: int | None = None) -> Environment:
     Raises:
         ValueError: no suite has it; the message suggests the nearest names.
         ModuleNotFoundError: the suite is not installed; the message has the command that installs it.
+        TypeError, ValueError: a registered environment is not as `Environment` describes it.
     """
-    environment = _registered[name]() if name in _registered else _make_from_suite(str(name))
+    environment = _make_registered(name) if name in _registered else _make_from_suite(str(name))
     return environment if max_steps is None else with_time_limit(environment, max_steps)
+
+
+def _make_registered(name: str) -> Environment:
+    environment = _registered[name]()
+    if not isinstance(environment, Environment):
+        raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}.")
+    check_environment(environment)
+    return environment
 
 
 def _make_from_suite(name: str) -> Environment:

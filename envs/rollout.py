@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.envs.checks import check_environment, check_policy, check_recurrent
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
 from eggroll.envs.protocol import Environment
 
@@ -58,21 +59,28 @@ def run_episode(
         The `Episode`.
 
     Raises:
-        ValueError: an observation has another shape than the environment declares.
+        TypeError: a function of the environment, or the policy, takes other arguments.
+        ValueError: a result of theirs is not what `Environment` describes; the message names it.
     """
+    check_environment(environment)
+    check_policy(environment, policy, recurrent=memory is not None)
     reset_key, steps_key = jax.random.split(key)
     centre = jnp.float32(0) if statistics is None else statistics.mean
 
     def act(carry: _Carry, key: Array) -> tuple[Any, Array]:
         seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
         mask = () if environment.action_mask is None else (environment.action_mask(carry.state),)
-        return (None, policy(seen, key, *mask)) if memory is None else policy(carry.memory, seen, key, *mask)
+        if memory is None:
+            return None, policy(seen, key, *mask)
+        result = policy(carry.memory, seen, key, *mask)
+        check_recurrent(carry.memory, result)
+        return result
 
     def advance(carry: _Carry) -> _Carry:
         action_key, step_key = jax.random.split(jax.random.fold_in(steps_key, carry.episode.steps))
         new_memory, action = act(carry, action_key)
         observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, action)
-        _check_shape(environment, observation)
+        reward = jnp.asarray(reward).astype(jnp.float32)
         finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
@@ -85,7 +93,6 @@ def run_episode(
         return ~carry.done & (carry.episode.steps < environment.max_steps)
 
     observation, state = environment.reset(reset_key)
-    _check_shape(environment, observation)
     empty = Episode(jnp.float32(0), jnp.int32(0), initial_sums(environment.observation_shape))
     start = _Carry(observation, state, memory, empty, jnp.bool_(False))
     return jax.lax.while_loop(running, advance, start).episode
@@ -105,7 +112,7 @@ def run_episodes(
     Every episode starts with the same `memory`.
 
     Raises:
-        ValueError: `episodes` is not a positive integer, or an observation has another shape than the environment declares.
+        TypeError, ValueError: `episodes` is not a positive integer, or as for `run_episode`.
     """
     if not isinstance(episodes, int) or episodes < 1:
         raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
@@ -114,9 +121,3 @@ def run_episodes(
         return run_episode(environment, policy, key=key, statistics=statistics, memory=memory)
 
     return jax.vmap(run)(jax.random.split(key, episodes))
-
-
-def _check_shape(environment: Environment, observation: Any) -> None:
-    declared, shape = tuple(environment.observation_shape), getattr(observation, "shape", type(observation).__name__)
-    if shape != declared:
-        raise ValueError(f"env '{environment.name}' must give observations of its observation_shape {declared}, got {shape}.")

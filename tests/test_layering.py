@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS = ["checkout", "programs", "kernels", "noise", "lazy", "state", "population", "protocol", "update", "devices"]
+BASE = ["checkout", "signatures"]
+ARRAYS = [*BASE, "programs", "kernels", "noise", "lazy", "state", "population", "protocol", "update", "devices"]
 STRATEGY = ["plans", "generation", "settings", "strategy"]
 RUNS = ["journal", "runs", "launch"]  # these know strategies by `eggroll.protocol` only
 LAYERS = [*ARRAYS, *STRATEGY, *RUNS, "eggroll", "llm", "zo", "experiments"]  # each imports from those before it
-ONLY = {"envs": {"checkout"}, "kernels": {"checkout"}}  # these know arrays, not populations
+ONLY = {"envs": {*BASE}, "kernels": {"checkout"}}  # these know arrays, not populations
 ALLOWED = {room: ONLY.get(room, {*LAYERS[:index]}) for index, room in enumerate(LAYERS)} | ONLY
 ALLOWED["experiments"] = {*LAYERS, "envs"}
 for runs in RUNS:

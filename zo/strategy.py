@@ -25,11 +25,11 @@ from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, Perturbation, check_params, is_integer, refuse_quantised
-from eggroll.population.fitness import check_signature
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.settings import check_precision
+from eggroll.signatures import check_signature
 from eggroll.state import ESState, check_not_consumed
 from eggroll.update.optimizer import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss

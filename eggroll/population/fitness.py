@@ -3,13 +3,14 @@
 fitness(params, batch, key[, member_state]) -> fitness | (fitness, aux) | (fitness, member_state) | (fitness, aux, member_state)
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from eggroll.signatures import check_signature
 
 
 def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool = False) -> Callable:
@@ -41,32 +42,6 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
         return parts[0].astype(dtype), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
-
-
-def check_signature(role: str, function: Callable, arguments: Sequence[str]) -> None:
-    """Raise TypeError unless a function of the user's can be called with some positional arguments.
-
-    Args:
-        role: what the function is, for the message.
-        function: any callable; one without a readable signature is accepted.
-        arguments: their names.
-    """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(
-            f"{role} is called as {role}({', '.join(arguments)}), but {name}{signature} {_reason(error)}."
-        ) from None
-
-
-def _reason(error: TypeError) -> str:
-    """What is wrong with a call: "missing a required argument: 'x'" and the like."""
-    return {"too many positional arguments": "takes fewer arguments"}.get(str(error), f"is {error}")
 
 
 def at_least_float32(dtype: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from eggroll import envs
+from eggroll.envs.checks import check_environment, check_policy
 from eggroll.envs.rollout import Policy
 
 MAX_BYTES = 3_000_000  # of a file; a longer animation gets fewer frames
@@ -76,6 +77,8 @@ def play_states(
 
     Never more states than that are held. The first and the last are among them.
     """
+    check_environment(environment)
+    check_policy(environment, policy, recurrent=memory is not None)
     reset_key, steps_key = jax.random.split(key)
 
     @jax.jit

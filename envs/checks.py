@@ -1,0 +1,133 @@
+"""What a rollout checks before it begins: that environment and policy are as `protocol` and `rollout` describe them.
+
+Reset, one step and the mask are traced abstractly, once per environment, with an action of the declared space. So a wrong
+result is an error that names it, not one of the loop that carries it.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eggroll.envs.actions import output_size
+from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, PerAgent, Transition
+from eggroll.signatures import check_signature
+
+_checked: weakref.WeakSet[Environment] = weakref.WeakSet()
+
+
+def check_environment(environment: Environment) -> None:
+    """Raise TypeError or ValueError, naming the environment, unless its functions take and return what the protocol says."""
+    if not isinstance(environment, Environment):
+        raise TypeError(f"environment must be an envs.Environment, got {type(environment).__name__}.")
+    if environment in _checked:
+        return
+    about = f"env '{environment.name}'"
+    for name, arguments in (("reset", ("key",)), ("step", ("key", "state", "action"))):
+        _check_call(about, name, getattr(environment, name), arguments)
+    for name in ("action_mask", "draw"):
+        if getattr(environment, name) is not None:
+            _check_call(about, name, getattr(environment, name), ("state",))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    start = jax.eval_shape(environment.reset, key)
+    if not isinstance(start, tuple) or len(start) != 2:
+        raise ValueError(f"{about}: reset must return (observation, state), got {_describe(start)}.")
+    observation, state = start
+    _check_observation(environment, observation, "reset")
+    if environment.action_mask is not None:
+        _check_mask(environment, jax.eval_shape(environment.action_mask, state))
+    made = jax.eval_shape(environment.step, key, state, _abstract_action(environment.action_space))
+    if getattr(made, "_fields", None) != Transition._fields:
+        fields = ", ".join(Transition._fields)
+        raise ValueError(f"{about}: step must return an envs.Transition({fields}), got {_describe(made)}.")
+    _check_observation(environment, made.observation, "step")
+    _check_scalar(about, "reward", made.reward, "a float32 scalar", (jnp.floating, jnp.integer, jnp.bool_))
+    for name in ("terminated", "truncated"):
+        _check_scalar(about, name, getattr(made, name), "a bool scalar", (jnp.bool_,))
+    check_carried(f"{about}: step must return the state as reset makes it", state, made.state)
+    _checked.add(environment)
+
+
+def check_policy(environment: Environment, policy: Callable, *, recurrent: bool) -> None:
+    """Raise TypeError unless a policy can be called as a rollout in an environment calls it."""
+    mask = () if environment.action_mask is None else ("mask",)
+    check_signature("policy", policy, (*(("memory",) if recurrent else ()), "observation", "key", *mask))
+
+
+def check_recurrent(memory: Any, result: Any) -> None:
+    """Raise ValueError unless a policy with a memory returned `(memory, action)`, its memory as it came."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"policy has a memory and must return (memory, action), got {_describe(result)}.")
+    check_carried("policy must return its memory as it came", memory, result[0])
+
+
+def check_carried(rule: str, old: Any, new: Any) -> None:
+    """Raise ValueError unless what a loop carries keeps its structure, shapes and dtypes; numbers of Python are promoted."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (old, new)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"{rule}, {structures[0]}, got {structures[1]}.")
+    for (path, before), after in zip(jax.tree.leaves_with_path(old), jax.tree.leaves(new), strict=True):
+        promoted = isinstance(before, int | float) or getattr(before, "weak_type", False)
+        if jnp.shape(before) != jnp.shape(after) or not (promoted or jnp.result_type(before) == jnp.result_type(after)):
+            name = jax.tree_util.keystr(path) or "it"
+            raise ValueError(f"{rule}: {name} is {_describe(before)}, got {_describe(after)}.")
+
+
+def _check_call(about: str, name: str, function: Callable, arguments: tuple[str, ...]) -> None:
+    if not callable(function):
+        raise TypeError(f"{about}: {name} must be a function, got {type(function).__name__}.")
+    try:
+        check_signature(name, function, arguments)
+    except TypeError as error:
+        raise TypeError(f"{about}: {error}") from None
+
+
+def _check_observation(environment: Environment, observation: Any, function: str) -> None:
+    declared, shape = tuple(environment.observation_shape), getattr(observation, "shape", type(observation).__name__)
+    if shape != declared:
+        raise ValueError(f"env '{environment.name}' must give observations of its observation_shape {declared}, got {shape}.")
+    if observation.dtype != jnp.float32:
+        raise ValueError(
+            f"env '{environment.name}' must give observations of dtype float32, got {observation.dtype} from {function}; "
+            "convert them: observation.astype(jnp.float32)."
+        )
+
+
+def _check_scalar(about: str, name: str, value: Any, expected: str, kinds: tuple[Any, ...]) -> None:
+    fits = getattr(value, "shape", None) == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    if not fits:
+        raise ValueError(f"{about}: {name} must be {expected}, got {_describe(value)}.")
+
+
+def _check_mask(environment: Environment, mask: Any) -> None:
+    space = environment.action_space
+    inner = space.space if isinstance(space, PerAgent) else space
+    if isinstance(inner, Continuous):
+        return  # `choose_action` says that these have none
+    shape = (*((space.agents,) if isinstance(space, PerAgent) else ()), output_size(space))
+    if getattr(mask, "shape", None) != shape or mask.dtype != jnp.bool_:
+        raise ValueError(f"env '{environment.name}': action_mask must return bool{list(shape)}, got {_describe(mask)}.")
+
+
+def _abstract_action(space: ActionSpace) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an action."""
+    if isinstance(space, PerAgent):
+        one = _abstract_action(space.space)
+        return jax.ShapeDtypeStruct((space.agents, *one.shape), one.dtype)
+    if isinstance(space, Discrete):
+        return jax.ShapeDtypeStruct((), jnp.int32)
+    if isinstance(space, MultiDiscrete):
+        return jax.ShapeDtypeStruct((len(space.sizes),), jnp.int32)
+    return jax.ShapeDtypeStruct(tuple(space.shape), jnp.float32)
+
+
+def _describe(value: Any) -> str:
+    """The type of a result: "float32[3]", "a tuple of 4 values (float32[3], ...)", "a dict"."""
+    if isinstance(value, tuple | list):
+        parts = ", ".join(map(_describe, value))
+        return f"a {type(value).__name__} of {len(value)} value{'s' * (len(value) != 1)} ({parts})"
+    if hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"
