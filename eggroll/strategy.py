@@ -102,7 +102,7 @@ class EvolutionStrategy:
         """Make the state of a new run.
 
         Args:
-            params: pytree of parameters.
+            params: pytree of parameters, and of collections such as `batch_stats`, which are frozen (docs/models.md).
             key: typed key from `jax.random.key`; kept for the whole run, do not use it elsewhere.
             member_state: initial carried state of ONE member, or None.
             donate: take over the arrays of `params`, for models that do not fit twice; the first generation consumes them.

@@ -137,7 +137,7 @@ class ZerothOrder:
         """Make the state of a new run.
 
         Args:
-            params: pytree of parameters.
+            params: pytree of parameters, and of collections such as `batch_stats`, which are frozen (docs/models.md).
             key: typed key from `jax.random.key`, kept for the whole run.
             batch: as for `step`, arrays or shapes; only `Descent(momentum=...)`, whose state follows the plan, needs it.
             donate: take over the arrays of `params` instead of copying them; the first step consumes them.
