@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 import eggroll
 from eggroll import zo
-from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
-from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal import JournalError, Writer, make_header
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.noise.rules import match_rules
 from eggroll.noise.variables import collections
@@ -260,27 +259,28 @@ def test_a_journal_of_a_run_that_perturbed_them_is_refused(tmp_path):
         Writer(tmp_path / "journal.bin", header)
 
 
-def test_checkpoints_journal_and_fingerprint_take_typed_keys(tmp_path):
+@pytest.mark.parametrize("checkpoint_every", [1, 50])
+def test_a_run_with_typed_keys_resumes_from_its_checkpoint_or_journal(tmp_path, checkpoint_every):
     model, params = MODELS["nnx"]
     es = strategy(model)
-    state = es.init(params, key=jax.random.key(0))
-    es.plan(state, X)
-    with_another_key = jax.tree.map(lambda x: x, params)
-    with_another_key["dropout"]["rngs"]["key"].set_value(jax.random.key(77))
-    assert fingerprint(params) != fingerprint(with_another_key)
-    journal = Writer(tmp_path / "journal.bin", make_header(es, state))
-    initial = eggroll.copy_state(state)
-    state, metrics = es.step(state, X)
-    journal.append(Entry(0, float(metrics.sigma), np.asarray(metrics.coefficients), b""))
-    journal.close()
-    checkpoints = Checkpoints(tmp_path / "checkpoints", config=None)
-    checkpoints.save(state)
-    checkpoints.wait()
-    restored, _ = checkpoints.restore(initial)
-    checkpoints.close()
-    rebuilt = replay(es, initial, iter(Reader(tmp_path / "journal.bin")))
-    for found in (restored, rebuilt):
-        assert not moved(state.params, found.params)
+
+    def resumed():
+        state = es.init(params, key=jax.random.key(0))
+        es.plan(state, X)
+        return eggroll.DurableRun(tmp_path, es, state, config={}, checkpoint_every=checkpoint_every)
+
+    run = resumed()
+    state, _ = eggroll.train(es, run.state, X, generations=2, durable=run)
+    run.close()
+    again = resumed()
+    again.close()
+    assert again.state.generation == 2 and not moved(state.params, again.state.params)
+
+
+def test_fingerprints_see_typed_keys():
+    other = jax.tree.map(lambda leaf: leaf, NNX_STATE)
+    other["dropout"]["rngs"]["key"].set_value(jax.random.key(77))
+    assert fingerprint(NNX_STATE) != fingerprint(other)
 
 
 # --- documentation ------------------------------------------------------------------------------------------------------
