@@ -56,6 +56,14 @@ def math_verify() -> ModuleType:
     return library
 
 
+def prepare(reward: Reward) -> None:
+    """Import what a reward needs, before the time of its calls is counted."""
+    if reward is math_matches:
+        math_verify()
+    for part, _ in reward.parts if isinstance(reward, Weighted) else ():
+        prepare(part)
+
+
 @dataclasses.dataclass(frozen=True)
 class Matches:
     """Give 1 where a regular expression matches the whole completion, else 0; a dot matches line ends too.

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eggroll.envs.tasks.calls import InvalidReward, Reward, call, check_callable, name_of, number, shorten
-from eggroll.envs.tasks.rewards import check_reward
-from eggroll.envs.tasks.workers import Died, Pool, TimedOut
+from eggroll.envs.tasks.rewards import check_reward, prepare
+from eggroll.envs.tasks.workers import Died, Pool, TimedOut, half_of_memory
 
 MINIMUM = 0.0  # score of a completion whose reward failed, if no other of the batch is lower
 CALLS_PER_WORKER = 4  # per batch: small calls, so that a slow or failed one delays or repeats little
@@ -57,26 +57,39 @@ class _Job(NamedTuple):
 
 
 class _Raised(NamedTuple):
-    """A call's reply: the reward raised."""
+    """A reply: the reward raised."""
 
     text: str
-    invalid: bool  # it breaks the protocol, whatever the completion
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A reward as a function of a job: it returns scores, NaN to abstain, messages for bad numbers, or `_Raised`."""
+    """A reward as a function of a job: it returns scores, NaN to abstain and messages for bad numbers, as a JSON value.
+
+    Where the reward raised it returns {"raised": text}, where it breaks the protocol {"invalid": text}.
+    """
 
     reward: Reward
 
-    def __call__(self, job: _Job) -> "list[float | str] | _Raised":
+    def prepare(self) -> None:
+        """Import what the reward needs."""
+        prepare(self.reward)
+
+    def accepts(self, job: _Job, reply: Any) -> bool:
+        """Whether a reply can be one to the job: a process may send anything."""
+        if isinstance(reply, dict):
+            return len(reply) == 1 and isinstance(reply.get("raised", reply.get("invalid")), str)
+        scores = isinstance(reply, list) and len(reply) == len(job.completions)
+        return scores and all(isinstance(score, float | str) for score in reply)
+
+    def __call__(self, job: _Job) -> list[float | str] | dict[str, str]:
         try:
             values = call(self.reward, job.prompts, job.completions, job.columns)
         except InvalidReward as error:
-            return _Raised(str(error), invalid=True)
+            return {"invalid": str(error)}
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             text = shorten(f"reward '{name_of(self.reward)}' raised {type(error).__name__}: {error}")
-            return _Raised(text, invalid=False)
+            return {"raised": text}
         return [math.nan if value is None else self._score(value) for value in values]
 
     def _score(self, value: Any) -> float | str:
@@ -97,6 +110,7 @@ class Scorer:
         timeout: seconds a call of a worker may take, of several completions or of one; None: 10.
         minimum: the score of a completion whose reward fails, unless another completion of the batch scores lower: then that.
             None: 0.
+        memory: bytes that a worker may allocate; a reward that asks for more fails. None: half of the machine's memory.
 
     Raises:
         ValueError: `workers` is negative, `timeout` is not above 0 or has no workers to stop, `minimum` is not finite, or
@@ -104,11 +118,22 @@ class Scorer:
         TypeError: `reward` cannot be sent to a worker.
     """
 
-    def __init__(self, reward: Reward, *, workers: int = 1, timeout: float | None = None, minimum: float | None = None):
+    def __init__(
+        self,
+        reward: Reward,
+        *,
+        workers: int = 1,
+        timeout: float | None = None,
+        minimum: float | None = None,
+        memory: int | None = None,
+    ):
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
-        if timeout is not None and workers == 0:
-            raise ValueError(f"timeout has no effect with workers=0: nothing stops a reward in this process, got {timeout}.")
+        for name, value in (("timeout", timeout), ("memory", memory)):
+            if value is not None and workers == 0:
+                raise ValueError(f"{name} has no effect with workers=0: nothing stops a reward in this process, got {value}.")
+        if memory is not None and memory < 1 << 20:
+            raise ValueError(f"memory must be bytes, a MiB or more, got {memory}.")
         timeout = 10.0 if timeout is None else timeout
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
@@ -120,7 +145,8 @@ class Scorer:
         self._warned = False
         self._calls = max(1, workers * CALLS_PER_WORKER)
         try:
-            self._pool = Pool(self._call, workers=workers, timeout=timeout) if workers else None
+            limit = half_of_memory() if memory is None else memory
+            self._pool = Pool(self._call, workers=workers, timeout=timeout, memory=limit) if workers else None
         except TypeError as error:
             raise TypeError(
                 f"reward '{name_of(reward)}' must be a function at the top level of a module, but {error};"
@@ -204,10 +230,12 @@ class Scorer:
             raise RewardFailed(f"{self._name} failed on {where}; the first error: {self._text(replies[0])}")
 
     def _replies(self, jobs: list[_Job]) -> list:
-        replies = self._pool.map(jobs) if self._pool else [self._call(job) for job in jobs]
-        for reply in replies:
-            if isinstance(reply, _Raised) and reply.invalid:
-                raise InvalidReward(reply.text)
+        replies: list[Any] = self._pool.map(jobs) if self._pool else [self._call(job) for job in jobs]
+        for index, reply in enumerate(replies):
+            if isinstance(reply, dict) and "invalid" in reply:
+                raise InvalidReward(shorten(str(reply["invalid"])))
+            if isinstance(reply, dict):
+                replies[index] = _Raised(shorten(str(reply["raised"])))
         return replies
 
     @property
@@ -218,7 +246,8 @@ class Scorer:
         if isinstance(failure, TimedOut):
             return f"{self._name} exceeded its time limit of {self._timeout:g} s."
         if isinstance(failure, Died):
-            return f"{self._name} ended its process with exit code {failure.exit_code}."
+            ended = f"ended its process with exit code {failure.exit_code}"
+            return f"{self._name} {'wrote over what its process sends' if failure.exit_code is None else ended}."
         return failure.text if isinstance(failure, _Raised) else failure
 
     def _warn_of_none(self, completions: int) -> None:

@@ -1,20 +1,26 @@
 """Processes that score: started by spawn, which is safe with JAX, killed when they exceed a time limit, and replaced.
 
-Only this file handles processes. A worker has its own session, so that processes started by a reward die with it. This is not
-a sandbox: a reward that runs code written by a model runs it with the permissions of the user.
+Only this file handles processes. A worker has its own session, so that processes started by a reward die with it, and ends with
+the trainer, however that ends. Jobs are pickled; replies are JSON, which a reward that writes nonsense cannot turn into code.
+This is not a sandbox: a reward that runs code written by a model runs it with the permissions of the user.
 """
 
 import contextlib
+import importlib.util
+import json
 import os
 import pickle
+import select
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import connection, get_context
+from multiprocessing import get_context
 from typing import Any, NamedTuple, NoReturn
 
 from eggroll.envs.tasks.calls import shorten
+from eggroll.envs.tasks.channel import Channel, Unreadable, receive, send
 
 STARTUP_SECONDS = 120.0  # of a worker: it imports the reward's module and what that imports
 
@@ -24,28 +30,25 @@ class TimedOut(NamedTuple):
 
 
 class Died(NamedTuple):
-    """A job's reply: its worker ended."""
+    """A job's reply: its worker ended, or sent something unreadable."""
 
-    exit_code: int | None
-
-
-class Failed(NamedTuple):
-    """Message of a worker that cannot start."""
-
-    text: str
+    exit_code: int | None  # None: it was unreadable
 
 
 class _Worker:
     """One process and its current job."""
 
-    def __init__(self, function: bytes):
+    def __init__(self, function: bytes, memory: int):
         context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        ours, theirs = socket.socketpair()
+        self.lifeline, guarded = socket.socketpair()  # nobody writes to it: it closes when this process ends
+        self.process = context.Process(target=_serve, args=(theirs, guarded, function, memory), daemon=True)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
         theirs.close()
+        guarded.close()
+        self.channel = Channel(ours)
         self.ready = False
         self.job: int | None = None
         self.deadline = time.monotonic() + STARTUP_SECONDS
@@ -62,7 +65,8 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode
         self.process.close()
-        self.connection.close()
+        self.channel.close()
+        self.lifeline.close()
         return code
 
 
@@ -70,21 +74,24 @@ class Pool:
     """Workers that call one function.
 
     Args:
-        function: maps a job to its reply; can be pickled.
+        function: maps a job to its reply, a JSON value; can be pickled. Where it has a method `prepare`, a worker calls that
+            first, in the time of its start; `accepts(job, reply)` decides whether a reply can be one.
         workers: processes, at least 1.
-        timeout: seconds a call may take.
+        timeout: seconds a call may take, with the way of the job and of the reply.
+        memory: bytes that a worker may allocate.
 
     Raises:
         TypeError: `function` cannot be pickled.
     """
 
-    def __init__(self, function: Callable[[Any], Any], *, workers: int, timeout: float):
+    def __init__(self, function: Callable[[Any], Any], *, workers: int, timeout: float, memory: int):
         try:
             self._function = pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(f"it cannot be pickled: {error}") from None
-        self._timeout = timeout
-        self._workers = [_Worker(self._function) for _ in range(workers)]
+        self._accepts = getattr(function, "accepts", lambda job, reply: True)
+        self._timeout, self._memory = timeout, memory
+        self._workers = [_Worker(self._function, memory) for _ in range(workers)]
 
     def map(self, jobs: list) -> list:
         """Return the function's replies to jobs, in order; `TimedOut` or `Died` for a job without one.
@@ -100,7 +107,7 @@ class Pool:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in [worker for worker in self._workers if not worker.is_busy][: len(waiting)]:
                     self._send(worker, jobs, waiting)
-                self._collect(replies)
+                self._collect(jobs, replies)
         finally:  # an error leaves no worker with a job of this call
             for worker in [worker for worker in self._workers if worker.job is not None]:
                 self._replace(worker)
@@ -113,50 +120,67 @@ class Pool:
         self._workers = []
 
     def _send(self, worker: _Worker, jobs: list, waiting: deque[int]) -> None:
+        job = pickle.dumps(jobs[waiting[0]])
         try:
-            worker.connection.send(jobs[waiting[0]])
-        except (BrokenPipeError, ConnectionResetError):  # it died while it had nothing to do
+            worker.channel.start_to_send(job)
+        except OSError:  # it died while it had nothing to do
             self._replace(worker)
         else:
             worker.job, worker.deadline = waiting.popleft(), time.monotonic() + self._timeout
 
-    def _collect(self, replies: list) -> None:
-        """Wait for a reply or a deadline; store all replies."""
+    def _collect(self, jobs: list, replies: list) -> None:
+        """Wait until something happens or a deadline passes; store all replies."""
         pending = [worker for worker in self._workers if worker.is_busy]
         nearest = min(worker.deadline for worker in pending) - time.monotonic()
-        answered = connection.wait([worker.connection for worker in pending], timeout=max(nearest, 0))
+        channels = [worker.channel for worker in pending]
+        sending = [channel for channel in channels if channel.has_more_to_send]
+        readable, writable, _ = select.select(channels, sending, [], max(nearest, 0))
         for worker in pending:
-            if worker.connection in answered:
-                self._receive(worker, replies)
+            if worker.channel in writable:
+                with contextlib.suppress(OSError):  # it has ended, which reading says as well
+                    worker.channel.send_more()
+            if worker.channel in readable:
+                self._receive(worker, jobs, replies)
             elif time.monotonic() >= worker.deadline:
                 if worker.job is None:
                     self._give_up(f"a worker did not start within {STARTUP_SECONDS:.0f} s.")
                 replies[worker.job] = TimedOut()
                 self._replace(worker)
 
-    def _receive(self, worker: _Worker, replies: list) -> None:
+    def _receive(self, worker: _Worker, jobs: list, replies: list) -> None:
         try:
-            message = worker.connection.recv()
+            message = worker.channel.receive()
+            if message is None:
+                return
+            kind, value = json.loads(message)
+            if worker.job is not None and not self._accepts(jobs[worker.job], value):
+                raise Unreadable
         except (EOFError, OSError):
             if not worker.ready:
                 self._give_up(
                     'a worker ended before it had started; a script that scores needs `if __name__ == "__main__":` around what'
                     " it runs."
                 )
-            code = self._replace(worker)
-            if worker.job is not None:
-                replies[worker.job] = Died(code)
+            self._bury(worker, replies, readable=True)
             return
-        if isinstance(message, Failed):
-            self._give_up(f"a worker could not import the reward: {message.text}.")
+        except (Unreadable, ValueError, TypeError, RecursionError):
+            self._bury(worker, replies, readable=False)
+            return
+        if kind == "failed":
+            self._give_up(f"a worker could not import the reward: {value}.")
         if worker.job is not None:
-            replies[worker.job] = message
+            replies[worker.job] = value
         worker.ready, worker.job = True, None
+
+    def _bury(self, worker: _Worker, replies: list, *, readable: bool) -> None:
+        code = self._replace(worker)
+        if worker.job is not None:
+            replies[worker.job] = Died(code if readable else None)
 
     def _replace(self, worker: _Worker) -> int | None:
         """End a worker and start another in its place; return the exit code of the first."""
         code = worker.kill()
-        self._workers[self._workers.index(worker)] = _Worker(self._function)
+        self._workers[self._workers.index(worker)] = _Worker(self._function, self._memory)
         return code
 
     def _give_up(self, why: str) -> NoReturn:
@@ -164,15 +188,45 @@ class Pool:
         raise RuntimeError(why)
 
 
-def _serve(pipe: connection.Connection, function: bytes) -> None:
-    """Run a worker: announce it, then reply to jobs until the other end closes."""
+def half_of_memory() -> int:
+    """Half of the bytes of this machine's memory; where that is not known, a terabyte."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
+def _serve(end: socket.socket, lifeline: socket.socket, function: bytes, memory: int) -> None:
+    """Run a worker: announce it, then reply to jobs until the trainer ends."""
     os.setsid()
+    _guard(lifeline)
+    if importlib.util.find_spec("resource"):  # not on Windows
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     try:
         call = pickle.loads(function)
+        getattr(call, "prepare", lambda: None)()
     except Exception as error:
-        pipe.send(Failed(shorten(f"{type(error).__name__}: {error}")))
+        _reply(end, "failed", shorten(f"{type(error).__name__}: {error}"))
         return
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        pipe.send(None)
+    with contextlib.suppress(EOFError, OSError):
+        _reply(end, "ready", None)
         while True:
-            pipe.send(call(pipe.recv()))
+            _reply(end, "done", call(pickle.loads(receive(end))))
+
+
+def _guard(lifeline: socket.socket) -> None:
+    """Start a process that ends this one, and all that it starts, when the trainer ends: whatever a reward does meanwhile."""
+    if os.fork() == 0:
+        os.closerange(3, lifeline.fileno())  # the trainer sees by the worker's own end of their socket that it has ended
+        os.closerange(lifeline.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        with contextlib.suppress(OSError):
+            lifeline.recv(1)
+        os.killpg(0, signal.SIGKILL)
+    lifeline.close()
+
+
+def _reply(end: socket.socket, kind: str, value: Any) -> None:
+    send(end, json.dumps([kind, value]).encode())

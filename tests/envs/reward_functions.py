@@ -43,3 +43,50 @@ def right(prompts, completions, *, answer, **columns):
 
 def process(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
+
+
+def own_socket():
+    """The socket to the trainer, which a hostile reward can find."""
+    import gc
+    import socket
+
+    return next(found for found in gc.get_objects() if isinstance(found, socket.socket) and found.fileno() >= 0)
+
+
+def hostile(prompts, completions, **columns):
+    """Do to the trainer what a completion says."""
+    import signal
+    import threading
+
+    (completion,) = {*completions}
+    if completion == "half":
+        own_socket().sendall(b"EGW1" + (100).to_bytes(8, "little") + b'["done", [')
+        time.sleep(600)
+    if completion == "garbage":
+        own_socket().sendall(b"\x80\x04never unpickled")
+        time.sleep(600)
+    if completion == "huge":
+        own_socket().sendall(b"EGW1" + (1 << 40).to_bytes(8, "little"))
+        time.sleep(600)
+    if completion == "nested":
+        text = b"[" * 100_000
+        own_socket().sendall(b"EGW1" + len(text).to_bytes(8, "little") + text)
+        time.sleep(600)
+    if completion == "more":
+        text = b'["done", [1.0, 1.0, 1.0]]'
+        own_socket().sendall(b"EGW1" + len(text).to_bytes(8, "little") + text)
+        time.sleep(600)
+    if completion == "stop reading":
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    if completion == "memory":
+        return [float(len(bytearray(3 << 30)))]
+    return [1.0] * len(completions)
+
+
+def spin(prompts, completions, *, file, **columns):
+    """Start a child, say who both are, and never end."""
+    child = subprocess.Popen(["sleep", "600"])
+    with open(file[0], "w") as out:
+        out.write(f"{os.getpid()} {child.pid}")
+    while True:
+        pass

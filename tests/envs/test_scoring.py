@@ -185,4 +185,4 @@ def test_a_column_that_cannot_be_sent_leaves_the_scorer_usable():
 
 def test_a_pool_needs_a_function_that_can_be_pickled():
     with pytest.raises(TypeError, match="cannot be pickled"):
-        Pool(lambda job: job, workers=1, timeout=1.0)
+        Pool(lambda job: job, workers=1, timeout=1.0, memory=1 << 30)
