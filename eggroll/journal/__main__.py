@@ -76,7 +76,7 @@ def _remake(reader: Reader) -> tuple[Strategy, Any]:
     if recipe is None:
         raise JournalError(f"{reader.path} has no recipe; rebuild it in Python with eggroll.journal.replay.")
     es, initial = _find(recipe["function"])(recipe["options"])
-    reader.header.check(make_header(es, initial))
+    reader.header.check(make_header(es, initial), replay=True)
     return es, initial
 
 

@@ -1,6 +1,7 @@
 """The header of a journal identifies its run."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +33,18 @@ class Header:
     recipe: dict | None = None  # {"function": "module:name", "options": ...}: rebuilds (strategy, initial state)
     version: int = VERSION
     update: int = 1  # version of the update that the run was made with; headers from before it had one have none
+    digests: list | None = None  # of the fitness and of the optimizer's update, as this version of JAX traces them
 
-    def check(self, other: "Header") -> None:
+    def check(self, other: "Header", *, accept_change: bool = False, replay: bool = False) -> None:
         """Raise JournalError when `other` is the header of another run, naming the fields.
 
         Versions and recipe may differ. An update of another version is refused where it rounds stochastically; otherwise it is
         the same up to rounding.
+
+        Args:
+            other: the header of the run as it is now.
+            accept_change: the fitness and the optimizer may be others.
+            replay: nothing is evaluated, so that the fitness may be another.
         """
         if self.update != other.update and other.config["precision"] == "stochastic":
             raise JournalError(
@@ -48,6 +55,23 @@ class Header:
             stored, given = getattr(self, name), getattr(other, name)
             if stored != given:
                 raise JournalError(f"the journal belongs to another run: its {_difference(name, stored, given)}.")
+        changed = self._changed(other, replay=replay)
+        if changed and self.versions.get("jax") != other.versions.get("jax"):
+            versions = f"{self.versions.get('jax')} wrote the journal, this is {other.versions.get('jax')}"
+            warnings.warn(f"whether {changed} the same as before is not known: jax {versions}.", stacklevel=3)
+        elif changed and not accept_change:
+            raise JournalError(
+                f"{changed} not the same as when the journal was last written: the code, a constant in it, or the shapes of a "
+                "batch. Restore them, choose another folder, or continue with accept_change=True (--accept-change)."
+            )
+
+    def _changed(self, other: "Header", *, replay: bool) -> str:
+        """What another digest says is no longer the same, with its verb; "" for nothing."""
+        if self.digests is None or other.digests is None:
+            return ""
+        compared = [*zip(("the fitness", "the optimizer"), self.digests, other.digests, strict=True)][1 if replay else 0 :]
+        different = [name for name, old, new in compared if old != new]
+        return f"{' and '.join(different)} {'is' if len(different) == 1 else 'are'}" if different else ""
 
 
 def _difference(name: str, stored: Any, given: Any) -> str:
@@ -76,7 +100,7 @@ def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> 
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
     rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]
     made_by = dict(recipe) if recipe else None
-    return Header(key, options, rows, fingerprint(state.params), versions, made_by, update=UPDATE)
+    return Header(key, options, rows, fingerprint(state.params), versions, made_by, update=UPDATE, digests=list(plan.digests))
 
 
 def _axes(leaf: LeafPlan) -> str:

@@ -13,6 +13,7 @@ A last record truncated by a kill is dropped with a note. Damage before the last
 import dataclasses
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -157,23 +158,41 @@ def _decode(payload: bytes) -> Entry:
     return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :], mean)
 
 
+def _replace_header(path: Path, header: Header) -> None:
+    """Write a journal again with another header, or a new one without generations."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(_record(HEADER, json.dumps(dataclasses.asdict(header)).encode()))
+        if path.exists() and path.stat().st_size:
+            with open(path, "rb") as old:
+                _read_record(old, path.stat().st_size)
+                shutil.copyfileobj(old, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 class Writer:
     """Appends generations; once `append` returns, the record survives a kill of the process.
 
     Args:
         path: the file; created with the header, or continued if it is a journal of the same run.
         header: of the run.
+        accept_change: the fitness and the optimizer may be others than before; the header then has their digests.
 
     Raises:
         JournalError: the file is damaged or belongs to another run; nothing is overwritten.
     """
 
-    def __init__(self, path: Path, header: Header):
+    def __init__(self, path: Path, header: Header, *, accept_change: bool = False):
         self.next: int | None = None  # the generation to append next, None: any
         self._version = header.version  # a file is continued in the version that it began in
         if path.exists() and path.stat().st_size:
             reader = Reader(path)
-            reader.header.check(header)
+            reader.header.check(header, accept_change=accept_change)
+            if accept_change and reader.header.digests not in (None, header.digests):
+                _replace_header(path, dataclasses.replace(reader.header, digests=header.digests, versions=header.versions))
+                reader = Reader(path)
             self._version = reader.header.version
             for entry in reader:
                 self.next = entry.generation + 1
@@ -183,9 +202,7 @@ class Writer:
             self._file.seek(reader.end)
         else:
             self.note = None
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(_record(HEADER, json.dumps(dataclasses.asdict(header)).encode()))
-            partial.replace(path)
+            _replace_header(path, header)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, entry: Entry) -> None:

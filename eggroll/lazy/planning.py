@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.digests import digest
 from eggroll.lazy import kernels
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.lazy.low_rank import perturb
@@ -77,7 +78,8 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
     rehearsed = _rehearse(function, planned, params, args)
-    return Plan(tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed), jax.tree.structure(params))
+    leaves = tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed)
+    return Plan(leaves, jax.tree.structure(params), digests=(digest(function, params, *args), ""))
 
 
 def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:

@@ -20,6 +20,9 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
     tree: Any  # jax.tree_util.PyTreeDef of the parameters
     update: str = ""  # how the optimizer lets the parameters be updated, for people
+    digests: tuple[str, str] = dataclasses.field(
+        default=("", ""), compare=False
+    )  # of the function and of the optimizer's update
 
     @property
     def max_rank(self) -> int:

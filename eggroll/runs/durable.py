@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
-from eggroll.journal import Entry, JournalError, Reader, Writer, make_header, replay
+from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.protocol import S, Strategy
 from eggroll.runs.lock import lock_for_all
@@ -50,6 +50,7 @@ class DurableRun(Generic[S]):
         carried: what is stored with the state; restored on resume.
         checkpoint_every: generations between checkpoints.
         keep: number of most recent checkpoints to keep, in addition to the best.
+        accept_change: continue although fitness or optimizer are not those that the journal was written with.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
             `(es, initial)`, with the plan.
 
@@ -68,6 +69,7 @@ class DurableRun(Generic[S]):
         carried: Carried | None = None,
         checkpoint_every: int = 50,
         keep: int = 3,
+        accept_change: bool = False,
         recipe: Mapping[str, Any] | None = None,
     ):
         check_not_consumed(initial)
@@ -78,29 +80,26 @@ class DurableRun(Generic[S]):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_for_all(self._folder)
         try:
-            self._open(es, initial, config=config, keep=keep, recipe=recipe)
+            self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
+            self._open_journal(make_header(es, initial, recipe=recipe), accept_change=accept_change)
+            self.state = self._resume(es, initial, self._folder / "journal.bin")
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
             raise
 
-    def _open(
-        self, es: Strategy[S], initial: S, *, config: Mapping[str, Any], keep: int, recipe: Mapping[str, Any] | None
-    ) -> None:
-        self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
-        header = make_header(es, initial, recipe=recipe)
+    def _open_journal(self, header: Header, *, accept_change: bool) -> None:
         path = self._folder / "journal.bin"
         if not path.exists() and self.checkpoints.generations:
             raise JournalError(
                 f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file or choose another folder."
             )
-        self._journal = Writer(path, header) if is_first() else None
+        self._journal = Writer(path, header, accept_change=accept_change) if is_first() else None
         if self._journal is None and path.exists():
-            Reader(path).header.check(header)  # every process refuses, as the first one does
+            Reader(path).header.check(header, accept_change=accept_change)  # every process refuses, as the first one does
         if self._journal is not None and self._journal.note:
             logger.warning(self._journal.note)
         wait_for_all("eggroll journal")
-        self.state = self._resume(es, initial, path)
 
     def _resume(self, es: Strategy[S], initial: S, path: Path) -> S:
         last: list[Entry] = []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from eggroll.digests import digest_of_jaxpr
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trainable
@@ -80,7 +81,7 @@ def read_update(
 
 
 def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[ESState], *, on_mesh: bool) -> Plan:
-    """Return the plan with a line on how the optimizer lets its parameters be updated, for its table.
+    """Return the plan with what is known of the update: how the optimizer lets parameters be updated, and its digest.
 
     Args:
         plan: of the parameters.
@@ -109,7 +110,7 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
         line = f"one parameter at a time: the optimizer does not update each weight on its own ({reason})"
     else:
         line = f"all parameters at once, all gradients in memory: the optimizer does not update each on its own ({reason})"
-    return dataclasses.replace(plan, update=line)
+    return dataclasses.replace(plan, update=line, digests=(plan.digests[0], digest_of_jaxpr(found[0].jaxpr)))
 
 
 def fit_optimizer(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformationExtraArgs:

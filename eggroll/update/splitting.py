@@ -65,14 +65,14 @@ class Reading:
 
         given = jax.eval_shape(lambda *trees: trees, gradients, params, opt_state, extra)
         flat, _, _ = forward_only(update, *given)
-        self._jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
+        self.jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
         self.state_tree = jax.tree.structure(opt_state)
         num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
-        inputs, outputs = self._jaxpr.jaxpr.invars, self._jaxpr.jaxpr.outvars
+        inputs, outputs = self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars
         self._gradients, self._params = inputs[:num_leaves], inputs[num_leaves : 2 * num_leaves]
         self._states, self._extra = inputs[2 * num_leaves :][:num_states], inputs[2 * num_leaves + num_states :]
         self._updates, self.new_states = outputs[:num_leaves], outputs[num_leaves:]
-        self._makers = {out: eqn for eqn in self._jaxpr.jaxpr.eqns for out in eqn.outvars}
+        self._makers = {out: eqn for eqn in self.jaxpr.jaxpr.eqns for out in eqn.outvars}
         self._analyse(constants_owned=True)
         if self.mixed:
             self._analyse(constants_owned=False)
@@ -81,7 +81,7 @@ class Reading:
         """Find what every value depends on; constant arrays of the state may belong to the parameter they are used with."""
         owned_states = self._states_that_follow_parameters()
         self._parent: dict[Any, Any] = {}
-        inputs = (*self._jaxpr.jaxpr.constvars, *self._extra, *self._states)
+        inputs = (*self.jaxpr.jaxpr.constvars, *self._extra, *self._states)
         self._kind: dict[Any, Owned | Shared] = {var: Shared(var.aval.shape == ()) for var in inputs}
         for gradient, param in zip(self._gradients, self._params, strict=True):
             self._kind[gradient] = self._kind[param] = Owned(True, "")
@@ -89,7 +89,7 @@ class Reading:
         for var, new in zip(self._states, self.new_states, strict=True):
             if var in owned_states or (constants_owned and new is var and var.aval.shape):
                 self._kind[var] = Owned(True, "")
-        for equation in self._jaxpr.jaxpr.eqns:
+        for equation in self.jaxpr.jaxpr.eqns:
             self._analyse_equation(equation)
         ends = zip((*self._gradients, *self._states), (*self._updates, *self.new_states), strict=True)
         for before, after in ends:  # an update or a state may come from another parameter without an equation
@@ -187,10 +187,10 @@ class Reading:
             states: the flat state of the optimizer; of the entries that belong to parameters, anything.
             extra: the extra arguments.
         """
-        known = dict(zip(self._jaxpr.jaxpr.constvars, self._jaxpr.consts, strict=True))
+        known = dict(zip(self.jaxpr.jaxpr.constvars, self.jaxpr.consts, strict=True))
         known |= {self._states[k]: states[k] for k in self._shared}
         known |= zip(self._extra, jax.tree.leaves(extra), strict=True)
-        used = [atom for equation in self._jaxpr.jaxpr.eqns for atom in equation.invars]
+        used = [atom for equation in self.jaxpr.jaxpr.eqns for atom in equation.invars]
         named = [atom for atom in (*used, *self._updates, *self.new_states) if not isinstance(atom, jexc.Literal)]
         scalars = [*{atom: None for atom in named if atom.aval.shape == () and isinstance(self._kind[atom], Shared)}]
         return Update(self, known | dict(zip(scalars, self.run(scalars, known), strict=True)))
@@ -217,7 +217,7 @@ class Reading:
             return jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)) if isinstance(atom, jexc.Literal) else values[atom]
 
         needed = self._equations_of(ends, known)
-        for equation in self._jaxpr.jaxpr.eqns:
+        for equation in self.jaxpr.jaxpr.eqns:
             if id(equation) not in needed:
                 continue
             inputs, primitive = [read(atom) for atom in equation.invars], equation.primitive

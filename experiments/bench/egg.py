@@ -36,6 +36,7 @@ class EGG:
 _OF_RUNS = (
     "preset",
     "generations",
+    "accept_change",
     "seeds",
     "validation_every",
     "validation_bytes",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
+from eggroll.runs.lock import lock_for_all
 
 _KEPT_BY_RESUME = ("journal.bin", "checkpoints", "samples")
 Row = dict[str, Any]
@@ -87,12 +88,18 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
 
 
 def prepare_folder(folder: Path, *, resume: bool) -> None:
-    """Remove the mark of a finished run and, without `resume`, what a run could be continued from."""
-    if is_first():
+    """Remove the mark of a finished run and, without `resume`, what a run could be continued from.
+
+    Raises:
+        RunInUse: another process writes a run into the folder.
+    """
+    lock = lock_for_all(folder)
+    if lock is not None:
         (folder / SUMMARY).unlink(missing_ok=True)
         for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        lock.release()
     wait_for_all("run folder")

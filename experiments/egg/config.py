@@ -19,8 +19,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 _POSITIVE = ("seeds", "generations", "alpha_steps", "checkpoint_every", "validation_every", "validation_bytes")
 # Options that may change when a run is resumed: its parameters do not depend on them.
 _NOT_IDENTITY = {"seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume"}
-_NOT_IDENTITY |= {"checkpoint_every", "validation_every", "validation_bytes", "sample_length", "temperature"}
+_NOT_IDENTITY |= {"accept_change"} | {
+    "checkpoint_every",
+    "validation_every",
+    "validation_bytes",
+    "sample_length",
+    "temperature",
+}
 RULES = (
+    unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     unless(lambda config: config.sample_length == 0, "with --sample-length 0: no text is drawn", "temperature"),
     unless(
         lambda config: config.alpha_end == config.alpha,
@@ -94,6 +101,8 @@ class Config:
     """Generations between checkpoints; later generations are evaluated again when a run resumes."""
     resume: bool = False
     """Resume the run in the folder. Otherwise its files are replaced."""
+    accept_change: bool = False
+    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/egg-<layers>x<width>-<population>-<seed>."""
 

@@ -120,6 +120,7 @@ def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
         initial,
         config=config.options() | {"corpus": corpus.fingerprint},
         checkpoint_every=config.checkpoint_every,
+        accept_change=config.accept_change,
         recipe=seed_run.recipe,
     )
     with contextlib.closing(run):

@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "generations",
     "seconds",
     "resume",
+    "accept_change",
     "plan",
     "prompt_length",
     "workers",
@@ -167,6 +168,8 @@ class Config:
     """Number of runs, with the seeds seed, seed + 1, ...; the summary has their means, and every run under "seeds"."""
     resume: bool = False
     """Continue the run in the folder. Otherwise its files are replaced."""
+    accept_change: bool = False
+    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
     folder: Path | None = None
     """Run folder, which contains a folder per seed if there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
     plan: bool = False

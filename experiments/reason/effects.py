@@ -25,6 +25,7 @@ _OF_EGGROLL = (
     "memory_budget",
     "mesh",
     "resume",
+    "accept_change",
     "plan",
 )
 
@@ -40,6 +41,7 @@ def _noise_is_unused(config: Any) -> bool:
 RULES = (
     only_with("algorithm", ("eggroll",), *_OF_EGGROLL),
     only_with("algorithm", ("grpo",), "grpo"),
+    unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     only_with("weights", ("int8",), "int8"),
     unless(
         lambda config: config.int8.threshold is not None, "with --int8.threshold, which takes its place", "int8.learning_rate"

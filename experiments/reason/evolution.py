@@ -107,6 +107,7 @@ class Evolution:
             config=config.options() | {"seed": seed},
             carried=progress,
             checkpoint_every=config.check_every,
+            accept_change=config.accept_change,
             recipe=recipe,
         )
         with contextlib.closing(durable) as run:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import ignored_options, only_with, refuse
+from eggroll.experiments.common.options import ignored_options, only_with, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.rl.ppo import PPO, RULE
 from eggroll.experiments.rl.presets import SMALL, paper_settings
@@ -29,6 +29,7 @@ _OF_EVOLUTION = (
     "mesh",
     "checkpoint_every",
     "resume",
+    "accept_change",
 )
 _OF_POLICIES = (
     "preset",
@@ -46,6 +47,7 @@ RULES = (
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
     only_with("algorithm", ("ppo",), "ppo"),
+    unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
 
@@ -114,6 +116,8 @@ class Config:
     """Generations between checkpoints; the journal has every generation."""
     resume: bool = False
     """Resume the run in the folder; evolution strategies only. Otherwise its files are replaced."""
+    accept_change: bool = False
+    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
     render: bool = False
     """Write one episode of the trained policy as policy.gif; an environment that cannot be drawn is an error."""
     folder: Path | None = None
@@ -126,7 +130,7 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
-        apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "render")
+        apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "accept_change", "render")
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
     def ignored(self) -> dict[str, str]:

@@ -125,6 +125,7 @@ class Evolution:
             config=config.options(),
             carried=progress,
             checkpoint_every=config.checkpoint_every,
+            accept_change=config.accept_change,
             recipe=seed_run.recipe,
         )
         state, done = run.state, int(run.state.generation)

@@ -31,10 +31,12 @@ _OF_RECIPES = (
     "mesh",
     "checkpoint_every",
     "resume",
+    "accept_change",
 )
 _OWN_TASK = "with --label-words or --answer, which make a task of their own"
 RULES = (
     only_with("recipe", tuple(zo.RECIPES), *_OF_RECIPES),
+    unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
     unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
     unless(
@@ -121,6 +123,8 @@ class Config:
     """Steps between checkpoints; the journal has every step."""
     resume: bool = False
     """Resume the run in the folder; not for adam. Otherwise its files are replaced."""
+    accept_change: bool = False
+    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
 
@@ -160,7 +164,7 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
-        apart = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume")
+        apart = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume", "accept_change")
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 

@@ -123,6 +123,7 @@ class Evolution:
             config=config.settings(),
             carried=progress,
             checkpoint_every=config.checkpoint_every,
+            accept_change=config.accept_change,
             recipe=recipe,
         )
         with contextlib.closing(durable):

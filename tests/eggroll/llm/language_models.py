@@ -110,10 +110,11 @@ def reference_logits(folder, tokens, mask):
 
 
 def moved(torch, model):
-    """Move every parameter of a model of transformers, biases and norms too."""
+    """Give a model of transformers the same random parameters every time, biases and norms too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
+            parameter.mul_(parameter.ndim == 1)  # what it was made with differs from run to run
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 

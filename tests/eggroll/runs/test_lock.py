@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 
+from eggroll.experiments.common.seeds import prepare_folder
 from eggroll.journal import Reader
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs import lock
@@ -111,3 +112,14 @@ def test_a_lock_ends_with_its_process_and_not_with_what_it_started(tmp_path):
     finally:
         for pid in pids:
             os.kill(pid, 9)
+
+
+def test_a_command_does_not_clear_the_folder_of_a_live_run(tmp_path):
+    held = RunLock(tmp_path)
+    (tmp_path / "journal.bin").write_bytes(b"of the live run")
+    with pytest.raises(RunInUse):
+        prepare_folder(tmp_path, resume=False)
+    assert (tmp_path / "journal.bin").exists()
+    held.release()
+    prepare_folder(tmp_path, resume=False)
+    assert not (tmp_path / "journal.bin").exists()

@@ -1,0 +1,130 @@
+"""A run is not resumed as another run: the journal knows the fitness and the optimizer by their digests."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+from eggroll.digests import digest
+from eggroll.journal import JournalError, Reader, make_header
+from eggroll.runs.durable import DurableRun
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+SCALES = np.ones(3, np.float32)
+
+
+def fitness(params, batch, key):
+    return -jnp.sum((params["w"] * SCALES - batch) ** 2)
+
+
+def same_but_renamed(parameters, batch, key):
+    return -jnp.sum((parameters["w"] * SCALES - batch) ** 2)
+
+
+def go(folder, fitness=fitness, optimizer=None, generations=2, batch=1.0, **options):
+    settings = {"population_size": 4, "sigma": 0.1, "optimizer": optimizer or optax.sgd(0.1)}
+    es = eggroll.EvolutionStrategy(fitness, **settings)
+    initial = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
+    es.plan(initial, jnp.float32(batch))
+    run = DurableRun(folder, es, initial, config={}, **options)
+    state = run.state
+    for _ in range(generations):
+        state, metrics = es.step(state, jnp.float32(batch))
+        run.record(state, metrics)
+    run.close()
+    return int(state.generation)
+
+
+CHANGES = {  # what a run is resumed with: what is no longer the same
+    "a negated fitness": ({"fitness": lambda p, b, k: -fitness(p, b, k)}, "the fitness is"),
+    "another constant": ({"fitness": lambda p, b, k: -jnp.sum((p["w"] * (2 * SCALES) - b) ** 2)}, "the fitness is"),
+    "another rate": ({"optimizer": optax.sgd(0.2)}, "the optimizer is"),
+    "a clipped gradient": ({"optimizer": optax.chain(optax.clip(1.0), optax.sgd(0.1))}, "the optimizer is"),
+    "both": ({"fitness": lambda p, b, k: p["w"].sum(), "optimizer": optax.sgd(1.0)}, "the fitness and the optimizer are"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_that_resumes_as_another_run_is_refused(tmp_path, what):
+    changed, said = CHANGES[what]
+    go(tmp_path)
+    before = (tmp_path / "journal.bin").read_bytes()
+    with pytest.raises(JournalError, match=f"{said} not the same as when the journal was last written.*--accept-change"):
+        go(tmp_path, **changed)
+    assert (tmp_path / "journal.bin").read_bytes() == before
+    assert go(tmp_path, fitness=same_but_renamed) == 4
+
+
+def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):
+    go(tmp_path)
+    optimizer = optax.adam(0.1)  # its state differs too: nothing is replayed from a checkpoint of the former
+    changed = {"fitness": lambda p, b, k: p["w"].sum(), "optimizer": optax.sgd(0.2)}
+    assert go(tmp_path, accept_change=True, **changed) == 4
+    assert go(tmp_path, **changed) == 6
+    with pytest.raises(JournalError, match="the fitness and the optimizer are not the same"):
+        go(tmp_path, optimizer=optimizer)
+    assert [entry.generation for entry in Reader(tmp_path / "journal.bin")] == list(range(6))
+
+
+def headers(**changes):
+    es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
+    state = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
+    es.plan(state, jnp.float32(1))
+    header = make_header(es, state)
+    return header, dataclasses.replace(header, **changes)
+
+
+def test_another_jax_warns_and_older_journals_have_no_digests():
+    now, then = headers(digests=["0", "0"], versions={"jax": "0.1"})
+    with pytest.warns(UserWarning, match="whether the fitness and the optimizer are the same as before is not known: jax 0.1"):
+        then.check(now)
+    now, then = headers(digests=None)
+    then.check(now)
+
+
+def test_a_replay_needs_the_optimizer_and_no_fitness():
+    now, then = headers()
+    dataclasses.replace(then, digests=["0", then.digests[1]]).check(now, replay=True)
+    with pytest.raises(JournalError, match="the optimizer is not the same"):
+        dataclasses.replace(then, digests=[then.digests[0], "0"]).check(now, replay=True)
+
+
+def model(params, x, key):
+    def layer(x, w):
+        return jax.nn.gelu(jnp.tanh(x @ w)) + jax.random.normal(key, x.shape), None
+
+    @jax.custom_jvp
+    def own(x):
+        return jnp.sin(x)
+
+    own.defjvp(lambda primals, tangents: (own(*primals), tangents[0]))
+    return own(jax.checkpoint(lambda x: jax.lax.scan(layer, x, params)[0])(x)).sum() * SCALES[0]
+
+
+def digest_of_model():
+    return digest(model, jnp.ones((2, 3, 3)), jnp.ones((4, 3)), jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_digests_are_the_same_in_every_process():
+    command = "from tests.eggroll.journal.test_changes import digest_of_model; print(digest_of_model())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", command],
+            env=environment | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for seed in ("1", "2")
+    }
+    assert found == {digest_of_model()}
