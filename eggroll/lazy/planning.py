@@ -78,8 +78,8 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
     if all(isinstance(leaf, FrozenLeaf) for leaf in planned):
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
     rehearsed = _rehearse(function, planned, params, args)
-    leaves = tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed)
-    return Plan(leaves, jax.tree.structure(params), digests=(digest(function, params, *args), ""))
+    chosen = tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed)
+    return Plan(chosen, jax.tree.structure(params), digests=(digest(function, params, *args), ""))
 
 
 def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
