@@ -9,6 +9,7 @@ Factors are `Arranged` as the base's axes are, or `Packed`: signs of Rademacher 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import equinox as eqx
@@ -25,6 +26,8 @@ from eggroll.noise import addresses
 from eggroll.noise.draws import Flipped
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf
+
+Side = tuple[str, Array]  # a factor's name and the factor
 
 
 class Contraction(NamedTuple):
@@ -92,6 +95,16 @@ class LowRankDelta(Delta):
         assert isinstance(self.factors, Arranged)
         factors = Arranged(operation(self.factors.left, "left"), operation(self.factors.right, "right"))
         return dataclasses.replace(self, factors=factors, scale=operation(self.scale, "scale"))
+
+    def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
+        """The factor that alone spans `positions` of `value`, and the other one; `where` is the use, for the error."""
+        factors = self.arrange(value)
+        left, right = ("left", factors.left), ("right", factors.right)
+        for first, second in ((left, right), (right, left)):
+            tags = [value.tags[axis] for axis in positions]
+            if all(value.axes.owns(first[0], tag) and not value.axes.owns(second[0], tag) for tag in tags):
+                return first, second
+        raise value.unsupported(where)
 
     def product(self, x: Array, first: Array, second: Array, labels: Contraction) -> Array:
         """x times the delta, in the dtype that `labels` ask for; `first` is the factor that shares the contracted axes."""

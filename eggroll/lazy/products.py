@@ -1,9 +1,9 @@
 """Product rules of `PerturbedArray`: the uses of a parameter that cost r (m + n) instead of m n.
 
-    x W  ->  x W + scale (x left) right^T                for dot_general, gather (embedding) and convolution
+    x W  ->  x W + scale (x left) right^T                for dot_general and convolution
     x W  ->  x W + scale ((x o left) shared) o right     where the members share noise; not for convolution
 
-On a probe the same rules record which axes the function contracts (`uses.Use`).
+On a probe the same rules record which axes the function contracts (`uses.Use`). Lookups: `lookups`.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,9 @@ from eggroll.lazy.kernels import population_product
 from eggroll.lazy.low_rank import Contraction, FlipoutDelta, IntegerDelta, LowRankDelta
 from eggroll.lazy.perturbed import PerturbedArray, UnconvertedUse, register
 from eggroll.lazy.probe import Probe
-from eggroll.lazy.quantised import OffGrid, QuantisedDelta
-from eggroll.noise import integer
+from eggroll.lazy.quantised import QuantisedDelta
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of x, axes of the parameter
-Side = tuple[str, Array]  # a factor and its name
-
-
-def _sides(value: PerturbedArray, delta: LowRankDelta, positions: Sequence[int], where: str) -> tuple[Side, Side]:
-    """The factor that alone spans `positions`, and the other one."""
-    factors = delta.arrange(value)
-    left, right = ("left", factors.left), ("right", factors.right)
-    for first, second in ((left, right), (right, left)):
-        tags = [value.tags[axis] for axis in positions]
-        if all(value.axes.owns(first[0], tag) and not value.axes.owns(second[0], tag) for tag in tags):
-            return first, second
-    raise value.unsupported(where)
 
 
 @register(jax.lax.dot_general_p)
@@ -69,9 +56,8 @@ def _dot(
         w_axes[w_axis] = x_axis
     x_free = [a for a in x_axes if a not in {*contract[0], *batch[0]}]
     w_free = [label for label in w_axes if label >= x.ndim]
-    (first_name, first), (second_name, second) = _sides(
-        value, delta, contract[1], "a product over both its rows and its columns"
-    )
+    where = "a product over both its rows and its columns"
+    (first_name, first), (second_name, second) = delta.sides(value, contract[1], where)
     labels = Contraction(
         x=x_axes,
         parameter=w_axes,
@@ -114,81 +100,6 @@ def _check_accumulator(value: PerturbedArray, out: Array) -> None:
         )
 
 
-@register(jax.lax.gather_p)
-def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Array | OffGrid | PerturbedArray:
-    """Look up along one axis: rows of a matrix (an embedding), or a view of stacked matrices (experts)."""
-    numbers, ndim = params["dimension_numbers"], value.base.ndim
-    axes = numbers.start_index_map
-    whole = all(size == (1 if a in axes else value.base.shape[a]) for a, size in enumerate(params["slice_sizes"]))
-    if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims or not whole:
-        return PerturbedArray.default(jax.lax.gather_p, [value, indices], params)
-    indices = jnp.asarray(indices)
-    out = jax.lax.gather_p.bind(value.base, indices, **params)
-    axis, kept = axes[0], [a for a in range(ndim) if a != axes[0]]
-    kept_axes, index_axes = iter(kept), iter(range(ndim, ndim + indices.ndim - 1))
-    out_axes = [next(kept_axes) if d in numbers.offset_dims else next(index_axes) for d in range(out.ndim)]
-    if len(kept) != 1:
-        return _gathered_stack(value, indices[..., 0], axis, out, out_axes)
-    delta = value.delta.converted if isinstance(value.delta, QuantisedDelta) else value.delta
-    if isinstance(delta, Probe):
-        delta.observe(value, [axis])
-        if isinstance(value.delta, QuantisedDelta):
-            return OffGrid(out.astype(jnp.float32), value.axes.path, delta.observer)
-        return out
-    assert isinstance(delta, LowRankDelta)
-    if isinstance(value.delta, QuantisedDelta):
-        wide = value.delta.dtype
-    else:
-        wide = jnp.int32 if isinstance(delta, IntegerDelta) else value.base.dtype
-    term = _gathered_rows(value, delta, indices[..., 0], axis, out_axes, wide)
-    if isinstance(delta, FlipoutDelta):
-        term *= jax.lax.gather_p.bind(delta.shared, indices, **params)
-    if isinstance(value.delta, QuantisedDelta):
-        return OffGrid(out.astype(term.dtype) + term, value.axes.path)
-    if isinstance(delta, IntegerDelta):
-        return integer.saturate(out.astype(jnp.int32) + delta.noise.rescale(term)).astype(out.dtype)
-    return out + term.astype(out.dtype)
-
-
-def _gathered_rows(
-    value: PerturbedArray, delta: LowRankDelta, chosen: Array, axis: int, out_axes: list[int], wide: Any
-) -> Array:
-    """The delta of the chosen rows, in the dtype `wide`; `out_axes` labels kept axes by position, index axes from 2 on."""
-    (_, first), (_, second) = _sides(value, delta, [axis], "a lookup along a stacked axis of a vector")
-    rows = jnp.take(first, chosen, axis=0, mode="clip").astype(wide) * delta.scale.astype(wide)
-    rows *= _in_range(chosen, value.base.shape[axis])[..., None].astype(rows.dtype)  # a fill value is not perturbed
-    rank_label = 2 + chosen.ndim
-    row_axes = [*range(2, rank_label), rank_label]
-    return jnp.einsum(rows, row_axes, second.astype(wide), [1 - axis, rank_label], out_axes)
-
-
-def _in_range(chosen: Array, size: int) -> Array:
-    return (chosen >= 0) & (chosen < size)
-
-
-def _gathered_stack(value: PerturbedArray, chosen: Array, axis: int, out: Array, out_axes: list[int]) -> PerturbedArray:
-    """A view of the chosen members of a stacked axis, for example one expert per token."""
-    ndim = value.base.ndim
-
-    def operation(array: Array, component: str) -> Array:
-        own = value.positions(component)
-        if component == "base":
-            return out
-        if axis not in own:
-            raise value.unsupported("a lookup along a row or column axis that keeps two axes")
-        at = own.index(axis)
-        labels = [*own[:at], *range(ndim, ndim + chosen.ndim), *own[at + 1 :]]
-        taken = jnp.take(array, chosen, axis=at, mode="clip")
-        if component == "scale":
-            inside = _in_range(chosen, value.base.shape[axis]).astype(array.dtype)
-            taken *= inside.reshape((1,) * at + inside.shape + (1,) * (array.ndim - 1 - at))
-        order = [labels.index(label) for label in out_axes if label in labels]
-        return jnp.transpose(taken, order + list(range(len(labels), taken.ndim)))
-
-    gathered = value.view([value.tags[axis] if label >= ndim else value.tags[label] for label in out_axes], operation)
-    return gathered.with_delta(gathered.delta.mark_indexed(value.tags[axis]))
-
-
 @register(jax.lax.conv_general_dilated_p)
 def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
     """Convolve with the factor of the patch as r filters, then mix their outputs into channels."""
@@ -205,7 +116,7 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
     if isinstance(delta, FlipoutDelta):  # its signs change within a patch: every member would need filters of its own
         raise value.unsupported("a convolution with shared noise")
     assert isinstance(delta, LowRankDelta)
-    (_, first), (_, second) = _sides(value, delta, patch, "a convolution whose patch is not one side of its matrix")
+    (_, first), (_, second) = delta.sides(value, patch, "a convolution whose patch is not one side of its matrix")
     filters = jnp.moveaxis(first, -1, channel)  # the rank takes the place of the output channels
     hidden = jax.lax.conv_general_dilated_p.bind(x, filters, **params) * delta.scale.astype(out.dtype)
     rank_label, channel_label, feature = out.ndim, out.ndim + 1, params["dimension_numbers"].out_spec[1]

@@ -109,9 +109,12 @@ def _slice(
 def _dynamic_slice(value: PerturbedArray, *starts: ArrayLike, slice_sizes: Sequence[int]) -> PerturbedArray:
     def operation(array: Array, component: str) -> Array:
         own = value.positions(component)
-        rest = list(array.shape[len(own) :])
-        zeros: list[ArrayLike] = [jnp.zeros_like(starts[0])] * len(rest)
-        return jax.lax.dynamic_slice(array, [starts[a] for a in own] + zeros, [slice_sizes[a] for a in own] + rest)
+        rest = array.shape[len(own) :]
+        sizes = (*(slice_sizes[a] for a in own), *rest)
+        # Not `jax.lax.dynamic_slice`, which would add the axis's size to negative starts a second time.
+        return jax.lax.dynamic_slice_p.bind(
+            array, *(starts[a] for a in own), *[jnp.zeros_like(starts[0])] * len(rest), slice_sizes=sizes
+        )
 
     return value.view(value.tags, operation)
 
