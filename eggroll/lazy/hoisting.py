@@ -48,7 +48,7 @@ def _evaluate(closed: Any, leaves: Sequence[Any], known: Mapping[Any, Any]) -> l
 
 
 def _scan(inputs: list, *, jaxpr: Any, length: int, reverse: bool, unroll: int, **grouping: Any) -> list:
-    consts, first, sliced = _grouped(inputs, **grouping)
+    consts, first, sliced = grouped(inputs, **grouping)
     known = _transposed(jaxpr.jaxpr, consts)
 
     def step(carry: list, xs: list) -> tuple[list, list]:
@@ -59,7 +59,7 @@ def _scan(inputs: list, *, jaxpr: Any, length: int, reverse: bool, unroll: int, 
     return [*carry, *ys]
 
 
-def _grouped(inputs: list, **grouping: Any) -> list[list]:
+def grouped(inputs: list, **grouping: Any) -> list[list]:
     """A scan's constants, first carry and sliced inputs; since jax 0.11 a tree tells them apart, before it counts do."""
     if "ft_in" in grouping:
         return [list(group.vals) for group in grouping["ft_in"].update(inputs).unpack()]

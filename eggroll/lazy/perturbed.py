@@ -66,6 +66,10 @@ class Axes:
 class LazyArray(quax.ArrayValue):
     """A value that the user's function treats as an array; see the module docstring."""
 
+    def unpack(self) -> "LazyArray":
+        """The same value without packed signs."""
+        return self
+
     def prepare_for_loops(self) -> "LazyArray":
         """The same value in the form that a loop should read on every iteration."""
         return self
@@ -139,6 +143,10 @@ class PerturbedArray(LazyArray):
         delta, axes = self.delta.unpack(self), dataclasses.replace(self.axes, tags=tuple(tags))
         return PerturbedArray(operation(self.base, "base"), delta.map(operation), axes)
 
+    def unpack(self) -> "PerturbedArray":
+        """The same value without packed signs."""
+        return self.with_delta(self.delta.unpack(self))
+
     def prepare_for_loops(self) -> "PerturbedArray":
         """The same value in the form that a loop should read on every iteration: unpacked, unless for a kernel."""
         return self.with_delta(self.delta.prepare_for_loops(self))
@@ -163,10 +171,10 @@ class PerturbedArray(LazyArray):
         return primitive.bind(*plain, **params)
 
 
-def to_plain(output: Any, where: str) -> Any:
-    """An output as a plain array: a probe records that it was returned, a perturbed parameter is refused."""
+def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
+    """An output as a plain array: a probe records that it was returned, or `reason`; a perturbed parameter is refused."""
     if isinstance(output, PerturbedArray):
-        return output.delta.read(output, where, f"returned as {where}", moves=False)
+        return output.delta.read(output, where, reason or f"returned as {where}", moves=False)
     return output.materialise() if is_perturbed(output) else output
 
 

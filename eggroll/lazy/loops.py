@@ -1,0 +1,115 @@
+"""Loops of one member: `scan` and `while` whose constants, slices and carries may be lazy parameters.
+
+A carry stays lazy if it is the same view of the same parameter before and after the body (its scale may change). A carry that
+starts as, becomes or stops being another value has no rule: a probe records that, and the plan gives the parameter dense noise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+from jax import Array
+from jax.typing import ArrayLike
+
+from eggroll.lazy.hoisting import grouped
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, register, to_plain
+
+
+@register(jax.lax.scan_p, precedence=1)
+def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool, unroll: int, **grouping: Any) -> list:
+    if not any(map(is_perturbed, inputs)):
+        grouping |= {"jaxpr": jaxpr, "length": length, "reverse": reverse, "unroll": unroll}
+        return jax.lax.scan_p.bind(*inputs, **grouping)
+    consts, first, sliced = grouped(list(inputs), **grouping)
+    for value in sliced:
+        _check_sliced(value)
+    run = interpret_with_rules(jexc.jaxpr_as_fun(jaxpr))
+
+    def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
+        outputs = run(*consts, *carry, *xs)
+        return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
+
+    slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)
+    carry, step = _settle(body, consts, first, slices, name="scan")
+    leaves, tree = jax.tree.flatten(carry)
+    xs = jax.tree.leaves(sliced)
+    leaves, ys = jax.lax.scan(step, leaves, xs, length=length, reverse=reverse, unroll=unroll)
+    return [*jax.tree.unflatten(tree, leaves), *ys]
+
+
+@register(jax.lax.while_p, precedence=1)
+def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any, body_nconsts: int) -> list:
+    if not any(map(is_perturbed, inputs)):
+        counts = {"cond_nconsts": cond_nconsts, "body_nconsts": body_nconsts}
+        return jax.lax.while_p.bind(*inputs, cond_jaxpr=cond_jaxpr, body_jaxpr=body_jaxpr, **counts)
+    end = cond_nconsts + body_nconsts
+    for_cond, consts, first = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
+    run = interpret_with_rules(jexc.jaxpr_as_fun(body_jaxpr))
+    check = interpret_with_rules(jexc.jaxpr_as_fun(cond_jaxpr))
+    carry, step = _settle(lambda consts, carry, _: (run(*consts, *carry), []), consts, first, [], name="while")
+    leaves, tree = jax.tree.flatten(carry)
+
+    def condition(leaves: list) -> Array:
+        (output,) = check(*for_cond, *jax.tree.unflatten(tree, leaves))
+        return to_plain(output, "the condition of 'while'")
+
+    leaves = jax.lax.while_loop(condition, lambda leaves: step(leaves, [])[0], leaves)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _check_sliced(value: Any) -> None:
+    """Refuse to slice a perturbed parameter along an axis that one of its factors does not have."""
+    if not isinstance(value, PerturbedArray) or value.delta.observer is not None:
+        return
+    if not all(value.axes.owns(component, value.tags[0]) for component in ("left", "right", "scale")):
+        raise value.unsupported("'scan' over its rows or columns")
+
+
+def _settle(
+    body: Callable[[list, list, list], tuple[list, list]],
+    consts: Sequence[Any],
+    carry: Sequence[Any],
+    slices: list,
+    *,
+    name: str,
+) -> tuple[list, Callable]:
+    """Read the carries that are not the same before and after `body(consts, carry, slices)`, until all are.
+
+    Returns:
+        The first carry, and `step(leaves of the carry, leaves of the slices)`, which returns the leaves of the next carry and
+        of the other results.
+    """
+    where = f"a carry of '{name}' that is not the same view of one parameter on every iteration"
+    consts, carry = list(consts), [value.unpack() if is_perturbed(value) else value for value in carry]
+
+    def read(value: Any) -> Any:
+        return to_plain(value, where, reason=f"used in {where}")
+
+    def turn(consts: list, carry: list, slices: list) -> tuple[list, list]:
+        after, others = body(consts, carry, slices)
+        pairs = zip(carry, after, strict=True)
+        return [(new.unpack() if is_perturbed(new) else new) if is_perturbed(old) else read(new) for old, new in pairs], others
+
+    while True:
+        traced, (after, _) = jax.make_jaxpr(turn, return_shape=True)(consts, carry, slices)
+        same = [_structure(old) == _structure(new) for old, new in zip(carry, after, strict=True)]
+        if all(same):
+            break
+        carry = [old if stays else read(old) for stays, old in zip(same, carry, strict=True)]
+
+    run, const_leaves, count = jexc.jaxpr_as_fun(traced), jax.tree.leaves(consts), len(jax.tree.leaves(carry))
+
+    def step(leaves: list, slices: list) -> tuple[list, list]:
+        outputs = run(*const_leaves, *leaves, *slices)
+        return outputs[:count], outputs[count:]
+
+    return carry, step
+
+
+def _structure(value: Any) -> Any:
+    """What has to be the same on every iteration; JAX compares plain carries itself."""
+    if not is_perturbed(value):
+        return None
+    leaves, tree = jax.tree.flatten(value)
+    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
