@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.extend.core as jexc
 
+from eggroll.lazy.ragged import ragged_dot_general
+
 # Primitive name -> parameter that holds the forward body.
 _INLINED = {
     "jit": "jaxpr",
@@ -94,6 +96,8 @@ def _evaluate(jaxpr: Any, consts: Any, leaves: Any) -> list:
         name, params = equation.primitive.name, equation.params
         if name in _IDENTITY:
             outputs = inputs
+        elif name == "ragged_dot_general":  # whose batching in JAX does not serve a population
+            outputs = [ragged_dot_general(*inputs, **params)]
         elif name in _INLINED:
             body = _close(params[_INLINED[name]])
             outputs = _evaluate(body.jaxpr, body.consts, inputs)

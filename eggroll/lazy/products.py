@@ -1,11 +1,12 @@
 """Product rules of `PerturbedArray`: the uses of a parameter that cost r (m + n) instead of m n.
 
-    x W  ->  x W + scale (x left) right^T                for dot_general and convolution
-    x W  ->  x W + scale ((x o left) shared) o right     where the members share noise; not for convolution
+    x W  ->  x W + scale (x left) right^T                for dot_general, ragged_dot and convolution
+    x W  ->  x W + scale ((x o left) shared) o right     where the members share noise; for dot_general
 
 On a probe the same rules record which axes the function contracts (`uses.Use`). Lookups: `lookups`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from eggroll.lazy.low_rank import Contraction, FlipoutDelta, IntegerDelta, LowRa
 from eggroll.lazy.perturbed import PerturbedArray, UnconvertedUse, register
 from eggroll.lazy.probe import Probe
 from eggroll.lazy.quantised import QuantisedDelta
+from eggroll.lazy.ragged import ragged_p, row_groups
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of x, axes of the parameter
 
@@ -98,6 +100,33 @@ def _check_accumulator(value: PerturbedArray, out: Array) -> None:
             f"int8 parameter '{value.axes.path}' is used in a product of dtype {out.dtype}; "
             "give the product preferred_element_type=jnp.int32 and rescale its result."
         )
+
+
+@register(ragged_p)
+def _ragged(x: ArrayLike, value: PerturbedArray, sizes: ArrayLike, **params: Any) -> Array:
+    """x[i] W[g] for the group g of every row i: the row looks up the factors of its group."""
+    delta, base = value.delta, value.base
+    if isinstance(delta, QuantisedDelta):
+        raise UnconvertedUse(value.axes.path, "'ragged_dot'")
+    out = ragged_p.bind(x, base, sizes, **params)
+    if isinstance(delta, Probe):
+        _check_accumulator(value, out)
+        delta.observe(value, [1], [0])
+        return out
+    if isinstance(delta, FlipoutDelta):  # every row would need a copy of the noise of its matrix
+        raise value.unsupported("a ragged product with shared noise")
+    assert isinstance(delta, LowRankDelta)
+    (_, first), (_, second) = delta.sides(value, [1], "a ragged product over both its rows and its columns")
+    if not delta.scale.ndim == 1 == first.ndim - 2 == second.ndim - 2:
+        raise value.unsupported("a ragged product whose groups are not its stacked axis")
+    groups = row_groups(jnp.asarray(sizes), jnp.shape(x)[0])
+    first, second = (jnp.take(factor, groups, axis=0, mode="clip") for factor in (first, second))
+    scale = jnp.take(delta.scale, groups, mode="clip") * (groups < base.shape[0]).astype(delta.scale.dtype)
+    row, m, n = range(3)
+    about = params["precision"], params["preferred_element_type"]
+    labels = Contraction([row, m], [], [row, m], [row, n], [row], [row, n], *about)
+    term = dataclasses.replace(delta, scale=scale).product(jnp.asarray(x), first, second, labels)
+    return out + term.astype(out.dtype)
 
 
 @register(jax.lax.conv_general_dilated_p)

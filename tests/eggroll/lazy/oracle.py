@@ -1,5 +1,7 @@
 """A function of lazy parameters next to the same function of every member's own, built parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +17,22 @@ def weights(*shape, seed=2):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def evaluated(function, params, batch, perturbation=None):
-    """The plan by path, the outputs of the population, those of the oracle; both have a leading axis of members."""
+def evaluated(function, params, batch, perturbation=None, *, one_by_one=False):
+    """The plan by path, the outputs of the population, those of the oracle; both have a leading axis of members.
+
+    `one_by_one`: the oracle calls the function for one member after the other, where JAX cannot batch it.
+    """
     spec = perturbation or eggroll.LowRank(2, "normal")
     es = eggroll.EvolutionStrategy(None, population_size=MEMBERS, sigma=0.3, optimizer=optax.sgd(1.0), perturbation=spec)
     state = es.init(params, key=jax.random.key(0))
     plan = es.plan(state, batch, function=function)
+    over_members = functools.partial(jax.lax.map, batch_size=None if one_by_one else MEMBERS)
 
     @jax.jit
     def both(state, batch):
         population = es.ask(state)
-        return population.apply(function, batch), jax.vmap(lambda i: function(population.member(i), batch))(jnp.arange(MEMBERS))
+        oracle = over_members(lambda i: function(population.member(i), batch), jnp.arange(MEMBERS))
+        return population.apply(function, batch), oracle
 
     return {leaf.path: leaf for leaf in plan.leaves}, *both(state, batch)
 
@@ -39,8 +46,8 @@ def assert_equals_the_oracle(outputs, oracle):
         assert differs or not np.isfinite(size) or size == 0, "control: the perturbation is no rounding error"
 
 
-def check(function, params, batch, perturbation=None):
+def check(function, params, batch, perturbation=None, *, one_by_one=False):
     """Assert that the population equals the oracle; return the plan by path."""
-    plan, outputs, oracle = evaluated(function, params, batch, perturbation)
+    plan, outputs, oracle = evaluated(function, params, batch, perturbation, one_by_one=one_by_one)
     assert_equals_the_oracle(outputs, oracle)
     return plan

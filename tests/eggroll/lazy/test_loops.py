@@ -7,6 +7,7 @@ import pytest
 import eggroll
 from eggroll.lazy.planning import make_plan
 from tests.eggroll.lazy.oracle import check, weights
+from tests.eggroll.lazy.test_perturbed import strategy
 from tests.tables import covering
 
 PARAMS = {"a": weights(4, 4), "b": weights(4, 4, seed=3)}
@@ -156,8 +157,6 @@ def test_quantised_parameters_that_change_places_are_refused():
 
 def test_a_carry_that_changes_after_planning_is_refused():
     """By the plan, which was made for another function of the same parameters."""
-    from tests.eggroll.lazy.test_perturbed import strategy
-
     es = strategy(eggroll.LowRank(1))
     state = es.init({"a": PARAMS["a"]}, key=jax.random.key(0))
     es.plan(state, X, function=lambda p, x: x @ p["a"])
