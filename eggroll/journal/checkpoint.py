@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
@@ -131,6 +132,7 @@ class Checkpoints:
             stored = restored["state"]
             if fingerprint(stored) != restored["check"]["all"]:
                 raise ValueError("its bytes differ from those written")
+            stored = jax.tree.map(_refill, {"state": like._asdict(), "carried": carried}, stored)
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
@@ -152,10 +154,20 @@ class Checkpoints:
 
 def _storable(state: S, carried: Any) -> dict[str, Any]:
     stored = keys_to_words({"state": state._asdict(), "carried": carried})
+    stored = jax.tree.map(lambda leaf: leaf if np.size(leaf) else np.asarray(np.shape(leaf)), stored)  # orbax refuses empty ones
     if jax.process_count() == 1:
         return stored
     # orbax takes global arrays or NumPy arrays, but not arrays local to one process.
     return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
+
+
+def _refill(like: Any, stored: Any) -> Any:
+    """What was read, or the empty array whose shape was stored in its place."""
+    if jnp.size(like):
+        return stored
+    if tuple(stored) != like.shape:
+        raise ValueError(f"it has an empty array of shape {tuple(stored)}, expected {like.shape}")
+    return like.copy()
 
 
 def _abstract(leaf: Any) -> Any:

@@ -163,6 +163,8 @@ def _plan_leaf(path: str, leaf: Any, spec: Noisy, uses: list[Use], *, converted:
         return FrozenLeaf(*about, spec, "not used by the function", converted)
     if isinstance(spec, Dense):
         return DenseLeaf(*about, spec, "by rule", converted)
+    if 0 in leaf.shape:
+        return DenseLeaf(*about, spec, "has no entries", converted)
     stack, rows, columns, reason = _split(leaf.shape, uses)
     if reason:
         return DenseLeaf(*about, spec, reason, converted)
