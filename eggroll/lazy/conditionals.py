@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jexc
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, register, to_plain
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_with_rules, to_plain
 
 
 @register(jax.lax.cond_p, precedence=1)
@@ -24,7 +23,7 @@ def _cond(index: ArrayLike, *operands: LazyArray | ArrayLike, branches, **params
 
     def flat_branch(branch):
         def run(*leaves):
-            outputs = interpret_with_rules(jexc.jaxpr_as_fun(branch))(*jax.tree.unflatten(tree, leaves))
+            outputs = run_with_rules(branch)(jax.tree.unflatten(tree, leaves))
             return [to_plain(output, "the result of a conditional") for output in outputs]
 
         return run

@@ -5,7 +5,7 @@ function is interpreted with lazy weights: `custom_jvp`, `custom_vjp`, `remat` a
 the top and inside the bodies of scan, while and cond. The interpreter (`perturbed`) then meets plain primitives only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ _IDENTITY = ("stop_gradient", "name")  # they matter to derivatives only
 _CONTROL_FLOW = ("scan", "while", "cond")
 
 
-def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any, list[bool]]:
+def forward_only(function: Callable, *args: Any) -> tuple[jexc.ClosedJaxpr, Any, list[bool]]:
     """Trace `function` at the shapes of `args` and inline its derivative rules.
 
     Args:
@@ -38,16 +38,15 @@ def forward_only(function: Callable, *args: Any) -> tuple[Callable, Any, list[bo
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        `(flat, out_tree, in_loops)`: `flat` takes the flattened leaves of `args` and returns the flat list of outputs;
-        `out_tree` is the tree of the outputs; `in_loops` says for every leaf whether a loop reads all of it each iteration.
+        `(jaxpr, out_tree, in_loops)`: `jaxpr` takes the flattened leaves of `args` and gives the flat outputs; `out_tree` is
+        the tree of the outputs; `in_loops` says for every leaf whether a loop reads all of it each iteration.
     """
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
-
-    def flat(*leaves):
-        return _evaluate(closed.jaxpr, closed.consts, leaves)
-
-    reread = _read_in_every_turn(closed.jaxpr)
-    return flat, jax.tree.structure(out_shape), [variable in reread for variable in closed.jaxpr.invars]
+    inlined = jax.make_jaxpr(lambda *leaves: evaluate(closed.jaxpr, closed.consts, leaves, bind=_inline))(
+        *jax.tree.leaves(args)
+    )
+    reread = _read_in_every_turn(inlined.jaxpr)
+    return inlined, jax.tree.structure(out_shape), [variable in reread for variable in inlined.jaxpr.invars]
 
 
 def _read_in_every_turn(jaxpr: Any) -> set:
@@ -55,11 +54,7 @@ def _read_in_every_turn(jaxpr: Any) -> set:
     found: set = set()
     for equation in jaxpr.eqns:
         name, params, atoms = equation.primitive.name, equation.params, equation.invars
-        if name in _INLINED:
-            body = _close(params[_INLINED[name]]).jaxpr
-            inner = _read_in_every_turn(body)
-            atoms = [atom for atom, variable in zip(atoms, body.invars, strict=True) if variable in inner]
-        elif name == "while":
+        if name == "while":
             atoms = atoms[params["cond_nconsts"] :][: params["body_nconsts"]]
         elif name == "scan":
             turns = zip(atoms, _close(params["jaxpr"]).in_avals, strict=True)
@@ -80,11 +75,12 @@ def _rewrite(value: Any) -> Any:
         return tuple(_rewrite(v) for v in value)
     if isinstance(value, jexc.ClosedJaxpr):
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in value.in_avals]
-        return jax.make_jaxpr(lambda *leaves: _evaluate(value.jaxpr, value.consts, leaves))(*avals)
+        return jax.make_jaxpr(lambda *leaves: evaluate(value.jaxpr, value.consts, leaves, bind=_inline))(*avals)
     return value
 
 
-def _evaluate(jaxpr: Any, consts: Any, leaves: Any) -> list:
+def evaluate(jaxpr: jexc.Jaxpr, consts: Sequence[Any], leaves: Sequence[Any], *, bind: Callable) -> list:
+    """Evaluate a jaxpr; `bind(primitive, operands, params)` evaluates one of its equations."""
     environment = dict(zip(jaxpr.constvars, consts, strict=True))
     environment.update(zip(jaxpr.invars, leaves, strict=True))
 
@@ -92,19 +88,22 @@ def _evaluate(jaxpr: Any, consts: Any, leaves: Any) -> list:
         return atom.val if isinstance(atom, jexc.Literal) else environment[atom]
 
     for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        name, params = equation.primitive.name, equation.params
-        if name in _IDENTITY:
-            outputs = inputs
-        elif name == "ragged_dot_general":  # whose batching in JAX does not serve a population
-            outputs = [ragged_dot_general(*inputs, **params)]
-        elif name in _INLINED:
-            body = _close(params[_INLINED[name]])
-            outputs = _evaluate(body.jaxpr, body.consts, inputs)
-        else:
-            if name in _CONTROL_FLOW:
-                params = {key: _rewrite(value) for key, value in params.items()}
-            outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(params))
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        outputs = bind(equation.primitive, [read(atom) for atom in equation.invars], equation.params)
+        outputs = outputs if equation.primitive.multiple_results else [outputs]
         environment.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _inline(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Bind a primitive, or the primitives of its forward body."""
+    name = primitive.name
+    if name in _IDENTITY:
+        return list(operands) if primitive.multiple_results else operands[0]
+    if name == "ragged_dot_general":  # whose batching in JAX does not serve a population
+        return ragged_dot_general(*operands, **params)
+    if name in _INLINED:
+        body = _close(params[_INLINED[name]])
+        return evaluate(body.jaxpr, body.consts, operands, bind=_inline)
+    if name in _CONTROL_FLOW:
+        params = {key: _rewrite(value) for key, value in params.items()}
+    return primitive.bind(*operands, **primitive.get_bind_params(params))

@@ -1,6 +1,6 @@
 """Call an unmodified function with lazy perturbed parameters.
 
-function -> flat jaxpr without derivative rules (`forward_only`) -> evaluated with the registered rules: `views`, `products`,
+function -> jaxpr without derivative rules (`forward_only`) -> evaluated with the registered rules: `views`, `products`,
 `lookups`, `conditionals`, `loops`
 """
 
@@ -11,7 +11,7 @@ import jax
 
 from eggroll.lazy import conditionals, lookups, loops, products, views  # noqa: F401  (registers the rules)
 from eggroll.lazy.forward_only import forward_only
-from eggroll.lazy.perturbed import interpret_with_rules, is_perturbed, to_plain
+from eggroll.lazy.perturbed import is_perturbed, run_with_rules, to_plain
 
 
 def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
@@ -26,15 +26,15 @@ def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:
         What the function returns, plain arrays.
 
     Raises:
-        ValueError: a perturbed leaf is used in a way that has no rule.
+        UseError (a ValueError): a perturbed leaf is used in a way that has no rule. Errors of the function itself are its own.
     """
     shapes = jax.tree.map(_plain_shape, params, is_leaf=is_perturbed)
-    flat, out_tree, in_loops = forward_only(function, shapes, *args)
+    jaxpr, out_tree, in_loops = forward_only(function, shapes, *args)
     leaves = jax.tree.leaves((params, *args), is_leaf=is_perturbed)
     # Packed signs are unpacked once where a loop, such as one over tokens, would unpack them on every iteration.
     pairs = zip(leaves, in_loops, strict=True)
     leaves = [leaf.prepare_for_loops() if is_perturbed(leaf) and in_loop else leaf for leaf, in_loop in pairs]
-    outputs = interpret_with_rules(flat)(*leaves)
+    outputs = run_with_rules(jaxpr)(leaves)
     return jax.tree.unflatten(out_tree, [to_plain(output, "its result") for output in outputs])
 
 

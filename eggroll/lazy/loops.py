@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.hoisting import grouped
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, interpret_with_rules, is_perturbed, register, to_plain
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_with_rules, to_plain
 
 
 @register(jax.lax.scan_p, precedence=1)
@@ -24,10 +24,10 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
     consts, first, sliced = grouped(list(inputs), **grouping)
     for value in sliced:
         _check_sliced(value)
-    run = interpret_with_rules(jexc.jaxpr_as_fun(jaxpr))
+    run = run_with_rules(jaxpr)
 
     def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
-        outputs = run(*consts, *carry, *xs)
+        outputs = run([*consts, *carry, *xs])
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 
     slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)
@@ -45,13 +45,13 @@ def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, b
         return jax.lax.while_p.bind(*inputs, cond_jaxpr=cond_jaxpr, body_jaxpr=body_jaxpr, **counts)
     end = cond_nconsts + body_nconsts
     for_cond, consts, first = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
-    run = interpret_with_rules(jexc.jaxpr_as_fun(body_jaxpr))
-    check = interpret_with_rules(jexc.jaxpr_as_fun(cond_jaxpr))
-    carry, step = _settle(lambda consts, carry, _: (run(*consts, *carry), []), consts, first, [], name="while")
+    run = run_with_rules(body_jaxpr)
+    check = run_with_rules(cond_jaxpr)
+    carry, step = _settle(lambda consts, carry, _: (run([*consts, *carry]), []), consts, first, [], name="while")
     leaves, tree = jax.tree.flatten(carry)
 
     def condition(leaves: list) -> Array:
-        (output,) = check(*for_cond, *jax.tree.unflatten(tree, leaves))
+        (output,) = check([*for_cond, *jax.tree.unflatten(tree, leaves)])
         return to_plain(output, "the condition of 'while'")
 
     leaves = jax.lax.while_loop(condition, lambda leaves: step(leaves, [])[0], leaves)

@@ -16,7 +16,9 @@ each kind of perturbation:
 Only this file imports quax.
 """
 
+import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ import jax.extend.core as jexc
 import quax
 from jax import Array
 
+from eggroll.lazy.errors import FailedUse, UnsupportedUse, UseError
+from eggroll.lazy.forward_only import evaluate
 from eggroll.lazy.uses import Observer
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
@@ -33,8 +37,15 @@ Operation = Callable[[Array, str], Array]  # what a view does with the component
 MOVES = frozenset(  # primitives that rearrange entries without computing
     ["transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "rev", "copy", "split"]
 )
-register = quax.register
+_ruled: set[jexc.Primitive] = set()  # primitives with a rule
+CONTROL_FLOW = ("scan", "while", "cond")  # their bodies are evaluated with the rules, where errors are named
 interpret_with_rules = quax.quaxify
+
+
+def register(primitive: jexc.Primitive, *, precedence: int = 0) -> Callable[[Callable], Callable]:
+    """Register a rule of a primitive for operands of the annotated types."""
+    _ruled.add(primitive)
+    return quax.register(primitive, precedence=precedence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,29 @@ class Axes:
 
 class LazyArray(quax.ArrayValue):
     """A value that the user's function treats as an array; see the module docstring."""
+
+    @abc.abstractmethod
+    def source(self) -> str:
+        """The path of the parameter that the value is made of."""
+
+    @abc.abstractmethod
+    def read(self, where: str, reason: str, *, moves: bool) -> Array:
+        """Return what an operation without a rule reads: `Delta.read`."""
+
+    def move(self, primitive: jexc.Primitive, others: Sequence[Any], params: dict[str, Any]) -> Any:
+        """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
+        return None
+
+    @staticmethod
+    def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+        """Record a primitive without a rule when probing; refuse it otherwise."""
+        where, moves = f"'{primitive.name}'", primitive.name in MOVES
+        first, *others = values
+        if moves and is_perturbed(first) and (moved := first.move(primitive, others, params)) is not None:
+            return moved
+        reason = f"used by {where}, which has no low-rank rule"
+        plain = [value.read(where, reason, moves=moves) if is_perturbed(value) else value for value in values]
+        return primitive.bind(*plain, **params)
 
     def unpack(self) -> "LazyArray":
         """The same value without packed signs."""
@@ -151,7 +185,7 @@ class PerturbedArray(LazyArray):
         """The same value in the form that a loop should read on every iteration: unpacked, unless for a kernel."""
         return self.with_delta(self.delta.prepare_for_loops(self))
 
-    def unsupported(self, where: str) -> "UnsupportedUse":
+    def unsupported(self, where: str) -> UnsupportedUse:
         """The error for a use without a rule."""
         return UnsupportedUse(self.axes.path, where)
 
@@ -159,44 +193,40 @@ class PerturbedArray(LazyArray):
         """Refuse: a perturbed parameter is never built in the hot path."""
         raise self.unsupported("an operation that needs the whole array")
 
-    @staticmethod
-    def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Record a primitive without a rule when probing; refuse it otherwise."""
-        where, moves = f"'{primitive.name}'", primitive.name in MOVES
-        reason = f"used by {where}, which has no low-rank rule"
-        plain = [
-            value.delta.read(value, where, reason, moves=moves) if isinstance(value, PerturbedArray) else value
-            for value in values
-        ]
-        return primitive.bind(*plain, **params)
+    def source(self) -> str:
+        """The path of the parameter."""
+        return self.axes.path
+
+    def read(self, where: str, reason: str, *, moves: bool) -> Array:
+        """Return what an operation without a rule reads: `Delta.read`."""
+        return self.delta.read(self, where, reason, moves=moves)
 
 
 def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
     """An output as a plain array: a probe records that it was returned, or `reason`; a perturbed parameter is refused."""
-    if isinstance(output, PerturbedArray):
-        return output.delta.read(output, where, reason or f"returned as {where}", moves=False)
-    return output.materialise() if is_perturbed(output) else output
+    return output.read(where, reason or f"returned as {where}", moves=False) if is_perturbed(output) else output
 
 
-class UnsupportedUse(ValueError):
-    """A parameter planned as low-rank is used in a way that has no rule."""
-
-    def __init__(self, path: str, where: str):
-        self.path, self.where = path, where
-        super().__init__(
-            f"Parameter '{path}' is planned as low-rank but the function uses it in {where}, which has no low-rank rule; "
-            f"put the rule ('{path}', eggroll.Dense()) first in `perturbation`."
-        )
+def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
+    """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
+    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=_bind)
 
 
-class UnconvertedUse(ValueError):
-    """An int8 parameter with floating noise is used in arithmetic before its conversion to a float."""
-
-    def __init__(self, path: str, where: str):
-        super().__init__(
-            f"int8 parameter '{path}' has floating noise but is used in {where} before it is a float: write "
-            "param.astype(x.dtype) first, or give it the rule Integer() or Frozen()."
-        )
+def _bind(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Bind a primitive, by its rule where an operand is lazy; whatever fails there names the parameters."""
+    lazy, params = [operand for operand in operands if is_perturbed(operand)], primitive.get_bind_params(params)
+    if not lazy:
+        return primitive.bind(*operands, **params)
+    try:
+        if primitive not in _ruled:
+            return LazyArray.default(primitive, operands, params)
+        return interpret_with_rules(functools.partial(primitive.bind, **params))(*operands)
+    except UseError:
+        raise
+    except Exception as error:  # of a rule, of quax or of JAX
+        if primitive.name in CONTROL_FLOW:
+            raise
+        raise FailedUse(sorted({value.source() for value in lazy}), primitive.name, error) from error
 
 
 def is_perturbed(leaf: Any) -> bool:

@@ -17,9 +17,9 @@ from jax import Array
 
 from eggroll.digests import digest
 from eggroll.lazy import kernels
+from eggroll.lazy.errors import UnsupportedUse
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.lazy.low_rank import perturb
-from eggroll.lazy.perturbed import UnsupportedUse
 from eggroll.lazy.probe import probe
 from eggroll.lazy.quantised import OffGrid
 from eggroll.lazy.uses import Observer, Use

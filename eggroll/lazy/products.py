@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from eggroll.lazy.errors import UnconvertedUse, UseError
 from eggroll.lazy.kernels import population_product
 from eggroll.lazy.low_rank import Contraction, FlipoutDelta, IntegerDelta, LowRankDelta
-from eggroll.lazy.perturbed import PerturbedArray, UnconvertedUse, register
+from eggroll.lazy.perturbed import PerturbedArray, register
 from eggroll.lazy.probe import Probe
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.lazy.ragged import ragged_p, row_groups
@@ -96,7 +97,7 @@ def _kernel_product(x: Array, value: PerturbedArray, delta: LowRankDelta) -> Arr
 
 def _check_accumulator(value: PerturbedArray, out: Array) -> None:
     if value.base.dtype == jnp.int8 and out.dtype != jnp.int32:
-        raise ValueError(
+        raise UseError(
             f"int8 parameter '{value.axes.path}' is used in a product of dtype {out.dtype}; "
             "give the product preferred_element_type=jnp.int32 and rescale its result."
         )

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from eggroll.lazy.perturbed import MOVES, Delta, LazyArray, Operation, PerturbedArray, Tag, UnconvertedUse, register
+from eggroll.lazy.errors import UnconvertedUse
+from eggroll.lazy.perturbed import Delta, LazyArray, Operation, PerturbedArray, Tag, is_perturbed, register
 from eggroll.lazy.uses import Observer
 
 
@@ -87,16 +88,22 @@ class OffGrid(LazyArray):
         """Raise: the function asked for integers."""
         raise UnconvertedUse(self.path, "an operation that needs the whole array")
 
-    @staticmethod
-    def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Rearrange the values as the function rearranges the integers; reject arithmetic."""
-        first = next(value for value in values if isinstance(value, OffGrid))
-        if primitive.name not in MOVES or first is not values[0]:
-            raise UnconvertedUse(first.path, f"'{primitive.name}'")
-        moved = primitive.bind(first.values, *values[1:], **params)
+    def source(self) -> str:
+        """The path of the parameter."""
+        return self.path
+
+    def read(self, where: str, reason: str, *, moves: bool) -> Array:
+        """Reject arithmetic."""
+        raise UnconvertedUse(self.path, where)
+
+    def move(self, primitive: jexc.Primitive, others: Sequence[Any], params: dict[str, Any]) -> Any:
+        """Rearrange the values as the function rearranges the integers."""
+        if any(map(is_perturbed, others)):
+            return None
+        moved = primitive.bind(self.values, *others, **params)
         if primitive.multiple_results:
-            return [OffGrid(part, first.path, first.observer) for part in moved]
-        return OffGrid(moved, first.path, first.observer)
+            return [OffGrid(part, self.path, self.observer) for part in moved]
+        return OffGrid(moved, self.path, self.observer)
 
 
 def perturb_integers(integers: Array, noise: Array, dtype: DTypeLike) -> Array:

@@ -26,7 +26,7 @@ def ragged_dot_general(x: Any, w: Any, sizes: Any, *, out_sharding: Any, **param
     order = _order(jnp.ndim(sizes), **params)
     if order is None:
         return general_p.bind(x, w, sizes, **params)
-    x, w = (jnp.transpose(operand, axes) for operand, axes in zip((x, w), order, strict=True))
+    x, w = (jax.lax.transpose(operand, axes) for operand, axes in zip((x, w), order, strict=True))
     return ragged_p.bind(x, w, sizes, precision=params["precision"], preferred_element_type=params["preferred_element_type"])
 
 

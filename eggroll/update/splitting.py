@@ -64,8 +64,7 @@ class Reading:
             return optimizer.update(gradients, opt_state, params, **extra)
 
         given = jax.eval_shape(lambda *trees: trees, gradients, params, opt_state, extra)
-        flat, _, _ = forward_only(update, *given)
-        self.jaxpr = jax.make_jaxpr(flat)(*jax.tree.leaves(given))
+        self.jaxpr, _, _ = forward_only(update, *given)
         self.state_tree = jax.tree.structure(opt_state)
         num_leaves, num_states = len(jax.tree.leaves(gradients)), len(jax.tree.leaves(opt_state))
         inputs, outputs = self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars
