@@ -154,7 +154,8 @@ class Checkpoints:
 
 def _storable(state: S, carried: Any) -> dict[str, Any]:
     stored = keys_to_words({"state": state._asdict(), "carried": carried})
-    stored = jax.tree.map(lambda leaf: leaf if np.size(leaf) else np.asarray(np.shape(leaf)), stored)  # orbax refuses empty ones
+    # orbax refuses empty arrays
+    stored = jax.tree.map(lambda leaf: leaf if np.size(leaf) else np.asarray(np.shape(leaf)), stored)
     if jax.process_count() == 1:
         return stored
     # orbax takes global arrays or NumPy arrays, but not arrays local to one process.

@@ -22,6 +22,7 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
         grouping |= {"jaxpr": jaxpr, "length": length, "reverse": reverse, "unroll": unroll}
         return jax.lax.scan_p.bind(*inputs, **grouping)
     consts, first, sliced = grouped(list(inputs), **grouping)
+    sliced = [value.settle() if is_perturbed(value) else value for value in sliced]
     for value in sliced:
         _check_sliced(value)
     run = run_with_rules(jaxpr)

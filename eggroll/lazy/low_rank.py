@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.flipout_dot.reference import flipout_product
 from eggroll.kernels.lowrank_dot.reference import lowrank_product
-from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray
+from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray, record_build
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
 from eggroll.noise.draws import Flipped
@@ -96,6 +96,21 @@ class LowRankDelta(Delta):
         factors = Arranged(operation(self.factors.left, "left"), operation(self.factors.right, "right"))
         return dataclasses.replace(self, factors=factors, scale=operation(self.scale, "scale"))
 
+    def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
+        """Build base + delta, an array of the member's own, for an operation without a rule."""
+        record_build(value.axes.path, reason or f"used in {where}, which has no low-rank rule")
+        factors, rank, wide = self.arrange(value), value.base.ndim, jnp.promote_types(value.base.dtype, jnp.float32)
+        term = jnp.einsum(
+            factors.left.astype(wide),
+            [*value.positions("left"), rank],
+            factors.right.astype(wide),
+            [*value.positions("right"), rank],
+            self.scale.astype(wide),
+            value.positions("scale"),
+            list(range(rank)),
+        )
+        return (value.base.astype(wide) + term).astype(value.base.dtype)
+
     def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
         """The factor that alone spans `positions` of `value`, and the other one; `where` is the use, for the error."""
         factors = self.arrange(value)
@@ -133,6 +148,10 @@ class FlipoutDelta(LowRankDelta):
         mapped = super().map(operation)
         return dataclasses.replace(mapped, shared=operation(self.shared, "shared"))
 
+    def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
+        """Refuse: the plan gives the parameter dense noise, which costs as much."""
+        raise value.unsupported(where)
+
     def product(self, x: Array, first: Array, second: Array, labels: Contraction) -> Array:
         """x times the delta."""
         return flipout_product(
@@ -156,6 +175,10 @@ class IntegerDelta(LowRankDelta):
     """The low-rank delta of an int8 parameter, in fixed point; `scale` is the int32 sign."""
 
     noise: IntegerNoise = eqx.field(static=True)
+
+    def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
+        """Refuse: fixed-point noise has no place between the integers of the base."""
+        raise value.unsupported(where)
 
     def product(self, x: Array, first: Array, second: Array, labels: Contraction) -> Array:
         """x times the delta, in the units of a product with the parameter."""

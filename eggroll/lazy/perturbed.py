@@ -17,9 +17,11 @@ Only this file imports quax.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import equinox as eqx
@@ -38,8 +40,26 @@ MOVES = frozenset(  # primitives that rearrange entries without computing
     ["transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "rev", "copy", "split"]
 )
 _ruled: set[jexc.Primitive] = set()  # primitives with a rule
+_builds: ContextVar[dict[str, str] | None] = ContextVar("builds", default=None)
 CONTROL_FLOW = ("scan", "while", "cond")  # their bodies are evaluated with the rules, where errors are named
 interpret_with_rules = quax.quaxify
+
+
+@contextlib.contextmanager
+def recording_builds() -> Iterator[dict[str, str]]:
+    """Collect the parameters that members build while a function is traced, each with the first reason."""
+    builds: dict[str, str] = {}
+    token = _builds.set(builds)
+    try:
+        yield builds
+    finally:
+        _builds.reset(token)
+
+
+def record_build(path: str, reason: str) -> None:
+    """Record that members build the parameter at `path`."""
+    if (builds := _builds.get()) is not None:
+        builds.setdefault(path, reason)
 
 
 def register(primitive: jexc.Primitive, *, precedence: int = 0) -> Callable[[Callable], Callable]:
@@ -89,10 +109,23 @@ class LazyArray(quax.ArrayValue):
         """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
         return None
 
+    def settle(self) -> "LazyArray":
+        """The same value without a number that waits (`scaled`), in the form that a loop slices."""
+        return self
+
+    def pending(self, primitive: str, params: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]] | None:
+        """A value in place of this one for a linear primitive, and what is then to be done with its results; None: no such."""
+        return None
+
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Record a primitive without a rule when probing; refuse it otherwise."""
         where, moves = f"'{primitive.name}'", primitive.name in MOVES
+        lazy = [place for place, value in enumerate(values) if is_perturbed(value)]
+        if len(lazy) == 1 and (pending := values[lazy[0]].pending(primitive.name, params)) is not None:
+            inner, finish = pending
+            outputs = run_rule(primitive, [*values[: lazy[0]], inner, *values[lazy[0] + 1 :]], params)
+            return jax.tree.map(finish, outputs, is_leaf=is_perturbed)
         first, *others = values
         if moves and is_perturbed(first) and (moved := first.move(primitive, others, params)) is not None:
             return moved
@@ -209,10 +242,10 @@ def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
 
 def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
     """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
-    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=_bind)
+    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=run_rule)
 
 
-def _bind(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
     """Bind a primitive, by its rule where an operand is lazy; whatever fails there names the parameters."""
     lazy, params = [operand for operand in operands if is_perturbed(operand)], primitive.get_bind_params(params)
     if not lazy:
@@ -221,6 +254,9 @@ def _bind(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, 
         if primitive not in _ruled:
             return LazyArray.default(primitive, operands, params)
         return interpret_with_rules(functools.partial(primitive.bind, **params))(*operands)
+    except UnsupportedUse as error:  # by a rule: the members build what it cannot use, if their noise is of a kind that can be
+        plain = [value.read(error.where, "", moves=False) if is_perturbed(value) else value for value in operands]
+        return primitive.bind(*plain, **params)
     except UseError:
         raise
     except Exception as error:  # of a rule, of quax or of JAX

@@ -20,6 +20,7 @@ from eggroll.lazy import kernels
 from eggroll.lazy.errors import UnsupportedUse
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.lazy.low_rank import perturb
+from eggroll.lazy.perturbed import recording_builds
 from eggroll.lazy.probe import probe
 from eggroll.lazy.quantised import OffGrid
 from eggroll.lazy.uses import Observer, Use
@@ -38,6 +39,7 @@ from eggroll.noise.rules import (
     Dense,
     Flipout,
     Frozen,
+    LowRank,
     Noisy,
     Perturbation,
     check_params,
@@ -83,7 +85,7 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
 
 
 def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:
-    """Trace the function once with the planned lazy values; a leaf whose use turns out to have no rule gets dense noise."""
+    """Trace the function once with the planned lazy values; note what members build, make dense what cannot be built."""
 
     def perturbed(planned, params, *args):
         leaves, tree = jax.tree.flatten(params)
@@ -92,14 +94,19 @@ def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tu
 
     while True:
         try:
-            jax.eval_shape(functools.partial(perturbed, planned), params, *args)
-            return planned
+            with recording_builds() as builds:
+                jax.eval_shape(functools.partial(perturbed, planned), params, *args)
+            return [_note_build(leaf, builds.get(leaf.path)) for leaf in planned]
         except UnsupportedUse as error:
             reason = f"used in {error.where}, which has no low-rank rule"
             planned = [
                 _as_dense(leaf, reason) if isinstance(leaf, PerturbedLeaf) and leaf.path == error.path else leaf
                 for leaf in planned
             ]
+
+
+def _note_build(leaf: LeafPlan, reason: str | None) -> LeafPlan:
+    return dataclasses.replace(leaf, reason=f"{leaf.reason}; also built per member: {reason}") if reason else leaf
 
 
 def _with_implementation(leaf: LeafPlan, allowed: bool) -> LeafPlan:
@@ -165,7 +172,8 @@ def _plan_leaf(path: str, leaf: Any, spec: Noisy, uses: list[Use], *, converted:
         return DenseLeaf(*about, spec, "by rule", converted)
     if 0 in leaf.shape:
         return DenseLeaf(*about, spec, "has no entries", converted)
-    stack, rows, columns, reason = _split(leaf.shape, uses)
+    can_build = converted is None and isinstance(spec, LowRank)
+    stack, rows, columns, reason = _split(leaf.shape, uses, can_build=can_build)
     if reason:
         return DenseLeaf(*about, spec, reason, converted)
     note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
@@ -182,15 +190,21 @@ def _axes(axes: Sequence[int]) -> str:
     return f"axes {','.join(map(str, axes))}" if len(axes) > 1 else f"axis {axes[0]}"
 
 
-def _split(shape: Sequence[int], uses: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
-    """Return (stack, rows, columns, reason for dense noise or "")."""
-    unsupported = [use.unsupported for use in uses if use.unsupported]
-    if unsupported:
-        return (), (), (), unsupported[0]
-    first = uses[0]
-    if any({use.contracted, use.free} != {first.contracted, first.free} or use.stacked != first.stacked for use in uses):
-        return (), (), (), "used with different splits of its axes"
-    stack, rows, columns = (tuple(sorted(axes)) for axes in (first.stacked, first.contracted, first.free))
+def _split(
+    shape: Sequence[int], uses: list[Use], *, can_build: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+    """Return (stack, rows, columns, reason for dense noise or ""); with `can_build` other uses build what they read."""
+    lazy = [use for use in uses if not use.unsupported]
+    others = [use.unsupported for use in uses if use.unsupported]
+    others += ["used with different splits of its axes"] * any(not _is_like(use, lazy[0]) for use in lazy)
+    if others and not (can_build and lazy):
+        return (), (), (), others[0]
+    stack, rows, columns = (tuple(sorted(axes)) for axes in (lazy[0].stacked, lazy[0].contracted, lazy[0].free))
     if math.prod(shape[a] for a in rows) == 1 or math.prod(shape[a] for a in columns) == 1:
         return (), (), (), "a vector" if len(shape) == 1 else "one row or column: a vector"
     return stack, rows, columns, ""
+
+
+def _is_like(use: Use, other: Use) -> bool:
+    """Whether two uses split the axes alike; the transposed matrix is the same matrix."""
+    return {use.contracted, use.free} == {other.contracted, other.free} and use.stacked == other.stacked

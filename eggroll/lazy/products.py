@@ -38,6 +38,15 @@ def _dot_perturbed_array(value: PerturbedArray, x: ArrayLike, **params: Any) -> 
     return _dot(jnp.asarray(x), value, (x_contract, w_contract), (x_batch, w_batch), x_first=False, params=params)
 
 
+@register(jax.lax.dot_general_p)
+def _dot_perturbed_perturbed(a: PerturbedArray, b: PerturbedArray, **params: Any) -> Any:
+    """Two parameters meet: the members build the smaller one, and the larger one stays lazy."""
+    reason = "multiplied with a parameter that is not smaller"
+    if a.base.size <= b.base.size:
+        return _dot_array_perturbed(a.read("'dot_general'", reason, moves=False), b, **params)
+    return _dot_perturbed_array(a, b.read("'dot_general'", reason, moves=False), **params)
+
+
 def _dot(
     x: Array, value: PerturbedArray, contract: AxisPairs, batch: AxisPairs, *, x_first: bool, params: dict[str, Any]
 ) -> Array:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jexc
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -50,34 +49,6 @@ def _squeeze(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedAr
         return jnp.squeeze(array, [own.index(axis) for axis in dimensions if axis in own])
 
     return value.view([tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
-
-
-@register(jax.lax.mul_p)
-def _times_scalar(value: PerturbedArray, factor: ArrayLike, **params: Any) -> Any:
-    return _scaled(jax.lax.mul_p, value, factor, [value, factor], params)
-
-
-@register(jax.lax.mul_p)
-def _scalar_times(factor: ArrayLike, value: PerturbedArray, **params: Any) -> Any:
-    return _scaled(jax.lax.mul_p, value, factor, [factor, value], params)
-
-
-@register(jax.lax.div_p)
-def _over_scalar(value: PerturbedArray, divisor: ArrayLike, **params: Any) -> Any:
-    return _scaled(jax.lax.div_p, value, divisor, [value, divisor], params)
-
-
-def _scaled(primitive: jexc.Primitive, value: PerturbedArray, factor: ArrayLike, operands: list, params: dict[str, Any]) -> Any:
-    if jnp.ndim(factor) != 0 or jnp.issubdtype(value.base.dtype, jnp.integer):
-        return PerturbedArray.default(primitive, operands, params)
-
-    def operation(array: Array, component: str) -> Array:
-        if component in ("left", "right", "shared"):
-            return array
-        factors = jnp.broadcast_to(jnp.asarray(factor).astype(array.dtype), array.shape)
-        return primitive.bind(array, factors, **params)
-
-    return value.view(value.tags, operation)
 
 
 @register(jax.lax.split_p)

@@ -143,11 +143,11 @@ def test_a_use_without_a_rule_is_refused_after_planning():
         es.ask(state).apply(lambda p, x: x @ jnp.sin(p["w"]), jnp.ones((2, 4)))
 
 
-def test_returning_a_parameter_makes_it_dense():
+def test_a_parameter_that_is_returned_is_built():
     es = strategy(eggroll.LowRank(1))
     state = es.init({"w": jnp.ones((4, 4))}, key=jax.random.key(0))
     plan = es.plan(state, jnp.ones((2, 4)), function=lambda p, x: (x @ p["w"], p["w"]))
-    assert plan.leaves[0].role == "dense" and "returned" in plan.leaves[0].reason
+    assert plan.leaves[0].role == "low-rank" and "also built per member: returned" in plan.leaves[0].reason
 
 
 def test_out_of_range_lookup_behaves_as_the_model_alone():

@@ -91,8 +91,6 @@ def test_wrong_rules_are_refused(rules, message):
 
 X = jnp.zeros((2, 4, 4))
 WITHOUT_A_SPLIT = [
-    (lambda w: jnp.einsum("bij,ijk->bk", X, w) + jnp.einsum("bij,ikj->bk", X, w), (4, 4, 4), "different splits"),
-    (lambda w: (X[0] @ w) * w, (4, 4), "'mul'"),
     (lambda w: X.reshape(-1, 8) @ w.reshape(8, 2), (4, 4), "split between roles"),
     (lambda w: X[0] @ w[:, ::-1], (4, 4), "'rev'"),
 ]
@@ -102,3 +100,18 @@ WITHOUT_A_SPLIT = [
 def test_uses_without_a_common_split_get_dense_noise(function, shape, reason):
     plan = make_plan(lambda p: function(p["w"]), {"w": jnp.zeros(shape)}, perturbation=eggroll.LowRank())
     assert plan.leaves[0].role == "dense" and reason in plan.leaves[0].reason
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "reason"),
+    [
+        (lambda w: jnp.einsum("bij,ijk->bk", X, w) + jnp.einsum("bij,ikj->bk", X, w), (4, 4, 4), "over both its rows and its"),
+        (lambda w: (X[0] @ w) * w, (4, 4), "'mul'"),
+    ],
+)
+def test_members_build_what_another_use_reads(function, shape, reason):
+    plan = make_plan(lambda p: function(p["w"]), {"w": jnp.zeros(shape)}, perturbation=eggroll.LowRank())
+    assert plan.leaves[0].role == "low-rank" and "also built per member" in plan.leaves[0].reason
+    assert reason in plan.leaves[0].reason and "also built per member" in plan.table()
+    dense = make_plan(lambda p: function(p["w"]), {"w": jnp.zeros(shape)}, perturbation=eggroll.Flipout())
+    assert dense.leaves[0].role == "dense"

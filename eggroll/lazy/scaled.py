@@ -1,0 +1,131 @@
+"""`Scaled`: a lazy parameter times a number that is not known before the program runs, such as a learnt exp(s).
+
+    x (g W)  ->  g (x W)
+
+Members have numbers of their own; multiplied into W, they would give every member a copy of it. The number waits until a
+product or a lookup has made an array, and moves through views.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule
+from eggroll.lazy.ragged import ragged_p
+
+_LINEAR = "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim slice dynamic_slice split copy neg"
+# In the lazy operand, so that the number may be multiplied into the result.
+LINEAR = frozenset(_LINEAR.split()) | {ragged_p.name}
+
+
+class Scaled(LazyArray):
+    """gain * value."""
+
+    value: PerturbedArray
+    gain: Array  # []
+
+    def aval(self) -> Any:
+        """Abstract value of the product."""
+        return self.value.aval()
+
+    def materialise(self) -> Array:
+        """Refuse, as a perturbed parameter does."""
+        return self.value.materialise()
+
+    def source(self) -> str:
+        """The path of the parameter."""
+        return self.value.source()
+
+    def read(self, where: str, reason: str, *, moves: bool) -> Array:
+        """Return what an operation without a rule reads."""
+        return times(self.value.read(where, reason, moves=moves), self.gain)
+
+    def unpack(self) -> "Scaled":
+        """The same value without packed signs."""
+        return Scaled(self.value.unpack(), self.gain)
+
+    def prepare_for_loops(self) -> "Scaled":
+        """The same value in the form that a loop should read on every iteration."""
+        return Scaled(self.value.prepare_for_loops(), self.gain)
+
+    def settle(self) -> PerturbedArray:
+        """The number multiplied into base and scale: every member has a copy of the base."""
+
+        def operation(array: Array, component: str) -> Array:
+            return array if component in ("left", "right", "shared") else array * self.gain.astype(array.dtype)
+
+        return self.value.view(self.value.tags, operation)
+
+    def pending(self, primitive: str, params: dict[str, Any]) -> tuple[PerturbedArray, Callable[[Any], Any]] | None:
+        """The value, and the multiplication of its results; None where the primitive is not linear."""
+        is_linear = primitive in LINEAR or (primitive == "gather" and params["fill_value"] is None)
+        return (self.value, functools.partial(times, gain=self.gain)) if is_linear else None
+
+
+def times(value: Any, gain: Array) -> Any:
+    """A value, lazy or not, times a number."""
+    if isinstance(value, Scaled):
+        return Scaled(value.value, value.gain * gain.astype(value.gain.dtype))
+    return Scaled(value, gain) if isinstance(value, PerturbedArray) else value * gain.astype(value.dtype)
+
+
+@register(jax.lax.mul_p)
+def _times_array(value: LazyArray, factor: ArrayLike, **params: Any) -> Any:
+    return _by_number(jax.lax.mul_p, value, factor, [value, factor], params)
+
+
+@register(jax.lax.mul_p)
+def _array_times(factor: ArrayLike, value: LazyArray, **params: Any) -> Any:
+    return _by_number(jax.lax.mul_p, value, factor, [factor, value], params)
+
+
+@register(jax.lax.mul_p)
+def _times_lazy(a: LazyArray, b: LazyArray, **params: Any) -> Any:
+    value, number = (a, b) if _ndim(b) == 0 else (b, a)
+    return _by_number(jax.lax.mul_p, value, number, [a, b], params)
+
+
+@register(jax.lax.div_p)
+def _over_array(value: LazyArray, divisor: ArrayLike, **params: Any) -> Any:
+    return _by_number(jax.lax.div_p, value, divisor, [value, divisor], params)
+
+
+@register(jax.lax.div_p)
+def _over_lazy(value: LazyArray, divisor: LazyArray, **params: Any) -> Any:
+    return _by_number(jax.lax.div_p, value, divisor, [value, divisor], params)
+
+
+def _ndim(value: Any) -> int:
+    return value.aval().ndim if is_perturbed(value) else jnp.ndim(value)
+
+
+def _by_number(primitive: Any, value: LazyArray, number: Any, operands: list, params: dict[str, Any]) -> Any:
+    """A lazy value times or over a number; a number that is a parameter, too, is built."""
+    if (
+        jnp.ndim(number)
+        or not isinstance(value, Scaled | PerturbedArray)
+        or not jnp.issubdtype(value.aval().dtype, jnp.floating)
+    ):
+        return LazyArray.default(primitive, operands, params)
+    if is_perturbed(number):
+        number = number.read(f"'{primitive.name}'", "a number", moves=False)
+    inner, gain = (value.value, value.gain) if isinstance(value, Scaled) else (value, jnp.ones((), value.base.dtype))
+    gain = primitive.bind(gain, jnp.asarray(number).astype(gain.dtype), **params)
+    # A number that is known is the same for all members: multiplied into the parameter, it costs them nothing.
+    is_known = isinstance(value, PerturbedArray) and not isinstance(number, jax.core.Tracer)
+    return Scaled(inner, gain).settle() if is_known else Scaled(inner, gain)
+
+
+@register(jax.lax.convert_element_type_p)
+def _convert(value: Scaled, *, new_dtype: Any, weak_type: bool, sharding: Any) -> Any:
+    params = dict(new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)
+    floats = jnp.issubdtype(new_dtype, jnp.floating) and jnp.issubdtype(value.value.base.dtype, jnp.floating)
+    if not floats:
+        return LazyArray.default(jax.lax.convert_element_type_p, [value], params)
+    inner = run_rule(jax.lax.convert_element_type_p, [value.value], params)
+    return Scaled(inner, value.gain.astype(new_dtype))

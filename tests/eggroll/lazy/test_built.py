@@ -1,0 +1,82 @@
+"""Uses without a rule next to products, two parameters that meet, and numbers that wait: right, and the product stays lazy."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import eggroll
+from tests.eggroll.lazy.oracle import check, weights
+
+X = weights(4, 6)
+SQUARE = {"w": weights(6, 6, seed=1), "u": weights(6, 6, seed=2), "s": jnp.float32(0.3), "h": weights(6, seed=3)}
+
+
+def loop(body):
+    return lambda p, x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(body(p, h)), x)
+
+
+BUILT = {  # members read the whole of "w" as well
+    "an L2 penalty": lambda p, x: ((x @ p["w"]) ** 2).sum() + (p["w"] ** 2).sum(),
+    "a global norm": lambda p, x: (x @ p["w"]) / jnp.sqrt(jnp.vdot(p["w"], p["w"])),
+    "a monitor": lambda p, x: jnp.where(jnp.isfinite(p["w"]).all(), x @ p["w"], 0.0),
+    "both sides": lambda p, x: x @ p["w"] + jnp.trace(p["w"]),
+    "times itself": lambda p, x: x @ (p["w"] @ p["w"]),
+    "returned": lambda p, x: (x @ p["w"], p["w"]),
+    "in a loop": loop(lambda p, h: h @ p["w"] + 0.01 * jnp.sum(p["w"] * p["w"])),
+    "plus a product of others": lambda p, x: x @ (p["w"] + p["u"] @ p["u"]) + x @ p["w"],
+}
+LAZY = {  # "w" is only multiplied
+    "a learnt initial state": lambda p, x: jnp.tanh(p["h"] @ p["w"] + x @ p["w"]),
+    "queries": lambda p, x: p["h"][None] @ p["w"],
+    "a learnt scale": lambda p, x: x @ (p["w"] * jnp.exp(p["s"])),
+    "a scale on the left of a transposed view": lambda p, x: x @ (jnp.exp(p["s"]) * p["w"]).T,
+    "a parameter as a number": loop(lambda p, h: h @ (p["w"] / p["s"])),
+    "two numbers": lambda p, x: x @ (p["w"] * p["s"] * jnp.exp(p["s"]) / jnp.sqrt(2.0)),
+    "spectral normalisation": lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"] @ jnp.ones(6))),
+    "a scale before a conditional": lambda p, x: jax.lax.cond(
+        x[0, 0] > 0, lambda w: x @ w, lambda w: x @ w * 2, p["w"] * p["s"]
+    ),
+    "a scaled embedding": lambda p, x: (p["w"] * p["s"])[jnp.array([0, 3, 5])],
+}
+
+
+@pytest.mark.parametrize("use", [*BUILT, *LAZY])
+def test_members_equal_the_oracle(use):
+    function = (BUILT | LAZY)[use]
+    plan = check(function, {name: SQUARE[name] for name in SQUARE if f"'{name}'" in _names(function)}, X)
+    assert plan["w"].role == "low-rank" and ("also built per member" in plan["w"].reason) == (use in BUILT)
+
+
+def _names(function):
+    """The parameters that a function names."""
+    used = set()
+
+    class Params(dict):
+        def __getitem__(self, name):
+            used.add(name)
+            return super().__getitem__(name)
+
+    jax.eval_shape(lambda x: function(Params(SQUARE), x), X)
+    return {f"'{name}'" for name in used}
+
+
+def test_stacked_layers_with_a_scale():
+    params = {"w": weights(3, 6, 6), "s": jnp.float32(0.5)}
+    plan = check(lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"] * p["s"])[0], params, X)
+    assert plan["w"].stack == (0,) and "built" not in plan["w"].reason
+
+
+def test_a_learnt_scale_gives_no_member_a_copy_of_the_weights():
+    """The evaluation's arrays are activations, and not one [members, rows, columns]."""
+    params = {"w": weights(64, 48), "s": jnp.float32(0.5)}
+    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
+    state, x = es.init(params, key=jax.random.key(0)), weights(3, 64)
+
+    def shapes(function):
+        es.plan(state, x, function=function)
+        text = str(jax.make_jaxpr(lambda x: es.ask(state).apply(function, x))(x))
+        return [size for size in ("[4,2,64,48]", "[2,4,64,48]", "[8,64,48]", "[2,64,48]") if size in text]
+
+    assert not shapes(lambda p, x: x @ (p["w"] * jnp.exp(p["s"])))
+    assert shapes(lambda p, x: x @ p["w"] + (p["w"] ** 2).sum())  # the control
