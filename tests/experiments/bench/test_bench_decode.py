@@ -25,7 +25,8 @@ def transformer():
 def test_last_line_is_json_with_every_number(capsys, tmp_path):
     pytest.importorskip("safetensors")
     hf.save(tmp_path, *transformer())
-    decode.run(dataclasses.replace(TINY, model=tmp_path))
+    unset = {name: getattr(decode.Decode(), name) for name in ("layers", "width")}
+    decode.run(dataclasses.replace(TINY, model=tmp_path, **unset))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["model", *decode.COLUMNS] and lines[2].split()[0] == "qwen3"
     summary = json.loads(lines[-1])
