@@ -106,7 +106,7 @@ def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tu
 
 
 def _note_build(leaf: LeafPlan, reason: str | None) -> LeafPlan:
-    return dataclasses.replace(leaf, reason=f"{leaf.reason}; also built per member: {reason}") if reason else leaf
+    return dataclasses.replace(leaf, built=reason) if reason else leaf
 
 
 def _with_implementation(leaf: LeafPlan, allowed: bool) -> LeafPlan:

@@ -37,6 +37,19 @@ class LeafPlan:
     reason: str
     converted: Any = None  # floating dtype that the function converts a quantised parameter to; None for all others
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
+    # Why members also build a parameter that is lazy in products; "": they do not.
+    built: str = dataclasses.field(default="", kw_only=True, compare=False)
+
+    @property
+    def evaluation(self) -> str:
+        """What a member's function sees: "shared", "lazy", "lazy + built", or "copy", an array of the member's own."""
+        return "shared"
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the arrays of its own that a member has of the parameter."""
+        has_copy = self.evaluation in ("copy", "lazy + built")
+        return math.prod(self.shape) * self.noise_dtype.itemsize if has_copy else 0
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the given axes."""
@@ -151,6 +164,11 @@ class DenseLeaf(PerturbedLeaf):
     role = "dense"
 
     @property
+    def evaluation(self) -> str:
+        """A member has an array of its own."""
+        return "copy"
+
+    @property
     def _terms(self) -> tuple[int, int]:
         return 1, 1
 
@@ -177,6 +195,11 @@ class FactoredLeaf(PerturbedLeaf):
 
     rows: tuple[int, ...] = ()  # axes spanned by the left factor
     columns: tuple[int, ...] = ()  # axes spanned by the right factor
+
+    @property
+    def evaluation(self) -> str:
+        """Products use the factors; other uses are of an array that the member builds."""
+        return "lazy + built" if self.built else "lazy"
 
     @property
     def axes(self) -> AxesOfNoise:

@@ -10,7 +10,8 @@ import jax
 
 from eggroll.noise.leaves import FlipoutLeaf, FrozenLeaf, LeafPlan, LowRankLeaf
 
-HEADER = ("path", "shape", "role", "rank", "kernel", "bytes", "reason")
+HEADER = ("path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason")
+COSTLY = 0.1  # share of the parameters' bytes that a member may have copies of without a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Plan:
         return tuple(leaf.quantised for leaf in self.leaves)
 
     def table(self) -> str:
-        """A readable table: path, shape, role, rank, kernel, noise bytes per member, reason; then what is frozen by default."""
-        lines = [_table(self.leaves), *_frozen_collections(self.leaves)]
+        """A readable table: how every parameter is evaluated, its noise and why; then what is frozen by default or costly."""
+        lines = [_table(self.leaves), *_frozen_collections(self.leaves), *_costly(self.leaves)]
         return "\n".join(lines + ([f"update: {self.update}"] if self.update else []))
 
     @property
@@ -70,10 +71,10 @@ def _uses(leaf: LeafPlan) -> tuple:
 
 def _table(leaves: Sequence[LeafPlan]) -> str:
     """A line for every parameter, and the bytes of noise of one member."""
-    rows = [HEADER, *map(_row, leaves)]
+    total = sum(leaf.noise_bytes for leaf in leaves)
+    rows = [HEADER, *(_row(leaf, total) for leaf in leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = sum(leaf.noise_bytes for leaf in leaves)
     shared = sum(math.prod(leaf.shape) * leaf.noise_dtype.itemsize for leaf in leaves if isinstance(leaf, FlipoutLeaf))
     lines += [f"noise of all members: {shared:,} bytes"] if shared else []
     return "\n".join([*lines, f"noise per member: {total:,} bytes"])
@@ -88,9 +89,21 @@ def _frozen_collections(leaves: Sequence[LeafPlan]) -> list[str]:
     return [f"frozen: {', '.join(named)}, not parameters: {kind}" for kind, named in kinds.items()]
 
 
-def _row(leaf: LeafPlan) -> tuple[str, ...]:
+def _costly(leaves: Sequence[LeafPlan]) -> list[str]:
+    """A line on the arrays of its own that a member has, where they are many, with the first use to change."""
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    copies, most = sum(leaf.copy_bytes for leaf in leaves), max(leaves, key=lambda leaf: leaf.copy_bytes)
+    if copies <= COSTLY * whole:
+        return []
+    times = f"{copies / whole:.0%} of the parameters' bytes"
+    return [f"costly: a member has arrays of its own of {times}; most are of '{most.path}': {most.built or most.reason}"]
+
+
+def _row(leaf: LeafPlan, total: int) -> tuple[str, ...]:
     rank = kernel = "-"
     if isinstance(leaf, LowRankLeaf):
         rank, kernel = str(leaf.rank), leaf.implementation
     reason = f"{leaf.reason}, int8 quantised" if leaf.quantised else leaf.reason
-    return leaf.path, str(leaf.shape), leaf.role, rank, kernel, f"{leaf.noise_bytes:,}", reason
+    reason += f"; also built per member: {leaf.built}" if leaf.built else ""
+    share = f"{leaf.noise_bytes / total:.0%}" if total else "-"
+    return leaf.path, str(leaf.shape), leaf.role, leaf.evaluation, rank, kernel, f"{leaf.noise_bytes:,}", share, reason

@@ -45,7 +45,7 @@ LAZY = {  # "w" is only multiplied
 def test_members_equal_the_oracle(use):
     function = (BUILT | LAZY)[use]
     plan = check(function, {name: SQUARE[name] for name in SQUARE if f"'{name}'" in _names(function)}, X)
-    assert plan["w"].role == "low-rank" and ("also built per member" in plan["w"].reason) == (use in BUILT)
+    assert plan["w"].role == "low-rank" and (plan["w"].evaluation == "lazy + built") == (use in BUILT)
 
 
 def _names(function):
@@ -64,7 +64,7 @@ def _names(function):
 def test_stacked_layers_with_a_scale():
     params = {"w": weights(3, 6, 6), "s": jnp.float32(0.5)}
     plan = check(lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"] * p["s"])[0], params, X)
-    assert plan["w"].stack == (0,) and "built" not in plan["w"].reason
+    assert plan["w"].stack == (0,) and plan["w"].evaluation == "lazy"
 
 
 def test_a_learnt_scale_gives_no_member_a_copy_of_the_weights():

@@ -51,8 +51,8 @@ def test_plan_says_which_parameters_have_a_kernel(on_hopper):
     plan = plan_of(kernel_models.strategy(None), kernel_models.params(), kernel_models.batch())
     expected = dict(first="mosaic_gpu", stack="mosaic_gpu", head="mosaic_gpu")
     assert kernels_of(plan) == expected
-    header, *rows = (line.split() for line in plan.table().splitlines()[:-1])
-    assert header[4] == "kernel" and {row[5] for row in rows if row[0] == "first"} == {"mosaic_gpu"}
+    header, *rows = (line.split() for line in plan.table().splitlines())
+    assert "kernel" in header and all("mosaic_gpu" in row for row in rows if row[0] == "first")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Roles read from use, rules on paths, the printed table."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -58,9 +60,25 @@ def test_noise_bytes_per_member():
 def test_table_shows_every_leaf():
     _, plan = planned()
     lines = plan.table().splitlines()
-    assert lines[0].split() == ["path", "shape", "role", "rank", "kernel", "bytes", "reason"]
-    assert [line.split()[0] for line in lines[1:-1]] == ["embed", "head", "layers/b", "layers/w", "odd", "unused"]
-    assert lines[-1].startswith("noise per member: ")
+    assert lines[0].split() == ["path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason"]
+    names = ["embed", "head", "layers/b", "layers/w", "odd", "unused"]
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
+    assert lines[1 + len(names)].startswith("noise per member: ")
+
+
+def test_the_table_says_what_costs_a_member_an_array_of_its_own():
+    params = {"b": jnp.zeros(8), "w": jnp.zeros((64, 8))}
+    costs = {
+        "": lambda p, x: x @ p["w"] + p["b"],
+        "costly: a member has arrays of its own of 100% of the parameters' bytes; most are of 'w': used by 'integer_pow'": (
+            lambda p, x: x @ p["w"] + p["b"] + (p["w"] ** 2).sum()
+        ),
+    }
+    for line, function in costs.items():
+        plan = make_plan(function, params, jnp.zeros((2, 64)), perturbation=eggroll.LowRank())
+        assert [row for row in plan.table().splitlines() if row.startswith("costly")] == ([] if not line else [mock.ANY])
+        assert line in plan.table()
+    assert [leaf.evaluation for leaf in plan.leaves] == ["copy", "lazy + built"]
 
 
 def test_first_matching_rule_wins():
@@ -111,7 +129,7 @@ def test_uses_without_a_common_split_get_dense_noise(function, shape, reason):
 )
 def test_members_build_what_another_use_reads(function, shape, reason):
     plan = make_plan(lambda p: function(p["w"]), {"w": jnp.zeros(shape)}, perturbation=eggroll.LowRank())
-    assert plan.leaves[0].role == "low-rank" and "also built per member" in plan.leaves[0].reason
-    assert reason in plan.leaves[0].reason and "also built per member" in plan.table()
+    assert plan.leaves[0].role == "low-rank" and reason in plan.leaves[0].built
+    assert "also built per member" in plan.table()
     dense = make_plan(lambda p: function(p["w"]), {"w": jnp.zeros(shape)}, perturbation=eggroll.Flipout())
     assert dense.leaves[0].role == "dense"
