@@ -77,7 +77,7 @@ def apply_to_members(
 ) -> Any:
     """Apply `function(params, batch)` to every member; results have a leading axis of N."""
     results = evaluate_members(settings, plan, ignore_key_and_state(function), layout, state, batch)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    return jax.tree.map(lambda x: x.reshape(2 * x.shape[0], *x.shape[2:]), results)
 
 
 def ignore_key_and_state(function: Callable) -> Callable:

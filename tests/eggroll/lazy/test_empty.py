@@ -107,3 +107,10 @@ def test_zeroth_order_and_integers():
     es = eggroll.EvolutionStrategy(integers, population_size=8, **settings)
     state, _ = es.step(es.init(params_of("no columns", jnp.int8), key=jax.random.key(0)), jnp.ones((2, 4), jnp.int8))
     assert state.params["z"].shape == (4, 0)
+
+
+def test_outputs_without_entries():
+    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
+    state = es.init({"w": jnp.ones((4, 3)), "z": jnp.ones((4, 0))}, key=jax.random.key(0))
+    outputs = es.ask(state).apply(lambda p, x: (x @ p["w"], x @ p["z"], x[:0] @ p["w"]), jnp.ones((2, 4)))
+    assert [output.shape for output in outputs] == [(4, 2, 3), (4, 2, 0), (4, 0, 3)]
