@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("zo", "kernels", "envs", "experiments")
 MODULES = (*FOLDERS, "zo.recipes", "zo.offload.runner", "kernels.lowrank_dot.api", "envs.tasks", "experiments.rl.config")
 COMMANDS = ["rl", "rl_suite", "zo", "zo_suite", "egg", "egg_baselines", "egg_scaling", "reason", "reason.compare"]
-COMMANDS += ["bench", "estimator", "faultdrill"]
+COMMANDS += ["bench", "estimator", "faultdrill", "uses"]
 ALIAS_FIRST = """
 import sys
 import zo.recipes, experiments.bench.timing
