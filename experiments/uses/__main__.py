@@ -6,7 +6,6 @@ silently unperturbed. Every use is compared with members built explicitly on sma
 """
 
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     start, folder, names = time.perf_counter(), run_folder(config.folder), select(config.only)
     rows = []
     for index, name in enumerate(names, start=1):
-        rows.append(row := _row(name, config))
+        rows.append(row := make_row(name, config))
         error = f"{row.finding.error:.1e}" if row.finding and row.finding.error is not None else "-"
         print(f"{index:>4}/{len(names)}  {name:<52}{row.role:<10}{error:>10}{number(row.ratio):>8}", flush=True)
     comparisons = _compare(rows, config) if config.timing else {}
@@ -97,15 +96,21 @@ def _spec(config: Config) -> Spec:
     return eggroll.Flipout() if config.noise == "flipout" else eggroll.LowRank(config.rank)
 
 
-def _row(name: str, config: Config) -> Row:
+def make_row(name: str, config: Config) -> Row:
     """Check one use, and time it if it evaluates."""
     use = USES[name]
-    if use.package and importlib.util.find_spec(use.package.split(".")[0]) is None:
+    if not use.is_installed:
         return Row(name, None)
     with quiet():
         small = use.make(SMALL)
     finding = check(small, members=config.members, perturbation=_spec(config))
-    return Row(name, finding, _times(name, config).get("low-rank") if config.timing and finding.error is not None else None)
+    if not config.timing or finding.error is None:
+        return Row(name, finding)
+    try:
+        return Row(name, finding, _times(name, config).get("low-rank"))
+    except Exception as error:
+        note = f"at width {config.size}: {type(error).__name__}: {error}"
+        return Row(name, dataclasses.replace(finding, role="wrong", note=" ".join(note.split())[:300]))
 
 
 def _times(name: str, config: Config, **others: Spec) -> dict[str, float]:

@@ -165,6 +165,7 @@ USES = (
     use("carry: the whole parameter tree", PAIR, _carried_tree),
     use("carry: used after the loop", W, _returned),
     use("carry: array, then weights", W, _plain_to_lazy),
+    use("carry: array, then weights, next to another product", PAIR, lambda p, x: _plain_to_lazy(p, x @ p["u"])),
     use("carry: weights, then array", W, _lazy_to_plain),
     use("carry: two weights swapped", PAIR, _swap),
     use("carry: transposed on every iteration", W, _view),

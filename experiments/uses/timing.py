@@ -25,12 +25,17 @@ def time_ratios(program: Program, perturbations: Mapping[str, Perturbation], *, 
         members: N, even; every member has its own copy of the batch.
 
     Returns:
-        Name -> seconds of the plain function over those of the population: medians of alternating calls.
+        Name -> seconds of the plain function over those of the population: medians of alternating calls. None at all where
+        XLA cannot compile the plain function.
     """
     with quiet():
         batches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *leaf.shape)).copy(), program.batch)
         plain = jax.jit(jax.vmap(program.function, (None, 0)))
         forms: dict[str, Callable[[], Any]] = {"": lambda: plain(program.params, batches)}
+        try:
+            jax.block_until_ready(forms[""]())
+        except jax.errors.JaxRuntimeError:
+            return {}
         forms |= {name: _population(program, batches, noise, members) for name, noise in perturbations.items()}
         seconds = _interleaved_seconds(forms)
     return {name: seconds[""] / seconds[name] for name in perturbations}

@@ -5,6 +5,7 @@ standard deviation rows^(-1/2) / 2, so that outputs and the effect of a perturba
 """
 
 import dataclasses
+import importlib.util
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,11 @@ class Use:
     make: Callable[[Sizes], Program]
     expected: str = "low-rank"  # today's role, at least: "low-rank", "dense" or "refused"
     package: str | None = None  # it comes from this package
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package, if any, is here."""
+        return not self.package or importlib.util.find_spec(self.package.split(".")[0]) is not None
 
 
 @dataclasses.dataclass(frozen=True)
