@@ -5,6 +5,7 @@ silently unperturbed. Every use is compared with members built explicitly on sma
 `uses.json` and `uses.md`; the last line of standard output is a JSON object.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
         rows.append(row := make_row(name, config))
         error = f"{row.finding.error:.1e}" if row.finding and row.finding.error is not None else "-"
         print(f"{index:>4}/{len(names)}  {name:<52}{row.role:<10}{error:>10}{number(row.ratio):>8}", flush=True)
-    comparisons = _compare(rows, config) if config.timing else {}
+    comparisons = _compare(names, config) if config.timing else {}
     summary = summarise(rows) | {"seconds": round(time.perf_counter() - start, 1)}
     about = {"config": dataclasses.asdict(config) | {"folder": str(config.folder)}, "about": machine()}
     write_json(folder / "uses.json", {**about, "summary": summary, "uses": [*map(as_json, rows)], "comparisons": comparisons})
@@ -119,10 +120,13 @@ def _times(name: str, config: Config, **others: Spec) -> dict[str, float]:
     return time_ratios(program, {"low-rank": _spec(config), **others}, members=config.members)
 
 
-def _compare(rows: Sequence[Row], config: Config) -> dict[str, dict[str, float]]:
-    """Ratios of the uses in `COMPARED` next to those with dense noise."""
-    timed = [row.name for row in rows if row.ratio is not None and row.name in COMPARED]
-    return {name: _times(name, config, dense=eggroll.Dense()) for name in timed}
+def _compare(names: Sequence[str], config: Config) -> dict[str, dict[str, float]]:
+    """Ratios of the uses in `COMPARED` next to those with dense noise; none of a use that cannot be evaluated."""
+    found: dict[str, dict[str, float]] = {name: {} for name in COMPARED if name in names}
+    for name in found:
+        with contextlib.suppress(Exception):  # its row says why
+            found[name] = _times(name, config, dense=eggroll.Dense())
+    return found
 
 
 if __name__ == "__main__":

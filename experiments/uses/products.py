@@ -69,7 +69,7 @@ USES = (
         {"w": "4 n/4 n"},
         lambda p, x: jnp.einsum("bgi,gij->bgj", x.reshape(-1, 4, p["w"].shape[1]), p["w"]),
     ),
-    use("einsum that sums an axis away", W, lambda p, x: jnp.einsum("bi,ij->b", x, p["w"])),
+    use("einsum that sums an axis away", W, lambda p, x: jnp.einsum("bi,ij->b", x, p["w"]), expected="dense"),
     use("einsum of a diagonal", W, lambda p, x: jnp.einsum("bi,ii->bi", x, p["w"]), expected="dense"),
     use("dot_general with batch axes", {"w": "4 n/4 n"}, _batched_dot),
     use("dot_general over both axes", W, lambda p, x: jnp.tensordot(jnp.outer(x[0], x[1]), p["w"], 2), expected="dense"),
@@ -124,5 +124,5 @@ USES = (
     ),
     use("conv channels first", {"w": "n n/4 3 3"}, _oihw, "b n/4 8 8"),
     use("conv as a product with patches", {"w": "9n/4 n"}, _patches, IMAGES),
-    use("jnp.convolve with a learnt filter", {"w": "5"}, lambda p, x: jnp.convolve(x[0], p["w"])),
+    use("jnp.convolve with a learnt filter", {"w": "5"}, lambda p, x: jnp.convolve(x[0], p["w"]), expected="dense"),
 )

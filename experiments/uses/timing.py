@@ -30,15 +30,24 @@ def time_ratios(program: Program, perturbations: Mapping[str, Perturbation], *, 
     """
     with quiet():
         batches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *leaf.shape)).copy(), program.batch)
-        plain = jax.jit(jax.vmap(program.function, (None, 0)))
-        forms: dict[str, Callable[[], Any]] = {"": lambda: plain(program.params, batches)}
         try:
-            jax.block_until_ready(forms[""]())
+            plain = _unperturbed(program, batches)
         except jax.errors.JaxRuntimeError:
             return {}
-        forms |= {name: _population(program, batches, noise, members) for name, noise in perturbations.items()}
-        seconds = _interleaved_seconds(forms)
+        forms = {name: _population(program, batches, noise, members) for name, noise in perturbations.items()}
+        seconds = _interleaved_seconds({"": plain, **forms})
     return {name: seconds[""] / seconds[name] for name in perturbations}
+
+
+def _unperturbed(program: Program, batches: Any) -> Callable[[], Any]:
+    """The plain function, mapped over the members; one after the other where JAX has no batched form of it."""
+    batched = jax.jit(jax.vmap(program.function, (None, 0)))
+    try:
+        jax.block_until_ready(batched(program.params, batches))
+    except NotImplementedError:
+        batched = jax.jit(lambda params, batches: jax.lax.map(lambda batch: program.function(params, batch), batches))
+        jax.block_until_ready(batched(program.params, batches))
+    return lambda: batched(program.params, batches)
 
 
 def _population(program: Program, batches: Any, perturbation: Perturbation, members: int) -> Callable[[], Any]:

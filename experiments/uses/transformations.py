@@ -106,10 +106,15 @@ USES = (
     use("matrix n x 1", {"w": "n 1"}, lambda p, x: x @ p["w"], expected="dense"),
     use("matrix 1 x 1", {"w": Draw("1 1", near=1.0)}, lambda p, x: x[:, :1] @ p["w"], expected="dense"),
     use("very thin, n x 2", {"w": "n 2"}, lambda p, x: x @ p["w"]),
-    use("four axes of size one", {"w": Draw("1 n 1 n", times=0.2)}, lambda p, x: jnp.einsum("bi,aicj->bj", x, p["w"])),
+    use(
+        "four axes of size one",
+        {"w": Draw("1 n 1 n", times=0.2)},
+        lambda p, x: jnp.einsum("bi,aicj->bj", x, p["w"]),
+        expected="dense",
+    ),
     use("zero columns", {"w": "n 0", "u": "n n"}, lambda p, x: (x @ p["u"], x @ p["w"])),
     use("zero rows", {"w": Draw("0 n"), "u": "n n"}, lambda p, x: x @ p["u"] + x[:, :0] @ p["w"]),
-    use("zero-size sum", {"w": Draw("0 n"), "u": "n n"}, lambda p, x: x @ p["u"] + p["w"].sum(), expected="dense"),
+    use("zero-size sum", {"w": Draw("0 n"), "u": "n n"}, lambda p, x: x @ p["u"] + p["w"].sum()),
     use(
         "empty stack of layers",
         {"w": "0 n n", "u": "n n"},
