@@ -73,8 +73,8 @@ def check(program: Program, *, members: int, perturbation: Perturbation) -> Find
             plan = es.plan(state, program.batch, function=program.function)
             population = es.ask(state)
             outputs = _fetch(population.apply(program.function, program.batch))
-        except Exception as error:
-            return _raised(error, program.params)
+        except Exception as raised:
+            return _raised(raised, program.params)
         built = jax.device_get(jax.jit(jax.vmap(population.member))(jnp.arange(members)))
         jaxpr = jax.make_jaxpr(program.function)(program.params, program.batch).jaxpr
         error, tolerance = _compare(plain, program, built, outputs, unperturbed, _spacing(jaxpr))
@@ -123,13 +123,15 @@ def _compare(
         member = jax.tree.map(lambda leaf, index=index: leaf[index], built)
         expected.append(_fetch(plain(member, program.batch)))
         moved.append([_fetch(plain(*_jitter((member, program.batch), eps, random))) for _ in range(JITTERS)])
-    worst = 0.0, 0.0
+    worst, reached = (0.0, 0.0), False
     for place, output in enumerate(outputs):
         truth = np.stack([own[place] for own in expected])
         nearby = np.stack([[draw[place] for draw in draws] for draws in moved], axis=1)  # [JITTERS, N, ...]
-        pair = compare_output(output, truth, nearby, unperturbed[place][None], eps)
-        worst = max(worst, pair, key=lambda pair: pair[0] / max(pair[1], 1e-30))
-    return worst
+        start = unperturbed[place][None]
+        reached |= not np.array_equal(truth, np.broadcast_to(start, truth.shape))
+        pair = compare_output(output, truth, nearby, start, eps)
+        worst = max(worst, pair, key=lambda pair: (pair[0] / max(pair[1], 1e-30), pair[1]))
+    return worst if reached else (worst[0], np.inf)
 
 
 def compare_output(
@@ -190,7 +192,8 @@ def _problem(
     if error > tolerance:
         return f"members differ from built ones: error {error:.2g}, rounding explains {tolerance:.1g}"
     if tolerance > WEAK:
-        return f"rounding alone explains an error of {tolerance:.2g}: the check has no power"
+        reason = f"rounding alone explains an error of {tolerance:.2g}" if np.isfinite(tolerance) else "no output is perturbed"
+        return f"the check has no power: {reason}"
     for place, leaf in enumerate(plan.leaves):
         if leaf.role == "frozen" and _matters(place, program, plain, unperturbed):
             return f"'{leaf.path}' is silently unperturbed: {leaf.reason}"

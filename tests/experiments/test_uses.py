@@ -94,6 +94,13 @@ def test_unperturbed_results_are_wrong(monkeypatch):
     assert finding.role == "wrong" and finding.error == 1.0 and finding.tolerance < 1e-4
 
 
+def test_a_program_that_shows_nothing_is_wrong():
+    hidden = found(LINEAR._replace(function=lambda p, x: x + 0.0 * jnp.sum(x @ p["w"])))
+    assert hidden.role == "wrong" and hidden.note == "the check has no power: no output is perturbed"
+    coarse = found(LINEAR._replace(function=lambda p, x: x @ p["w"] + 1e6))
+    assert coarse.role == "wrong" and coarse.note.startswith("the check has no power: rounding alone explains")
+
+
 def test_one_unperturbed_member_is_wrong(monkeypatch):
     apply = Population.apply
     monkeypatch.setattr(Population, "apply", lambda own, f, x: apply(own, f, x).at[3].set(f(LINEAR.params, x)))
