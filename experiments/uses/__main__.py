@@ -70,6 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     _check_config(config)
     use_compilation_cache()
     start, folder, names = time.perf_counter(), run_folder(config.folder), select(config.only)
+    about = {"config": dataclasses.asdict(config) | {"folder": str(config.folder)}, "about": machine()}
     rows = []
     for index, name in enumerate(names, start=1):
         rows.append(row := make_row(name, config))
@@ -77,7 +78,6 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{index:>4}/{len(names)}  {name:<52}{row.role:<10}{error:>10}{number(row.ratio):>8}", flush=True)
     comparisons = _compare(names, config) if config.timing else {}
     summary = summarise(rows) | {"seconds": round(time.perf_counter() - start, 1)}
-    about = {"config": dataclasses.asdict(config) | {"folder": str(config.folder)}, "about": machine()}
     write_json(folder / "uses.json", {**about, "summary": summary, "uses": [*map(as_json, rows)], "comparisons": comparisons})
     (folder / "uses.md").write_text(markdown(rows, comparisons))
     print_summary(summary)
