@@ -20,24 +20,7 @@ from eggroll.population.members import Population
 from tests.tables import by_default
 
 SMALL = Sizes(rows=4, width=8)
-KNOWN_FAULTS = {
-    "w[ids] past the end",
-    "w[-ids] before the start",
-    "at[].get(mode='clip')",
-    "table of matrices past the end",
-    "carry: array, then weights",
-    "carry: array, then weights, next to another product",
-    "carry: weights, then array",
-    "carry: two weights swapped",
-    "carry: transposed on every iteration",
-    "carry: replaced by another parameter",
-    "weights as stacked output of a scan",
-    "mixture of experts by ragged_dot",
-    "ragged_dot with constant groups",
-    "zero columns",
-    "empty stack of layers",
-    "empty batch",
-}
+KNOWN_FAULTS: set[str] = set()
 BY_DEFAULT = [  # from every family, of every role
     "x @ w.T",
     "int8 weights, multiplied as integers",
