@@ -9,7 +9,6 @@ This file owns the loop; strategies own the mathematics, `record` what a generat
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from eggroll.generation import LAST_GENERATION
 from eggroll.protocol import S, Strategy
 from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
+from eggroll.runs.metrics import open_metrics, seal
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
 from eggroll.runs.record import Record
@@ -169,23 +169,7 @@ def _progress_words(record: Record) -> str:
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
 
 
-def open_metrics(folder: Path, first: int) -> IO[str]:
-    """Open `metrics.jsonl` to append generation `first`; lines from `first` on, of a lost continuation, are dropped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    kept = []
-    if first > 0 and path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line truncated by a kill
-                if json.loads(line)["generation"] < first:
-                    kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
-    return open(path, "a")
-
-
 def _write(metrics_file: IO[str] | None, record: Record) -> None:
     if metrics_file is not None:
-        metrics_file.write(record.to_json() + "\n")
+        metrics_file.write(seal(record.to_json()))
         metrics_file.flush()
