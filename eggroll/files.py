@@ -84,10 +84,10 @@ def digest_of(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_object(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write JSON values with their checksum."""
+def write_object(path: Path, fields: Mapping[str, Any], *, partial: Path | None = None) -> None:
+    """Write JSON values with their checksum, as `replace_file` does."""
     stored = json.loads(json.dumps(fields))
-    replace_file(path, (json.dumps(stored | {CHECKSUM: digest_of(stored)}, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps(stored | {CHECKSUM: digest_of(stored)}, indent=1) + "\n").encode(), partial=partial)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from eggroll.devices.processes import is_first, join
+from eggroll.files import write_object
 
 INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 SUMMARY = "summary.json"  # of a seed, with its options; written last, so that it marks a finished run
@@ -112,11 +113,9 @@ def jsonable(value: Any) -> Any:
     return jsonable(np.asarray(value).tolist())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write the fields of a JSON file atomically, with a checksum that `eggroll.files.read_object` compares."""
+    write_object(path, jsonable(value))
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
