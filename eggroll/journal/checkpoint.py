@@ -14,7 +14,7 @@ import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal.fingerprint import fingerprint
-from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config
+from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
 from eggroll.protocol import S
 from eggroll.state import keys_to_words, words_to_keys
 
@@ -43,7 +43,7 @@ class Checkpoints:
 
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs every step of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every step of every save, and raises what it logs
         self._folder = Path(folder).absolute()
         if config is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +136,9 @@ class Checkpoints:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
             score: higher is better; None: never the best.
+
+        Raises:
+            OSError: this checkpoint or the last one cannot be written.
         """
         metrics = {"score": float("-inf") if score is None else float(score)}
         stored, args = _storable(state, carried), self._ocp.args
@@ -143,7 +146,8 @@ class Checkpoints:
         chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
         check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
-        self._manager.save(int(state.generation), args=saved, metrics=metrics)
+        with writing(self._folder):
+            self._manager.save(int(state.generation), args=saved, metrics=metrics)
 
     def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
         """Read a checkpoint. Memory holds `like`, the result, and at most 256 MiB or the largest array while it is decoded.
@@ -186,11 +190,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last `save` is complete."""
-        self._manager.wait_until_finished()
+        with writing(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait and close."""
-        self._manager.close()
+        with writing(self._folder):
+            self._manager.close()
 
 
 def _storable(state: S, carried: Any) -> dict[str, Any]:

@@ -7,19 +7,34 @@
 The arrays of a checkpoint have a fingerprint, which is compared when they are read (`checkpoint`).
 """
 
+import contextlib
+import errno
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eggroll.files import Damaged, parse_object, read_object, sync, unused_name, write_object
 
+NO_SPACE = os.strerror(errno.ENOSPC)
 JSON_FILES = ("_CHECKPOINT_METADATA", "metrics/metrics", "check/metadata", "state/_METADATA")
 
 
 class DamagedConfig(Damaged):
     """checkpoints/config.json is damaged."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error of a checkpoint that is being written into an OSError of one line."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore have no common error
+        code = getattr(error, "errno", None) or (errno.ENOSPC if NO_SPACE in str(error) else errno.EIO)
+        reason = NO_SPACE if code == errno.ENOSPC else (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise OSError(code, f"a checkpoint cannot be written: {reason}", str(folder)) from error
 
 
 def find_damage(step: Path) -> str | None:

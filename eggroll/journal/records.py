@@ -12,6 +12,7 @@ A last record truncated by a kill is dropped with a note. Damage before the last
 """
 
 import dataclasses
+import errno
 import json
 import os
 import struct
@@ -246,6 +247,7 @@ class Writer:
 
     def __init__(self, path: Path, header: Header, *, covered: int = 0):
         self.next: int | None = covered or None  # the generation to append next, None: any
+        self._path = path
         self._version = header.version  # a file is continued in the version that it began in
         if path.exists() and path.stat().st_size:
             reader = Reader(path, tolerant=True)
@@ -279,10 +281,10 @@ class Writer:
         try:
             written = self._file.write(record)
             if written != len(record):
-                raise OSError(f"only {written} of {len(record)} bytes of generation {entry.generation} could be written.")
-        except OSError:
+                raise OSError(errno.ENOSPC, f"only {written} of {len(record)} bytes of a generation could be written")
+        except OSError as error:
             self._file.truncate(start)
-            raise
+            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
         self.next = entry.generation + 1
 
     def sync(self) -> None:

@@ -195,11 +195,13 @@ class DurableRun(Generic[S]):
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
-        if self._journal is not None:
-            self._journal.close()
-        self.checkpoints.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+            self.checkpoints.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
 
 def _is_same_key(initial: Any, state: Any) -> bool:

@@ -6,7 +6,9 @@ A damaged line is dropped with one warning a file; a last line that a kill trunc
 earlier versions or written by hand, are taken as they are.
 """
 
+import errno
 import logging
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +56,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [fields for _, fields in read_lines(path)] if path.exists() else []
 
 
-def open_metrics(folder: Path, first: int) -> IO[str]:
+def open_metrics(folder: Path, first: int) -> IO[bytes]:
     """Open `metrics.jsonl` to append generation `first`; lines from `first` on, of a lost continuation, are dropped."""
     folder.mkdir(parents=True, exist_ok=True)
     path, kept = folder / NAME, list[bytes]()
@@ -63,4 +65,14 @@ def open_metrics(folder: Path, first: int) -> IO[str]:
             if isinstance(generation := fields.get("generation"), int) and generation < first:
                 kept.append(line + b"\n")
     replace_file(path, kept)
-    return open(path, "a")
+    return open(path, "ab", buffering=0)
+
+
+def write_line(file: IO[bytes], line: str) -> None:
+    """Append a line; OSError, with the name of the file, where it cannot be written."""
+    content = seal(line).encode()
+    try:
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from error

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -22,7 +22,7 @@ from eggroll.generation import LAST_GENERATION
 from eggroll.protocol import S, Strategy
 from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
-from eggroll.runs.metrics import open_metrics, seal
+from eggroll.runs.metrics import open_metrics, write_line
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
 from eggroll.runs.record import Record
@@ -107,7 +107,8 @@ def train(
             if score is not None:
                 record.extra["held_out_minus_mean"] = score - record.mean_fitness
             spent = _is_spent(budget, record)
-            _write(metrics_file, record)
+            if metrics_file is not None:
+                write_line(metrics_file, record.to_json())
             if durable is not None:
                 durable.record(state, record, score=score)
             if not keep_arrays:
@@ -161,15 +162,13 @@ def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
 
 
 def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
-    plot_history(history, folder / "fitness.png")
+    path = folder / "fitness.png"
+    try:
+        plot_history(history, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _progress_words(record: Record) -> str:
     fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
-
-
-def _write(metrics_file: IO[str] | None, record: Record) -> None:
-    if metrics_file is not None:
-        metrics_file.write(seal(record.to_json()))
-        metrics_file.flush()

@@ -7,6 +7,7 @@ import jax
 
 from eggroll.files import Damaged
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.integrity import writing
 
 TREE, CHECK = "tree", "check"
 
@@ -16,12 +17,13 @@ def save_checkpoint(folder: str | Path, tree: Any) -> None:
 
     Raises:
         ModuleNotFoundError: orbax-checkpoint is not installed.
+        OSError: it cannot be written.
     """
     import orbax.checkpoint as ocp
 
     tree = jax.device_get(tree)
     items = {TREE: ocp.args.StandardSave(tree), CHECK: ocp.args.JsonSave({"sha256": fingerprint(tree)})}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with writing(Path(folder)), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(folder).absolute(), args=ocp.args.Composite(**items), force=True)
 
 

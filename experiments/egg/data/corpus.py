@@ -205,7 +205,7 @@ def _open(path: Path) -> Corpus:
 def _digest(content: np.ndarray) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(content), PIECE):
-        digest.update(content[start : start + PIECE])
+        digest.update(content[start : start + PIECE].data)
     return digest.hexdigest()
 
 
