@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def replace_file(path: Path, pieces: bytes | Iterable[bytes], *, partial: Path |
     """
     partial = partial or path.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             file.writelines([pieces] if isinstance(pieces, bytes) else pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +55,17 @@ def replace_file(path: Path, pieces: bytes | Iterable[bytes], *, partial: Path |
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to an OSError that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def unused_name(path: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eggroll.files import sync
+from eggroll.files import naming, sync
 from eggroll.llm import sums
 from eggroll.llm.shards import CONFIG, INDEX, SINGLE
 from eggroll.llm.stacks import Tensor
@@ -79,7 +79,8 @@ def _kept_sums(folder: Path) -> dict[str, str]:
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    with naming(path):
+        path.write_bytes(content)
     sync(path)
 
 
@@ -113,7 +114,7 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> str:
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(head)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(head)
         for tensor in ordered:
             written = 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from eggroll.files import Damaged, parse_object, replace_file
+from eggroll.files import Damaged, naming, parse_object, replace_file
 
 logger = logging.getLogger(__name__)
 NAME, CHECKSUM = "metrics.jsonl", "crc32"
@@ -71,8 +71,6 @@ def open_metrics(folder: Path, first: int) -> IO[bytes]:
 def write_line(file: IO[bytes], line: str) -> None:
     """Append a line; OSError, with the name of the file, where it cannot be written."""
     content = seal(line).encode()
-    try:
+    with naming(Path(file.name)):
         if file.write(content) != len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file.name)) from error

@@ -90,7 +90,7 @@ def train(
         metrics_file = None
         if run_folder is not None and is_first():
             metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
-            stack.callback(plot or _plot_fitness, history, Path(run_folder))
+            stack.callback(_draw, plot or _plot_fitness, history, Path(run_folder))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
@@ -162,11 +162,15 @@ def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
 
 
 def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
-    path = folder / "fitness.png"
+    plot_history(history, folder / "fitness.png")
+
+
+def _draw(plot: Callable[[Sequence[Record], Path], None], history: Sequence[Record], folder: Path) -> None:
+    """Plot; an error of the disk names the folder."""
     try:
-        plot_history(history, path)
+        plot(history, folder)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, f"a figure cannot be written: {error.strerror}", str(folder)) from error
 
 
 def _progress_words(record: Record) -> str:

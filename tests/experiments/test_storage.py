@@ -1,8 +1,13 @@
 """What experiments read back: damage is one clear error, or what it damaged is made again."""
 
+import errno
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +16,14 @@ import pytest
 
 from eggroll.experiments.common import warm_start
 from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint
-from eggroll.experiments.common.run import write_json
+from eggroll.experiments.common.run import exit_on_error, write_json
 from eggroll.experiments.common.seed_runs import Setting, finished_seeds
 from eggroll.files import Damaged, read_object
+from eggroll.journal.integrity import writing
 from eggroll.llm import hf
 from eggroll.llm.models.families import init_params
 
+ROOT = Path(__file__).parents[2]
 TREE = {"params": {"w": jnp.arange(24.0).reshape(4, 6), "b": jnp.zeros(6, jnp.bfloat16)}, "count": np.int64(7)}
 LIKE = jax.tree.map(np.zeros_like, TREE)
 
@@ -52,7 +59,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_silent(tmp_path):
     files = sorted(
         path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file() and path.stat().st_size
     )
-    for name in [path.relative_to(tmp_path / "c") for path in files * 2]:
+    for name in files * 2:
         shutil.copytree(tmp_path / "c", tmp_path / "copy")
         data = bytearray((tmp_path / "copy" / name).read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -121,3 +128,43 @@ def test_a_damaged_warm_start_is_trained_again(tmp_path, capsys):
         assert f"the model in {folder} is damaged" in capsys.readouterr().out
         hf.load(folder)
     assert len(trained) == 4
+
+
+RUN = ["--env", "CartPole-v1", "--population-size", "64", "--env-steps", "60000", "--checks", "4", "--checkpoint-every", "2"]
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))  # bytes of a file
+sys.argv[1:] = sys.argv[2:]
+runpy.run_module("eggroll.experiments.rl", run_name="__main__")
+"""
+
+
+def start(tmp_path, name, *more, limit=1 << 40):
+    options = [*RUN, "--folder", str(tmp_path / name), *more]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", LIMITED, str(limit), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [900, 2000, 6000])
+def test_a_run_that_cannot_write_says_so_in_one_line_and_resumes(tmp_path, limit):
+    whole = start(tmp_path, "whole")
+    ended = start(tmp_path, "run", limit=limit)
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith("error: [Errno 27] ") and str(tmp_path / "run") in ended.stderr
+    resumed = start(tmp_path, "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    of_whole, of_run = (json.loads(done.stdout.splitlines()[-1]) for done in (whole, resumed))
+    for name in ("mean_return", "generations", "env_steps"):
+        assert of_whole[name] == of_run[name]
+
+
+def test_errors_of_a_full_disk_name_the_folder_and_the_way_out(tmp_path, capsys):
+    for error in (OSError(errno.ENOSPC, "No space left"), ValueError("RESOURCE_EXHAUSTED: ... No space left on device [x]")):
+        words = "a checkpoint cannot be written: No space left"
+        with pytest.raises(SystemExit, match=words) as ended, exit_on_error(), writing(tmp_path):
+            raise error
+        assert str(tmp_path) in str(ended.value) and "the same command with --resume continues" in str(ended.value)
+    with pytest.raises(OSError, match="a checkpoint cannot be written: a line"), writing(tmp_path):
+        raise RuntimeError("a line\nanother")
