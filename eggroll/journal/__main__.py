@@ -3,9 +3,11 @@
     python -m eggroll.journal inspect RUN                  show the contents
     python -m eggroll.journal replay RUN --generation G    rebuild the parameters after G generations, as an .npz file
     python -m eggroll.journal verify RUN                   rebuild the parameters of every checkpoint and compare, bit for bit
+    python -m eggroll.journal repair RUN                   set damaged records aside, so that the run resumes
 
-RUN is a run folder or a journal.bin. `replay` and `verify` import and call the recipe in the header, a function of the program
-that wrote the journal, to make the strategy and the initial parameters: use them on your own runs only.
+RUN is a run folder or a journal.bin. `replay` and `verify` import and call the recipe in the header, a function that makes the
+strategy and the initial parameters. A recipe outside of eggroll is called only if you name its module with --import, or with
+--trust, whatever it is: use these on runs that you trust as you trust a program.
 """
 
 import argparse
@@ -18,13 +20,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from eggroll.files import sync
 from eggroll.journal import JournalError, Reader, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.journal.header import UPDATE
+from eggroll.journal.repair import repair
 from eggroll.protocol import Strategy
 from eggroll.state import keys_to_words
 
+OWN, RECIPES = ("eggroll", "experiments"), ("remake", "make")  # packages and names of functions that are called unasked
 SHOWN = 10  # rows of the table: the first and the last five
 
 
@@ -33,23 +38,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m eggroll.journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("inspect", "replay", "verify"))
+    parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument("run", type=Path, help="run folder, or the journal itself")
     parser.add_argument("--generation", type=int, help="replay: generations to apply; all by default")
     parser.add_argument("--out", type=Path, help="replay: the file; RUN/replayed-G.npz by default")
+    parser.add_argument("--import", dest="imports", action="append", metavar="MODULE", help="replay, verify: may be imported")
+    parser.add_argument("--trust", action="store_true", default=None, help="replay, verify: import what the journal names")
     options = parser.parse_args(arguments)
-    for name in ("generation", "out"):
-        if options.command != "replay" and getattr(options, name) is not None:
-            sys.exit(f"error: --{name} has no effect with {options.command}: it belongs to replay.")
+    for name, given, commands in (
+        ("generation", options.generation, ("replay",)),
+        ("out", options.out, ("replay",)),
+        ("import", options.imports, ("replay", "verify")),
+        ("trust", options.trust, ("replay", "verify")),
+    ):
+        if options.command not in commands and given is not None:
+            sys.exit(f"error: --{name} has no effect with {options.command}: it belongs to {' and '.join(commands)}.")
     path = options.run / "journal.bin" if options.run.is_dir() else options.run
     try:
-        {"inspect": _inspect, "replay": _replay, "verify": _verify}[options.command](path, options)
+        COMMANDS[options.command](path, options)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def _inspect(path: Path, options: argparse.Namespace) -> None:
-    reader = Reader(path)
+    reader = Reader(path, tolerant=True)
     header = reader.header
     print(f"{path}, format {header.version}, key {header.key}, initial parameters {header.fingerprint[:16]}")
     for name, value in (header.config | header.versions | {"version of the update": header.update}).items():
@@ -66,16 +78,30 @@ def _inspect(path: Path, options: argparse.Namespace) -> None:
     shown = rows if hidden <= 0 else [*rows[: SHOWN // 2], f"       ...  {hidden} more", *rows[-SHOWN // 2 :]]
     print("\n".join(shown))
     print(f"{len(rows)} generations, {path.stat().st_size:,} bytes")
+    for gap in reader.gaps:
+        print(f"generations {gap.first} to {(gap.next or 0) - 1} are missing or damaged (byte {gap.start})")
     if reader.note:
         print(reader.note)
 
 
-def _remake(reader: Reader) -> tuple[Strategy, Any]:
+def _remake(reader: Reader, options: argparse.Namespace) -> tuple[Strategy, Any]:
     """Make the strategy and the initial state by the recipe, and compare them with the header."""
     recipe = reader.header.recipe
     if recipe is None:
         raise JournalError(f"{reader.path} has no recipe; rebuild it in Python with eggroll.journal.replay.")
-    es, initial = _find(recipe["function"])(recipe["options"])
+    module = str(recipe["function"]).partition(":")[0]
+    if options.trust or module in (options.imports or ()):
+        make = _find(recipe["function"])
+    elif module.split(".")[0] in OWN:
+        make = _find(recipe["function"])
+        if getattr(make, "__name__", None) not in RECIPES or make.__module__.split(".")[0] not in OWN:
+            raise JournalError(f"{reader.path} names {recipe['function']}, which is no recipe: --trust calls it anyway.")
+    else:
+        raise JournalError(
+            f"{reader.path} would import {module} and call {recipe['function']}: repeat the command with --import {module} if "
+            "the run is yours, or one that you trust as a program."
+        )
+    es, initial = make(recipe["options"])
     reader.header.check(make_header(es, initial), replay=True)
     return es, initial
 
@@ -89,7 +115,7 @@ def _find(function: str) -> Any:
 
 def _replay(path: Path, options: argparse.Namespace) -> None:
     reader = Reader(path)
-    es, initial = _remake(reader)
+    es, initial = _remake(reader, options)
     state = replay(es, initial, iter(reader), until=options.generation)
     out = options.out or path.parent / f"replayed-{int(state.generation)}.npz"
     parameters = es.parameters(state)
@@ -99,7 +125,13 @@ def _replay(path: Path, options: argparse.Namespace) -> None:
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
     partial.replace(out)
+    sync(out)
+    sync(out.parent)
     print(f"{out}: parameters after {int(state.generation)} generations, SHA-256 {fingerprint(parameters)}")
+
+
+def _repair(path: Path, options: argparse.Namespace) -> None:
+    print("\n".join(repair(path)))
 
 
 def _to_numpy(leaf: Any) -> np.ndarray:
@@ -115,7 +147,7 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
             f"{path} was written with version {reader.header.update} of the update, whose parameters this library (version "
             f"{UPDATE}) rebuilds up to rounding, not bit for bit."
         )
-    es, initial = _remake(reader)
+    es, initial = _remake(reader, options)
     checkpoints = Checkpoints(path.parent / "checkpoints", config=None)
     state, different = initial, []
     for generation in checkpoints.generations:
@@ -131,6 +163,8 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
         raise JournalError(f"the journal does not rebuild the checkpoints of generations {different}.")
     print(f"{len(checkpoints.generations)} checkpoints are rebuilt bit for bit")
 
+
+COMMANDS = {"inspect": _inspect, "replay": _replay, "verify": _verify, "repair": _repair}
 
 if __name__ == "__main__":
     main()

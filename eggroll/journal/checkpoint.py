@@ -3,10 +3,9 @@
 With several processes, every process makes the same calls on the same folder.
 """
 
-import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
 from eggroll.protocol import S
 from eggroll.state import keys_to_words, words_to_keys
 
+logger = logging.getLogger(__name__)
 CHUNK, IN_FLIGHT = 1 << 26, 1 << 28  # bytes: encoded together; written or read at a time
 
 
@@ -29,29 +30,32 @@ class Checkpoints:
         folder: created if missing.
         config: JSON values that identify the run; a folder with another config is refused. None: to read only, whatever the
             config; a run that writes to the folder meanwhile is not disturbed.
+        identified: whether it is known that the folder belongs to this run; then a damaged config.json is written again.
         keep: number of most recent checkpoints to keep, in addition to the one with the best score.
 
     Raises:
         ModuleNotFoundError: orbax-checkpoint is not installed.
-        ValueError: the folder belongs to a run with another config; the message names the fields.
+        ValueError: the folder belongs to a run with another config, and the message names the fields; or a file is damaged.
+            A damaged checkpoint is not among these: it is moved to `damaged/`, with a warning, or refused when only reading.
     """
 
-    def __init__(self, folder: str | Path, *, config: Mapping[str, Any] | None, keep: int = 3):
+    def __init__(self, folder: str | Path, *, config: Mapping[str, Any] | None, keep: int = 3, identified: bool = False):
         import orbax.checkpoint as ocp
 
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs every step of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every step of every save, and raises what it logs
         self._folder = Path(folder).absolute()
         if config is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _check_config(self._folder / "config.json", dict(config))
+            self._check_config(config, identified=identified)
         policies = ocp.checkpoint_managers
         score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
         if config is not None and is_first():
             for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
                 shutil.rmtree(unfinished)
+        self._skip_damaged(move=config is not None)
         wait_for_all("eggroll checkpoints")
         self._ocp = ocp
         self._options = ocp.CheckpointManagerOptions(
@@ -61,6 +65,41 @@ class Checkpoints:
             **score,
         )
         self._in_flight = IN_FLIGHT
+        self._manager = self._make_manager()
+
+    def _check_config(self, config: Mapping[str, Any], *, identified: bool) -> None:
+        path = self._folder / "config.json"
+        try:
+            stored = check_config(path, config)
+        except DamagedConfig as error:
+            if not identified:
+                raise
+            logger.warning("%s It was written again.", error)
+            stored = False
+        if not stored and is_first():
+            write_config(path, config)
+
+    def _skip_damaged(self, *, move: bool) -> None:
+        """Set checkpoints with damaged JSON files aside; orbax could not even list the others."""
+        for step in sorted(self._folder.glob("states/*")):
+            if not step.name.isdecimal() or (damage := find_damage(step)) is None:
+                continue
+            if not move and step.exists():  # the run that writes it may have removed it meanwhile
+                raise ValueError(f"the checkpoint of generation {step.name} is damaged: {damage}")
+            if move and is_first():
+                moved = set_aside(self._folder, int(step.name))
+                words = f"the checkpoint of generation {step.name}, now in {moved}, is damaged; an earlier one is used"
+                logger.warning("%s: %s", words, damage)
+
+    def set_aside(self, generations: Sequence[int]) -> None:
+        """Move damaged checkpoints to the folder `damaged`; all processes call this."""
+        if not generations:
+            return
+        self._manager.close()
+        if is_first():
+            for generation in generations:
+                logger.warning("the damaged checkpoint is now in %s.", set_aside(self._folder, generation))
+        wait_for_all("eggroll damaged checkpoints")
         self._manager = self._make_manager()
 
     def _make_manager(self) -> Any:
@@ -98,14 +137,18 @@ class Checkpoints:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
             score: higher is better; None: never the best.
+
+        Raises:
+            OSError: this checkpoint or the last one cannot be written.
         """
         metrics = {"score": float("-inf") if score is None else float(score)}
         stored, args = _storable(state, carried), self._ocp.args
         self._make_room(stored)
         chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
-        check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params)})
+        check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
-        self._manager.save(int(state.generation), args=saved, metrics=metrics)
+        with writing(self._folder):
+            self._manager.save(int(state.generation), args=saved, metrics=metrics)
 
     def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
         """Read a checkpoint. Memory holds `like`, the result, and at most 256 MiB or the largest array while it is decoded.
@@ -133,8 +176,12 @@ class Checkpoints:
             if fingerprint(stored) != restored["check"]["all"]:
                 raise ValueError("its bytes differ from those written")
             stored = jax.tree.map(_refill, {"state": like._asdict(), "carried": carried}, stored)
+        except MemoryError:
+            raise
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
-            reason = str(error).strip().splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
         return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
 
@@ -145,11 +192,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last `save` is complete."""
-        self._manager.wait_until_finished()
+        with writing(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait and close."""
-        self._manager.close()
+        with writing(self._folder):
+            self._manager.close()
 
 
 def _storable(state: S, carried: Any) -> dict[str, Any]:
@@ -176,20 +225,3 @@ def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.empty_like(leaf)
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """Write the config, or compare it with the stored one."""
-    given = json.loads(json.dumps(config))
-    if path.exists():
-        saved = json.loads(path.read_text())
-        names = [name for name in {**saved, **given} if saved.get(name) != given.get(name)]
-        if names:
-            differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {given.get(name)!r})" for name in names)
-            raise ValueError(f"{path.parent} has a run with other settings: {differing}.")
-        return
-    if not is_first():
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(given, indent=1) + "\n")
-    partial.replace(path)

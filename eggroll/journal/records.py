@@ -7,26 +7,28 @@
                 (the arrays that `runs.durable` carries)
 
 Coefficients take 4 P bytes, or P / 5 when all are one of (-c, 0, c), as with `pair_sign`: three-valued digits, five a byte.
-A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation.
+A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation;
+`recovery` mends the file where a checkpoint allows it.
 """
 
 import dataclasses
+import errno
 import json
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from eggroll.files import PIECE, parse_object, replace_file
 from eggroll.journal.header import READABLE, Header, JournalError
 
 MAGIC = b"EGJ1"
 HEADER, GENERATION = 0, 1
-_FRAME = struct.Struct("<4sBII")
+FRAME = struct.Struct("<4sBII")
 _ENTRY = struct.Struct("<ifIB")
 _MEAN = struct.Struct("<f")
 _FLOAT32, _TERNARY, _HAS_MEAN = 0, 1, 2  # encoding; the last is added to one of the others
@@ -43,77 +45,137 @@ class Entry(NamedTuple):
     mean_fitness: float | None = None  # of the population; None in journals of versions before 0.3
 
 
+class Gap(NamedTuple):
+    """A place of a journal where generations are missing, or bytes that are no record."""
+
+    start: int  # byte
+    end: int  # byte; equal to `start` where no damaged bytes are left
+    first: int  # the generations from `first` to below `next` are missing
+    next: int | None  # the generation that follows; None: none does
+
+
 class Reader:
     """Reads a journal record by record, without keeping them in memory.
 
     Args:
         path: the file.
+        tolerant: continue at the next sound record where one is damaged or missing; after the iteration `gaps` lists these
+            places. The header may be damaged too: see `has_header`.
 
     Raises:
         JournalError: the file is missing, or does not start with a readable header of this version.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, tolerant: bool = False):
         self.path = path
         self.note: str | None = None  # set at the end: what was dropped there
         self.end = 0  # bytes of sound records read so far
+        self.gaps: list[Gap] = []
+        self._tolerant = tolerant
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             raise JournalError(f"there is no journal {path}.") from None
         with open(path, "rb") as file:
             frame = _read_record(file, size)
-        if frame is None or frame[0] != HEADER:
-            raise JournalError(f"{path} is not a journal, or its header is damaged.")
-        fields = json.loads(frame[1])
-        if fields.get("version") not in READABLE:
-            known = " and ".join(map(str, READABLE))
-            raise JournalError(f"{path} has version {fields.get('version')} of the format; this library reads {known}.")
-        self.header = Header(**fields)
+            self._first = file.tell()  # byte of the first generation
+        self._header = None if frame is None or frame[0] != HEADER else _parse_header(frame[1], path)
+        if self._header is None:
+            self._first = 0
+            if not tolerant:
+                raise self._damaged_header()
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the header is sound."""
+        return self._header is not None
+
+    @property
+    def header(self) -> Header:
+        """The header; JournalError if it is damaged."""
+        if self._header is None:
+            raise self._damaged_header()
+        return self._header
+
+    def _damaged_header(self) -> JournalError:
+        return JournalError(f"{self.path} is not a journal, or its header is damaged.")
 
     def __iter__(self) -> Iterator[Entry]:
         """Yield the generations in order.
 
         Raises:
-            JournalError: a record before the last is damaged, or one is missing.
+            JournalError: a record before the last is damaged, or one is missing, unless the reader is tolerant; generations
+                are not in order.
         """
-        expected = None
-        size = self.path.stat().st_size
+        expected = 0 if self._tolerant else None
+        size, start = self.path.stat().st_size, self._first
+        self.gaps = []
         with open(self.path, "rb") as file:
-            _read_record(file, size)
             while True:
-                self.end = file.tell()
-                record = _read_record(file, size)
-                if record is None:
+                self.end = start
+                at = start if _is_generation(file, start, size) else _find_record(file, start + 1, size)
+                if at is None:
                     break
-                entry = _decode(record[1])
-                if expected is not None and entry.generation != expected:
-                    raise JournalError(f"{self.path}: generation {expected} is missing.")
+                if at != start and not self._tolerant:
+                    raise JournalError(f"{self.path} is damaged at generation {expected or 0} (byte {start}).")
+                file.seek(at)
+                record = _read_record(file, size)
+                assert record is not None
+                entry, start = decode(record[1], self.path), file.tell()
+                self._check_order(entry, expected, self.end, at)
                 expected = entry.generation + 1
                 yield entry
-            self._check_rest(file, size, expected or 0)
+        if start < size:
+            self.note = f"{self.path}: the last record, of generation {expected or 0}, is incomplete and was dropped."
 
-    def _check_rest(self, file: IO[bytes], size: int, expected: int) -> None:
-        """Bytes after the last sound record are a truncated record, unless a sound record follows them."""
-        if self.end == size:
-            return
-        file.seek(self.end)
-        rest = file.read()
-        start = rest.find(MAGIC, 1)
-        while start >= 0:
-            file.seek(self.end + start)
-            if _read_record(file, size) is not None:
-                raise JournalError(f"{self.path} is damaged at generation {expected} (byte {self.end}).")
-            start = rest.find(MAGIC, start + 1)
-        self.note = f"{self.path}: the last record, of generation {expected}, is incomplete and was dropped."
+    def _check_order(self, entry: Entry, expected: int | None, start: int, at: int) -> None:
+        """Note a gap before an entry that was read at byte `at`, if there is one."""
+        if expected is not None and entry.generation != expected:
+            if entry.generation < expected:
+                raise JournalError(f"{self.path}: generation {entry.generation} follows generation {expected - 1}.")
+            if not self._tolerant:
+                raise JournalError(f"{self.path}: generation {expected} is missing.")
+        if self._tolerant and (at != start or entry.generation != expected):
+            self.gaps.append(Gap(start, at, expected or 0, entry.generation))
+
+
+def _parse_header(content: bytes, path: Path) -> Header:
+    fields = parse_object(content, f"the header of {path}")
+    if fields.get("version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise JournalError(f"{path} has version {fields.get('version')} of the format; this library reads {known}.")
+    try:
+        return Header(**fields)
+    except TypeError as error:
+        raise JournalError(f"the header of {path} has other fields than this library knows: {error}.") from None
+
+
+def _is_generation(file: IO[bytes], start: int, size: int) -> bool:
+    file.seek(start)
+    record = _read_record(file, size)
+    return record is not None and record[0] == GENERATION
+
+
+def _find_record(file: IO[bytes], start: int, size: int) -> int | None:
+    """The place of the next sound generation from byte `start` on."""
+    while start < size:
+        file.seek(start)
+        data = file.read(PIECE + len(MAGIC) - 1)
+        at = data.find(MAGIC)
+        while at >= 0:
+            if _is_generation(file, start + at, size):
+                return start + at
+            at = data.find(MAGIC, at + 1)
+        start += PIECE
+    return None
 
 
 def _read_record(file: IO[bytes], size: int) -> tuple[int, bytes] | None:
     """Kind and payload of the record at the file's position; None when it is not sound."""
-    head = file.read(_FRAME.size)
-    if len(head) < _FRAME.size:
+    head = file.read(FRAME.size)
+    if len(head) < FRAME.size:
         return None
-    magic, kind, length, crc = _FRAME.unpack(head)
+    magic, kind, length, crc = FRAME.unpack(head)
     if magic != MAGIC or file.tell() + length > size:
         return None
     payload = file.read(length)
@@ -125,7 +187,12 @@ def _crc(kind: int, payload: bytes) -> int:
 
 
 def _record(kind: int, payload: bytes) -> bytes:
-    return _FRAME.pack(MAGIC, kind, len(payload), _crc(kind, payload)) + payload
+    return FRAME.pack(MAGIC, kind, len(payload), _crc(kind, payload)) + payload
+
+
+def encode_header(header: Header) -> bytes:
+    """Encode the record of a header."""
+    return _record(HEADER, json.dumps(dataclasses.asdict(header)).encode())
 
 
 def encode(entry: Entry) -> bytes:
@@ -144,7 +211,15 @@ def encode(entry: Entry) -> bytes:
     return head + mean + packed + entry.extra
 
 
-def _decode(payload: bytes) -> Entry:
+def decode(payload: bytes, place: Any = "the journal") -> Entry:
+    """Decode the payload of a record; JournalError if it is no generation."""
+    try:
+        return _unpack(payload)
+    except (struct.error, ValueError) as error:
+        raise JournalError(f"{place} has a record with a sound checksum that is no generation: {error}.") from None
+
+
+def _unpack(payload: bytes) -> Entry:
     generation, sigma, pairs, encoding = _ENTRY.unpack_from(payload)
     body, mean = payload[_ENTRY.size :], None
     if encoding & _HAS_MEAN:
@@ -159,17 +234,16 @@ def _decode(payload: bytes) -> Entry:
 
 
 def _replace_header(path: Path, header: Header) -> None:
-    """Write a journal again with another header, or a new one without generations."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(_record(HEADER, json.dumps(dataclasses.asdict(header)).encode()))
-        if path.exists() and path.stat().st_size:
-            with open(path, "rb") as old:
-                _read_record(old, path.stat().st_size)
-                shutil.copyfileobj(old, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a journal again with another header."""
+
+    def pieces() -> Iterator[bytes]:
+        yield encode_header(header)
+        with open(path, "rb") as old:
+            _read_record(old, path.stat().st_size)
+            while piece := old.read(1 << 20):
+                yield piece
+
+    replace_file(path, pieces())
 
 
 class Writer:
@@ -179,30 +253,35 @@ class Writer:
         path: the file; created with the header, or continued if it is a journal of the same run.
         header: of the run.
         accept_change: the fitness and the optimizer may be others than before; the header then has their digests.
+        covered: generation of the checkpoint that the run continues from; earlier generations may be missing from the file.
 
     Raises:
         JournalError: the file is damaged or belongs to another run; nothing is overwritten.
     """
 
-    def __init__(self, path: Path, header: Header, *, accept_change: bool = False):
-        self.next: int | None = None  # the generation to append next, None: any
+    def __init__(self, path: Path, header: Header, *, covered: int = 0, accept_change: bool = False):
+        self.next: int | None = covered or None  # the generation to append next, None: any
+        self._path = path
         self._version = header.version  # a file is continued in the version that it began in
         if path.exists() and path.stat().st_size:
-            reader = Reader(path)
+            reader = Reader(path, tolerant=True)
             reader.header.check(header, accept_change=accept_change)
             if accept_change and reader.header.digests not in (None, header.digests):
                 _replace_header(path, dataclasses.replace(reader.header, digests=header.digests, versions=header.versions))
-                reader = Reader(path)
+                reader = Reader(path, tolerant=True)
             self._version = reader.header.version
             for entry in reader:
-                self.next = entry.generation + 1
+                self.next = max(covered, entry.generation + 1)
+            for gap in reader.gaps:
+                if gap.start < gap.end:
+                    raise JournalError(f"{path} is damaged at generation {gap.first} (byte {gap.start}).")
             self.note = reader.note
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
             self._file.truncate(reader.end)
             self._file.seek(reader.end)
         else:
             self.note = None
-            _replace_header(path, header)
+            replace_file(path, encode_header(header))
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, entry: Entry) -> None:
@@ -219,10 +298,10 @@ class Writer:
         try:
             written = self._file.write(record)
             if written != len(record):
-                raise OSError(f"only {written} of {len(record)} bytes of generation {entry.generation} could be written.")
-        except OSError:
+                raise OSError(errno.ENOSPC, f"only {written} of {len(record)} bytes of a generation could be written")
+        except OSError as error:
             self._file.truncate(start)
-            raise
+            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
         self.next = entry.generation + 1
 
     def sync(self) -> None:

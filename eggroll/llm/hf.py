@@ -14,9 +14,11 @@ from eggroll.llm.decoder import Decoder
 from eggroll.llm.export import replace_checkpoint
 from eggroll.llm.int8 import dequantise, matrices
 from eggroll.llm.models.families import FAMILIES, Config, family_of, make_decoder, make_generator
+from eggroll.llm.models.fields import shorten
 from eggroll.llm.models.leaves import check_params
 from eggroll.llm.shards import CONFIG, Shards, read_object
-from eggroll.llm.stacks import read_quantised_stack, read_resident, read_stack, stored_tensors
+from eggroll.llm.stacks import check_tensors, read_quantised_stack, read_resident, read_stack, stored_tensors
+from eggroll.llm.sums import verify
 
 __all__ = ["FAMILIES", "Config", "load", "make_decoder", "make_generator", "read_config", "save"]
 HEAD = "lm_head.weight"
@@ -45,7 +47,7 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
     Raises:
         FileNotFoundError: no config.json, no weights, or a missing shard.
         ValueError: an unknown model_type or variant, a missing tensor, an unexpected tensor that would change the model, a
-            wrong shape, a damaged file, a dtype that is not floating.
+            wrong shape, a damaged file or one that differs from its line in SHA256SUMS, a dtype that is not floating.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -56,6 +58,7 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
     family, shards = family_of(config), Shards(folder)
     config = family.detect_names(config, shards.names)
     leaves = family.leaves(config)
+    check_tensors(shards, leaves)  # before anything is allocated
     resident = {name: read_resident(shards, leaf, dtype) for name, leaf in leaves.resident.items()}
     blocks = {}
     for name, leaf in leaves.blocks.items():
@@ -74,10 +77,11 @@ def read_config(folder: str | Path) -> Config:
     """
     path = Path(folder) / CONFIG
     fields = read_object(path)
-    if fields.get("model_type") not in FAMILIES:
-        got = repr(fields["model_type"]) if "model_type" in fields else "none"
+    model = fields.get("model_type")
+    if not isinstance(model, str) or model not in FAMILIES:
+        got = shorten(model) if "model_type" in fields else "none"
         raise ValueError(f"model_type in {path} must be one of {', '.join(FAMILIES)}, got {got}.")
-    return FAMILIES[fields["model_type"]].from_fields(fields)
+    return FAMILIES[model].from_fields(fields)
 
 
 def _check_rest(shards: Shards, ignored: str, config: Config) -> None:
@@ -103,7 +107,7 @@ def save(
     """Save a model for transformers and `load`: config.json and model.safetensors, or several files of weights and their index.
 
     Memory holds the parameters and a copy of one tensor. A kill leaves the older model of the folder, the new one, or a folder
-    without config.json, which does not load.
+    without config.json, which does not load. SHA256SUMS has the digests of all files, with which `load` compares them.
 
     Args:
         folder: created if missing; a checkpoint in it is replaced.
@@ -128,6 +132,8 @@ def save(
     if source is not None:
         fields = read_object(Path(source) / CONFIG) | fields
         fields.pop("torch_dtype", None)  # the older name of dtype
+        for name in _COPIED:
+            verify(Path(source) / name)
         files = {name: (Path(source) / name).read_bytes() for name in _COPIED if (Path(source) / name).is_file()}
     files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)

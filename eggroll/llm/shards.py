@@ -1,14 +1,19 @@
 """The tensors of a checkpoint folder: one model.safetensors, or shards listed in model.safetensors.index.json."""
 
 import itertools
-import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eggroll.files import parse_object
+from eggroll.llm.sums import verify
+
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,200}")  # without a folder
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -17,17 +22,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it contains anything else.
+        ValueError: it contains anything else, or differs from its line in SHA256SUMS.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must contain a JSON object, got a {type(value).__name__}.")
-    return value
+    verify(path)
+    return parse_object(path.read_bytes(), path)
 
 
 class Shards:
@@ -36,7 +36,8 @@ class Shards:
     A file is opened for every tensor: safetensors maps files, and what was read of a mapping stays in memory until it closes.
 
     Args:
-        folder: with model.safetensors, or model.safetensors.index.json and what it lists.
+        folder: with model.safetensors, or model.safetensors.index.json and what it lists. Files that have a line in SHA256SUMS
+            are compared with it first.
 
     Raises:
         FileNotFoundError: no weights, or a listed file is missing.
@@ -52,16 +53,22 @@ class Shards:
             if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
                 raise ValueError(f"{folder / INDEX} has no 'weight_map' of tensor names to file names.")
             names = sorted(set(listed.values()))
+            outside = [name for name in names if not _FILE_NAME.fullmatch(name)]
+            if outside:
+                raise ValueError(f"'weight_map' of {folder / INDEX} must name files of the folder, got {outside[0][:80]!r}.")
         else:
             raise FileNotFoundError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} with its shards.")
         self.folder = folder
         self.read_names: set[str] = set()
         self._paths: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for path in (folder / name for name in names):
+            verify(path)
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     self._paths[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
+                    self._dtypes[name] = file.get_slice(name).get_dtype()
 
     @property
     def names(self) -> set[str]:
@@ -71,6 +78,18 @@ class Shards:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, which must exist."""
         return self._shapes[name]
+
+    def find(self, names: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        """Return the first of the names that exists; ValueError if none does, or its shape or dtype does not fit."""
+        name = next((name for name in names if name in self._paths), None)
+        if name is None:
+            raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
+        got = self.shape(name)
+        if _drop_leading_ones(got) != _drop_leading_ones(shape):
+            raise ValueError(f"tensor '{name}' has shape {list(got)}, but config.json expects {list(shape)}.")
+        if self._dtypes[name] not in FLOATS:
+            raise ValueError(f"tensor '{name}' must be of {', '.join(FLOATS)}, got {self._dtypes[name]}.")
+        return name
 
     def read(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         """Read one tensor: `read_pieces` without a limit."""
@@ -92,12 +111,8 @@ class Shards:
         Raises:
             ValueError: it is missing, or its shape differs.
         """
-        name = next((name for name in names if name in self._paths), None)
-        if name is None:
-            raise ValueError(f"{self.folder} has no tensor '{names[0]}', expected with shape {list(shape)}.")
+        name = self.find(names, shape)
         got = self.shape(name)
-        if _drop_leading_ones(got) != _drop_leading_ones(shape):
-            raise ValueError(f"tensor '{name}' has shape {list(got)}, but config.json expects {list(shape)}.")
         self.read_names.add(name)
         with _open(self._paths[name]) as file:
             if limit is None or got != shape or math.prod(got) <= limit:

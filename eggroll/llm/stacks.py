@@ -37,6 +37,22 @@ class Tensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+def check_tensors(shards: Shards, leaves: Leaves) -> None:
+    """Raise ValueError unless the files have all tensors of a model, with their shapes."""
+    for leaf in leaves.resident.values():
+        shards.find(_names(leaf, 0), leaf.stored_shape)
+    for layer in range(leaves.layers):  # not leaf by leaf: a config.json may claim any number of layers
+        for leaf in leaves.blocks.values():
+            if layer >= leaf.first_layer:
+                shards.find(_names(leaf, layer), leaf.stored_shape)
+
+
+def _names(leaf: Leaf, layer: int) -> tuple[str, ...]:
+    """Possible names of a tensor; a headless model has no "model."."""
+    name = leaf.tensor.format(layer=layer)
+    return name, name.removeprefix("model.")
+
+
 def read_resident(shards: Shards, leaf: Leaf, dtype: np.dtype) -> Array:
     """Read a parameter that is not stacked."""
     return _read_layer(jnp.zeros((1, *leaf.shape), dtype), 0, shards, leaf, layer=0)[0]
@@ -63,8 +79,7 @@ def read_quantised_stack(shards: Shards, leaf: Leaf, layers: int, dtype: np.dtyp
 
 def _read_layer(stack: Array, index: int, shards: Shards, leaf: Leaf, *, layer: int) -> Array:
     """Write the tensor of a layer into `stack[index]`; `stack` is consumed."""
-    name = leaf.tensor.format(layer=layer)
-    names = (name, name.removeprefix("model."))  # a headless model has no "model."
+    names = _names(leaf, layer)
     limit = PIECE if leaf.stored is None else None
     for start, piece in shards.read_pieces(names, leaf.stored_shape, limit=limit):
         part = piece.astype(stack.dtype, copy=False)

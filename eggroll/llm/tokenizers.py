@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from eggroll.llm.sums import verify
+
 
 class Tokenizer(Protocol):
     """The interface of a tokenizer."""
@@ -41,7 +43,7 @@ class FileTokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or differs from its line in SHA256SUMS.
     """
 
     def __init__(self, path: str | Path):
@@ -50,20 +52,32 @@ class FileTokenizer:
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no tokenizer at {path}.")
+        verify(path)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises no narrower class
-            raise ValueError(f"{path} is not a tokenizer.json: {error}.") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab().values())
-        bare, whole = self.encode("a"), self._tokenizer.encode("a").ids
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            self.vocab_size: int = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+            bare, whole = self.encode("a"), self._tokenizer.encode("a").ids
+        except BaseException as error:  # the package raises no narrower class, and its panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise ValueError(f"{path} is not a tokenizer.json: {str(error).rstrip('.') or type(error).__name__}.") from None
+        if self.vocab_size < 1:
+            raise ValueError(f"{path} has no tokens.")
         starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
         self.prefix: tuple[int, ...] = tuple(whole[: starts[0]]) if starts else ()
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without `prefix`; special tokens such as "</s>" are recognised."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the tokens of a text, without `prefix`; special tokens such as "</s>" are recognised.
+
+        Raises:
+            ValueError: the tokenizer has no token for a part of it.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises no narrower class
+            raise ValueError(f"the tokenizer cannot encode {text[:20]!r}: {error}.") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""

@@ -21,8 +21,10 @@ import numpy as np
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.integrity import DamagedConfig
+from eggroll.journal.lock import lock_for_all
+from eggroll.journal.recovery import mend, plan
 from eggroll.protocol import S, Strategy
-from eggroll.runs.lock import lock_for_all
 from eggroll.state import check_not_consumed
 
 logger = logging.getLogger(__name__)
@@ -80,61 +82,95 @@ class DurableRun(Generic[S]):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_for_all(self._folder)
         try:
-            self.checkpoints = Checkpoints(self._folder / "checkpoints", config=config, keep=keep)
-            self._open_journal(make_header(es, initial, recipe=recipe), accept_change=accept_change)
-            self.state = self._resume(es, initial, self._folder / "journal.bin")
+            header = make_header(es, initial, recipe=recipe)
+            self._open(es, initial, header, config=config, keep=keep, accept_change=accept_change)
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
             raise
 
-    def _open_journal(self, header: Header, *, accept_change: bool) -> None:
+    def _open(
+        self, es: Strategy[S], initial: S, header: Header, *, config: Mapping[str, Any], keep: int, accept_change: bool
+    ) -> None:
         path = self._folder / "journal.bin"
+        self.checkpoints = self._open_checkpoints(header, path, config=config, keep=keep, accept_change=accept_change)
         if not path.exists() and self.checkpoints.generations:
             raise JournalError(
-                f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file or choose another folder."
+                f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file, choose another folder, or "
+                f"let `python -m eggroll.journal repair {self._folder}` give up the replay of the generations in it."
             )
-        self._journal = Writer(path, header, accept_change=accept_change) if is_first() else None
-        if self._journal is None and path.exists():
-            Reader(path).header.check(header, accept_change=accept_change)  # every process refuses, as the first one does
+        if path.exists():
+            stored = Reader(path, tolerant=True)
+            if stored.has_header:
+                stored.header.check(header, accept_change=accept_change)  # every process refuses, as the first one does
+        state, damaged = self._restore_last(initial)
+        if path.exists():
+            self._mend(path, header, initial, state, is_other_model=bool(damaged) and not int(state.generation))
+        self.checkpoints.set_aside(damaged)
+        self._journal = Writer(path, header, covered=int(state.generation), accept_change=accept_change) if is_first() else None
         if self._journal is not None and self._journal.note:
             logger.warning(self._journal.note)
         wait_for_all("eggroll journal")
+        self.state = self._resume(es, state, path)
 
-    def _resume(self, es: Strategy[S], initial: S, path: Path) -> S:
+    def _open_checkpoints(
+        self, header: Header, path: Path, *, config: Mapping[str, Any], keep: int, accept_change: bool
+    ) -> Checkpoints:
+        """Open the checkpoints; a damaged config.json is written again if the journal shows that the run is this one."""
+        folder = self._folder / "checkpoints"
+        try:
+            return Checkpoints(folder, config=config, keep=keep)
+        except DamagedConfig as error:
+            if not path.exists() or not Reader(path, tolerant=True).has_header:
+                raise ValueError(f"{error} The journal cannot tell whose run it is either: choose another folder.") from None
+            Reader(path).header.check(header, accept_change=accept_change)
+            return Checkpoints(folder, config=config, keep=keep, identified=True)
+
+    def _mend(self, path: Path, header: Header, initial: S, state: S, *, is_other_model: bool) -> None:
+        """Mend a damaged journal, if `state`, from a checkpoint, allows it."""
+        chosen = plan(path, covered=int(state.generation))
+        if chosen.header is None and (is_other_model or not _is_same_key(initial, state)):
+            raise JournalError(f"the header of {path} is damaged, and the checkpoints are damaged or of another run.")
+        wait_for_all("eggroll damaged journal")  # all have read it
+        if is_first() and (chosen.writes or chosen.lost):
+            logger.warning(" ".join(mend(path, chosen, header)) or f"{path} has a new header.")
+
+    def _resume(self, es: Strategy[S], state: S, path: Path) -> S:
         last: list[Entry] = []
 
         def entries() -> Iterator[Entry]:
-            for entry in Reader(path):
+            for entry in Reader(path, tolerant=True):
                 last[:] = [entry]
                 yield entry
 
-        state = self._restore_last(initial)
-        if jax.tree.leaves(initial.member_state):
+        if jax.tree.leaves(state.member_state):
             self._reevaluated = {entry.generation: entry for entry in entries() if entry.generation >= int(state.generation)}
         else:
             state = replay(es, state, entries())
         reached = last[0].generation + 1 if last else 0
-        if int(state.generation) > reached:
-            raise JournalError(f"{path} ends at generation {reached}, before the checkpoint of {int(state.generation)}.")
         if last and self._carried is not None and int(state.generation) == reached:
             self._carried.load(_unpack(last[0].extra, self._carried.save()))
         return state
 
-    def _restore_last(self, initial: S) -> S:
-        """Restore the last sound checkpoint and what is carried; without one, return the initial state."""
-        like = None if self._carried is None else self._carried.save()
+    def _restore_last(self, initial: S) -> tuple[S, list[int]]:
+        """Restore the last sound checkpoint and what is carried; without one, return the initial state.
+
+        Returns:
+            The state, and the generations of later checkpoints, which are damaged.
+        """
+        like, damaged = None if self._carried is None else self._carried.save(), list[int]()
         for generation in reversed(self.checkpoints.generations):
             try:
                 restored = self.checkpoints.restore(initial, like, generation=generation)
             except ValueError as error:
                 logger.warning("%s; an earlier one is used.", error)
+                damaged.append(generation)
                 continue
             if restored is not None:
                 if self._carried is not None:
                     self._carried.load(restored[1])
-                return restored[0]
-        return initial
+                return restored[0], damaged
+        return initial, damaged
 
     def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.
@@ -164,11 +200,18 @@ class DurableRun(Generic[S]):
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
-        if self._journal is not None:
-            self._journal.close()
-        self.checkpoints.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+            self.checkpoints.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+
+def _is_same_key(initial: Any, state: Any) -> bool:
+    """Whether two states are of runs with one key."""
+    return initial.key.dtype == state.key.dtype and bool((initial.key == state.key).all())
 
 
 def _pack(carried: Any) -> bytes:

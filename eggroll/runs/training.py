@@ -9,12 +9,11 @@ This file owns the loop; strategies own the mathematics, `record` what a generat
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -23,6 +22,7 @@ from eggroll.generation import LAST_GENERATION
 from eggroll.protocol import S, Strategy
 from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
+from eggroll.runs.metrics import open_metrics, write_line
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
 from eggroll.runs.record import Record
@@ -90,7 +90,7 @@ def train(
         metrics_file = None
         if run_folder is not None and is_first():
             metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
-            stack.callback(plot or _plot_fitness, history, Path(run_folder))
+            stack.callback(_draw, plot or _plot_fitness, history, Path(run_folder))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
@@ -107,7 +107,8 @@ def train(
             if score is not None:
                 record.extra["held_out_minus_mean"] = score - record.mean_fitness
             spent = _is_spent(budget, record)
-            _write(metrics_file, record)
+            if metrics_file is not None:
+                write_line(metrics_file, record.to_json())
             if durable is not None:
                 durable.record(state, record, score=score)
             if not keep_arrays:
@@ -164,28 +165,14 @@ def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
     plot_history(history, folder / "fitness.png")
 
 
+def _draw(plot: Callable[[Sequence[Record], Path], None], history: Sequence[Record], folder: Path) -> None:
+    """Plot; an error of the disk names the folder."""
+    try:
+        plot(history, folder)
+    except OSError as error:
+        raise OSError(error.errno, f"a figure cannot be written: {error.strerror}", str(folder)) from error
+
+
 def _progress_words(record: Record) -> str:
     fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"
-
-
-def open_metrics(folder: Path, first: int) -> IO[str]:
-    """Open `metrics.jsonl` to append generation `first`; lines from `first` on, of a lost continuation, are dropped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    kept = []
-    if first > 0 and path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line truncated by a kill
-                if json.loads(line)["generation"] < first:
-                    kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
-    return open(path, "a")
-
-
-def _write(metrics_file: IO[str] | None, record: Record) -> None:
-    if metrics_file is not None:
-        metrics_file.write(record.to_json() + "\n")
-        metrics_file.flush()

@@ -46,7 +46,7 @@ def read_records(path: str | Path) -> list[Record]:
 def _parsed(line: bytes, place: str) -> Record:
     try:
         fields = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8; nested too deeply
         raise ValueError(f"{place}: not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{place}: expected a JSON object, got a {type(fields).__name__}.")

@@ -1,14 +1,9 @@
-"""What runs under `eggroll.train` share: when to check on validation examples, their result, the reader of their metrics."""
+"""What runs under `eggroll.train` share: when to check on validation examples, their result."""
 
-import contextlib
-import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-Row = dict[str, Any]
 
 
 class Tuned(NamedTuple):
@@ -41,12 +36,3 @@ class Checks:
 def rate(seconds: Sequence[float], *, forwards: int) -> float:
     """Forwards per second of the median step."""
     return forwards / statistics.median(seconds) if seconds else math.nan
-
-
-def read_metrics(folder: Path) -> list[Row]:
-    """Read the lines of `metrics.jsonl`, without one truncated by a kill; none where there is no such file."""
-    path, rows = folder / "metrics.jsonl", list[Row]()
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows

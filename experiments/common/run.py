@@ -6,8 +6,10 @@ turns that off, `JAX_COMPILATION_CACHE_DIR` names another folder.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -20,7 +22,9 @@ import jax
 import numpy as np
 
 from eggroll.devices.processes import is_first, join
+from eggroll.files import write_object
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 SUMMARY = "summary.json"  # of a seed, with its options; written last, so that it marks a finished run
 
@@ -62,11 +66,29 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process with a one-line message where options, files or packages are wrong."""
+    """End the process with a one-line message where options, files or packages are wrong, or the disk is full."""
+    _drop_late_errors()
     try:
         yield
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        words = str(error)
+        if isinstance(error, OSError) and error.errno in FULL:
+            words += ". Free some space; the same command with --resume continues."
+        sys.exit(f"error: {words}")
+
+
+def _drop_late_errors() -> None:
+    """Keep threads of orbax quiet whose checkpoint could not be written: the error itself is raised by the run."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    shown = sys.unraisablehook
+    if getattr(shown, "__name__", "") == "show_unless_late":
+        return
+
+    def show_unless_late(late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            shown(late)
+
+    sys.unraisablehook = show_unless_late
 
 
 def leave(main: Callable[[], None]) -> None:
@@ -112,11 +134,9 @@ def jsonable(value: Any) -> Any:
     return jsonable(np.asarray(value).tolist())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write the fields of a JSON file atomically, with a checksum that `eggroll.files.read_object` compares."""
+    write_object(path, jsonable(value))
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.experiments.common.run import SUMMARY
+from eggroll.files import Damaged, read_object
 
 Summaries = dict[int, dict[str, Any]]  # seed -> summary of its run
 
@@ -47,8 +47,12 @@ def finished_seeds(setting: Setting, seeds: Iterable[int]) -> Summaries:
     for seed in seeds:
         path = setting.folder / f"seed-{seed}" / SUMMARY
         with contextlib.suppress(FileNotFoundError):
-            summary = json.loads(path.read_text())
-            options = summary.pop("options")
+            try:
+                summary = read_object(path)
+                options = summary.pop("options")
+            except (Damaged, KeyError) as error:
+                print(f"{path} is damaged, its run is resumed or repeated: {error}", flush=True)
+                continue
             differing = [name for name, value in setting.options.items() if options.get(name) != value]
             if differing:
                 raise ValueError(f"{path.parent} has a run with another {', '.join(differing)}; choose another folder.")

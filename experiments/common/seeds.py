@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
-from eggroll.runs.lock import lock_for_all
+from eggroll.journal.lock import lock_for_all
 
 _KEPT_BY_RESUME = ("journal.bin", "checkpoints", "samples")
 Row = dict[str, Any]

@@ -23,6 +23,7 @@ from eggroll.experiments.common.run import run_folder
 from eggroll.llm import hf
 from eggroll.llm.models.transformer import TransformerConfig
 from eggroll.llm.shards import CONFIG
+from eggroll.llm.sums import find_differing
 from eggroll.llm.tokenizers import ByteTokenizer
 from eggroll.runs.progress import progress_line
 
@@ -56,7 +57,7 @@ def check_settings(counts: Mapping[str, int], *, width: int, learning_rate: floa
 
 
 def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, settings: Any, task: str) -> Path:
-    """Return the folder of a trained model, in the Hugging Face layout; train it if the folder does not exist yet.
+    """Return the folder of a trained model, in the Hugging Face layout; train it if there is none yet, or a damaged one.
 
     Args:
         cache: holds a folder for every model.
@@ -69,11 +70,24 @@ def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, se
     folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
     if is_first():
         with _locked(folder):
-            if not (folder / CONFIG).is_file():  # it is written last
+            if not _is_sound(folder):
                 print(f"warm start: training a small model on {task}; it is kept in {folder}", flush=True)
                 hf.save(folder, config, train())
     wait_for_all("warm start")
     return folder
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether the folder has a trained model, whose files are those that were written."""
+    if not (folder / CONFIG).is_file():  # it is written last
+        return False
+    try:
+        differing = find_differing(folder)
+    except ValueError as error:
+        differing = [str(error)]
+    if differing:
+        print(f"warm start: the model in {folder} is damaged ({', '.join(differing)})", flush=True)
+    return not differing
 
 
 @contextlib.contextmanager

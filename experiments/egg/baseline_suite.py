@@ -32,6 +32,7 @@ from eggroll.experiments.egg.figure import plot_curves
 from eggroll.experiments.egg.models import byte_models, egg
 from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS
 from eggroll.experiments.egg.problem import held_out
+from eggroll.runs.metrics import seal
 
 Baseline = Literal["egg-adam", "egg-eggroll", "transformer-sgd", "transformer-adam"]
 RATES: dict[str, tuple[float, ...]] = {
@@ -178,7 +179,7 @@ class Study:
             row = about | {"update": done, "training_bits": bits}
             if done % config.validation_every == 0 or done == config.updates:
                 checks[done] = row["validation_bits"] = validate(learner.params(run))
-            self._metrics.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+            self._metrics.write(seal(json.dumps(jsonable(row), allow_nan=False)))
             self._metrics.flush()
         return checks
 

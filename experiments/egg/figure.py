@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.egg.data.references import Reference
+from eggroll.runs.metrics import read_metrics
 
 
 def plot_bits(folder: Path, references: Sequence[Reference]) -> None:

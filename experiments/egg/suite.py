@@ -6,7 +6,6 @@ of streams, and differ in how many members read each. A seed that was killed res
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,6 +21,7 @@ from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.egg import config as egg
 from eggroll.experiments.egg.figure import plot_scaling
+from eggroll.files import read_object
 
 OWN = ("population_size", "group", "seed")
 
@@ -116,7 +116,7 @@ def make_setting(folder: Path, population: int, arguments: Sequence[str]) -> Set
 
 def read_baselines(config: Config, path: Path) -> dict[str, float]:
     """Return baseline -> bits per byte from a file of experiments.egg_baselines; ValueError if it read other data."""
-    results = json.loads(path.read_text())
+    results = read_object(path)
     expected = {"streams": config.streams, "bytes_per_update": config.bytes_per_update, "updates": config.generations}
     for name, value in expected.items():
         if results["options"][name] != value:

@@ -1,1 +1,1 @@
-"""A training run is killed at random moments and resumed, bit for bit."""
+"""A training run is killed at random moments, its files are damaged, and it is resumed, bit for bit."""

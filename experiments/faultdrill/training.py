@@ -3,6 +3,7 @@
 python -m eggroll.experiments.faultdrill.training FOLDER GENERATIONS CHECKPOINT_EVERY [MOMENT GENERATION]
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -75,9 +76,12 @@ def make(options: Any) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
     return es, state
 
 
-def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[str, int] | None = None) -> str:
-    """Resume training in `folder` to the end, or to the moment and the generation of `die`; return the fingerprint."""
-    es, initial = make({})
+def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[str, int] | None = None, made: Any = None) -> str:
+    """Resume training in `folder` to the end, or to the moment and the generation of `die`; return the fingerprint.
+
+    `made` is the result of `make`, whose programs may be compiled already.
+    """
+    es, initial = made or make({})
     carried = Statistics()
     config = {"experiment": "faultdrill", "checkpoint_every": checkpoint_every}
     recipe = {"function": RECIPE, "options": {}}
@@ -86,9 +90,10 @@ def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[st
     print(f"started at {started_at}", flush=True)
     if die is not None:
         _arm(run, *die)
-    if (left := generations - started_at) > 0:
-        state, _ = train(es, state, batch_of, generations=left, callbacks=[carried, _report], run_folder=folder, durable=run)
-    run.close()
+    with contextlib.closing(run):
+        if (left := generations - started_at) > 0:
+            callbacks: list[Any] = [carried, _report]
+            state, _ = train(es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run)
     return fingerprint((state.params, state.opt_state, carried.save()))
 
 

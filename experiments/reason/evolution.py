@@ -139,7 +139,8 @@ class Evolution:
         earlier = [saved for saved in run.checkpoints.generations if saved <= generation]
         restored = run.checkpoints.restore(initial, progress.save(), generation=earlier[-1]) if earlier else None
         es: Any = self.strategy
-        return replay(es, restored[0] if restored else initial, iter(Reader(folder / "journal.bin")), until=generation)
+        entries = iter(Reader(folder / "journal.bin", tolerant=True))
+        return replay(es, restored[0] if restored else initial, entries, until=generation)
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:

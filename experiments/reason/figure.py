@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eggroll.experiments.common.loop import read_metrics
+from eggroll.runs.metrics import read_metrics
 
 COLORS = {"eggroll": "#0072b2", "grpo": "#d55e00"}  # told apart by the colour-blind
 Curve = tuple[Sequence[float], Sequence[float]]  # seconds and validation accuracies of a seed

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
@@ -21,6 +20,7 @@ from eggroll.experiments.common.suite import Job, Report, Result, Suite, markdow
 from eggroll.experiments.reason import config as reason
 from eggroll.experiments.reason.effects import RULES
 from eggroll.experiments.reason.figure import Curve, draw_curves
+from eggroll.runs.metrics import read_metrics
 
 OWN = ("algorithm", "start.architecture", "seed")
 

@@ -14,6 +14,7 @@ from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.ppo import Metrics, make_trainer
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained, seed_keys
+from eggroll.runs.metrics import seal
 from eggroll.runs.progress import progress_line
 
 
@@ -47,7 +48,7 @@ class PolicyGradient:
                 learner = run.learner
                 actor = learner.params["actor"]
                 rows[-1] |= checks(actor, learner.statistics, env_steps=rows[-1]["env_steps"])
-                file.write(json.dumps(jsonable(rows[-1])) + "\n")
+                file.write(seal(json.dumps(jsonable(rows[-1]))))
                 file.flush()
                 show(rows[-1]["env_steps"], f"update {update}  mean return {rows[-1]['mean_return']:.4g}")
                 if checks.met:

@@ -1,5 +1,6 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
+import contextlib
 import statistics
 from typing import Any
 
@@ -128,20 +129,20 @@ class Evolution:
             accept_change=config.accept_change,
             recipe=seed_run.recipe,
         )
-        state, done = run.state, int(run.state.generation)
-        history: list[Record] = []
-        if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
-            state, history = train(
-                es,
-                state,
-                progress.batch,
-                generations=None if config.generations is None else config.generations - done,
-                budget=("env_steps", config.env_steps),
-                callbacks=[progress],
-                run_folder=folder,
-                durable=run,
-            )
-        run.close()
+        with contextlib.closing(run):
+            state, done = run.state, int(run.state.generation)
+            history: list[Record] = []
+            if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
+                state, history = train(
+                    es,
+                    state,
+                    progress.batch,
+                    generations=None if config.generations is None else config.generations - done,
+                    budget=("env_steps", config.env_steps),
+                    callbacks=[progress],
+                    run_folder=folder,
+                    durable=run,
+                )
         return Trained(
             local(state.params),
             progress.statistics,

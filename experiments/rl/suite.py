@@ -15,7 +15,6 @@ import tyro
 
 from eggroll import envs
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
-from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
@@ -25,6 +24,7 @@ from eggroll.experiments.rl.figure import Curve, draw_curves
 from eggroll.experiments.rl.inputs import ignored_in
 from eggroll.experiments.rl.presets import SMALL
 from eggroll.experiments.rl.search import SEED, random_options
+from eggroll.runs.metrics import read_metrics
 
 MODULE = "eggroll.experiments.rl"
 OWN = ("env", "algorithm", "seed")

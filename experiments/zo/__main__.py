@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from eggroll.devices.processes import is_first
-from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.run import exit_on_error, print_summary, run_folder, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
@@ -26,6 +25,7 @@ from eggroll.experiments.zo.inputs import load
 from eggroll.experiments.zo.problem import FineTuning, Score, score
 from eggroll.llm import hf
 from eggroll.protocol import Strategy
+from eggroll.runs.metrics import read_metrics
 
 
 def make_runs(config: Config, task: FineTuning, judge: Any) -> Evolution | Backprop:

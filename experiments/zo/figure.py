@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eggroll.experiments.common.loop import Row
 from eggroll.experiments.zo.config import BACKPROP
 from eggroll.experiments.zo.problem import Score
 
+Row = dict[str, Any]
 Curve = tuple[Sequence[float], Sequence[float]]  # forwards and validation accuracies of a seed
 
 

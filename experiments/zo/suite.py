@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import tyro
 
 from eggroll.experiments.common.bootstrap import mean_interval
-from eggroll.experiments.common.loop import read_metrics
 from eggroll.experiments.common.options import check_passed, drop_options, effective
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
@@ -24,6 +23,7 @@ from eggroll.experiments.zo.config import Config as ZOConfig
 from eggroll.experiments.zo.figure import Curve, draw_curves
 from eggroll.experiments.zo.memory import step_mib
 from eggroll.experiments.zo.warm_start import warm_start
+from eggroll.runs.metrics import read_metrics
 
 MODULE = "eggroll.experiments.zo"
 OWN = ("recipe", "steps", "seed")

@@ -67,7 +67,7 @@ COMMANDS = {
         "ranks bias_size bias_pairs bias_replicates sigmas sizes cosine_pairs cosine_replicates population_sizes width "
         "error_replicates rank seed run",
     ),
-    "faultdrill": (faultdrill.Config, (), "kills generations checkpoint_every damages seed folder"),
+    "faultdrill": (faultdrill.Config, (), "kills generations checkpoint_every damages seed storage folder"),
     "bench engine": (engine.Engine, (), "cases repeats dense_repeats distribution rank tune"),
     "bench decode": (
         decode.Decode,

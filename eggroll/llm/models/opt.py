@@ -10,7 +10,7 @@ from jax import Array
 
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.models.attention import attend, causal_mask, layer_norm, positions
-from eggroll.llm.models.fields import check_supported, integer
+from eggroll.llm.models.fields import check_supported, flag, integer
 from eggroll.llm.models.leaves import Leaf, Leaves, linear_leaves
 
 OFFSET = 2  # the first two rows of the position table belong to padding
@@ -63,9 +63,9 @@ def from_fields(fields: Mapping[str, Any]) -> OPTConfig:
         ffn_dim=integer(fields, "ffn_dim"),
         num_attention_heads=integer(fields, "num_attention_heads"),
         max_position_embeddings=integer(fields, "max_position_embeddings"),
-        word_embed_proj_dim=fields.get("word_embed_proj_dim") or fields["hidden_size"],
-        do_layer_norm_before=fields.get("do_layer_norm_before", True),
-        tie_word_embeddings=fields.get("tie_word_embeddings", True),
+        word_embed_proj_dim=integer(fields, "word_embed_proj_dim", integer(fields, "hidden_size")),
+        do_layer_norm_before=flag(fields, "do_layer_norm_before", True),
+        tie_word_embeddings=flag(fields, "tie_word_embeddings", True),
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.llm.models.fields import check_supported
+from eggroll.llm.models.fields import FLOAT32, check_supported, shorten
 
 _SCALED = ("factor", "original_max_position_embeddings")
 NEEDED: dict[str, tuple[str, ...]] = {  # by rope_type
@@ -61,16 +61,25 @@ class Rotary:
     truncate: bool | None = None
 
     def __post_init__(self):
-        if self.rope_type not in NEEDED:
-            raise ValueError(f"rotary positions must be of type {', '.join(NEEDED)}, got {self.rope_type!r}.")
+        if not isinstance(self.rope_type, str) or self.rope_type not in NEEDED:
+            raise ValueError(f"rotary positions must be of type {', '.join(NEEDED)}, got {shorten(self.rope_type)}.")
         for name in ("rope_theta", *NEEDED[self.rope_type]):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"'{name}' of '{self.rope_type}' rotary positions must be a number > 0, got {value!r}.")
+            self._check_number(name, getattr(self, name))
+        for name in OPTIONAL.get(self.rope_type, ()):
+            if name != "truncate" and getattr(self, name):
+                self._check_number(name, getattr(self, name))
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"'rope_theta' of 'yarn' rotary positions must be above 1, got {self.rope_theta}.")
+        if self.truncate is not None and not isinstance(self.truncate, bool):
+            raise ValueError(f"'truncate' of rotary positions must be true or false, got {shorten(self.truncate)}.")
         if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} and {self.high_freq_factor}."
             )
+
+    def _check_number(self, name: str, value: Any) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < FLOAT32:
+            raise ValueError(f"'{name}' of '{self.rope_type}' rotary positions must be a number > 0, got {shorten(value)}.")
 
     def frequencies(self, size: int) -> np.ndarray:
         """Return f, float32 [size / 2]."""
@@ -127,7 +136,7 @@ def from_fields(fields: Mapping[str, Any]) -> Rotary:
     """
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        raise ValueError(f"rotary positions in config.json must be one object for all layers, got {given!r}.")
+        raise ValueError(f"rotary positions in config.json must be one object for all layers, got {shorten(given)}.")
     for place in (fields, given):
         check_supported({"model_type": fields.get("model_type"), **place}, "partial_rotary_factor", 1.0)
     kind = given.get("rope_type", given.get("type", "default"))
@@ -136,7 +145,8 @@ def from_fields(fields: Mapping[str, Any]) -> Rotary:
     known = defaults | {name: value for name, value in given.items() if value is not None}
     if fields.get("original_max_position_embeddings"):
         known["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
-    names = ("rope_theta", *NEEDED.get(kind, ()), *OPTIONAL.get(kind, ()))
+    known_kind = kind if isinstance(kind, str) else ""
+    names = ("rope_theta", *NEEDED.get(known_kind, ()), *OPTIONAL.get(known_kind, ()))
     return Rotary(rope_type=kind, **{name: known[name] for name in names if name in known})
 
 

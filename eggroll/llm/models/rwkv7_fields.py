@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eggroll.llm.models.fields import check_supported, integer
+from eggroll.llm.models.fields import check_supported, integer, number, shorten
 from eggroll.llm.models.leaves import Leaf, Leaves
 from eggroll.llm.models.rwkv7 import RWKV7Config
 
@@ -30,8 +30,9 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
     for name, value in FIXED.items():
         check_supported(fields, name, value)
     width = integer(fields, "hidden_size")
-    if any(value != width for value in fields.get("value_dim") or [width]):
-        raise ValueError(f"'value_dim' in config.json must be hidden_size {width} in every layer, got {fields['value_dim']}.")
+    widths = fields.get("value_dim") or [width]
+    if any(value != width for value in (widths if isinstance(widths, list) else [widths])):
+        raise ValueError(f"'value_dim' in config.json must be hidden_size {width} in every layer, got {shorten(widths)}.")
     by_heads = width // integer(fields, "num_heads") if fields.get("num_heads") is not None else 64
     head_dim = integer(fields, "head_dim", integer(fields, "head_size", by_heads))
 
@@ -42,14 +43,14 @@ def from_fields(fields: Mapping[str, Any]) -> RWKV7Config:
     return RWKV7Config(
         vocab_size=integer(fields, "vocab_size"),
         hidden_size=width,
-        intermediate_size=integer(fields, "intermediate_size", 32 * -(-int(width * (fields.get("hidden_ratio") or 4)) // 32)),
+        intermediate_size=integer(fields, "intermediate_size", 32 * -(-int(width * number(fields, "hidden_ratio", 4)) // 32)),
         num_hidden_layers=integer(fields, "num_hidden_layers"),
         decay_low_rank_dim=inner("w"),
         a_low_rank_dim=inner("a"),
         v_low_rank_dim=inner("v"),
         gate_low_rank_dim=inner("g"),
         head_dim=head_dim,
-        norm_eps=fields.get("norm_eps", 1e-5),
+        norm_eps=number(fields, "norm_eps", 1e-5),
     )
 
 

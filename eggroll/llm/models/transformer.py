@@ -23,7 +23,7 @@ from eggroll.llm.generator import Generator
 from eggroll.llm.int8 import matmul
 from eggroll.llm.models import rotary
 from eggroll.llm.models.attention import attend, attend_by_head, causal_mask, positions, rms_norm
-from eggroll.llm.models.fields import check_supported, integer
+from eggroll.llm.models.fields import check_supported, flag, integer, number, shorten
 from eggroll.llm.models.leaves import Leaf, Leaves, linear_leaves
 from eggroll.llm.models.rotary import Rotary, rotate
 
@@ -93,9 +93,11 @@ def from_fields(fields: Mapping[str, Any]) -> TransformerConfig:
     model = fields["model_type"]
     for name, expected in (("hidden_act", "silu"), ("use_sliding_window", False)):
         check_supported(fields, name, expected)
-    other = set(fields.get("layer_types") or []) - {"full_attention"}
+    kinds = fields.get("layer_types") or []
+    other = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]
     if other:
-        raise ValueError(f"'layer_types' in config.json has '{min(other)}', but '{model}' supports only full attention.")
+        named = f"'{other[0]}'" if isinstance(other[0], str) else shorten(other[0])
+        raise ValueError(f"'layer_types' in config.json has {named}, but '{model}' supports only full attention.")
     width, heads = integer(fields, "hidden_size"), integer(fields, "num_attention_heads")
     return TransformerConfig(
         vocab_size=integer(fields, "vocab_size"),
@@ -109,11 +111,11 @@ def from_fields(fields: Mapping[str, Any]) -> TransformerConfig:
         max_position_embeddings=integer(
             fields, "max_position_embeddings", LLAMA_POSITIONS if model == "llama" else QWEN_POSITIONS
         ),
-        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=number(fields, "rms_norm_eps", 1e-6),
         rotary=rotary.from_fields(fields),
-        tie_word_embeddings=fields.get("tie_word_embeddings", False),
-        attention_bias=model != "qwen2" and fields.get("attention_bias", False),
-        mlp_bias=model == "llama" and fields.get("mlp_bias", False),
+        tie_word_embeddings=flag(fields, "tie_word_embeddings", False),
+        attention_bias=model != "qwen2" and flag(fields, "attention_bias", False),
+        mlp_bias=model == "llama" and flag(fields, "mlp_bias", False),
     )
 
 

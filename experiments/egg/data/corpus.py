@@ -4,7 +4,8 @@
 
 The byte 0 begins a document. Documents are files, in the order of their paths; the hash of a path below its folder decides the
 split, so that it is the same on every machine. The file is written once into a cache, whole or not at all, under a name that
-changes with any document's path, size or time; a manifest next to it lists its documents. `streams` reads it at positions that
+changes with any document's path, size or time; a manifest next to it lists its documents and has the hash of its bytes, which
+is compared when a process opens it first. A damaged cache is written anew. `streams` reads it at positions that
 are functions of the generation alone.
 """
 
@@ -12,14 +13,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from eggroll.files import PIECE, Damaged, read_object, replace_file, write_object
+
 SEPARATOR = 0
 _FORMAT = 1
+_verified: set[tuple[Path, tuple[int, int]]] = set()  # files of this process whose bytes were compared, with size and time
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
@@ -65,8 +69,8 @@ def load(paths: Sequence[str | Path] = (), *, cache: str | Path, validation_frac
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: fewer than two documents with text, a file that vanishes or changes while it is read, a damaged cache, a
-            fraction outside (0, 1).
+        ValueError: fewer than two documents with text, a file that vanishes or changes while it is read, a fraction outside
+            (0, 1).
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}.")
@@ -78,9 +82,14 @@ def load(paths: Sequence[str | Path] = (), *, cache: str | Path, validation_frac
     listing = [_FORMAT, [[*map(str, document), held] for document, held in zip(documents, split, strict=True)]]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     path = Path(cache) / f"corpus-{digest}.bin"
-    if not path.with_suffix(".json").exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, documents, split)
+    try:
+        return _open(path)
+    except FileNotFoundError:
+        pass
+    except Damaged as error:
+        print(f"{error} It is written anew.", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, documents, split)
     return _open(path)
 
 
@@ -143,7 +152,7 @@ def _write(path: Path, documents: Sequence[Document], split: Sequence[bool]) -> 
                 sizes[part] += len(text)
                 yield text
 
-    _write_whole(path, texts())
+    replace_file(path, texts(), partial=_partial(path))
     manifest = {
         "train_bytes": sizes[0],
         "validation_bytes": sizes[1],
@@ -155,20 +164,12 @@ def _write(path: Path, documents: Sequence[Document], split: Sequence[bool]) -> 
             for d, held in zip(documents, split, strict=True)
         ],
     }
-    _write_whole(path.with_suffix(".json"), [json.dumps(manifest, indent=1).encode()])
+    write_object(path.with_suffix(".json"), manifest, partial=_partial(path.with_suffix(".json")))
 
 
-def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that gets its name once all of its bytes are on disk."""
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _partial(path: Path) -> Path:
+    """The name of a file until it is whole, of this process alone."""
+    return path.with_name(f".{path.name}-{os.getpid()}")
 
 
 def _read(document: Document) -> bytes:
@@ -182,15 +183,30 @@ def _read(document: Document) -> bytes:
 
 
 def _open(path: Path) -> Corpus:
-    manifest = json.loads(path.with_suffix(".json").read_text())
-    train, validation = manifest["train_bytes"], manifest["validation_bytes"]
+    """Open a written corpus; FileNotFoundError if there is none, Damaged if a byte of it differs."""
+    manifest = read_object(path.with_suffix(".json"))
+    try:
+        train, validation = manifest["train_bytes"], manifest["validation_bytes"]
+        documents, sha256 = (manifest["train_documents"], manifest["validation_documents"]), manifest["sha256"]
+    except KeyError as error:
+        raise Damaged(f"{path.with_suffix('.json')} is damaged: it has no {error}.") from None
     seen = _seen(path)
     if seen is None or seen[0] != train + validation:
         state = "is missing" if seen is None else f"has {seen[0]} bytes, expected {train + validation}"
-        raise ValueError(f"the corpus file {path} {state}; remove {path.with_suffix('.json').name} and start again.")
+        raise Damaged(f"the corpus file {path} {state}.")
     mapped = np.memmap(path, np.uint8, mode="r")
-    documents = (manifest["train_documents"], manifest["validation_documents"])
-    return Corpus(mapped[:train], mapped[train:], documents, manifest["sha256"], path, seen)
+    if (path, seen) not in _verified:
+        if _digest(mapped) != sha256:
+            raise Damaged(f"the corpus file {path} is damaged: its bytes differ from those written.")
+        _verified.add((path, seen))
+    return Corpus(mapped[:train], mapped[train:], documents, sha256, path, seen)
+
+
+def _digest(content: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(content), PIECE):
+        digest.update(content[start : start + PIECE].data)
+    return digest.hexdigest()
 
 
 def streams(

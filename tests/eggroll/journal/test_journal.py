@@ -48,6 +48,9 @@ def make(options=None):
 RECIPE = {"function": "tests.eggroll.journal.test_journal:make", "options": {}}
 
 
+OWN = ("--import", "tests.eggroll.journal.test_journal")  # the module of the recipe
+
+
 class Counter:
     """Carried with the state."""
 
@@ -126,7 +129,7 @@ def test_three_values_take_a_fifth_of_a_byte(pairs):
     values = rng.choice(np.float32([-1.0, 0.0, 1.0]), size=pairs)
     payload = records.encode(Entry(7, 0.5, values, b"xyz"))
     assert len(payload) == records._ENTRY.size + 4 + -(-pairs // 5) + 3
-    back = records._decode(payload)
+    back = records.decode(payload)
     assert back.extra == b"xyz" and back.coefficients.tolist() == values.tolist()
     many = records.encode(Entry(7, 0.5, np.arange(pairs + 2, dtype=np.float32), b""))
     assert len(many) == records._ENTRY.size + 4 * (pairs + 2)
@@ -361,7 +364,7 @@ def test_a_journal_of_an_earlier_update_continues_where_it_is_the_same_up_to_rou
         state, _ = go(tmp_path, 3, options=options)
         assert state.generation == 3
         with pytest.raises(SystemExit, match=r"version 1 of the update, whose parameters .* up to rounding, not bit for bit"):
-            __main__.main(["verify", str(tmp_path)])
+            __main__.main(["verify", str(tmp_path), *OWN])
     else:
         with pytest.raises(JournalError, match="version 1 of the update, whose stochastic rounding"):
             go(tmp_path, 3, options=options)
@@ -391,17 +394,17 @@ def test_command_line(tmp_path, capsys):
     state, _ = go(tmp_path, 10)
     __main__.main(["inspect", str(tmp_path)])
     assert "10 generations" in capsys.readouterr().out
-    __main__.main(["replay", str(tmp_path), "--generation", "10"])
+    __main__.main(["replay", str(tmp_path), "--generation", "10", *OWN])
     with np.load(tmp_path / "replayed-10.npz") as arrays:
         for name, leaf in state.params.items():
             assert arrays[name].tobytes() == np.asarray(leaf).tobytes()
-    __main__.main(["verify", str(tmp_path)])
+    __main__.main(["verify", str(tmp_path), *OWN])
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
     go(tmp_path / "short", 2)
     for arguments, words in (
         (["inspect", "nowhere"], "there is no journal"),
-        (["replay", tmp_path, "--generation", "12"], "12 is not"),
-        (["verify", tmp_path / "short"], "has no checkpoint to compare with"),
+        (["replay", tmp_path, "--generation", "12", *OWN], "12 is not"),
+        (["verify", tmp_path / "short", *OWN], "has no checkpoint to compare with"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{words}"):
             __main__.main([str(argument) for argument in arguments])

@@ -56,6 +56,12 @@ def _values(config):
     }
 
 
+def save_without_sums(folder, config):
+    """Save random parameters as others do, for tests that edit the files."""
+    (hf.save(folder, config, random_params(config)) / "SHA256SUMS").unlink()
+    return folder
+
+
 def random_params(config, dtype=jnp.float32):
     """Parameters of a model, all of them random."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(dtype)), _values(config))

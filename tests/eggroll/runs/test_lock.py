@@ -9,11 +9,10 @@ import warnings
 import pytest
 
 from eggroll.experiments.common.seeds import prepare_folder
-from eggroll.journal import Reader
+from eggroll.journal import Reader, lock
 from eggroll.journal.checkpoint import Checkpoints
-from eggroll.runs import lock
+from eggroll.journal.lock import RunInUse, RunLock, RunLost
 from eggroll.runs.durable import DurableRun
-from eggroll.runs.lock import RunInUse, RunLock, RunLost
 from tests.eggroll.journal.test_journal import batch_of, make
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -94,7 +93,7 @@ def test_a_lock_ends_with_its_process_and_not_with_what_it_started(tmp_path):
     script = f"""
         import os, subprocess, sys, time
         from pathlib import Path
-        from eggroll.runs.lock import RunLock
+        from eggroll.journal.lock import RunLock
         lock = RunLock(Path({str(tmp_path)!r}))
         child = os.fork()
         if child == 0:

@@ -20,8 +20,8 @@ from tests.experiments.reason.reason_runs import IN_GENERATION_2, TINY, Ending, 
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-CLOCK = {"seconds", "seconds_spent", "check_seconds", "tokens_per_second", "members_per_second"}
-OTHER = {*CLOCK, "training_seconds", "peak_mib", "limits"}  # of the summary, of the clock or of the command
+CLOCK = {"seconds", "seconds_spent", "check_seconds", "tokens_per_second", "members_per_second", "crc32"}
+OTHER = {*CLOCK, "training_seconds", "peak_mib", "limits", "file_sha256"}  # of the summary, of the clock or of the command
 
 
 @pytest.fixture(scope="module")
