@@ -3,10 +3,8 @@
     file     record*            the first is the header, then one per generation, without gaps
     record   magic "EGJ1"  kind u8  length u32  crc32 u32 (of kind, length and payload)  payload      little-endian
     header   JSON, see `header.Header`
-    generation  number i32, sigma f32, pairs u32, encoding u8, mean fitness f32 where encoding has bit 1, coefficients, extra
-                (the arrays that `runs.durable` carries)
+    generation  see `entries`
 
-Coefficients take 4 P bytes, or P / 5 when all are one of (-c, 0, c), as with `pair_sign`: three-valued digits, five a byte.
 A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation;
 `recovery` mends the file where a checkpoint allows it.
 """
@@ -19,30 +17,15 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy as np
+from typing import IO, NamedTuple
 
 from eggroll.files import PIECE, parse_object, replace_file
+from eggroll.journal.entries import Entry, decode, encode
 from eggroll.journal.header import READABLE, Header, JournalError
 
 MAGIC = b"EGJ1"
 HEADER, GENERATION = 0, 1
 FRAME = struct.Struct("<4sBII")
-_ENTRY = struct.Struct("<ifIB")
-_MEAN = struct.Struct("<f")
-_FLOAT32, _TERNARY, _HAS_MEAN = 0, 1, 2  # encoding; the last is added to one of the others
-_DIGITS = 3 ** np.arange(5, dtype=np.int64)
-
-
-class Entry(NamedTuple):
-    """One generation."""
-
-    generation: int
-    sigma: float
-    coefficients: np.ndarray  # float32 [P]
-    extra: bytes
-    mean_fitness: float | None = None  # of the population; None in journals of versions before 0.3
 
 
 class Gap(NamedTuple):
@@ -193,44 +176,6 @@ def _record(kind: int, payload: bytes) -> bytes:
 def encode_header(header: Header) -> bytes:
     """Encode the record of a header."""
     return _record(HEADER, json.dumps(dataclasses.asdict(header)).encode())
-
-
-def encode(entry: Entry) -> bytes:
-    """Encode a generation as the payload of its record."""
-    values = np.asarray(entry.coefficients, np.float32)
-    scale = np.abs(values).max() if values.size else np.float32(0)
-    if np.isin(np.abs(values), np.array([0, scale], np.float32)).all():
-        digits = np.zeros(-(-values.size // 5) * 5, np.int64)
-        digits[: values.size] = np.sign(values) + 1
-        packed = np.float32(scale).tobytes() + (digits.reshape(-1, 5) @ _DIGITS).astype(np.uint8).tobytes()
-        encoding = _TERNARY
-    else:
-        packed, encoding = values.astype("<f4").tobytes(), _FLOAT32
-    mean = b"" if entry.mean_fitness is None else _MEAN.pack(entry.mean_fitness)
-    head = _ENTRY.pack(entry.generation, entry.sigma, values.size, encoding | (_HAS_MEAN if mean else 0))
-    return head + mean + packed + entry.extra
-
-
-def decode(payload: bytes, place: Any = "the journal") -> Entry:
-    """Decode the payload of a record; JournalError if it is no generation."""
-    try:
-        return _unpack(payload)
-    except (struct.error, ValueError) as error:
-        raise JournalError(f"{place} has a record with a sound checksum that is no generation: {error}.") from None
-
-
-def _unpack(payload: bytes) -> Entry:
-    generation, sigma, pairs, encoding = _ENTRY.unpack_from(payload)
-    body, mean = payload[_ENTRY.size :], None
-    if encoding & _HAS_MEAN:
-        (mean,), body = _MEAN.unpack_from(body), body[_MEAN.size :]
-    if encoding & _TERNARY == _FLOAT32:
-        return Entry(generation, sigma, np.frombuffer(body, "<f4", pairs).astype(np.float32), body[4 * pairs :], mean)
-    count = -(-pairs // 5)
-    scale = np.frombuffer(body, "<f4", 1)[0]
-    packed = np.frombuffer(body, np.uint8, count, offset=4).astype(np.int64)
-    digits = (packed[:, None] // _DIGITS % 3).reshape(-1)[:pairs] - 1
-    return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :], mean)
 
 
 def _replace_header(path: Path, header: Header) -> None:

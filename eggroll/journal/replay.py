@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 
 from eggroll.journal.header import JournalError
-from eggroll.journal.records import Entry
+from eggroll.journal.entries import Entry
 from eggroll.protocol import S, Strategy
 from eggroll.state import check_not_consumed
 

@@ -13,7 +13,7 @@ import optax.contrib
 import pytest
 
 import eggroll
-from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, records, replay
+from eggroll.journal import Entry, Header, JournalError, Reader, Writer, entries, make_header, records, replay
 from eggroll.journal import __main__ as __main__
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
@@ -120,19 +120,19 @@ def test_a_file_of_the_format_without_mean_fitness_is_continued_in_it(tmp_path):
         writer.append(entry)
         writer.close()
     assert all(map(equal, Reader(path), old))
-    assert path.read_bytes().endswith(records.encode(old[-1]))  # what versions before 0.3 read
+    assert path.read_bytes().endswith(entries.encode(old[-1]))  # what versions before 0.3 read
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 5, 6, 1000])
 def test_three_values_take_a_fifth_of_a_byte(pairs):
     rng = np.random.default_rng(pairs)
     values = rng.choice(np.float32([-1.0, 0.0, 1.0]), size=pairs)
-    payload = records.encode(Entry(7, 0.5, values, b"xyz"))
-    assert len(payload) == records._ENTRY.size + 4 + -(-pairs // 5) + 3
-    back = records.decode(payload)
+    payload = entries.encode(Entry(7, 0.5, values, b"xyz"))
+    assert len(payload) == entries._ENTRY.size + 4 + -(-pairs // 5) + 3
+    back = entries.decode(payload)
     assert back.extra == b"xyz" and back.coefficients.tolist() == values.tolist()
-    many = records.encode(Entry(7, 0.5, np.arange(pairs + 2, dtype=np.float32), b""))
-    assert len(many) == records._ENTRY.size + 4 * (pairs + 2)
+    many = entries.encode(Entry(7, 0.5, np.arange(pairs + 2, dtype=np.float32), b""))
+    assert len(many) == entries._ENTRY.size + 4 * (pairs + 2)
 
 
 def test_a_truncation_loses_at_most_the_truncated_record(tmp_path):

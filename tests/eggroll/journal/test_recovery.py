@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from eggroll.journal import Entry, JournalError, Reader, records
+from eggroll.journal import Entry, JournalError, Reader, entries, records
 from eggroll.journal import __main__ as __main__
 from eggroll.journal.correction import correct
 from eggroll.journal.lock import RunInUse, RunLock
@@ -83,7 +83,7 @@ def resumes(folder, whole, generations=11):
 
 def test_every_flipped_bit_of_a_record_is_flipped_back():
     whole = records.encode_header(HEADER_OF_TEST)
-    for record, kind in ((whole, records.HEADER), (records._record(records.GENERATION, records.encode(ENTRY)), 1)):
+    for record, kind in ((whole, records.HEADER), (records._record(records.GENERATION, entries.encode(ENTRY)), 1)):
         for place in range(8 * len(record)):
             changed = bytearray(record)
             changed[place // 8] ^= 1 << place % 8
