@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import jax
 
-from eggroll.journal.header import JournalError
 from eggroll.journal.entries import Entry
+from eggroll.journal.header import JournalError
 from eggroll.protocol import S, Strategy
 from eggroll.state import check_not_consumed
 
