@@ -25,16 +25,21 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
     sliced = [value.settle() if is_perturbed(value) else value for value in sliced]
     for value in sliced:
         _check_sliced(value)
-    run = run_with_rules(jaxpr)
+    evaluate = run_with_rules(jaxpr)
 
     def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
-        outputs = run([*consts, *carry, *xs])
+        outputs = evaluate([*consts, *carry, *xs])
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 
     slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)
-    carry, step = _settle(body, consts, first, slices, name="scan")
+    carry, run = _settle(body, consts, first, slices, name="scan")
     leaves, tree = jax.tree.flatten(carry)
-    xs = jax.tree.leaves(sliced)
+    const_leaves, xs = jax.tree.leaves(consts), jax.tree.leaves(sliced)
+
+    def step(leaves: list, xs: list) -> tuple[list, list]:
+        outputs = run(*const_leaves, *leaves, *xs)
+        return outputs[: len(leaves)], outputs[len(leaves) :]
+
     leaves, ys = jax.lax.scan(step, leaves, xs, length=length, reverse=reverse, unroll=unroll)
     return [*jax.tree.unflatten(tree, leaves), *ys]
 
@@ -46,16 +51,27 @@ def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, b
         return jax.lax.while_p.bind(*inputs, cond_jaxpr=cond_jaxpr, body_jaxpr=body_jaxpr, **counts)
     end = cond_nconsts + body_nconsts
     for_cond, consts, first = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
-    run = run_with_rules(body_jaxpr)
-    check = run_with_rules(cond_jaxpr)
-    carry, step = _settle(lambda consts, carry, _: (run([*consts, *carry]), []), consts, first, [], name="while")
+    evaluate, check = run_with_rules(body_jaxpr), run_with_rules(cond_jaxpr)
+    carry, run = _settle(lambda consts, carry, _: (evaluate([*consts, *carry]), []), consts, first, [], name="while")
     leaves, tree = jax.tree.flatten(carry)
+    cond_leaves, cond_tree = jax.tree.flatten(list(for_cond))
+    const_leaves = jax.tree.leaves(list(consts))
 
-    def condition(leaves: list) -> Array:
-        (output,) = check([*for_cond, *jax.tree.unflatten(tree, leaves)])
+    def condition(*given: Any) -> Array:
+        known = jax.tree.unflatten(cond_tree, given[: len(cond_leaves)])
+        (output,) = check([*known, *jax.tree.unflatten(tree, given[len(cond_leaves) :])])
         return to_plain(output, "the condition of 'while'")
 
-    leaves = jax.lax.while_loop(condition, lambda leaves: step(leaves, [])[0], leaves)
+    # Bound directly: in a vmap of the user's the condition may have an axis, which `jax.lax.while_loop` does not take.
+    leaves = jax.lax.while_p.bind(
+        *cond_leaves,
+        *const_leaves,
+        *leaves,
+        cond_nconsts=len(cond_leaves),
+        cond_jaxpr=jax.make_jaxpr(condition)(*cond_leaves, *leaves),
+        body_nconsts=len(const_leaves),
+        body_jaxpr=jax.make_jaxpr(run)(*const_leaves, *leaves),
+    )
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -78,8 +94,8 @@ def _settle(
     """Read the carries that are not the same before and after `body(consts, carry, slices)`, until all are.
 
     Returns:
-        The first carry, and `step(leaves of the carry, leaves of the slices)`, which returns the leaves of the next carry and
-        of the other results.
+        The first carry, and the function of the leaves of constants, carry and slices that returns the leaves of the next
+        carry and of the other results.
     """
     where = f"a carry of '{name}' that is not the same view of one parameter on every iteration"
     consts, carry = list(consts), [value.unpack() if is_perturbed(value) else value for value in carry]
@@ -99,13 +115,7 @@ def _settle(
             break
         carry = [old if stays else read(old) for stays, old in zip(same, carry, strict=True)]
 
-    run, const_leaves, count = jexc.jaxpr_as_fun(traced), jax.tree.leaves(consts), len(jax.tree.leaves(carry))
-
-    def step(leaves: list, slices: list) -> tuple[list, list]:
-        outputs = run(*const_leaves, *leaves, *slices)
-        return outputs[:count], outputs[count:]
-
-    return carry, step
+    return carry, jexc.jaxpr_as_fun(traced)
 
 
 def _structure(value: Any) -> Any:

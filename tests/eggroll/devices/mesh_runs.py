@@ -277,7 +277,7 @@ def restored():
     eight, two = strategy(mesh(population=8)), strategy(mesh(population=2))
     state, _ = steps(eight, start(eight), count=2)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(folder, config=None)
+        checkpoints = Checkpoints(folder, config={})
         checkpoints.save(state)
         checkpoints.wait()
         back, _ = checkpoints.restore(start(two))

@@ -175,7 +175,11 @@ def test_ending_the_launcher_ends_its_processes(tmp_path, how):
     script.write_text("import os, time\nopen(os.environ['JAX_PROCESS_ID'], 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
     if how == signal.SIGINT:  # the first Ctrl-C waits for processes that take their time, a second one does not
         script.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + script.read_text())
-    command, environment = [sys.executable, "-m", "eggroll.launch", "2", str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
+    # Python leaves SIGINT ignored where a shell in the background has ignored it.
+    start = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from eggroll.launch import main; main()"
+    )
+    command, environment = [sys.executable, "-c", start, "2", str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
     launcher = subprocess.Popen(command, cwd=tmp_path, env=environment)
     numbers, deadline = [tmp_path / str(index) for index in (0, 1)], time.monotonic() + 60
     while not all(path.exists() and path.read_text() for path in numbers) and time.monotonic() < deadline:

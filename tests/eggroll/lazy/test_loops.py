@@ -122,6 +122,17 @@ OTHERS = {  # the role of "a"
         lambda p, x: jax.lax.while_loop(lambda c: ((c @ p["a"]) ** 2).sum() < 400.0, lambda c: c + 0.1, x),
         "low-rank",
     ),
+    "examples end at different times": (
+        lambda p, x: (
+            jax.vmap(
+                lambda row: jax.lax.while_loop(
+                    lambda c: (c[1] @ p["a"]).sum() + c[0] < 5.0, lambda c: (c[0] + 1.0, c[1]), (0.0, row)
+                )
+            )(x)[0][:, None]
+            * (x @ p["a"])
+        ),
+        "low-rank",
+    ),
     "stacked results": (lambda p, x: x @ jax.lax.scan(lambda c, _: (c, p["a"]), 0.0, None, length=3)[1][1], "dense"),
     "rows": (lambda p, x: x * jax.lax.scan(lambda c, w: (c + (x @ w).sum(), None), 0.0, p["a"])[0] @ p["a"], "dense"),
     "a loop of plain values": (stacked, "low-rank"),
