@@ -146,14 +146,14 @@ def test_no_flipped_bit_loads_silently(exported, tmp_path, flips):
         folder = tmp_path / "copy"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(exported, folder)
-        files = sorted(folder.iterdir())
+        files = sorted(file for file in folder.iterdir() if file.suffix != ".jinja" or "template" in loaders())
         path = files[index % len(files)]
         data = bytearray(path.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
         result, error = outcome(lambda folder: jax.tree.map(np.testing.assert_array_equal, load_all(folder), expected), folder)
         assert result == "clear" or (result == "loaded" and path.name == "SHA256SUMS"), (path.name, error)
-        if path.name != "SHA256SUMS" and (path.suffix != ".jinja" or "template" in loaders()):
+        if path.name != "SHA256SUMS":
             assert f"{path} is damaged: it differs from its line in SHA256SUMS" in str(error)
         found += result == "clear"
     assert found > 0.8 * flips
