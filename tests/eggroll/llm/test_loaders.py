@@ -146,7 +146,8 @@ def test_no_flipped_bit_loads_silently(exported, tmp_path, flips):
         folder = tmp_path / "copy"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(exported, folder)
-        files = sorted(file for file in folder.iterdir() if file.suffix != ".jinja" or "template" in loaders())
+        unread = () if "template" in loaders() else ("chat_template.jinja", "tokenizer_config.json")
+        files = sorted(file for file in folder.iterdir() if file.name not in unread)
         path = files[index % len(files)]
         data = bytearray(path.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
