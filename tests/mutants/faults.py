@@ -31,6 +31,11 @@ DURABLE = "tests/eggroll/runs/test_durable.py"
 ZO = "tests/zo/test_zo.py"
 OFFLOAD = "tests/zo/test_offload.py"
 KERNELS = "tests/kernels/test_kernels.py"
+OPTAX = "tests/eggroll/update/test_optax.py"
+BUILT = "tests/eggroll/lazy/test_built.py"
+LOCK = "tests/eggroll/runs/test_lock.py"
+COLLECTIONS = "tests/eggroll/noise/test_collections.py"
+REWARDS = "tests/envs/test_reward_calls.py"
 
 FAULTS = (
     Fault(
@@ -305,5 +310,61 @@ FAULTS = (
         'if fingerprint(stored) != restored["check"]["all"]:',
         "if not stored:",
         (JOURNAL,),
+    ),
+    Fault(
+        "an optimizer gets the mean fitness for its loss",
+        "eggroll/generation.py",
+        "value = None if mean is None else -mean",
+        "value = mean",
+        (OPTAX,),
+    ),
+    Fault(
+        "members build a parameter without its perturbation",
+        "eggroll/lazy/low_rank.py",
+        "return (value.base.astype(wide) + term).astype(value.base.dtype)",
+        "return value.base",
+        (BUILT,),
+    ),
+    Fault(
+        "a learnt number is lost",
+        "eggroll/lazy/scaled.py",
+        "return Scaled(inner, gain).settle() if is_known else Scaled(inner, gain)",
+        "return inner",
+        (BUILT,),
+    ),
+    Fault(
+        "a run has two writers",
+        "eggroll/journal/lock.py",
+        "fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        (LOCK,),
+    ),
+    Fault(
+        "a run resumes as another run",
+        "eggroll/journal/header.py",
+        "different = [name for name, old, new in compared if old != new]",
+        "different: list[str] = []",
+        (JOURNAL,),
+    ),
+    Fault(
+        "statistics of a model are perturbed",
+        "eggroll/noise/rules.py",
+        "matched = [i for i in matched if of_others[i]]",
+        "pass",
+        (COLLECTIONS,),
+    ),
+    Fault(
+        "a failed reward scores more than a wrong answer",
+        "envs/tasks/scoring.py",
+        "minimum = min([self._minimum, *scored])",
+        "minimum = self._minimum",
+        (REWARDS,),
+    ),
+    Fault(
+        "a reward changes the lists of others",
+        "envs/tasks/calls.py",
+        "_copy(list(entries)) for name, entries",
+        "entries for name, entries",
+        (REWARDS,),
     ),
 )
