@@ -11,6 +11,7 @@ import pytest
 from eggroll.envs.tasks import Scorer
 from eggroll.envs.tasks.workers import Pool
 from tests.envs import reward_functions as rewards
+from tests.tables import by_default
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("what", TOLD)
+@pytest.mark.parametrize("what", by_default(TOLD, "half", "more", "memory"))
 def test_what_a_reward_sends_is_never_more_than_a_failed_reward(scorer, what):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=f"failed on all 1 completions; the first error: reward 'hostile' {TOLD[what]}"):
