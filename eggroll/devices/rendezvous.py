@@ -4,7 +4,7 @@ do not come.
     first process     listens on the address until every other one has said its number, then tells all to go on
     the others        connect, say their number, and wait
 
-Afterwards nobody uses the port, and jaxlib's coordinator takes it.
+The port is then free again, for jaxlib's coordinator.
 """
 
 import contextlib
@@ -54,12 +54,12 @@ def _wait_for_all(port: int, count: int, deadline: float, timeout: float) -> Non
             stack.enter_context(other)
             hello = _receive(other, HELLO.size, min(deadline, time.monotonic() + PATIENCE))
             if len(hello) < HELLO.size or hello[:8] != MAGIC:
-                continue  # nobody of ours
+                continue  # not a process of this run
             _, theirs, index = HELLO.unpack(hello)
             if theirs != count or not 0 < index < count or index in here:
                 raise RuntimeError(f"process {index} of {theirs} came to process 0 of {count}: numbers must differ, from 0 on.")
             here[index] = other
-        server.close()  # before anyone goes on: jaxlib listens on this port next
+        server.close()  # before the others continue: jaxlib listens on this port next
         for other in here.values():
             other.sendall(GO)
 

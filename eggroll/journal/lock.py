@@ -1,7 +1,7 @@
 """One writer per run folder: a lock that the kernel releases when its process ends.
 
     lock = RunLock(folder)    RunInUse where another process, or another object of this one, writes the run
-    lock.check()              before every write: the folder is still there, and nobody took over
+    lock.check()              before every write: RunLost if the folder is gone or another process has taken over
 
 The lock is `flock` on FOLDER/run.lock. The file also has the writer's process, host and epoch, for the message, and for
 filesystems without locks: there a second writer is not stopped, but the first one is, at its next write. Readers need no lock.

@@ -110,7 +110,7 @@ class LazyArray(quax.ArrayValue):
         return None
 
     def settle(self) -> "LazyArray":
-        """The same value without a number that waits (`scaled`), in the form that a loop slices."""
+        """The same value without a pending scalar (`scaled`), in the form that a loop slices."""
         return self
 
     def pending(self, primitive: str, params: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]] | None:

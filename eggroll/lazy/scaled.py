@@ -1,9 +1,9 @@
-"""`Scaled`: a lazy parameter times a number that is not known before the program runs, such as a learnt exp(s).
+"""`Scaled`: a lazy parameter times a scalar that is computed while the program runs, such as a learnt exp(s).
 
     x (g W)  ->  g (x W)
 
-Members have numbers of their own; multiplied into W, they would give every member a copy of it. The number waits until a
-product or a lookup has made an array, and moves through views.
+Members may have different scalars; multiplied into W, they would give every member a copy of it. The multiplication is
+deferred until a product or a lookup has made an array; views keep it pending.
 """
 
 import functools
@@ -19,7 +19,7 @@ from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, regi
 from eggroll.lazy.ragged import ragged_p
 
 _LINEAR = "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim slice dynamic_slice split copy neg"
-# In the lazy operand, so that the number may be multiplied into the result.
+# Linear in the lazy operand, so that the result may be multiplied instead.
 LINEAR = frozenset(_LINEAR.split()) | {ragged_p.name}
 
 
@@ -54,7 +54,7 @@ class Scaled(LazyArray):
         return Scaled(self.value.prepare_for_loops(), self.gain)
 
     def settle(self) -> PerturbedArray:
-        """The number multiplied into base and scale: every member has a copy of the base."""
+        """Multiply base and scale by the scalar: every member then has a copy of the base."""
 
         def operation(array: Array, component: str) -> Array:
             return array if component in ("left", "right", "shared") else array * self.gain.astype(array.dtype)
@@ -62,13 +62,13 @@ class Scaled(LazyArray):
         return self.value.view(self.value.tags, operation)
 
     def pending(self, primitive: str, params: dict[str, Any]) -> tuple[PerturbedArray, Callable[[Any], Any]] | None:
-        """The value, and the multiplication of its results; None where the primitive is not linear."""
+        """The unscaled value, and the function that scales the results; None where the primitive is not linear."""
         is_linear = primitive in LINEAR or (primitive == "gather" and params["fill_value"] is None)
         return (self.value, functools.partial(times, gain=self.gain)) if is_linear else None
 
 
 def times(value: Any, gain: Array) -> Any:
-    """A value, lazy or not, times a number."""
+    """A value, lazy or not, times a scalar."""
     if isinstance(value, Scaled):
         return Scaled(value.value, value.gain * gain.astype(value.gain.dtype))
     return Scaled(value, gain) if isinstance(value, PerturbedArray) else value * gain.astype(value.dtype)
@@ -86,7 +86,7 @@ def _array_times(factor: ArrayLike, value: LazyArray, **params: Any) -> Any:
 
 @register(jax.lax.mul_p)
 def _times_lazy(a: LazyArray, b: LazyArray, **params: Any) -> Any:
-    value, number = (a, b) if _ndim(b) == 0 else (b, a)
+    value, number = (a, b) if jnp.ndim(b) == 0 else (b, a)
     return _by_number(jax.lax.mul_p, value, number, [a, b], params)
 
 
@@ -100,12 +100,8 @@ def _over_lazy(value: LazyArray, divisor: LazyArray, **params: Any) -> Any:
     return _by_number(jax.lax.div_p, value, divisor, [value, divisor], params)
 
 
-def _ndim(value: Any) -> int:
-    return value.aval().ndim if is_perturbed(value) else jnp.ndim(value)
-
-
 def _by_number(primitive: Any, value: LazyArray, number: Any, operands: list, params: dict[str, Any]) -> Any:
-    """A lazy value times or over a number; a number that is a parameter, too, is built."""
+    """A lazy value multiplied or divided by a scalar; a scalar that is a parameter itself is built."""
     if (
         jnp.ndim(number)
         or not isinstance(value, Scaled | PerturbedArray)
@@ -113,10 +109,10 @@ def _by_number(primitive: Any, value: LazyArray, number: Any, operands: list, pa
     ):
         return LazyArray.default(primitive, operands, params)
     if is_perturbed(number):
-        number = number.read(f"'{primitive.name}'", "a number", moves=False)
+        number = number.read(f"'{primitive.name}'", "used as a scalar factor", moves=False)
     inner, gain = (value.value, value.gain) if isinstance(value, Scaled) else (value, jnp.ones((), value.base.dtype))
     gain = primitive.bind(gain, jnp.asarray(number).astype(gain.dtype), **params)
-    # A number that is known is the same for all members: multiplied into the parameter, it costs them nothing.
+    # A constant is the same for all members: multiplied into the parameter at once, it costs no copies.
     is_known = isinstance(value, PerturbedArray) and not isinstance(number, jax.core.Tracer)
     return Scaled(inner, gain).settle() if is_known else Scaled(inner, gain)
 

@@ -92,7 +92,7 @@ def number(value: Any) -> float:
 
 
 def _copy(value: Any) -> Any:
-    """Copy lists and dicts to any depth, so that a reward that edits one changes it for nobody else."""
+    """Deep-copy lists and dicts: a reward that edits its arguments affects no other call."""
     if type(value) is list:
         return [_copy(entry) for entry in value]
     if type(value) is dict:

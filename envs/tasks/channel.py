@@ -39,7 +39,7 @@ class Channel:
         return len(self._out) > 0
 
     def start_to_send(self, payload: bytes) -> None:
-        """Begin to send a message; `send_more` goes on with it.
+        """Start sending a message; `send_more` continues.
 
         Raises:
             OSError: the worker has ended.

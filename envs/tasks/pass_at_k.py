@@ -18,7 +18,7 @@ def pass_at_k(passed: ArrayLike, *, k: int, has_score: ArrayLike = True) -> np.n
     Args:
         passed: bool [..., n], which of a prompt's samples are right.
         k: from 1 to n.
-        has_score: bool [..., n], False for samples to leave out, which nobody has judged.
+        has_score: bool [..., n], False for samples without a score, which are left out.
 
     Returns:
         float64 [...], NaN where fewer than k samples are left.

@@ -41,7 +41,7 @@ class _Worker:
     def __init__(self, function: bytes, memory: int):
         context = get_context("spawn")
         ours, theirs = socket.socketpair()
-        self.lifeline, guarded = socket.socketpair()  # nobody writes to it: it closes when this process ends
+        self.lifeline, guarded = socket.socketpair()  # never written to; it closes when this process ends
         self.process = context.Process(target=_serve, args=(theirs, guarded, function, memory), daemon=True)
         self.process.start()
         assert self.process.pid is not None

@@ -89,7 +89,7 @@ USES = (
     use("h0 @ w, learnt initial state", {"h": "n", "w": "n n"}, _initial, expected="dense"),
     use("learnt queries @ w", {"q": "4 n", "k": "n n"}, _queries, expected="dense"),
     use("merged adapter, x @ (w + a @ b)", ADAPTED, lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), expected="dense"),
-    use("adapter beside, x @ w + x @ a @ b", ADAPTED, lambda p, x: x @ p["w"] + x @ p["a"] @ p["b"]),
+    use("parallel adapter, x @ w + x @ a @ b", ADAPTED, lambda p, x: x @ p["w"] + x @ p["a"] @ p["b"]),
     use("adapter with its scale", ADAPTED, lambda p, x: x @ p["w"] + 2.0 * ((x @ p["a"]) @ p["b"])),
     use("low-rank factorisation, x @ (a @ b)", {"a": "n 4", "b": "4 n"}, lambda p, x: x @ (p["a"] @ p["b"]), expected="dense"),
     use("a @ (b @ x)", {"a": "n 4", "b": "4 n"}, lambda p, x: p["a"] @ (p["b"] @ x.T)),
