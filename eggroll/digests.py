@@ -1,7 +1,8 @@
 """The digest of a traced function: equal where the function computes the same from the same constants.
 
-It is of the text of the jaxpr, without addresses and names of functions, and of the constants that the function closes over. It
-holds for one version of JAX: another one may trace the same function differently.
+It is of the text of the jaxpr, without addresses, and of the constants that the function closes over. It holds for one version
+of JAX: another one may trace the same function differently. The digest is "", not known, where a constant is itself being
+traced and where a function runs on the host, of which the jaxpr shows only an address.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import jax
 import jax.extend.core as jexc
 import numpy as np
 
+_HOST = re.compile(r"\b(pure|io)_callback\[")
 _UNSTABLE = re.compile(r" at 0x[0-9a-f]+|\bname=\S+")
 
 
@@ -22,9 +24,12 @@ def digest(function: Callable, *args: Any) -> str:
 
 
 def digest_of_jaxpr(jaxpr: jexc.ClosedJaxpr) -> str:
-    """Return the SHA-256 of a jaxpr and of its constants, shortened to 16 hexadecimal digits."""
-    hashed = hashlib.sha256(_UNSTABLE.sub("", str(jaxpr.jaxpr)).encode())
-    for constant in _constants(jaxpr):
+    """Return the SHA-256 of a jaxpr and of its constants, shortened to 16 hexadecimal digits, or ""."""
+    constants = [*_constants(jaxpr)]
+    if any(isinstance(constant, jax.core.Tracer) for constant in constants) or _HOST.search(text := str(jaxpr.jaxpr)):
+        return ""
+    hashed = hashlib.sha256(_UNSTABLE.sub("", text).encode())
+    for constant in constants:
         if hasattr(constant, "dtype"):
             is_key = jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
             array = np.asarray(jax.random.key_data(constant) if is_key else constant)

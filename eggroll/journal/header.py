@@ -70,7 +70,7 @@ class Header:
         if self.digests is None or other.digests is None:
             return ""
         compared = [*zip(("the fitness", "the optimizer"), self.digests, other.digests, strict=True)][1 if replay else 0 :]
-        different = [name for name, old, new in compared if old != new]
+        different = [name for name, old, new in compared if old != new and old and new]
         return f"{' and '.join(different)} {'is' if len(different) == 1 else 'are'}" if different else ""
 
 

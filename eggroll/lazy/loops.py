@@ -1,7 +1,7 @@
 """Loops of one member: `scan` and `while` whose constants, slices and carries may be lazy parameters.
 
 A carry stays lazy if it is the same view of the same parameter before and after the body (its scale may change). A carry that
-starts as, becomes or stops being another value has no rule: a probe records that, and the plan gives the parameter dense noise.
+starts as, becomes or stops being another value is built by the members, or the plan gives the parameter dense noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from eggroll.lazy.hoisting import grouped
 from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_with_rules, to_plain
+from eggroll.lazy.scaled import Scaled, times
 
 
 @register(jax.lax.scan_p, precedence=1)
@@ -22,13 +23,15 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
         grouping |= {"jaxpr": jaxpr, "length": length, "reverse": reverse, "unroll": unroll}
         return jax.lax.scan_p.bind(*inputs, **grouping)
     consts, first, sliced = grouped(list(inputs), **grouping)
-    sliced = [value.settle() if is_perturbed(value) else value for value in sliced]
+    gains = [value.gain if isinstance(value, Scaled) else None for value in sliced]
+    sliced = [value.value if isinstance(value, Scaled) else value for value in sliced]
     for value in sliced:
         _check_sliced(value)
     evaluate = run_with_rules(jaxpr)
 
     def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
-        outputs = evaluate([*consts, *carry, *xs])
+        own = [value if gain is None else times(value, gain) for value, gain in zip(xs, gains, strict=True)]
+        outputs = evaluate([*consts, *carry, *own])
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 
     slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)

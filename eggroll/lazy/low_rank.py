@@ -25,7 +25,7 @@ from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
 from eggroll.noise.draws import Flipped
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf
+from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf, at_least_float32
 
 Side = tuple[str, Array]  # a factor's name and the factor
 
@@ -99,7 +99,7 @@ class LowRankDelta(Delta):
     def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
         """Build base + delta, an array of the member's own, for an operation without a rule."""
         record_build(value.axes.path, reason or f"used in {where}, which has no low-rank rule")
-        factors, rank, wide = self.arrange(value), value.base.ndim, jnp.promote_types(value.base.dtype, jnp.float32)
+        factors, rank, wide = self.arrange(value), value.base.ndim, at_least_float32(value.base.dtype)
         term = jnp.einsum(
             factors.left.astype(wide),
             [*value.positions("left"), rank],

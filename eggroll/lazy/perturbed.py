@@ -109,20 +109,18 @@ class LazyArray(quax.ArrayValue):
         """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
         return None
 
-    def settle(self) -> "LazyArray":
-        """The same value without a pending scalar (`scaled`), in the form that a loop slices."""
-        return self
-
     def pending(self, primitive: str, params: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]] | None:
         """A value in place of this one for a linear primitive, and what is then to be done with its results; None: no such."""
         return None
 
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Record a primitive without a rule when probing; refuse it otherwise."""
+        """Evaluate a primitive without a rule on what its lazy operands `read`: recorded, built, or refused."""
         where, moves = f"'{primitive.name}'", primitive.name in MOVES
         lazy = [place for place, value in enumerate(values) if is_perturbed(value)]
-        if len(lazy) == 1 and (pending := values[lazy[0]].pending(primitive.name, params)) is not None:
+        if (len(lazy) == 1 or primitive.name == "dot_general") and (
+            pending := values[lazy[0]].pending(primitive.name, params)
+        ) is not None:
             inner, finish = pending
             outputs = run_rule(primitive, [*values[: lazy[0]], inner, *values[lazy[0] + 1 :]], params)
             return jax.tree.map(finish, outputs, is_leaf=is_perturbed)
@@ -176,7 +174,7 @@ class Delta(eqx.Module):
             moves: whether the operation only rearranges entries.
 
         Raises:
-            UnsupportedUse, UnconvertedUse: there is a perturbation, which the operation would miss.
+            UnsupportedUse, UnconvertedUse: there is a perturbation that cannot be built.
         """
         raise UnsupportedUse(value.axes.path, where)
 
@@ -236,7 +234,7 @@ class PerturbedArray(LazyArray):
 
 
 def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
-    """An output as a plain array: a probe records that it was returned, or `reason`; a perturbed parameter is refused."""
+    """An output as a plain array: what a lazy value gives when it is `read`, with `reason` or that it was returned."""
     return output.read(where, reason or f"returned as {where}", moves=False) if is_perturbed(output) else output
 
 
@@ -255,8 +253,11 @@ def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[st
             return LazyArray.default(primitive, operands, params)
         return interpret_with_rules(functools.partial(primitive.bind, **params))(*operands)
     except UnsupportedUse as error:  # by a rule: the members build what it cannot use, if their noise is of a kind that can be
-        plain = [value.read(error.where, "", moves=False) if is_perturbed(value) else value for value in operands]
-        return primitive.bind(*plain, **params)
+        blamed = [value for value in lazy if value.source() == error.path] or lazy
+        plain = [
+            value.read(error.where, "", moves=False) if any(value is own for own in blamed) else value for value in operands
+        ]
+        return run_rule(primitive, plain, params)
     except UseError:
         raise
     except Exception as error:  # of a rule, of quax or of JAX

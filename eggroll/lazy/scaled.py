@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule
 from eggroll.lazy.ragged import ragged_p
+from eggroll.noise.leaves import at_least_float32
 
-_LINEAR = "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim slice dynamic_slice split copy neg"
+_LINEAR = "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim slice dynamic_slice split copy"
 # Linear in the lazy operand, so that the result may be multiplied instead.
 LINEAR = frozenset(_LINEAR.split()) | {ragged_p.name}
 
@@ -27,7 +29,7 @@ class Scaled(LazyArray):
     """gain * value."""
 
     value: PerturbedArray
-    gain: Array  # []
+    gain: Array  # [], float32 or wider
 
     def aval(self) -> Any:
         """Abstract value of the product."""
@@ -57,13 +59,14 @@ class Scaled(LazyArray):
         """Multiply base and scale by the scalar: every member then has a copy of the base."""
 
         def operation(array: Array, component: str) -> Array:
-            return array if component in ("left", "right", "shared") else array * self.gain.astype(array.dtype)
+            return array if component in ("left", "right", "shared") else _scale(array, self.gain)
 
         return self.value.view(self.value.tags, operation)
 
     def pending(self, primitive: str, params: dict[str, Any]) -> tuple[PerturbedArray, Callable[[Any], Any]] | None:
         """The unscaled value, and the function that scales the results; None where the primitive is not linear."""
-        is_linear = primitive in LINEAR or (primitive == "gather" and params["fill_value"] is None)
+        fill = params.get("fill_value") if primitive == "gather" else None
+        is_linear = primitive in LINEAR or (primitive == "gather" and (fill is None or fill == 0 or np.isnan(fill)))
         return (self.value, functools.partial(times, gain=self.gain)) if is_linear else None
 
 
@@ -71,50 +74,51 @@ def times(value: Any, gain: Array) -> Any:
     """A value, lazy or not, times a scalar."""
     if isinstance(value, Scaled):
         return Scaled(value.value, value.gain * gain.astype(value.gain.dtype))
-    return Scaled(value, gain) if isinstance(value, PerturbedArray) else value * gain.astype(value.dtype)
+    return Scaled(value, gain) if isinstance(value, PerturbedArray) else _scale(value, gain)
+
+
+def _scale(array: Array, gain: Array) -> Array:
+    """In the precision of the scalar, so that its perturbation survives in short floats."""
+    wide = max(array.dtype, gain.dtype, key=lambda dtype: dtype.itemsize)
+    return (array.astype(wide) * gain.astype(wide)).astype(array.dtype)
 
 
 @register(jax.lax.mul_p)
-def _times_array(value: LazyArray, factor: ArrayLike, **params: Any) -> Any:
-    return _by_number(jax.lax.mul_p, value, factor, [value, factor], params)
-
-
-@register(jax.lax.mul_p)
-def _array_times(factor: ArrayLike, value: LazyArray, **params: Any) -> Any:
-    return _by_number(jax.lax.mul_p, value, factor, [factor, value], params)
-
-
-@register(jax.lax.mul_p)
-def _times_lazy(a: LazyArray, b: LazyArray, **params: Any) -> Any:
-    value, number = (a, b) if jnp.ndim(b) == 0 else (b, a)
-    return _by_number(jax.lax.mul_p, value, number, [a, b], params)
+def _product(a: LazyArray | ArrayLike, b: LazyArray | ArrayLike, **params: Any) -> Any:
+    value, factor = (a, b) if is_perturbed(a) and jnp.ndim(b) == 0 else (b, a)
+    return _by_number(jax.lax.mul_p, value, factor, [a, b], params)
 
 
 @register(jax.lax.div_p)
-def _over_array(value: LazyArray, divisor: ArrayLike, **params: Any) -> Any:
+def _quotient(value: LazyArray | ArrayLike, divisor: LazyArray | ArrayLike, **params: Any) -> Any:
     return _by_number(jax.lax.div_p, value, divisor, [value, divisor], params)
 
 
-@register(jax.lax.div_p)
-def _over_lazy(value: LazyArray, divisor: LazyArray, **params: Any) -> Any:
-    return _by_number(jax.lax.div_p, value, divisor, [value, divisor], params)
+@register(jax.lax.neg_p)
+def _negative(value: LazyArray, **params: Any) -> Any:
+    if not _takes_gain(value):
+        return LazyArray.default(jax.lax.neg_p, [value], params)
+    return _by_number(jax.lax.mul_p, value, np.asarray(-1, value.aval().dtype), [], {})
 
 
-def _by_number(primitive: Any, value: LazyArray, number: Any, operands: list, params: dict[str, Any]) -> Any:
+def _takes_gain(value: Any) -> bool:
+    return isinstance(value, Scaled | PerturbedArray) and bool(jnp.issubdtype(value.aval().dtype, jnp.floating))
+
+
+def _by_number(primitive: Any, value: Any, number: Any, operands: list, params: dict[str, Any]) -> Any:
     """A lazy value multiplied or divided by a scalar; a scalar that is a parameter itself is built."""
-    if (
-        jnp.ndim(number)
-        or not isinstance(value, Scaled | PerturbedArray)
-        or not jnp.issubdtype(value.aval().dtype, jnp.floating)
-    ):
+    if jnp.ndim(number) or not _takes_gain(value):
         return LazyArray.default(primitive, operands, params)
     if is_perturbed(number):
         number = number.read(f"'{primitive.name}'", "used as a scalar factor", moves=False)
-    inner, gain = (value.value, value.gain) if isinstance(value, Scaled) else (value, jnp.ones((), value.base.dtype))
-    gain = primitive.bind(gain, jnp.asarray(number).astype(gain.dtype), **params)
-    # A constant is the same for all members: multiplied into the parameter at once, it costs no copies.
-    is_known = isinstance(value, PerturbedArray) and not isinstance(number, jax.core.Tracer)
-    return Scaled(inner, gain).settle() if is_known else Scaled(inner, gain)
+    inner, gain = (value.value, value.gain) if isinstance(value, Scaled) else (value, None)
+    wide = at_least_float32(inner.base.dtype)
+    gain = primitive.bind(jnp.ones((), wide) if gain is None else gain, jnp.asarray(number).astype(wide), **params)
+    scaled = Scaled(inner, gain)
+    # A constant is the same for all members: multiplied into the parameter at once, it costs no copies. float16 would overflow
+    # in the product before its scalar makes it small.
+    is_constant = isinstance(value, PerturbedArray) and not isinstance(number, jax.core.Tracer)
+    return scaled.settle() if is_constant or inner.base.dtype == jnp.float16 else scaled
 
 
 @register(jax.lax.convert_element_type_p)
@@ -124,4 +128,4 @@ def _convert(value: Scaled, *, new_dtype: Any, weak_type: bool, sharding: Any) -
     if not floats:
         return LazyArray.default(jax.lax.convert_element_type_p, [value], params)
     inner = run_rule(jax.lax.convert_element_type_p, [value.value], params)
-    return Scaled(inner, value.gain.astype(new_dtype))
+    return times(inner, value.gain.astype(at_least_float32(new_dtype)))

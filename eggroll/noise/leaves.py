@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise import addresses, integer
@@ -22,6 +23,11 @@ from eggroll.noise.rules import Flipout, Integer, LowRank, Noisy, Spec
 from eggroll.noise.variables import Collection
 
 AxesOfNoise = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stack, rows, columns
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype that sums of values of a dtype are formed in: float64 of float64, else float32."""
+    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from eggroll.noise.leaves import FlipoutLeaf, FrozenLeaf, LeafPlan, LowRankLeaf
+from eggroll.noise.leaves import DenseLeaf, FlipoutLeaf, FrozenLeaf, LeafPlan, LowRankLeaf
 
 HEADER = ("path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason")
 COSTLY = 0.1  # share of the parameters' bytes that a member may have copies of without a word
@@ -57,6 +57,9 @@ class Plan:
             ValueError: the other function uses a parameter in another way; the message names it.
         """
         for own, its in zip(self.leaves, other.leaves, strict=True):
+            can_build = isinstance(own, LowRankLeaf) and own.spec == its.spec and not own.quantised and own.integer is None
+            if can_build and isinstance(its, DenseLeaf):
+                continue  # its members build the parameter, with the noise that it has
             if not isinstance(its, FrozenLeaf) and _uses(own) != _uses(its):
                 raise ValueError(
                     f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.noise.leaves import at_least_float32
 from eggroll.signatures import check_signature
 
 
@@ -42,11 +43,6 @@ def normalise_fitness(fitness: Callable | None, *, has_aux: bool, integers: bool
         return parts[0].astype(dtype), parts[1] if has_aux else None, parts[-1] if has_state else None
 
     return function
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype that sums of values of a dtype are formed in: float64 of float64, else float32."""
-    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def _check_state(old: Any, new: Any) -> None:

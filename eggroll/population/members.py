@@ -14,9 +14,8 @@ from eggroll.lazy.quantised import OffGrid, perturb_integers
 from eggroll.noise import integer
 from eggroll.noise.draws import Drawn, build_noise, draw_pair
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf, at_least_float32
 from eggroll.noise.plan import Plan
-from eggroll.population.fitness import at_least_float32
 from eggroll.population.layout import Scalars
 
 

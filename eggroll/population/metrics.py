@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll.population.fitness import at_least_float32
+from eggroll.noise.leaves import at_least_float32
 
 REDUCTIONS = ("sum", "mean", "max", "min", "all")
 

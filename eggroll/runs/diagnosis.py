@@ -10,7 +10,7 @@ from eggroll.noise.plan import Plan
 from eggroll.runs.record import Record
 
 PATIENCE = 5  # generations in a row before a warning
-FAR = 10.0  # sigmas that an update moves a weight by: its gradient says nothing of places that far
+FAR = 10.0  # sigmas that an update may move a weight by; the gradient estimate is not valid beyond
 SHARED = 0.99  # correlation of the members of pairs above which a pair's fitness is that of its random key
 RECENT = 20  # generations that an advice looks at
 

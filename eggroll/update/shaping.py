@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise.integer import INT32
-from eggroll.population.fitness import at_least_float32
+from eggroll.noise.leaves import at_least_float32
 from eggroll.population.metrics import divide
 
 Shaping = Callable[[Array], Array]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eggroll.population.fitness import at_least_float32
+from eggroll.noise.leaves import at_least_float32
 from eggroll.update.shaping import Shaping
 
 BY_ORDER = ("centered_ranks", "pair_sign")

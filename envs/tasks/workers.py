@@ -1,8 +1,9 @@
 """Processes that score: started by spawn, which is safe with JAX, killed when they exceed a time limit, and replaced.
 
-Only this file handles processes. A worker has its own session, so that processes started by a reward die with it, and ends with
-the trainer, however that ends. Jobs are pickled; replies are JSON, which a reward that writes nonsense cannot turn into code.
-This is not a sandbox: a reward that runs code written by a model runs it with the permissions of the user.
+Only this file handles processes. A worker leads a process group, which is killed with it: all that a reward starts, except
+what it puts into a session of its own. A worker ends when the trainer does, for whatever reason. Jobs are pickled; replies are
+JSON, which a reward that writes nonsense cannot turn into code. This is not a sandbox: a reward that runs code written by a
+model runs it with the permissions of the user.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import importlib.util
 import json
 import os
 import pickle
-import select
+import selectors
 import signal
 import socket
 import time
@@ -51,6 +52,7 @@ class _Worker:
         self.channel = Channel(ours)
         self.ready = False
         self.job: int | None = None
+        self.number = 0  # of the job, in its request and its reply: a process that a reward forked may reply, too
         self.deadline = time.monotonic() + STARTUP_SECONDS
 
     @property
@@ -77,7 +79,7 @@ class Pool:
         function: maps a job to its reply, a JSON value; can be pickled. Where it has a method `prepare`, a worker calls that
             first, in the time of its start; `accepts(job, reply)` decides whether a reply can be one.
         workers: processes, at least 1.
-        timeout: seconds a call may take, with the way of the job and of the reply.
+        timeout: seconds a call may take, including sending the job and receiving the reply.
         memory: bytes that a worker may allocate.
 
     Raises:
@@ -120,7 +122,8 @@ class Pool:
         self._workers = []
 
     def _send(self, worker: _Worker, jobs: list, waiting: deque[int]) -> None:
-        job = pickle.dumps(jobs[waiting[0]])
+        worker.number += 1
+        job = pickle.dumps((worker.number, jobs[waiting[0]]))
         try:
             worker.channel.start_to_send(job)
         except OSError:  # it died while it had nothing to do
@@ -132,28 +135,31 @@ class Pool:
         """Wait until something happens or a deadline passes; store all replies."""
         pending = [worker for worker in self._workers if worker.is_busy]
         nearest = min(worker.deadline for worker in pending) - time.monotonic()
-        channels = [worker.channel for worker in pending]
-        sending = [channel for channel in channels if channel.has_more_to_send]
-        readable, writable, _ = select.select(channels, sending, [], max(nearest, 0))
+        with selectors.DefaultSelector() as selector:
+            for worker in pending:
+                writes = selectors.EVENT_WRITE if worker.channel.has_more_to_send else 0
+                selector.register(worker.channel, selectors.EVENT_READ | writes)
+            events = {key.fileobj: event for key, event in selector.select(max(nearest, 0))}
         for worker in pending:
-            if worker.channel in writable:
+            event = events.get(worker.channel, 0)
+            if event & selectors.EVENT_WRITE:
                 with contextlib.suppress(OSError):  # it has ended, which reading says as well
                     worker.channel.send_more()
-            if worker.channel in readable:
-                self._receive(worker, jobs, replies)
-            elif time.monotonic() >= worker.deadline:
+            settled = bool(event & selectors.EVENT_READ) and self._receive(worker, jobs, replies)
+            if not settled and time.monotonic() >= worker.deadline:
                 if worker.job is None:
                     self._give_up(f"a worker did not start within {STARTUP_SECONDS:.0f} s.")
                 replies[worker.job] = TimedOut()
                 self._replace(worker)
 
-    def _receive(self, worker: _Worker, jobs: list, replies: list) -> None:
+    def _receive(self, worker: _Worker, jobs: list, replies: list) -> bool:
+        """Take what a worker sent; return whether that settles what it was doing."""
         try:
             message = worker.channel.receive()
             if message is None:
-                return
-            kind, value = json.loads(message)
-            if worker.job is not None and not self._accepts(jobs[worker.job], value):
+                return False
+            kind, number, value = json.loads(message)
+            if worker.job is not None and (number != worker.number or not self._accepts(jobs[worker.job], value)):
                 raise Unreadable
         except (EOFError, OSError):
             if not worker.ready:
@@ -162,15 +168,16 @@ class Pool:
                     " it runs."
                 )
             self._bury(worker, replies, readable=True)
-            return
+            return True
         except (Unreadable, ValueError, TypeError, RecursionError):
             self._bury(worker, replies, readable=False)
-            return
+            return True
         if kind == "failed":
             self._give_up(f"a worker could not import the reward: {value}.")
         if worker.job is not None:
             replies[worker.job] = value
         worker.ready, worker.job = True, None
+        return True
 
     def _bury(self, worker: _Worker, replies: list, *, readable: bool) -> None:
         code = self._replace(worker)
@@ -209,18 +216,23 @@ def _serve(end: socket.socket, lifeline: socket.socket, function: bytes, memory:
         call = pickle.loads(function)
         getattr(call, "prepare", lambda: None)()
     except Exception as error:
-        _reply(end, "failed", shorten(f"{type(error).__name__}: {error}"))
+        _reply(end, "failed", 0, shorten(f"{type(error).__name__}: {error}"))
         return
+    own = os.getpid()
     with contextlib.suppress(EOFError, OSError):
-        _reply(end, "ready", None)
+        _reply(end, "ready", 0, None)
         while True:
-            _reply(end, "done", call(pickle.loads(receive(end))))
+            number, job = pickle.loads(receive(end))
+            value = call(job)
+            if os.getpid() != own:  # a reward forked, and its child came here
+                os._exit(0)
+            _reply(end, "done", number, value)
 
 
 def _guard(lifeline: socket.socket) -> None:
-    """Start a process that ends this one, and all that it starts, when the trainer ends: whatever a reward does meanwhile."""
+    """Start a process that kills this one's process group when the trainer ends, whatever a reward does meanwhile."""
     if os.fork() == 0:
-        os.closerange(3, lifeline.fileno())  # the trainer sees by the worker's own end of their socket that it has ended
+        os.closerange(3, lifeline.fileno())  # so that the socket closes, and the trainer notices, when the worker itself exits
         os.closerange(lifeline.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         with contextlib.suppress(OSError):
             lifeline.recv(1)
@@ -228,5 +240,5 @@ def _guard(lifeline: socket.socket) -> None:
     lifeline.close()
 
 
-def _reply(end: socket.socket, kind: str, value: Any) -> None:
-    send(end, json.dumps([kind, value]).encode())
+def _reply(end: socket.socket, kind: str, number: int, value: Any) -> None:
+    send(end, json.dumps([kind, number, value]).encode())

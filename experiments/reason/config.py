@@ -169,7 +169,7 @@ class Config:
     resume: bool = False
     """Continue the run in the folder. Otherwise its files are replaced."""
     accept_change: bool = False
-    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
+    """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
     folder: Path | None = None
     """Run folder, which contains a folder per seed if there are several. None: runs/reason-<algorithm>-<task>-<seed>."""
     plan: bool = False

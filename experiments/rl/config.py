@@ -117,7 +117,7 @@ class Config:
     resume: bool = False
     """Resume the run in the folder; evolution strategies only. Otherwise its files are replaced."""
     accept_change: bool = False
-    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
+    """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
     render: bool = False
     """Write one episode of the trained policy as policy.gif; an environment that cannot be drawn is an error."""
     folder: Path | None = None

@@ -124,7 +124,7 @@ class Config:
     resume: bool = False
     """Resume the run in the folder; not for adam. Otherwise its files are replaced."""
     accept_change: bool = False
-    """With --resume: continue although the code of the fitness or of the optimizer is not what it was."""
+    """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
 

@@ -60,7 +60,7 @@ def hostile(prompts, completions, **columns):
 
     (completion,) = {*completions}
     if completion == "half":
-        own_socket().sendall(b"EGW1" + (100).to_bytes(8, "little") + b'["done", [')
+        own_socket().sendall(b"EGW1" + (100).to_bytes(8, "little") + b'["done", 1, [')
         time.sleep(600)
     if completion == "garbage":
         own_socket().sendall(b"\x80\x04never unpickled")
@@ -73,7 +73,7 @@ def hostile(prompts, completions, **columns):
         own_socket().sendall(b"EGW1" + len(text).to_bytes(8, "little") + text)
         time.sleep(600)
     if completion == "more":
-        text = b'["done", [1.0, 1.0, 1.0]]'
+        text = b'["done", 1, [1.0, 1.0, 1.0]]'
         own_socket().sendall(b"EGW1" + len(text).to_bytes(8, "little") + text)
         time.sleep(600)
     if completion == "stop reading":
@@ -90,3 +90,20 @@ def spin(prompts, completions, *, file, **columns):
         out.write(f"{os.getpid()} {child.pid}")
     while True:
         pass
+
+
+def forks(prompts, completions, **columns):
+    """Fork for a completion, as code written by a model may, and let the child run on."""
+    for completion in completions:
+        if completion == "fork":
+            os.fork()
+    return [float(len(completion)) for completion in completions]
+
+
+def trickle(prompts, completions, **columns):
+    """Send a long message byte by byte."""
+    end = own_socket()
+    end.sendall(b"EGW1" + (1 << 20).to_bytes(8, "little"))
+    while True:
+        end.sendall(b" ")
+        time.sleep(0.01)

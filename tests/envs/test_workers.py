@@ -1,5 +1,6 @@
 """Processes that score: what they can do to the trainer, and that they end with it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -45,6 +46,33 @@ def test_a_worker_that_does_not_read_is_stopped_in_time(scorer):
     with pytest.raises(RuntimeError, match="exceeded its time limit of 1 s"):
         scorer([""], ["x" * (8 << 20)])  # more than a socket holds
     assert scorer([""], ["fine"]).values.tolist() == [1.0]
+
+
+def test_a_reward_that_forks_shifts_no_score():
+    """The child's reply would be taken for that of the next job, in this batch and in all that follow."""
+    texts = ["fork", "a", "bb", "ccc", "dddd", "eeeee"]
+    with Scorer(rewards.forks, workers=1) as scorer:
+        for batch in (texts, texts[1:], texts[1:]):
+            assert scorer([""] * len(batch), batch).values.tolist() == [float(len(text)) for text in batch]
+
+
+def test_a_worker_that_trickles_is_stopped_in_time():
+    with (
+        Scorer(rewards.trickle, workers=1, timeout=0.5) as scorer,
+        pytest.raises(RuntimeError, match="exceeded its time limit"),
+    ):
+        scorer([""], ["x"])
+
+
+def test_a_process_with_many_open_files_scores(tmp_path):
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1400:
+        pytest.skip("fewer files may be open")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull))
+        with Scorer(rewards.length, workers=1) as scorer:
+            assert scorer([""], ["abc"]).values.tolist() == [3.0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -328,8 +328,8 @@ FAULTS = (
     Fault(
         "a learnt number is lost",
         "eggroll/lazy/scaled.py",
-        "return Scaled(inner, gain).settle() if is_known else Scaled(inner, gain)",
-        "return inner",
+        "scaled = Scaled(inner, gain)",
+        "scaled = Scaled(inner, jnp.ones_like(gain))",
         (BUILT,),
     ),
     Fault(
@@ -342,7 +342,7 @@ FAULTS = (
     Fault(
         "a run resumes as another run",
         "eggroll/journal/header.py",
-        "different = [name for name, old, new in compared if old != new]",
+        "different = [name for name, old, new in compared if old != new and old and new]",
         "different: list[str] = []",
         (JOURNAL,),
     ),

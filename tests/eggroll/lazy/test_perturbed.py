@@ -135,12 +135,13 @@ def test_bfloat16_parameters():
     assert jnp.abs(outputs - oracle).max() <= 0.05 * jnp.abs(oracle).max()  # bfloat16 has 8 bits: a few roundings of 2^-8
 
 
-def test_a_use_without_a_rule_is_refused_after_planning():
-    es = strategy(eggroll.LowRank(1))
+def test_a_later_function_may_build_what_the_first_multiplies():
+    es, x = strategy(eggroll.LowRank(1)), jnp.ones((2, 4))
     state = es.init({"w": jnp.ones((4, 4))}, key=jax.random.key(0))
-    es.plan(state, jnp.ones((2, 4)), function=lambda p, x: x @ p["w"])
-    with pytest.raises(ValueError, match=r"parameter 'w' as dense .*'sin'.* low-rank .* rule \('w', eggroll.Dense\(\)\)"):
-        es.ask(state).apply(lambda p, x: x @ jnp.sin(p["w"]), jnp.ones((2, 4)))
+    es.plan(state, x, function=lambda p, x: x @ p["w"])
+    population = es.ask(state)
+    outputs = population.apply(lambda p, x: x @ jnp.sin(p["w"]), x)
+    np.testing.assert_allclose(outputs[3], x @ jnp.sin(population.member(3)["w"]), rtol=1e-5)
 
 
 def test_a_parameter_that_is_returned_is_built():
