@@ -20,7 +20,7 @@ import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, replay
-from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.checkpoint import Checkpoints, OtherModel
 from eggroll.journal.integrity import DamagedConfig
 from eggroll.journal.lock import lock_for_all
 from eggroll.journal.recovery import mend, plan
@@ -58,7 +58,8 @@ class DurableRun(Generic[S]):
 
     Raises:
         RunInUse: another process, or another object of this one, has the run open.
-        ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten.
+        ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten. `OtherModel`: its
+            checkpoint has other arrays, such as those of another optimizer.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class DurableRun(Generic[S]):
         for generation in reversed(self.checkpoints.generations):
             try:
                 restored = self.checkpoints.restore(initial, like, generation=generation)
+            except OtherModel:
+                raise
             except ValueError as error:
                 logger.warning("%s; an earlier one is used.", error)
                 damaged.append(generation)

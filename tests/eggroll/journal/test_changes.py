@@ -74,6 +74,16 @@ def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):
     assert [entry.generation for entry in Reader(tmp_path / "journal.bin")] == list(range(6))
 
 
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.sgd(0.1), optax.adam(0.1, mu_dtype=jnp.bfloat16)])
+def test_a_checkpoint_of_another_optimizer_is_refused_and_stays_where_it_is(tmp_path, optimizer):
+    go(tmp_path, optimizer=optax.adam(0.1), generations=3, checkpoint_every=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    with pytest.raises(ValueError, match=r"generation 2 .* is of another model or optimizer"):
+        go(tmp_path, optimizer=optimizer, checkpoint_every=2, accept_change=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert go(tmp_path, optimizer=optax.adam(0.1)) == 5
+
+
 def headers(**changes):
     es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
     state = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))

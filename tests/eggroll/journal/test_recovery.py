@@ -128,11 +128,10 @@ def test_a_damaged_header_is_written_again(run, whole, caplog):
     resumes(run, whole)
     assert Reader(path).header == header and "damaged bytes" in caplog.text
     overwrite(path, 40, b"garbage")
-    with pytest.raises(JournalError, match="is damaged in its header, and there is no sound checkpoint"):
-        go(run, 12, options={"optimizer": optax.sgd(0.1)})
-    repair(path)
-    with pytest.raises(JournalError, match=r"the header of .* is damaged, and the checkpoints are damaged or of another run"):
-        go(run, 12, options={"optimizer": optax.sgd(0.1)})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is of another model or optimizer"):
+            go(run, 12, options={"optimizer": optax.sgd(0.1)})
+        repair(path)
     resumes(run, whole)
 
 
