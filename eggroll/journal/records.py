@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 
 from eggroll.files import PIECE, parse_object, replace_file
 from eggroll.journal.entries import Entry, decode, encode
-from eggroll.journal.header import READABLE, Header, JournalError
+from eggroll.journal.header import READABLE, Header, JournalError, write_copy
 
 MAGIC = b"EGJ1"
 HEADER, GENERATION = 0, 1
@@ -215,6 +215,7 @@ class Writer:
                 _replace_header(path, dataclasses.replace(reader.header, digests=header.digests, versions=header.versions))
                 reader = Reader(path, tolerant=True)
             self._version = reader.header.version
+            write_copy(path, reader.header)
             for entry in reader:
                 self.next = max(covered, entry.generation + 1)
             for gap in reader.gaps:
@@ -227,6 +228,7 @@ class Writer:
         else:
             self.note = None
             replace_file(path, encode_header(header))
+            write_copy(path, header)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, entry: Entry) -> None:

@@ -15,6 +15,7 @@ import pytest
 import eggroll
 from eggroll.digests import digest
 from eggroll.journal import JournalError, Reader, make_header
+from eggroll.journal.repair import repair
 from eggroll.runs.durable import DurableRun
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -82,6 +83,35 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_stays_where_it_is(tmp_
         go(tmp_path, optimizer=optimizer, checkpoint_every=2, accept_change=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
     assert go(tmp_path, optimizer=optax.adam(0.1)) == 5
+
+
+def test_a_damaged_header_does_not_switch_the_check_off(tmp_path):
+    path, copy = tmp_path / "journal.bin", tmp_path / "journal.header.json"
+    go(tmp_path, checkpoint_every=2)
+    header, length = Reader(path).header, Reader(path)._first
+
+    def damage():
+        path.write_bytes(b"garbage" * 8 + path.read_bytes()[56:])
+
+    damage()
+    with pytest.raises(JournalError, match="the optimizer is not the same"):
+        go(tmp_path, optimizer=optax.sgd(0.2))
+    repair(path)
+    assert Reader(path).header == header and Reader(path)._first == length
+    damage()
+    assert go(tmp_path) == 4 and Reader(path).header == header
+    damage()
+    copy.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(JournalError, match="and its copy are damaged or missing"):
+            go(tmp_path)
+        repair(path)
+    assert go(tmp_path, accept_change=True) == 6
+    damage()
+    assert go(tmp_path) == 8 and [entry.generation for entry in Reader(path)] == list(range(8))
+    copy.unlink()
+    go(tmp_path)
+    assert copy.exists()
 
 
 def headers(**changes):
