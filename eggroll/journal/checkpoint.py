@@ -4,6 +4,7 @@ With several processes, every process makes the same calls on the same folder.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,12 +142,12 @@ class Checkpoints:
         Args:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
-            score: higher is better; None: never the best.
+            score: higher is better; None or NaN: never the best.
 
         Raises:
             OSError: this checkpoint or the last one cannot be written.
         """
-        metrics = {"score": float("-inf") if score is None else float(score)}
+        metrics = {"score": float("-inf") if score is None or math.isnan(score) else float(score)}
         stored, args = _storable(state, carried), self._ocp.args
         self._make_room(stored)
         chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
