@@ -181,6 +181,11 @@ class DurableRun(Generic[S]):
                 return restored[0], damaged
         return initial, damaged
 
+    def check(self) -> None:
+        """Raise RunLost if the folder was moved or deleted, or another process took over."""
+        if self._lock is not None:
+            self._lock.check()
+
     def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.
 
@@ -192,8 +197,7 @@ class DurableRun(Generic[S]):
         Raises:
             RunLost: the folder was moved or deleted, or another process took over; nothing is written.
         """
-        if self._lock is not None:
-            self._lock.check()
+        self.check()
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
         recorded = self._reevaluated.pop(generation, None)
