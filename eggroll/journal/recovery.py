@@ -65,8 +65,10 @@ def survey(path: Path) -> Survey:
     for entry in reader:
         reached = entry.generation + 1
     size, gaps = path.stat().st_size, list(reader.gaps)
-    if reader.end < size and (reader.end == 0 or not _is_truncated(path, reader.end, size)):
-        gaps.append(Gap(reader.end, size, reached, None))
+    tail = Gap(reader.end, size, reached, None)
+    is_kept = reader.end == 0 or not _is_truncated(path, reader.end, size) or _correct(path, tail) is not None
+    if reader.end < size and is_kept:
+        gaps.append(tail)
     return Survey(reader.header if reader.has_header else None, gaps, reached, reader.end, size)
 
 
@@ -116,6 +118,14 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
             aside.append(gap)
         if gap.next is not None and gap.first < gap.next and gap.start < gap.end:
             lost.append(range(gap.first, gap.next))
+    is_rewritten = bool(corrected or aside or found.header is None)
+    if (
+        is_rewritten
+        and at is None
+        and found.size - found.end > FRAME.size
+        and not any(gap.end == found.size for gap in found.gaps)
+    ):
+        aside.append(Gap(found.end, found.size, found.reached, None))  # a truncated record
     reached = found.reached if at is None else at.first
     if reached + (1 if _is_corrected_tail(found, corrected) else 0) < covered:
         lost.append(range(reached, covered))

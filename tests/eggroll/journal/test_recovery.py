@@ -106,6 +106,30 @@ def test_one_flipped_bit_costs_nothing(run, whole, record, caplog):
     assert "one flipped bit of" in caplog.text and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("bit", range(0, 32, 5))
+def test_a_flipped_bit_in_the_length_of_the_last_record_costs_nothing(tmp_path, bit):
+    path = written(tmp_path / "journal.bin")
+    before, start = path.read_bytes(), places(path)[-2]
+    flip(path, start + 5 + bit // 8, bit % 8)
+    assert "one flipped bit of generation 5" in repair(path)[0] and path.read_bytes() == before
+
+
+def test_a_dropped_tail_is_copied_aside(run, whole, caplog):
+    path = run / "journal.bin"
+    start, content = places(path)[10], path.read_bytes()
+    path.write_bytes(content[: start + 30])
+    resumes(run, whole)
+    assert "journal.damaged-1.bin" in caplog.text
+    assert (run / "journal.damaged-1.bin").read_bytes() == content[start : start + 30]
+    path.write_bytes(content[: start + 30])
+    flip(path, 40)  # the file is replaced
+    resumes(run, whole)
+    assert (run / "journal.damaged-2.bin").read_bytes() == content[start : start + 30]
+    path.write_bytes(content[: start + 5])
+    resumes(run, whole)
+    assert not (run / "journal.damaged-3.bin").exists()
+
+
 def test_damage_before_the_checkpoint_costs_the_replay(run, whole, caplog):
     path = run / "journal.bin"
     starts = places(path)
