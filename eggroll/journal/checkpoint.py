@@ -187,6 +187,8 @@ class Checkpoints:
             stored = restored["state"]
             if fingerprint(stored) != restored["check"]["all"]:
                 raise ValueError("its bytes differ from those written")
+            if _shapes(stored) != _shapes(target):  # orbax reads NumPy arrays of any shape
+                raise ValueError("its arrays have other shapes or dtypes")
             stored = jax.tree.map(_refill, {"state": like._asdict(), "carried": carried}, stored)
         except MemoryError:
             raise
@@ -214,15 +216,14 @@ class Checkpoints:
             restored = self._manager.restore(generation, args=parts)
             found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
             if (leaves := restored["check"].get("leaves")) is None:
-                expected = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
-                return {name: (x.shape, x.dtype) for name, x in found.items()} != {
-                    name: (x.shape, x.dtype) for name, x in expected.items()
-                }
+                return _shapes(restored["state"]) != _shapes(target)
             paths = [(path, found.pop(name)) for name, path in leaves]
             return not found and fingerprint_of_leaves(paths) == restored["check"]["all"]
         except MemoryError:
             raise
-        except Exception:  # orbax and tensorstore have no common error for damaged files
+        except Exception as error:  # orbax and tensorstore have no common error for damaged files
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
             return False
 
     def fingerprints(self, generation: int) -> dict[str, str]:
@@ -254,6 +255,11 @@ def _storable(state: S, carried: Any) -> dict[str, Any]:
 def _name(path: Any) -> str:
     """The keys to a leaf, which are the same whether a node is a mapping or a named tuple."""
     return jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[Any, Any]]:
+    """Shape and dtype of every leaf."""
+    return {_name(path): (leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _refill(like: Any, stored: Any) -> Any:

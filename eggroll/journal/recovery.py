@@ -118,13 +118,9 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
             aside.append(gap)
         if gap.next is not None and gap.first < gap.next and gap.start < gap.end:
             lost.append(range(gap.first, gap.next))
-    is_rewritten = bool(corrected or aside or found.header is None)
-    if (
-        is_rewritten
-        and at is None
-        and found.size - found.end > FRAME.size
-        and not any(gap.end == found.size for gap in found.gaps)
-    ):
+    is_rewritten = at is None and bool(corrected or aside or found.header is None)
+    has_tail = found.size - found.end > FRAME.size and all(gap.end < found.size for gap in found.gaps)
+    if is_rewritten and has_tail:
         aside.append(Gap(found.end, found.size, found.reached, None))  # a truncated record
     reached = found.reached if at is None else at.first
     if reached + (1 if _is_corrected_tail(found, corrected) else 0) < covered:

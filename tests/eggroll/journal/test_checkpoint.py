@@ -64,6 +64,10 @@ def test_arrays_above_the_limit_are_written_and_read(tmp_path, monkeypatch):
     assert int(restored.generation) == 1 and fingerprint(restored.params) == fingerprint(state.params)
     np.testing.assert_array_equal(carried, np.arange(100))
     again.close()
+    other = Checkpoints(tmp_path, config={})
+    with pytest.raises(checkpoint.OtherModel, match="of another model or optimizer"):
+        other.restore(make_state(0.0), np.zeros(1, int))
+    other.close()
 
 
 def test_pieces_have_the_fingerprint_of_the_whole(monkeypatch):
