@@ -4,6 +4,7 @@ With several processes, every process makes the same calls on the same folder.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
-from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.fingerprint import fingerprint, fingerprint_of_leaves
 from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
 from eggroll.protocol import S
 from eggroll.state import keys_to_words, words_to_keys
 
 logger = logging.getLogger(__name__)
+SEPARATOR = "\0"  # of the keys to a leaf
 CHUNK, IN_FLIGHT = 1 << 26, 1 << 28  # bytes: encoded together; written or read at a time
+
+
+class OtherModel(ValueError):
+    """A sound checkpoint has other arrays than the run."""
 
 
 class Checkpoints:
@@ -136,16 +142,19 @@ class Checkpoints:
         Args:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
-            score: higher is better; None: never the best.
+            score: higher is better; None or NaN: never the best.
 
         Raises:
             OSError: this checkpoint or the last one cannot be written.
         """
-        metrics = {"score": float("-inf") if score is None else float(score)}
+        metrics = {"score": float("-inf") if score is None or math.isnan(score) else float(score)}
         stored, args = _storable(state, carried), self._ocp.args
         self._make_room(stored)
         chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
-        check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics})
+        named = {
+            "leaves": [[_name(path), jax.tree_util.keystr(path)] for path, _ in jax.tree_util.tree_leaves_with_path(stored)]
+        }
+        check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics, **named})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
         with writing(self._folder):
             self._manager.save(int(state.generation), args=saved, metrics=metrics)
@@ -162,28 +171,60 @@ class Checkpoints:
             `(state, carried)`, or None when there is no checkpoint.
 
         Raises:
-            ValueError: the checkpoint is damaged or of another model.
+            OtherModel: the checkpoint is sound, and of another model or optimizer.
+            ValueError: the checkpoint is damaged.
         """
         if generation is None and not self.generations:
             return None
         chosen = self.generations[-1] if generation is None else generation
         args, target = self._ocp.args, _storable(like, carried)
         self._make_room(target)
-        target = args.StandardRestore(jax.tree.map(_abstract, target))
+        target = jax.tree.map(_abstract, target)
         try:
-            restored = self._manager.restore(chosen, args=args.Composite(state=target, check=args.JsonRestore()))
+            restored = self._manager.restore(
+                chosen, args=args.Composite(state=args.StandardRestore(target), check=args.JsonRestore())
+            )
             stored = restored["state"]
             if fingerprint(stored) != restored["check"]["all"]:
                 raise ValueError("its bytes differ from those written")
+            if _shapes(stored) != _shapes(target):  # orbax reads NumPy arrays of any shape
+                raise ValueError("its arrays have other shapes or dtypes")
             stored = jax.tree.map(_refill, {"state": like._asdict(), "carried": carried}, stored)
         except MemoryError:
             raise
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            place = f"the checkpoint of generation {chosen} in {self._folder}"
+            if self._is_sound(chosen, target):
+                raise OtherModel(
+                    f"{place} is of another model or optimizer, with other arrays: restore them, or choose another folder."
+                ) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the checkpoint of generation {chosen} in {self._folder} cannot be read: {reason}") from error
+            raise ValueError(f"{place} cannot be read: {reason}") from error
         return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
+
+    def _is_sound(self, generation: int, target: Any) -> bool:
+        """Whether all bytes of a checkpoint are those written, whatever its arrays.
+
+        Earlier versions wrote no names of leaves: then it is one if it can be read and has other arrays than `target`.
+        """
+        args = self._ocp.args
+        try:
+            tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._manager.item_metadata(generation)["state"])
+            parts = args.Composite(state=args.StandardRestore(tree), check=args.JsonRestore())
+            restored = self._manager.restore(generation, args=parts)
+            found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
+            if (leaves := restored["check"].get("leaves")) is None:
+                return _shapes(restored["state"]) != _shapes(target)
+            paths = [(path, found.pop(name)) for name, path in leaves]
+            return not found and fingerprint_of_leaves(paths) == restored["check"]["all"]
+        except MemoryError:
+            raise
+        except Exception as error:  # orbax and tensorstore have no common error for damaged files
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            return False
 
     def fingerprints(self, generation: int) -> dict[str, str]:
         """Return the saved fingerprints: of everything ("all") and of the parameters ("params")."""
@@ -209,6 +250,16 @@ def _storable(state: S, carried: Any) -> dict[str, Any]:
         return stored
     # orbax takes global arrays or NumPy arrays, but not arrays local to one process.
     return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
+
+
+def _name(path: Any) -> str:
+    """The keys to a leaf, which are the same whether a node is a mapping or a named tuple."""
+    return jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[Any, Any]]:
+    """Shape and dtype of every leaf."""
+    return {_name(path): (leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _refill(like: Any, stored: Any) -> Any:

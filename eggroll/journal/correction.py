@@ -1,8 +1,8 @@
 """One flipped bit of a record is found by its checksum and flipped back.
 
 CRC-32 is linear: crc(a) xor crc(b) = L(a xor b) for texts of one length. L of a single bit is different for each position, so
-that the difference of the stored and the computed checksum names the bit. Other damage has a difference that no bit has, but
-for a share of about 8 n / 2^32 of them, of a record of n bytes; what is corrected is checked further by its content.
+that the difference of the stored and the computed checksum names the bit. Any other damage is mistaken for a single flipped bit
+with a probability of about 8n / 2^32 in a record of n bytes, so the corrected record is also checked for plausible content.
 """
 
 import struct

@@ -5,7 +5,7 @@ nothing in addition to a leaf on one CPU device.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +19,16 @@ PIECE = 1 << 26  # bytes
 
 def fingerprint(params: Any) -> str:
     """Return the SHA-256 of the leaves of a pytree: paths, dtypes, shapes and bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return fingerprint_of_leaves((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+
+
+def fingerprint_of_leaves(leaves: Iterable[tuple[str, Any]]) -> str:
+    """Return the fingerprint of a pytree from the paths of its leaves, in order."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in leaves:
         array = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
+        digest.update(f"{path} {array.dtype} {array.shape};".encode())
         for piece in _pieces(array):
             digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,13 +1,15 @@
-"""The header of a journal identifies its run."""
+"""The header of a journal identifies its run. A second copy is next to it: `journal.header.json` of `journal.bin`."""
 
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from eggroll.files import read_object, write_object
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.noise.leaves import LeafPlan
 from eggroll.protocol import S, Strategy
@@ -66,12 +68,26 @@ class Header:
             )
 
     def _changed(self, other: "Header", *, replay: bool) -> str:
-        """What another digest says is no longer the same, with its verb; "" for nothing."""
+        """Name what changed according to the digests, followed by 'is' or 'are'; empty if nothing did."""
         if self.digests is None or other.digests is None:
             return ""
         compared = [*zip(("the fitness", "the optimizer"), self.digests, other.digests, strict=True)][1 if replay else 0 :]
         different = [name for name, old, new in compared if old != new and old and new]
         return f"{' and '.join(different)} {'is' if len(different) == 1 else 'are'}" if different else ""
+
+
+def read_copy(path: Path) -> Header | None:
+    """Read the copy of the header of the journal `path`; None if it is missing or damaged."""
+    try:
+        return Header(**read_object(path.with_suffix(".header.json")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def write_copy(path: Path, header: Header) -> None:
+    """Write the copy of the header of the journal `path`, unless it is there."""
+    if read_copy(path) != header:
+        write_object(path.with_suffix(".header.json"), dataclasses.asdict(header))
 
 
 def _difference(name: str, stored: Any, given: Any) -> str:

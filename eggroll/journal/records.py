@@ -5,8 +5,8 @@
     header   JSON, see `header.Header`
     generation  see `entries`
 
-A last record truncated by a kill is dropped with a note. Damage before the last record is an error that names the generation;
-`recovery` mends the file where a checkpoint allows it.
+A last record truncated by a kill is dropped with a note; if there is more than its frame, it is copied aside. Damage before the
+last record is an error that names the generation; `recovery` mends the file where a checkpoint allows it.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from eggroll.files import PIECE, parse_object, replace_file
+from eggroll.files import PIECE, parse_object, replace_file, unused_name
 from eggroll.journal.entries import Entry, decode, encode
-from eggroll.journal.header import READABLE, Header, JournalError
+from eggroll.journal.header import READABLE, Header, JournalError, write_copy
 
 MAGIC = b"EGJ1"
 HEADER, GENERATION = 0, 1
@@ -191,6 +191,15 @@ def _replace_header(path: Path, header: Header) -> None:
     replace_file(path, pieces())
 
 
+def _keep_tail(path: Path, start: int) -> Path:
+    """Copy the bytes from `start` on, which are about to be dropped."""
+    copy = unused_name(path.with_name("journal.damaged.bin"))
+    with open(path, "rb") as file:
+        file.seek(start)
+        replace_file(copy, iter(lambda: file.read(PIECE), b""))
+    return copy
+
+
 class Writer:
     """Appends generations; once `append` returns, the record survives a kill of the process.
 
@@ -215,18 +224,22 @@ class Writer:
                 _replace_header(path, dataclasses.replace(reader.header, digests=header.digests, versions=header.versions))
                 reader = Reader(path, tolerant=True)
             self._version = reader.header.version
+            write_copy(path, reader.header)
             for entry in reader:
                 self.next = max(covered, entry.generation + 1)
             for gap in reader.gaps:
                 if gap.start < gap.end:
                     raise JournalError(f"{path} is damaged at generation {gap.first} (byte {gap.start}).")
             self.note = reader.note
+            if path.stat().st_size - reader.end > FRAME.size:
+                self.note = f"{reader.note} Its bytes are in {_keep_tail(path, reader.end).name}."
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
             self._file.truncate(reader.end)
             self._file.seek(reader.end)
         else:
             self.note = None
             replace_file(path, encode_header(header))
+            write_copy(path, header)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, entry: Entry) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from eggroll.files import PIECE, parse_object, replace_file, unused_name
 from eggroll.journal.correction import correct
-from eggroll.journal.header import Header, JournalError
+from eggroll.journal.header import Header, JournalError, read_copy
 from eggroll.journal.records import FRAME, GENERATION, HEADER, MAGIC, Gap, Reader, decode, encode_header
 
 MAX_CORRECTED = 1 << 26  # bytes of a record
@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     """How to mend a journal."""
 
     survey: Survey
+    copy: Header | None  # next to the journal
     corrected: dict[Gap, bytes]  # the records with a flipped bit, as they were
     aside: list[Gap]  # the other damaged bytes
     cut: Gap | None  # everything from here on is set aside
@@ -41,9 +42,16 @@ class Plan(NamedTuple):
 
     @property
     def header(self) -> Header | None:
-        """The header, where it is sound or was corrected."""
+        """The header, where it or its copy is sound, or it was corrected."""
         fixed = next((record for gap, record in self.corrected.items() if gap.start == 0), None)
-        return self.survey.header if fixed is None else Header(**parse_object(fixed[FRAME.size :], "the header"))
+        if fixed is None:
+            return self.survey.header or self.copy
+        return Header(**parse_object(fixed[FRAME.size :], "the header"))
+
+    @property
+    def is_header_damaged(self) -> bool:
+        """Whether the file has no header that is sound or was corrected."""
+        return self.survey.header is None and all(gap.start > 0 for gap in self.corrected)
 
     @property
     def writes(self) -> bool:
@@ -57,9 +65,17 @@ def survey(path: Path) -> Survey:
     for entry in reader:
         reached = entry.generation + 1
     size, gaps = path.stat().st_size, list(reader.gaps)
-    if reader.end < size and (reader.end == 0 or not _is_truncated(path, reader.end, size)):
-        gaps.append(Gap(reader.end, size, reached, None))
+    tail = Gap(reader.end, size, reached, None)
+    is_kept = reader.end == 0 or not _is_truncated(path, reader.end, size) or _correct(path, tail) is not None
+    if reader.end < size and is_kept:
+        gaps.append(tail)
     return Survey(reader.header if reader.has_header else None, gaps, reached, reader.end, size)
+
+
+def find_header(path: Path) -> Header | None:
+    """The header of a journal, corrected or from its copy where it is damaged; None: the copy is damaged too."""
+    reader = Reader(path, tolerant=True)
+    return reader.header if reader.has_header else plan(path, covered=0, cut=True).header
 
 
 def _is_truncated(path: Path, start: int, size: int) -> bool:
@@ -83,7 +99,7 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
     Raises:
         JournalError: generations after the checkpoint cannot be rebuilt, and `cut` is False.
     """
-    found = survey(path)
+    found, copy = survey(path), read_copy(path)
     corrected: dict[Gap, bytes] = {}
     aside, lost, at = list[Gap](), list[range](), None
     for gap in found.gaps:
@@ -91,7 +107,7 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
         if fixed is not None:
             corrected[gap] = fixed
             continue
-        header_lost = gap.start == 0 and not covered and (gap.end > 0 or gap.first != gap.next)
+        header_lost = gap.start == 0 and copy is None and not covered and (gap.end > 0 or gap.first != gap.next)
         if header_lost or (gap.next is not None and gap.next > max(covered, gap.first)):
             if not cut:
                 raise _refusal(path, gap, covered)
@@ -102,10 +118,14 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
             aside.append(gap)
         if gap.next is not None and gap.first < gap.next and gap.start < gap.end:
             lost.append(range(gap.first, gap.next))
+    is_rewritten = at is None and bool(corrected or aside or found.header is None)
+    has_tail = found.size - found.end > FRAME.size and all(gap.end < found.size for gap in found.gaps)
+    if is_rewritten and has_tail:
+        aside.append(Gap(found.end, found.size, found.reached, None))  # a truncated record
     reached = found.reached if at is None else at.first
     if reached + (1 if _is_corrected_tail(found, corrected) else 0) < covered:
         lost.append(range(reached, covered))
-    return Plan(found, corrected, aside, at, lost)
+    return Plan(found, copy, corrected, aside, at, lost)
 
 
 def _is_corrected_tail(found: Survey, corrected: dict[Gap, bytes]) -> bool:
@@ -147,7 +167,7 @@ def mend(path: Path, chosen: Plan, header: Header | None) -> list[str]:
     Args:
         path: of the journal.
         chosen: the plan.
-        header: written where the stored one is damaged; None: the file is left without one, for the run to write.
+        header: written where the stored one and its copy are damaged; None: the file is left without one, for the run to write.
 
     Returns:
         Sentences that say what was done and lost.
@@ -160,6 +180,8 @@ def mend(path: Path, chosen: Plan, header: Header | None) -> list[str]:
     for gap in chosen.corrected:
         what = "the header" if gap.start == 0 else f"generation {gap.first}"
         said.append(f"one flipped bit of {what} in {path} was flipped back.")
+    if chosen.is_header_damaged and chosen.copy is not None:
+        said.append(f"the header of {path} was restored from its copy.")
     if chosen.writes:
         replace_file(path, _content(path, chosen, header))
     return [*said, *describe_lost(path, chosen.lost)]
@@ -174,8 +196,9 @@ def describe_lost(path: Path, lost: Sequence[range]) -> list[str]:
 def _content(path: Path, chosen: Plan, header: Header | None) -> Iterator[bytes]:
     """The mended journal in pieces."""
     start = 0
-    if chosen.header is None and header is not None:
-        yield encode_header(header)
+    known = chosen.header or header
+    if chosen.is_header_damaged and known is not None:
+        yield encode_header(known)
     for gap in sorted([*chosen.corrected, *chosen.aside]):
         yield from _read(path, start, gap.start)
         yield chosen.corrected.get(gap, b"")

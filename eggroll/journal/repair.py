@@ -39,7 +39,7 @@ def repair(path: Path) -> list[str]:
         begin = max(chosen.cut.first, covered)
         said.append(f"generations from {begin} on cannot be rebuilt: the run evaluates them again when it is resumed.")
     if chosen.header is None:
-        said.append("the run writes the header again when it is resumed.")
+        said.append("the run writes the header again when it is resumed with accept_change=True (--accept-change).")
     sound = f"{path} has {chosen.survey.reached} generations, and no damage that can be repaired"
     return said if chosen.writes else [*said, f"{sound}: nothing was changed."]
 
@@ -51,7 +51,7 @@ def _newest_checkpoint(folder: Path) -> int:
 
 
 def _begin(path: Path, covered: int) -> list[str]:
-    """Make an empty journal, which a run takes as its consent to continue from its checkpoint."""
+    """Create an empty journal, which tells the run that it may continue from its checkpoint."""
     if not covered:
         raise JournalError(f"{path.parent} has neither a journal nor a sound checkpoint.")
     replace_file(path, b"")

@@ -20,10 +20,10 @@ import numpy as np
 
 from eggroll.devices.processes import is_first, wait_for_all
 from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, replay
-from eggroll.journal.checkpoint import Checkpoints
+from eggroll.journal.checkpoint import Checkpoints, OtherModel
 from eggroll.journal.integrity import DamagedConfig
 from eggroll.journal.lock import lock_for_all
-from eggroll.journal.recovery import mend, plan
+from eggroll.journal.recovery import find_header, mend, plan
 from eggroll.protocol import S, Strategy
 from eggroll.state import check_not_consumed
 
@@ -44,7 +44,7 @@ class DurableRun(Generic[S]):
     """The files of a run, and `state`, from which it continues.
 
     Args:
-        folder: created if missing; holds `journal.bin` and `checkpoints/`.
+        folder: created if missing; holds `journal.bin`, `journal.header.json` and `checkpoints/`.
         es: the strategy, with its plan (`es.plan(state, batch)`).
         initial: the state at generation 0; its parameters and key are compared with the journal's. Consumed: continue
             from the attribute `state`.
@@ -52,13 +52,15 @@ class DurableRun(Generic[S]):
         carried: what is stored with the state; restored on resume.
         checkpoint_every: generations between checkpoints.
         keep: number of most recent checkpoints to keep, in addition to the best.
-        accept_change: continue although fitness or optimizer are not those that the journal was written with.
+        accept_change: continue although fitness or optimizer are not those that the journal was written with, or although its
+            header and the copy of it are damaged, so that this is not known.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
             `(es, initial)`, with the plan.
 
     Raises:
         RunInUse: another process, or another object of this one, has the run open.
-        ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten.
+        ValueError: the folder belongs to another run, or is damaged beyond recovery; nothing is overwritten. `OtherModel`: its
+            checkpoint has other arrays, such as those of another optimizer.
     """
 
     def __init__(
@@ -93,20 +95,27 @@ class DurableRun(Generic[S]):
         self, es: Strategy[S], initial: S, header: Header, *, config: Mapping[str, Any], keep: int, accept_change: bool
     ) -> None:
         path = self._folder / "journal.bin"
-        self.checkpoints = self._open_checkpoints(header, path, config=config, keep=keep, accept_change=accept_change)
+        stored = find_header(path) if path.exists() else None
+        self.checkpoints = self._open_checkpoints(header, stored, config=config, keep=keep, accept_change=accept_change)
         if not path.exists() and self.checkpoints.generations:
             raise JournalError(
                 f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file, choose another folder, or "
                 f"let `python -m eggroll.journal repair {self._folder}` give up the replay of the generations in it."
             )
-        if path.exists():
-            stored = Reader(path, tolerant=True)
-            if stored.has_header:
-                stored.header.check(header, accept_change=accept_change)  # every process refuses, as the first one does
+        if stored is not None:
+            stored.check(header, accept_change=accept_change)  # every process refuses, as the first one does
+        elif path.exists() and not accept_change:
+            raise JournalError(
+                f"the header of {path} and its copy are damaged or missing, so that it cannot be checked that the run is this "
+                "one: choose another folder or, if you know that it is, continue with accept_change=True (--accept-change)."
+            )
         state, damaged = self._restore_last(initial)
+        is_unknown = (damaged and not int(state.generation)) or not _is_same_key(initial, state)
+        if path.exists() and stored is None and is_unknown:
+            raise JournalError(f"the header of {path} is damaged, and the checkpoints are damaged or of another run.")
+        self.checkpoints.set_aside(damaged)  # before a journal is refused, so that `repair` counts on sound ones only
         if path.exists():
-            self._mend(path, header, initial, state, is_other_model=bool(damaged) and not int(state.generation))
-        self.checkpoints.set_aside(damaged)
+            self._mend(path, header, state)
         self._journal = Writer(path, header, covered=int(state.generation), accept_change=accept_change) if is_first() else None
         if self._journal is not None and self._journal.note:
             logger.warning(self._journal.note)
@@ -114,23 +123,21 @@ class DurableRun(Generic[S]):
         self.state = self._resume(es, state, path)
 
     def _open_checkpoints(
-        self, header: Header, path: Path, *, config: Mapping[str, Any], keep: int, accept_change: bool
+        self, header: Header, stored: Header | None, *, config: Mapping[str, Any], keep: int, accept_change: bool
     ) -> Checkpoints:
         """Open the checkpoints; a damaged config.json is written again if the journal shows that the run is this one."""
         folder = self._folder / "checkpoints"
         try:
             return Checkpoints(folder, config=config, keep=keep)
         except DamagedConfig as error:
-            if not path.exists() or not Reader(path, tolerant=True).has_header:
+            if stored is None:
                 raise ValueError(f"{error} The journal cannot tell whose run it is either: choose another folder.") from None
-            Reader(path).header.check(header, accept_change=accept_change)
+            stored.check(header, accept_change=accept_change)
             return Checkpoints(folder, config=config, keep=keep, identified=True)
 
-    def _mend(self, path: Path, header: Header, initial: S, state: S, *, is_other_model: bool) -> None:
+    def _mend(self, path: Path, header: Header, state: S) -> None:
         """Mend a damaged journal, if `state`, from a checkpoint, allows it."""
         chosen = plan(path, covered=int(state.generation))
-        if chosen.header is None and (is_other_model or not _is_same_key(initial, state)):
-            raise JournalError(f"the header of {path} is damaged, and the checkpoints are damaged or of another run.")
         wait_for_all("eggroll damaged journal")  # all have read it
         if is_first() and (chosen.writes or chosen.lost):
             logger.warning(" ".join(mend(path, chosen, header)) or f"{path} has a new header.")
@@ -162,6 +169,8 @@ class DurableRun(Generic[S]):
         for generation in reversed(self.checkpoints.generations):
             try:
                 restored = self.checkpoints.restore(initial, like, generation=generation)
+            except OtherModel:
+                raise
             except ValueError as error:
                 logger.warning("%s; an earlier one is used.", error)
                 damaged.append(generation)
@@ -171,6 +180,11 @@ class DurableRun(Generic[S]):
                     self._carried.load(restored[1])
                 return restored[0], damaged
         return initial, damaged
+
+    def check(self) -> None:
+        """Raise RunLost if the folder was moved or deleted, or another process took over."""
+        if self._lock is not None:
+            self._lock.check()
 
     def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.
@@ -183,8 +197,7 @@ class DurableRun(Generic[S]):
         Raises:
             RunLost: the folder was moved or deleted, or another process took over; nothing is written.
         """
-        if self._lock is not None:
-            self._lock.check()
+        self.check()
         carried = None if self._carried is None else self._carried.save()
         generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
         recorded = self._reevaluated.pop(generation, None)

@@ -8,7 +8,9 @@ This file owns the loop; strategies own the mathematics, `record` what a generat
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ import jax
 
 from eggroll.devices.processes import is_first, report_lost_process
 from eggroll.generation import LAST_GENERATION
+from eggroll.journal.lock import RunLost
 from eggroll.protocol import S, Strategy
 from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
@@ -27,6 +30,7 @@ from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
 from eggroll.runs.record import Record
 
+logger = logging.getLogger(__name__)
 SCORES = ("held_out_return", "held_out_fitness")
 
 
@@ -75,7 +79,7 @@ def train(
 
     Raises:
         ValueError, TypeError: a wrong argument; the message names it.
-        RuntimeError: another process of this run was lost.
+        RuntimeError: another process of this run was lost. `RunLost`: its folder was, and nothing more is written.
     """
     _check(generations, budget, target, callbacks)
     if plot is not None and run_folder is None:
@@ -86,11 +90,14 @@ def train(
     first = int(state.generation)
     history: list[Record] = []
     diagnosis = Diagnosis(es.population_size)
+    check_lock = (lambda: None) if durable is None else durable.check
+    check_lock()
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None and is_first():
             metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
-            stack.callback(_draw, plot or _plot_fitness, history, Path(run_folder))
+            draw = functools.partial(_draw, plot or _plot_fitness, history, Path(run_folder))
+            stack.push(functools.partial(_draw_last, check_lock, draw))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
@@ -100,6 +107,7 @@ def train(
                 break
             state, record = _run_generation(es, state, batch)
             history.append(record)
+            check_lock()  # before the callbacks, and the metrics, write
             if is_first():
                 diagnosis.look(record)
             stops = [bool(callback(state, record)) for callback in callbacks]
@@ -171,6 +179,19 @@ def _draw(plot: Callable[[Sequence[Record], Path], None], history: Sequence[Reco
         plot(history, folder)
     except OSError as error:
         raise OSError(error.errno, f"a figure cannot be written: {error.strerror}", str(folder)) from error
+
+
+def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: Any, error: Any, trace: Any) -> None:
+    """Plot at the end of a run, unless its folder was lost; a failure does not replace `error`, which ended the run."""
+    if isinstance(error, RunLost):
+        return
+    try:
+        check_lock()
+        draw()
+    except Exception as failed:
+        if error is None:
+            raise
+        logger.warning("the figure was not drawn: %s", failed)
 
 
 def _progress_words(record: Record) -> str:

@@ -11,7 +11,7 @@ from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.journal.lock import lock_for_all
 
-_KEPT_BY_RESUME = ("journal.bin", "checkpoints", "samples")
+_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples")
 Row = dict[str, Any]
 
 

@@ -15,6 +15,7 @@ import pytest
 import eggroll
 from eggroll.digests import digest
 from eggroll.journal import JournalError, Reader, make_header
+from eggroll.journal.repair import repair
 from eggroll.runs.durable import DurableRun
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -72,6 +73,45 @@ def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):
     with pytest.raises(JournalError, match="the fitness and the optimizer are not the same"):
         go(tmp_path, optimizer=optimizer)
     assert [entry.generation for entry in Reader(tmp_path / "journal.bin")] == list(range(6))
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.sgd(0.1), optax.adam(0.1, mu_dtype=jnp.bfloat16)])
+def test_a_checkpoint_of_another_optimizer_is_refused_and_stays_where_it_is(tmp_path, optimizer):
+    go(tmp_path, optimizer=optax.adam(0.1), generations=3, checkpoint_every=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    with pytest.raises(ValueError, match=r"generation 2 .* is of another model or optimizer"):
+        go(tmp_path, optimizer=optimizer, checkpoint_every=2, accept_change=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert go(tmp_path, optimizer=optax.adam(0.1)) == 5
+
+
+def test_a_damaged_header_does_not_switch_the_check_off(tmp_path):
+    path, copy = tmp_path / "journal.bin", tmp_path / "journal.header.json"
+    go(tmp_path, checkpoint_every=2)
+    header, length = Reader(path).header, Reader(path)._first
+
+    def damage():
+        path.write_bytes(b"garbage" * 8 + path.read_bytes()[56:])
+
+    damage()
+    with pytest.raises(JournalError, match="the optimizer is not the same"):
+        go(tmp_path, optimizer=optax.sgd(0.2))
+    repair(path)
+    assert Reader(path).header == header and Reader(path)._first == length
+    damage()
+    assert go(tmp_path) == 4 and Reader(path).header == header
+    damage()
+    copy.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(JournalError, match="and its copy are damaged or missing"):
+            go(tmp_path)
+        repair(path)
+    assert go(tmp_path, accept_change=True) == 6
+    damage()
+    assert go(tmp_path) == 8 and [entry.generation for entry in Reader(path)] == list(range(8))
+    copy.unlink()
+    go(tmp_path)
+    assert copy.exists()
 
 
 def headers(**changes):

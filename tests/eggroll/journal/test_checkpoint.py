@@ -13,6 +13,7 @@ from eggroll.journal import checkpoint
 from eggroll.journal import fingerprint as fingerprints
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.integrity import find_damage
 
 
 def make_state(weight):
@@ -36,6 +37,21 @@ def test_bytes_that_differ_from_the_fingerprint_are_refused(tmp_path, monkeypatc
     checkpoints.close()
 
 
+def test_a_score_that_is_not_a_number_is_never_the_best_and_no_damage(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, config={}), make_state(1.0)
+    for generation, score in enumerate((1.0, float("nan"))):
+        checkpoints.save(state._replace(generation=jnp.int32(generation)), score=score)
+    assert checkpoints.best == 0
+    checkpoints.close()
+    again = Checkpoints(tmp_path, config={})
+    assert again.generations == [0, 1]
+    again.close()
+    for name in ("metrics/metrics", "check/metadata"):  # as earlier versions wrote it
+        path = tmp_path / "states/1" / name
+        path.write_text(path.read_text().replace("-Infinity", "NaN"))
+    assert find_damage(tmp_path / "states/1") is None
+
+
 def test_arrays_above_the_limit_are_written_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "IN_FLIGHT", 15)  # bytes; the matrix has 16
     monkeypatch.setattr(checkpoint, "CHUNK", 8)
@@ -48,6 +64,10 @@ def test_arrays_above_the_limit_are_written_and_read(tmp_path, monkeypatch):
     assert int(restored.generation) == 1 and fingerprint(restored.params) == fingerprint(state.params)
     np.testing.assert_array_equal(carried, np.arange(100))
     again.close()
+    other = Checkpoints(tmp_path, config={})
+    with pytest.raises(checkpoint.OtherModel, match="of another model or optimizer"):
+        other.restore(make_state(0.0), np.zeros(1, int))
+    other.close()
 
 
 def test_pieces_have_the_fingerprint_of_the_whole(monkeypatch):

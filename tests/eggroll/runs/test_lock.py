@@ -13,6 +13,7 @@ from eggroll.journal import Reader, lock
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.lock import RunInUse, RunLock, RunLost
 from eggroll.runs.durable import DurableRun
+from eggroll.runs.training import train
 from tests.eggroll.journal.test_journal import batch_of, make
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -70,6 +71,39 @@ def test_a_folder_that_vanishes_stops_the_run(tmp_path, what):
         RunLock(folder).release()
     with pytest.raises(RunLost, match="taken over by another process" if what == "replaced" else "moved or deleted"):
         held.check()
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+def test_a_run_that_is_lost_writes_nothing_into_the_folder(tmp_path, what):
+    folder = tmp_path / "run"
+    es, run = open_run(folder)
+
+    def batches(generation):
+        if generation == 2:
+            run.checkpoints.wait()
+            os.rename(folder, tmp_path / "elsewhere")
+            if what == "replaced":
+                folder.mkdir()
+                RunLock(folder).release()
+        return batch_of(generation)
+
+    with pytest.raises(RunLost):
+        train(es, run.state, batches, generations=4, durable=run, run_folder=folder)
+    run.close()
+    assert len((tmp_path / "elsewhere/metrics.jsonl").read_text().splitlines()) == 2
+    assert [path.name for path in folder.glob("*")] == ([lock.NAME] if what == "replaced" else [])
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_hide_what_ended_the_run(tmp_path, caplog):
+    def fail(*arguments):
+        raise KeyError("drawing") if isinstance(arguments[1], os.PathLike) else ArithmeticError("of the callback")
+
+    es, initial = make()
+    with pytest.raises(ArithmeticError, match="of the callback"):
+        train(es, initial, batch_of, generations=1, callbacks=[fail], run_folder=tmp_path, plot=fail)
+    assert "the figure was not drawn: 'drawing'" in caplog.text
+    with pytest.raises(KeyError, match="drawing"):
+        train(es, make()[1], batch_of, generations=1, run_folder=tmp_path, plot=fail)
 
 
 def test_without_locks_the_later_writer_wins_and_the_earlier_one_is_told(tmp_path, monkeypatch):
