@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eggroll.noise.leaves import DenseLeaf, FactoredLeaf, LeafPlan
+from eggroll.noise.factored import FactoredLeaf
+from eggroll.noise.leaves import DenseLeaf, LeafPlan
 from eggroll.noise.plan import Plan
 
 PREFIX = "blocks/"

@@ -17,7 +17,7 @@ from eggroll.kernels.factors import Noise
 from eggroll.kernels.int8_dot.api import int8_dot
 from eggroll.kernels.lowrank_dot.api import lowrank_dot
 from eggroll.kernels.lowrank_dot.config import RANKS
-from eggroll.noise.leaves import LowRankLeaf
+from eggroll.noise.factored import LowRankLeaf
 
 
 def choose_implementation(leaf: LowRankLeaf, *, covered: bool) -> str:

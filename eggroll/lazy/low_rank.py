@@ -23,9 +23,10 @@ from eggroll.kernels.lowrank_dot.reference import lowrank_product
 from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray, record_build
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
-from eggroll.noise.draws import Flipped
+from eggroll.noise.draws import Flipped, compute_once
+from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf, at_least_float32
+from eggroll.noise.leaves import at_least_float32
 
 Side = tuple[str, Array]  # a factor's name and the factor
 
@@ -98,12 +99,12 @@ class LowRankDelta(Delta):
 
     def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
         """Build base + delta, an array of the member's own, for an operation without a rule."""
-        record_build(value.axes.path, reason or f"used in {where}, which has no low-rank rule")
+        record_build(value.axes.path, reason or f"used in {where}, which has no low-rank rule", value.base.size)
         factors, rank, wide = self.arrange(value), value.base.ndim, at_least_float32(value.base.dtype)
         term = jnp.einsum(
-            factors.left.astype(wide),
+            compute_once(factors.left.astype(wide)),
             [*value.positions("left"), rank],
-            factors.right.astype(wide),
+            compute_once(factors.right.astype(wide)),
             [*value.positions("right"), rank],
             self.scale.astype(wide),
             value.positions("scale"),

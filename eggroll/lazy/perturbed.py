@@ -40,15 +40,16 @@ MOVES = frozenset(  # primitives that rearrange entries without computing
     ["transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "rev", "copy", "split"]
 )
 _ruled: set[jexc.Primitive] = set()  # primitives with a rule
-_builds: ContextVar[dict[str, str] | None] = ContextVar("builds", default=None)
+Builds = dict[str, tuple[str, int]]  # per path: why members build the parameter, and how many of its entries at most
+_builds: ContextVar[Builds | None] = ContextVar("builds", default=None)
 CONTROL_FLOW = ("scan", "while", "cond")  # their bodies are evaluated with the rules, where errors are named
 interpret_with_rules = quax.quaxify
 
 
 @contextlib.contextmanager
-def recording_builds() -> Iterator[dict[str, str]]:
-    """Collect the parameters that members build while a function is traced, each with the first reason."""
-    builds: dict[str, str] = {}
+def recording_builds() -> Iterator[Builds]:
+    """Collect the parameters that members build while a function is traced."""
+    builds: Builds = {}
     token = _builds.set(builds)
     try:
         yield builds
@@ -56,10 +57,10 @@ def recording_builds() -> Iterator[dict[str, str]]:
         _builds.reset(token)
 
 
-def record_build(path: str, reason: str) -> None:
-    """Record that members build the parameter at `path`."""
-    if (builds := _builds.get()) is not None:
-        builds.setdefault(path, reason)
+def record_build(path: str, reason: str, size: int) -> None:
+    """Record that members build `size` entries of the parameter at `path`."""
+    if (builds := _builds.get()) is not None and size > builds.get(path, ("", 0))[1]:
+        builds[path] = reason, size
 
 
 def register(primitive: jexc.Primitive, *, precedence: int = 0) -> Callable[[Callable], Callable]:

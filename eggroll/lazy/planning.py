@@ -1,8 +1,13 @@
 """The plan: which noise every parameter gets, and why.
 
-The role of a leaf is read from how the function uses it, by one abstract trace (no arithmetic): a leaf that is only contracted,
-looked up or convolved, always over the same split of its axes, gets low-rank noise over (contracted axes) x (other axes); any
-other leaf gets dense noise, and the plan says why. Rules on the parameter paths override ranks, distributions and scales.
+The role of a leaf is read from how the function uses it, by one abstract trace (no arithmetic):
+
+    contracted, looked up or convolved    low-rank noise over (contracted axes) x (other axes); members build it for other uses
+    never, but read in small slices       low-rank noise, of which members build the slices
+    never, a large matrix                 "built": low-rank noise, which every member adds to a copy of the parameter
+    never, a vector or a small matrix     dense noise
+
+The plan says why. Rules on the parameter paths override ranks, distributions and scales.
 """
 
 import dataclasses
@@ -25,15 +30,8 @@ from eggroll.lazy.probe import probe
 from eggroll.lazy.quantised import OffGrid
 from eggroll.lazy.uses import Observer, Use
 from eggroll.noise.draws import Flipped
-from eggroll.noise.leaves import (
-    DenseLeaf,
-    FactoredLeaf,
-    FlipoutLeaf,
-    FrozenLeaf,
-    LeafPlan,
-    LowRankLeaf,
-    PerturbedLeaf,
-)
+from eggroll.noise.factored import BuiltLeaf, FactoredLeaf, FlipoutLeaf, LowRankLeaf
+from eggroll.noise.leaves import AxesOfNoise, DenseLeaf, FrozenLeaf, LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import (
     Dense,
@@ -48,6 +46,8 @@ from eggroll.noise.rules import (
     quantised_leaves,
 )
 from eggroll.noise.variables import Collection, collections
+
+FEWER = 4  # low-rank noise that members build, or read in slices, has at most a fourth of the values of dense noise
 
 
 def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturbation, allow_kernels: bool = True) -> Plan:
@@ -96,7 +96,7 @@ def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tu
         try:
             with recording_builds() as builds:
                 jax.eval_shape(functools.partial(perturbed, planned), params, *args)
-            return [_note_build(leaf, builds.get(leaf.path)) for leaf in planned]
+            return [dataclasses.replace(leaf, built=builds.get(leaf.path, ("", 0))) for leaf in planned]
         except UnsupportedUse as error:
             reason = f"used in {error.where}, which has no low-rank rule"
             planned = [
@@ -105,12 +105,8 @@ def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tu
             ]
 
 
-def _note_build(leaf: LeafPlan, reason: str | None) -> LeafPlan:
-    return dataclasses.replace(leaf, built=reason) if reason else leaf
-
-
 def _with_implementation(leaf: LeafPlan, allowed: bool) -> LeafPlan:
-    if not isinstance(leaf, LowRankLeaf):
+    if not isinstance(leaf, LowRankLeaf) or isinstance(leaf, BuiltLeaf):
         return leaf
     if not allowed:
         if leaf.spec.implementation not in (None, "reference"):
@@ -132,7 +128,7 @@ def _placeholder(planned: LeafPlan, leaf: Array) -> Any:
     """What the function sees for a leaf, with zeros for the random words."""
     if planned.quantised and isinstance(planned, DenseLeaf):
         return OffGrid(leaf.astype(planned.noise_dtype), planned.path)
-    if not isinstance(planned, FactoredLeaf):
+    if not isinstance(planned, FactoredLeaf) or isinstance(planned, BuiltLeaf):
         return leaf
     stack = planned.sizes(planned.stack)
     factors = planned.decode(jnp.zeros((*stack, planned.words), jnp.uint32))
@@ -174,9 +170,14 @@ def _plan_leaf(path: str, leaf: Any, spec: Noisy, uses: list[Use], *, converted:
         return DenseLeaf(*about, spec, "has no entries", converted)
     can_build = converted is None and isinstance(spec, LowRank)
     stack, rows, columns, reason = _split(leaf.shape, uses, can_build=can_build)
+    if reason and can_build and isinstance(spec, LowRank) and (chosen := _balanced_split(leaf.shape, uses, spec.rank)):
+        layer = math.prod(leaf.shape[axis] for axis in (*chosen[1], *chosen[2]))
+        if all(use.size * FEWER <= layer for use in uses):
+            return LowRankLeaf(*about, spec, f"{_axes_of(chosen)}, read in slices: {reason}", converted, *chosen)
+        return BuiltLeaf(*about, spec, f"{_axes_of(chosen)}: {reason}", converted, *chosen)
     if reason:
         return DenseLeaf(*about, spec, reason, converted)
-    note = f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
+    note = _axes_of((stack, rows, columns))
     note += ", used twice" if len(uses) == 2 else f", used {len(uses)} times" if len(uses) > 2 else ""
     if isinstance(spec, Flipout):
         return FlipoutLeaf(*about, spec, note, converted, stack, rows, columns)
@@ -186,8 +187,22 @@ def _plan_leaf(path: str, leaf: Any, spec: Noisy, uses: list[Use], *, converted:
     return planned
 
 
+def _axes_of(split: AxesOfNoise) -> str:
+    stack, rows, columns = split
+    return f"{_axes(rows)} x {_axes(columns)}" + (f", stacked over {_axes(stack)}" if stack else "")
+
+
 def _axes(axes: Sequence[int]) -> str:
     return f"axes {','.join(map(str, axes))}" if len(axes) > 1 else f"axis {axes[0]}"
+
+
+def _balanced_split(shape: Sequence[int], uses: list[Use], rank: int) -> AxesOfNoise | None:
+    """Stacked axes, rows and columns for factors of the fewest values; None where dense noise has not many more of them."""
+    stack = tuple(sorted(frozenset.intersection(*(use.stacked for use in uses))))
+    rest = [axis for axis in range(len(shape)) if axis not in stack]
+    sizes = [shape[axis] for axis in rest]
+    values, cut = min((math.prod(sizes[:k]) + math.prod(sizes[k:]), k) for k in range(len(rest) + 1))
+    return (stack, tuple(rest[:cut]), tuple(rest[cut:])) if rank * values * FEWER <= math.prod(sizes) else None
 
 
 def _split(

@@ -28,7 +28,9 @@ class Probe(Delta):
 
     def read(self, value: PerturbedArray, where: str, reason: str, *, moves: bool) -> Array:
         """Record that the operation has no rule; it reads the parameter."""
-        self.recorder.record(value.axes.path, Use(unsupported=reason))
+        scanned = value.axes.tags[: len(value.axes.tags) - value.base.ndim]
+        stacked = frozenset(source for tag in scanned for source in tag)
+        self.recorder.record(value.axes.path, Use(stacked=stacked, unsupported=reason, size=value.base.size))
         return value.base
 
     def observe(self, value: PerturbedArray, contracted: Sequence[int], batched: Sequence[int] = ()) -> None:
@@ -45,7 +47,7 @@ class Probe(Delta):
         inserted = any(not value.tags[axis] for axis in (*contracted, *batched)) or any(not tag for tag in scanned)
         split = any(frozenset(tag) & sources(range(ndim)) for tag in scanned)
         if inserted or split or use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
-            use = use._replace(unsupported="one of its axes is split between roles")
+            use = use._replace(unsupported="one of its axes is split between roles", size=value.base.size)
         self.recorder.record(axes.path, use)
 
 

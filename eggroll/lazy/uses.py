@@ -6,12 +6,16 @@ import jax.numpy as jnp
 
 
 class Use(NamedTuple):
-    """One use of a parameter: its source axes that were contracted, left free, stacked; or why the use has no rule."""
+    """One use of a parameter: its source axes that were contracted, left free, stacked; or why the use has no rule.
+
+    A use without a rule reads `size` entries; `stacked` are then the axes that a scan slices.
+    """
 
     contracted: frozenset[int] = frozenset()
     free: frozenset[int] = frozenset()
     stacked: frozenset[int] = frozenset()
     unsupported: str | None = None
+    size: int = 0
 
 
 class Observer:

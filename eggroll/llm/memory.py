@@ -21,7 +21,7 @@ from eggroll.lazy.planning import make_plan
 from eggroll.llm.decoding import Prompts, check_sampling, complete
 from eggroll.llm.int8 import SCALE, quantise
 from eggroll.llm.models.families import Config, family_of, init_params, make_generator
-from eggroll.noise.leaves import FactoredLeaf
+from eggroll.noise.factored import FactoredLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Spec
 from eggroll.update.optimizer import init_masters_and_optimizer

@@ -2,8 +2,9 @@
 
     FrozenLeaf     "frozen"     none
     DenseLeaf      "dense"      independent entries
-    LowRankLeaf    "low-rank"   left^T right / sqrt(r) for every layer of a stack, over rows x columns
-    FlipoutLeaf    "flipout"    U o (left^T right): each pair has its own signs, all pairs share U
+    LowRankLeaf    "low-rank"   left^T right / sqrt(r) for every layer of a stack, over rows x columns      (`factored`)
+    BuiltLeaf      "built"      the same, of a parameter that no product uses: members build it             (`factored`)
+    FlipoutLeaf    "flipout"    U o (left^T right): each pair has its own signs, all pairs share U          (`factored`)
 
 The quoted name is `plan.leaves[i].role`.
 """
@@ -19,7 +20,7 @@ from jax import Array
 from eggroll.noise import addresses, integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.rules import Flipout, Integer, LowRank, Noisy, Spec
+from eggroll.noise.rules import Integer, Noisy, Spec
 from eggroll.noise.variables import Collection
 
 AxesOfNoise = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stack, rows, columns
@@ -34,7 +35,7 @@ def at_least_float32(dtype: Any) -> Any:
 class LeafPlan:
     """Fields of every role: `spec` is what the rules ask for, `role` what the parameter gets, `reason` why."""
 
-    role: ClassVar[str]  # "low-rank", "flipout", "dense" or "frozen"
+    role: ClassVar[str]  # "low-rank", "built", "flipout", "dense" or "frozen"
 
     path: str
     shape: tuple[int, ...]
@@ -43,8 +44,8 @@ class LeafPlan:
     reason: str
     converted: Any = None  # floating dtype that the function converts a quantised parameter to; None for all others
     stack: tuple[int, ...] = ()  # axes with independent noise per index; the leading ones where the noise is dense
-    # Why members also build a parameter that is lazy in products; "": they do not.
-    built: str = dataclasses.field(default="", kw_only=True, compare=False)
+    # Why members also build a parameter that is lazy in products, and how many of its entries at most; "": they do not.
+    built: tuple[str, int] = dataclasses.field(default=("", 0), kw_only=True, compare=False)
 
     @property
     def evaluation(self) -> str:
@@ -54,8 +55,7 @@ class LeafPlan:
     @property
     def copy_bytes(self) -> int:
         """Bytes of the arrays of its own that a member has of the parameter."""
-        has_copy = self.evaluation in ("copy", "lazy + built")
-        return math.prod(self.shape) * self.noise_dtype.itemsize if has_copy else 0
+        return (math.prod(self.shape) if self.evaluation == "copy" else self.built[1]) * self.noise_dtype.itemsize
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the given axes."""
@@ -193,104 +193,3 @@ class DenseLeaf(PerturbedLeaf):
             An array of the leaf's shape; int8 of integer noise.
         """
         return self.decode_values(words, self.values).reshape(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class FactoredLeaf(PerturbedLeaf):
-    """Fields of the roles whose noise is a product of factors."""
-
-    rows: tuple[int, ...] = ()  # axes spanned by the left factor
-    columns: tuple[int, ...] = ()  # axes spanned by the right factor
-
-    @property
-    def evaluation(self) -> str:
-        """Products use the factors; other uses are of an array that the member builds."""
-        return "lazy + built" if self.built else "lazy"
-
-    @property
-    def axes(self) -> AxesOfNoise:
-        """Axes that are stacked, spanned by the left and spanned by the right factor."""
-        return self.stack, self.rows, self.columns
-
-    @property
-    def rank(self) -> int:
-        """Number of terms r."""
-        raise NotImplementedError
-
-    @property
-    def _terms(self) -> tuple[int, int]:
-        return self.rank, 2
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Size of a layer as a matrix: (m, n), rows by columns."""
-        return math.prod(self.sizes(self.rows)), math.prod(self.sizes(self.columns))
-
-    @property
-    def values(self) -> int:
-        """Random values per address: r (m + n)."""
-        return self.rank * sum(self.matrix)
-
-    @property
-    def noise_bytes(self) -> int:
-        """Bytes of noise one member holds for this leaf: packed signs, or values."""
-        if self.distribution == "rademacher" and not self.integer:
-            return math.prod(self.sizes(self.stack)) * 4 * self.words
-        return super().noise_bytes
-
-    def decode(self, words: Array) -> Factors:
-        """Turn this leaf's random words into its noise.
-
-        Args:
-            words: uint32 [*stack, self.words].
-
-        Returns:
-            Factors [*stack, r, m] and [*stack, r, n].
-        """
-        m, n = self.matrix
-        if self.integer:
-            return addresses.split_factors(self.decode_values(words, self.values), rank=self.rank, m=m, n=n)
-        return addresses.decode_factors(words, rank=self.rank, m=m, n=n, distribution=self.distribution, dtype=self.noise_dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRankLeaf(FactoredLeaf):
-    """Low-rank noise left^T right / sqrt(r)."""
-
-    role = "low-rank"
-    spec: LowRank | Integer
-    implementation: str = "reference"  # of its products, "reference" or "mosaic_gpu"
-
-    @property
-    def rank(self) -> int:
-        """Number of terms r."""
-        return self.spec.rank
-
-    @property
-    def refresh(self) -> int:
-        """Generations that share the right factor."""
-        return self.spec.refresh if isinstance(self.spec, LowRank) else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class FlipoutLeaf(FactoredLeaf):
-    """Flipout noise U o (left^T right): the factors are signs, U is dense and shared by all pairs."""
-
-    role = "flipout"
-    spec: Flipout
-
-    @property
-    def rank(self) -> int:
-        """Number of terms: 1."""
-        return 1
-
-    @property
-    def distribution(self) -> str:
-        """Of a pair's own values, the signs."""
-        return "rademacher"
-
-    @property
-    def shared(self) -> DenseLeaf:
-        """The plan of U."""
-        about = self.path, self.shape, self.dtype, self.spec, self.reason
-        return DenseLeaf(*about, converted=self.converted, stack=self.stack)

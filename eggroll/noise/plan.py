@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from eggroll.noise.leaves import DenseLeaf, FlipoutLeaf, FrozenLeaf, LeafPlan, LowRankLeaf
+from eggroll.noise.factored import FlipoutLeaf, LowRankLeaf
+from eggroll.noise.leaves import FrozenLeaf, LeafPlan, PerturbedLeaf
 
 HEADER = ("path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason")
 COSTLY = 0.1  # share of the parameters' bytes that a member may have copies of without a word
@@ -58,8 +59,8 @@ class Plan:
         """
         for own, its in zip(self.leaves, other.leaves, strict=True):
             can_build = isinstance(own, LowRankLeaf) and own.spec == its.spec and not own.quantised and own.integer is None
-            if can_build and isinstance(its, DenseLeaf):
-                continue  # its members build the parameter, with the noise that it has
+            if can_build and isinstance(its, PerturbedLeaf):
+                continue  # its members build the parameter where its noise is not of the use's own split
             if not isinstance(its, FrozenLeaf) and _uses(own) != _uses(its):
                 raise ValueError(
                     f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "
@@ -99,7 +100,7 @@ def _costly(leaves: Sequence[LeafPlan]) -> list[str]:
     if copies <= COSTLY * whole:
         return []
     times = f"{copies / whole:.0%} of the parameters' bytes"
-    return [f"costly: a member has arrays of its own of {times}; most are of '{most.path}': {most.built or most.reason}"]
+    return [f"costly: a member has arrays of its own of {times}; most are of '{most.path}': {most.built[0] or most.reason}"]
 
 
 def _row(leaf: LeafPlan, total: int) -> tuple[str, ...]:
@@ -107,6 +108,6 @@ def _row(leaf: LeafPlan, total: int) -> tuple[str, ...]:
     if isinstance(leaf, LowRankLeaf):
         rank, kernel = str(leaf.rank), leaf.implementation
     reason = f"{leaf.reason}, int8 quantised" if leaf.quantised else leaf.reason
-    reason += f"; also built per member: {leaf.built}" if leaf.built else ""
+    reason += f"; also built per member: {leaf.built[0]}" if leaf.built[0] else ""
     share = f"{leaf.noise_bytes / total:.0%}" if total else "-"
     return leaf.path, str(leaf.shape), leaf.role, leaf.evaluation, rank, kernel, f"{leaf.noise_bytes:,}", share, reason

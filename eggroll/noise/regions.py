@@ -16,7 +16,8 @@ from jax import Array
 from eggroll.noise import addresses
 from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, from_matrix, leaf_keys
-from eggroll.noise.leaves import DenseLeaf, FactoredLeaf, FlipoutLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.factored import FactoredLeaf, FlipoutLeaf
+from eggroll.noise.leaves import DenseLeaf, LeafPlan, PerturbedLeaf
 
 LIMIT = 4 << 20  # weights of a block
 ALIGNMENT = 128  # of the rows of a block where they do not divide: tiles of kernels, whole words of packed signs

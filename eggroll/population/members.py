@@ -13,8 +13,9 @@ from eggroll.lazy.low_rank import perturb
 from eggroll.lazy.quantised import OffGrid, perturb_integers
 from eggroll.noise import integer
 from eggroll.noise.draws import Drawn, build_noise, draw_pair
+from eggroll.noise.factored import BuiltLeaf, FactoredLeaf
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.leaves import FactoredLeaf, LeafPlan, PerturbedLeaf, at_least_float32
+from eggroll.noise.leaves import LeafPlan, PerturbedLeaf, at_least_float32
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import Scalars
 
@@ -123,9 +124,11 @@ def member_params(
             total = _dense_sum(leaf, drawn, amplitude, once=once, dtype=planned.noise_dtype)
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.rank)
-        if not lazy:
+        if not lazy or isinstance(planned, BuiltLeaf):
             built = scale * build_noise(planned, drawn).astype(jnp.float32)
-            return perturb_integers(leaf, built, planned.noise_dtype) if planned.quantised else leaf + built.astype(leaf.dtype)
+            if planned.quantised:
+                return perturb_integers(leaf, built, planned.noise_dtype)
+            return (leaf.astype(at_least_float32(leaf.dtype)) + built).astype(leaf.dtype)
         return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(scale, planned.sizes(planned.stack)))
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]

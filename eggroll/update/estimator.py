@@ -17,7 +17,8 @@ from jax import Array
 from eggroll.noise import integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, draw, draw_shared, from_matrix, leaf_keys
-from eggroll.noise.leaves import FactoredLeaf, FlipoutLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.factored import FactoredLeaf, FlipoutLeaf
+from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, draw_region, draw_shared_region, of_region
 from eggroll.update.pair_sums import sum_dtype, sum_over_pairs

@@ -15,7 +15,8 @@ from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.lowrank_update import api as update_kernel
 from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
 from eggroll.noise.addresses import Factors
-from eggroll.noise.leaves import FactoredLeaf, LowRankLeaf, PerturbedLeaf
+from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
+from eggroll.noise.leaves import PerturbedLeaf
 
 NOISE_BUDGET = 64 << 20  # bytes of noise drawn at once for one leaf or block
 

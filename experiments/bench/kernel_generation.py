@@ -18,7 +18,7 @@ from eggroll.experiments.bench.timing import advancing
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
-from eggroll.noise.leaves import LowRankLeaf
+from eggroll.noise.factored import LowRankLeaf
 
 ONE_BILLION = TransformerConfig(128256, 2048, 8192, 16, 32, 8, 64, model_type="llama", tie_word_embeddings=True)
 SMALL = TransformerConfig(256, 64, 128, 2, 4, 2, 16, model_type="llama", tie_word_embeddings=True)

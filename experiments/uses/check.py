@@ -32,7 +32,7 @@ MARGIN = 8.0  # errors of intermediate results and of another order of sums, ove
 JITTERS = 3  # random directions of a member
 WEAK = 0.5  # a tolerance above it would hardly tell an unperturbed result, whose error is 1
 LONGEST = 500  # characters of a clear error
-ROLES = ("wrong", "refused", "dense", "flipout", "low-rank")  # the worst first
+ROLES = ("wrong", "refused", "dense", "built", "flipout", "low-rank")  # the worst first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,4 +245,4 @@ def _role(plan: Plan) -> str:
 
 
 def _reasons(plan: Plan) -> str:
-    return "; ".join(f"'{leaf.path}' {leaf.reason}" for leaf in _large(plan) if leaf.role == "dense")
+    return "; ".join(f"'{leaf.path}' {leaf.reason}" for leaf in _large(plan) if leaf.role in ("dense", "built"))

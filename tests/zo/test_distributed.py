@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 import eggroll
 from eggroll import programs, zo
 from eggroll.experiments.bench.collectives import collective_bytes
-from eggroll.noise.leaves import DenseLeaf, LowRankLeaf
+from eggroll.noise.factored import LowRankLeaf
+from eggroll.noise.leaves import DenseLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, LowRank
 from eggroll.update.estimator import gradient

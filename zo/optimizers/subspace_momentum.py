@@ -20,7 +20,8 @@ from jax import Array
 from eggroll.kernels.lowrank_update.reference import lowrank_update
 from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import draw, from_matrix, leaf_keys
-from eggroll.noise.leaves import FactoredLeaf, LeafPlan, LowRankLeaf, PerturbedLeaf
+from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
+from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
 from eggroll.update.optimizer import NoiseSource
 

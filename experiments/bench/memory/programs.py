@@ -21,7 +21,7 @@ import eggroll
 from eggroll import generation
 from eggroll.devices.mesh import report_shardings, update_shardings
 from eggroll.experiments.bench.memory.models import Workload
-from eggroll.noise.leaves import LowRankLeaf
+from eggroll.noise.factored import LowRankLeaf
 from eggroll.population.fitness import normalise_fitness
 
 

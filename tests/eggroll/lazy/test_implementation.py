@@ -13,7 +13,7 @@ from eggroll.kernels import hopper
 from eggroll.llm.decoder import apply
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
-from eggroll.noise.leaves import LowRankLeaf
+from eggroll.noise.factored import LowRankLeaf
 from tests.kernels import kernel_models
 
 gpu_interpreter = pytest.importorskip("tests.kernels.gpu_interpreter", reason="this jax has no GPU interpreter of this form")

@@ -148,7 +148,7 @@ def test_a_parameter_that_is_returned_is_built():
     es = strategy(eggroll.LowRank(1))
     state = es.init({"w": jnp.ones((4, 4))}, key=jax.random.key(0))
     plan = es.plan(state, jnp.ones((2, 4)), function=lambda p, x: (x @ p["w"], p["w"]))
-    assert plan.leaves[0].role == "low-rank" and "returned" in plan.leaves[0].built
+    assert plan.leaves[0].role == "low-rank" and "returned" in plan.leaves[0].built[0]
 
 
 def test_out_of_range_lookup_behaves_as_the_model_alone():

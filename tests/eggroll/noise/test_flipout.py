@@ -11,7 +11,7 @@ from eggroll import zo
 from eggroll.lazy.planning import make_plan
 from eggroll.noise import addresses
 from eggroll.noise.draws import build_noise, draw_pair
-from eggroll.noise.leaves import FactoredLeaf
+from eggroll.noise.factored import FactoredLeaf
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
 from eggroll.update import estimator, pair_sums

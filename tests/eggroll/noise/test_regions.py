@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eggroll.noise import draws, regions
-from eggroll.noise.leaves import DenseLeaf, FlipoutLeaf, FrozenLeaf, LowRankLeaf
+from eggroll.noise.factored import FlipoutLeaf, LowRankLeaf
+from eggroll.noise.leaves import DenseLeaf, FrozenLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Dense, Flipout, Integer, LowRank
 from tests.tables import by_default
