@@ -13,8 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.hoisting import grouped
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_with_rules, to_plain
-from eggroll.lazy.scaled import Scaled, times
+from eggroll.lazy.perturbed import LazyArray, is_perturbed, register, run_with_rules, to_plain
 
 
 @register(jax.lax.scan_p, precedence=1)
@@ -23,15 +22,11 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
         grouping |= {"jaxpr": jaxpr, "length": length, "reverse": reverse, "unroll": unroll}
         return jax.lax.scan_p.bind(*inputs, **grouping)
     consts, first, sliced = grouped(list(inputs), **grouping)
-    gains = [value.gain if isinstance(value, Scaled) else None for value in sliced]
-    sliced = [value.value if isinstance(value, Scaled) else value for value in sliced]
-    for value in sliced:
-        _check_sliced(value)
+    sliced = [value.sliceable() if is_perturbed(value) else value for value in sliced]
     evaluate = run_with_rules(jaxpr)
 
     def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
-        own = [value if gain is None else times(value, gain) for value, gain in zip(xs, gains, strict=True)]
-        outputs = evaluate([*consts, *carry, *own])
+        outputs = evaluate([*consts, *carry, *xs])
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 
     slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)
@@ -76,14 +71,6 @@ def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, b
         body_jaxpr=jax.make_jaxpr(run)(*const_leaves, *leaves),
     )
     return jax.tree.unflatten(tree, leaves)
-
-
-def _check_sliced(value: Any) -> None:
-    """Refuse to slice a perturbed parameter along an axis that one of its factors does not have."""
-    if not isinstance(value, PerturbedArray) or value.delta.observer is not None:
-        return
-    if not all(value.axes.owns(component, value.tags[0]) for component in ("left", "right", "scale")):
-        raise value.unsupported("'scan' over its rows or columns")
 
 
 def _settle(

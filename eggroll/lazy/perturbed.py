@@ -27,6 +27,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.extend.core as jexc
+import jax.numpy as jnp
 import quax
 from jax import Array
 
@@ -98,6 +99,10 @@ class Axes:
 class LazyArray(quax.ArrayValue):
     """A value that the user's function treats as an array; see the module docstring."""
 
+    def materialise(self) -> Array:
+        """Refuse: a lazy value is never built behind the rules' back."""
+        raise UnsupportedUse(self.source(), "an operation that needs the whole array")
+
     @abc.abstractmethod
     def source(self) -> str:
         """The path of the parameter that the value is made of."""
@@ -110,21 +115,22 @@ class LazyArray(quax.ArrayValue):
         """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
         return None
 
-    def pending(self, primitive: str, params: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]] | None:
-        """A value in place of this one for a linear primitive, and what is then to be done with its results; None: no such."""
+    def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
+        """Results of a primitive that is linear in this value, `operands[place]`, made of those of its parts; None: no such."""
         return None
+
+    def sliceable(self) -> Any:
+        """The same value as `scan` may slice it along its leading axis."""
+        return self
 
     @staticmethod
     def default(primitive: jexc.Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Evaluate a primitive without a rule on what its lazy operands `read`: recorded, built, or refused."""
         where, moves = f"'{primitive.name}'", primitive.name in MOVES
         lazy = [place for place, value in enumerate(values) if is_perturbed(value)]
-        if (len(lazy) == 1 or primitive.name == "dot_general") and (
-            pending := values[lazy[0]].pending(primitive.name, params)
-        ) is not None:
-            inner, finish = pending
-            outputs = run_rule(primitive, [*values[: lazy[0]], inner, *values[lazy[0] + 1 :]], params)
-            return jax.tree.map(finish, outputs, is_leaf=is_perturbed)
+        for place in lazy if primitive.name == "dot_general" else lazy if len(lazy) == 1 else []:
+            if (outputs := values[place].distribute(primitive, values, place, params)) is not None:
+                return outputs
         first, *others = values
         if moves and is_perturbed(first) and (moved := first.move(primitive, others, params)) is not None:
             return moved
@@ -221,9 +227,12 @@ class PerturbedArray(LazyArray):
         """The error for a use without a rule."""
         return UnsupportedUse(self.axes.path, where)
 
-    def materialise(self) -> Array:
-        """Refuse: a perturbed parameter is never built in the hot path."""
-        raise self.unsupported("an operation that needs the whole array")
+    def sliceable(self) -> "PerturbedArray":
+        """The same value; refused where a factor does not have the leading axis."""
+        owners = [] if self.delta.observer else ["left", "right", "scale"]
+        if not all(self.axes.owns(component, self.tags[0]) for component in owners):
+            raise self.unsupported("'scan' over its rows or columns")
+        return self
 
     def source(self) -> str:
         """The path of the parameter."""
@@ -265,6 +274,11 @@ def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[st
         if primitive.name in CONTROL_FLOW:
             raise
         raise FailedUse(sorted({value.source() for value in lazy}), primitive.name, error) from error
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a value, lazy or not."""
+    return value.aval().shape if is_perturbed(value) else jnp.shape(value)
 
 
 def is_perturbed(leaf: Any) -> bool:

@@ -3,7 +3,8 @@
     x W  ->  x W + scale (x left) right^T                for dot_general, ragged_dot and convolution
     x W  ->  x W + scale ((x o left) shared) o right     where the members share noise; for dot_general
 
-On a probe the same rules record which axes the function contracts (`uses.Use`). Lookups: `lookups`.
+On a probe the same rules record which axes the function contracts (`uses.Use`). Lookups: `lookups`; products of two
+parameters: `combined`.
 """
 
 import dataclasses
@@ -36,15 +37,6 @@ def _dot_array_perturbed(x: ArrayLike, value: PerturbedArray, **params: Any) -> 
 def _dot_perturbed_array(value: PerturbedArray, x: ArrayLike, **params: Any) -> Array:
     (w_contract, x_contract), (w_batch, x_batch) = params["dimension_numbers"]
     return _dot(jnp.asarray(x), value, (x_contract, w_contract), (x_batch, w_batch), x_first=False, params=params)
-
-
-@register(jax.lax.dot_general_p)
-def _dot_perturbed_perturbed(a: PerturbedArray, b: PerturbedArray, **params: Any) -> Any:
-    """Two parameters meet: the members build the smaller one, and the larger one stays lazy."""
-    reason = "multiplied with a parameter that is not smaller"
-    if a.base.size <= b.base.size:
-        return _dot_array_perturbed(a.read("'dot_general'", reason, moves=False), b, **params)
-    return _dot_perturbed_array(a, b.read("'dot_general'", reason, moves=False), **params)
 
 
 def _dot(
@@ -142,8 +134,8 @@ def _ragged(x: ArrayLike, value: PerturbedArray, sizes: ArrayLike, **params: Any
 @register(jax.lax.conv_general_dilated_p)
 def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
     """Convolve with the factor of the patch as r filters, then mix their outputs into channels."""
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    if grouped or jnp.issubdtype(value.base.dtype, jnp.integer):
+    groups = params["feature_group_count"]
+    if params["batch_group_count"] != 1 or jnp.issubdtype(value.base.dtype, jnp.integer):
         return PerturbedArray.default(jax.lax.conv_general_dilated_p, [x, value], params)
     channel = params["dimension_numbers"].rhs_spec[0]
     patch = [axis for axis in range(value.base.ndim) if axis != channel]
@@ -156,10 +148,15 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
         raise value.unsupported("a convolution with shared noise")
     assert isinstance(delta, LowRankDelta)
     (_, first), (_, second) = delta.sides(value, patch, "a convolution whose patch is not one side of its matrix")
-    filters = jnp.moveaxis(first, -1, channel)  # the rank takes the place of the output channels
+    # The rank takes the place of the output channels of a group; every group has the same filters.
+    filters = jnp.moveaxis(jnp.tile(first, groups), -1, channel)
     hidden = jax.lax.conv_general_dilated_p.bind(x, filters, **params) * delta.scale.astype(out.dtype)
-    rank_label, channel_label, feature = out.ndim, out.ndim + 1, params["dimension_numbers"].out_spec[1]
-    hidden_axes = [rank_label if a == feature else a for a in range(out.ndim)]
-    out_axes = [channel_label if a == feature else a for a in range(out.ndim)]
-    term = jnp.einsum(hidden, hidden_axes, second, [channel_label, rank_label], out_axes)
-    return out + term.astype(out.dtype)
+    feature = params["dimension_numbers"].out_spec[1]
+    hidden = hidden.reshape(*hidden.shape[:feature], groups, delta.rank, *hidden.shape[feature + 1 :])
+    second = second.reshape(groups, -1, delta.rank)
+    group, channels, rank = out.ndim, out.ndim + 1, out.ndim + 2
+    before, after = list(range(feature)), list(range(feature + 1, out.ndim))
+    term = jnp.einsum(
+        hidden, [*before, group, rank, *after], second, [group, channels, rank], [*before, group, channels, *after]
+    )
+    return out + term.reshape(out.shape).astype(out.dtype)

@@ -1,4 +1,4 @@
-"""View rules of `PerturbedArray`: transpose, cast, reshape, slice and squeeze act on base and factors alike.
+"""View rules of `PerturbedArray`: transpose, cast, reshape, slice, pad, reverse and the like act on base and factors alike.
 
 A view that would mix rows, columns and stacked axes has no rule; the plan then gives the parameter dense noise.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from eggroll.lazy.perturbed import PerturbedArray, Tag, register
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, Tag, is_perturbed, register
 from eggroll.lazy.quantised import QuantisedDelta
 
 
@@ -42,6 +42,65 @@ def _copy(value: PerturbedArray) -> PerturbedArray:
     return value
 
 
+@register(jax.lax.optimization_barrier_p)
+def _barrier(*operands: LazyArray | ArrayLike) -> list:
+    """Nothing holds back what is multiplied later."""
+    return [value if is_perturbed(value) else jax.lax.optimization_barrier_p.bind(value)[0] for value in operands]
+
+
+@register(jax.lax.device_put_p)
+def _device_put(*operands: LazyArray | ArrayLike, **params: Any) -> list:
+    """A parameter is where the program is."""
+
+    def put(place: int, value: Any) -> Any:
+        if is_perturbed(value):
+            return value
+        own = {
+            name: option[place : place + 1] if isinstance(option, list | tuple) else option for name, option in params.items()
+        }
+        return jax.lax.device_put_p.bind(value, **own)[0]
+
+    return [put(place, value) for place, value in enumerate(operands)]
+
+
+@register(jax.lax.sharding_constraint_p)
+def _constrain(value: PerturbedArray, **params: Any) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
+        return jax.lax.sharding_constraint_p.bind(array, **params) if component == "base" else array
+
+    return value.view(value.tags, operation)
+
+
+@register(jax.lax.tile_p)
+def _tile(value: PerturbedArray, *, reps: Sequence[int]) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
+        own = value.positions(component)
+        return jnp.tile(array, [*(reps[axis] for axis in own), *[1] * (array.ndim - len(own))])
+
+    return value.view(value.tags, operation)
+
+
+@register(jax.lax.rev_p)
+def _reverse(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
+    def operation(array: Array, component: str) -> Array:
+        own = value.positions(component)
+        return jnp.flip(array, [own.index(axis) for axis in dimensions if axis in own])
+
+    return value.view(value.tags, operation)
+
+
+@register(jax.lax.pad_p)
+def _pad(value: PerturbedArray, filling: ArrayLike, *, padding_config: Sequence[tuple[int, int, int]]) -> PerturbedArray:
+    """What is added has no perturbation."""
+
+    def operation(array: Array, component: str) -> Array:
+        own = [padding_config[axis] for axis in value.positions(component)]
+        padding = jnp.asarray(filling, array.dtype) if component == "base" else jnp.zeros((), array.dtype)
+        return jax.lax.pad(array, padding, own + [(0, 0, 0)] * (array.ndim - len(own)))
+
+    return value.view(value.tags, operation)
+
+
 @register(jax.lax.squeeze_p)
 def _squeeze(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
     def operation(array: Array, component: str) -> Array:
@@ -61,6 +120,12 @@ def _split(value: PerturbedArray, *, sizes: Sequence[int], axis: int) -> list[Pe
         begin[axis], limits[axis] = start, start + size
         parts.append(_slice(value, start_indices=tuple(begin), limit_indices=tuple(limits), strides=None))
     return parts
+
+
+@register(jax.lax.unstack_p)
+def _unstack(value: PerturbedArray, *, axis: int) -> list[PerturbedArray]:
+    size = value.base.shape[axis]
+    return [_squeeze(part, dimensions=(axis,)) for part in _split(value, sizes=[1] * size, axis=axis)]
 
 
 @register(jax.lax.slice_p)

@@ -21,12 +21,12 @@ BUILT = {  # members read the whole of "w" as well
     "a global norm": lambda p, x: (x @ p["w"]) / jnp.sqrt(jnp.vdot(p["w"], p["w"])),
     "a monitor": lambda p, x: jnp.where(jnp.isfinite(p["w"]).all(), x @ p["w"], 0.0),
     "both sides": lambda p, x: x @ p["w"] + jnp.trace(p["w"]),
-    "times itself": lambda p, x: x @ (p["w"] @ p["w"]),
     "returned": lambda p, x: (x @ p["w"], p["w"]),
     "in a loop": loop(lambda p, h: h @ p["w"] + 0.01 * jnp.sum(p["w"] * p["w"])),
-    "plus a product of others": lambda p, x: x @ (p["w"] + p["u"] @ p["u"]) + x @ p["w"],
 }
 LAZY = {  # "w" is only multiplied
+    "times itself": lambda p, x: x @ (p["w"] @ p["w"]),
+    "plus a product of others": lambda p, x: x @ (p["w"] + p["u"] @ p["u"]) + x @ p["w"],
     "a learnt initial state": lambda p, x: jnp.tanh(p["h"] @ p["w"] + x @ p["w"]),
     "queries": lambda p, x: p["h"][None] @ p["w"],
     "a learnt scale": lambda p, x: x @ (p["w"] * jnp.exp(p["s"])),

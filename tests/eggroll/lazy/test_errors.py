@@ -84,8 +84,8 @@ def test_a_rule_that_fails_names_parameter_and_primitive(name, monkeypatch):
 
 def test_a_primitive_that_fails_without_a_rule_names_all_its_parameters(monkeypatch):
     monkeypatch.setattr(products.PerturbedArray, "read", broken)
-    with pytest.raises(errors.FailedUse, match=r"^'add' failed with perturbed parameter 'a' and 'b', where"):
-        planned(lambda p: X @ (p["a"] + p["b"]))
+    with pytest.raises(errors.FailedUse, match=r"^'mul' failed with perturbed parameter 'a' and 'b', where"):
+        planned(lambda p: X @ (p["a"] * p["b"]))
 
 
 def test_a_rule_that_fails_during_evaluation_is_named_too(monkeypatch):
