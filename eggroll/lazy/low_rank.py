@@ -113,11 +113,15 @@ class LowRankDelta(Delta):
         return (value.base.astype(wide) + term).astype(value.base.dtype)
 
     def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
-        """The factor that alone spans `positions` of `value`, and the other one; `where` is the use, for the error."""
+        """The factor that alone spans `positions` of `value`, and the other one; `where` is the use, for the error.
+
+        Stacked axes among them, which both have, do not matter.
+        """
         factors = self.arrange(value)
         left, right = ("left", factors.left), ("right", factors.right)
+        stacked = {*value.positions("left")} & {*value.positions("right")}
         for first, second in ((left, right), (right, left)):
-            tags = [value.tags[axis] for axis in positions]
+            tags = [value.tags[axis] for axis in positions if axis not in stacked]
             if all(value.axes.owns(first[0], tag) and not value.axes.owns(second[0], tag) for tag in tags):
                 return first, second
         raise value.unsupported(where)
@@ -143,6 +147,12 @@ class FlipoutDelta(LowRankDelta):
     """scale * shared o left right^T, of rank 1."""
 
     shared: Array  # like the base
+
+    def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
+        """The factor that alone spans `positions`, and the other one; no stacked axis is summed."""
+        if {*positions} & {*value.positions("left")} & {*value.positions("right")}:
+            raise value.unsupported("a sum over a stacked axis, with shared noise")
+        return super().sides(value, positions, where)
 
     def map(self, operation: Operation) -> Self:
         """Apply `operation` to the factors, the scale and the shared noise."""

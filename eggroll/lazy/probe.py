@@ -30,7 +30,10 @@ class Probe(Delta):
         """Record that the operation has no rule; it reads the parameter."""
         scanned = value.axes.tags[: len(value.axes.tags) - value.base.ndim]
         stacked = frozenset(source for tag in scanned for source in tag)
-        self.recorder.record(value.axes.path, Use(stacked=stacked, unsupported=reason, size=value.base.size))
+        looked_up = self.along - stacked
+        free = frozenset(range(value.axes.ndim)) - looked_up - stacked
+        use = Use(stacked=stacked, unsupported=reason, size=value.base.size)
+        self.recorder.record(value.axes.path, Use(looked_up, free, stacked) if looked_up and free else use)
         return value.base
 
     def observe(self, value: PerturbedArray, contracted: Sequence[int], batched: Sequence[int] = ()) -> None:
@@ -42,11 +45,18 @@ class Probe(Delta):
         ndim, axes = value.base.ndim, value.axes
         free = sources([axis for axis in range(ndim) if axis not in {*contracted, *batched}]) - self.along
         dropped = frozenset(range(axes.ndim)) - sources(range(ndim))
-        use = Use(sources(contracted), free, sources(batched) | dropped | self.along)
+        use = Use(sources(contracted) - self.along, free, sources(batched) | dropped | self.along)
         scanned = axes.tags[: len(axes.tags) - ndim]
         inserted = any(not value.tags[axis] for axis in (*contracted, *batched)) or any(not tag for tag in scanned)
         split = any(frozenset(tag) & sources(range(ndim)) for tag in scanned)
-        if inserted or split or use.contracted & use.free or use.contracted & use.stacked or use.free & use.stacked:
+        if (
+            not use.contracted
+            or inserted
+            or split
+            or use.contracted & use.free
+            or use.contracted & use.stacked
+            or use.free & use.stacked
+        ):
             use = use._replace(unsupported="one of its axes is split between roles", size=value.base.size)
         self.recorder.record(axes.path, use)
 

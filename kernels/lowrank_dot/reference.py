@@ -44,7 +44,8 @@ def lowrank_product(
         The product with axes `out_axes`.
     """
     rank_label = 1 + max([*x_axes, *first_axes, *second_axes])
-    contracted = {a for a in x_axes if a in first_axes and a not in out_axes}
+    summed = {a for a in x_axes if a in first_axes and a not in out_axes}
+    contracted = summed - {*second_axes}  # a stacked axis is summed with the rank
     kept = [a for a in x_axes if a not in contracted] + [a for a in first_axes if a not in x_axes]
     hidden_axes = [*kept, rank_label]
     hidden = jnp.einsum(
@@ -57,7 +58,7 @@ def lowrank_product(
         preferred_element_type=dtype,
     )
     hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)
-    if jnp.issubdtype(hidden.dtype, jnp.integer) or _pays_to_mix(hidden):
+    if summed == contracted and (jnp.issubdtype(hidden.dtype, jnp.integer) or _pays_to_mix(hidden)):
         return _mixed(hidden, hidden_axes, second.astype(hidden.dtype), [*second_axes, rank_label], [*out_axes])
     hidden = hidden.astype(second.dtype)
     if _pays_to_pad(hidden):
