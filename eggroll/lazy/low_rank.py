@@ -115,13 +115,13 @@ class LowRankDelta(Delta):
     def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
         """The factor that alone spans `positions` of `value`, and the other one; `where` is the use, for the error.
 
-        Stacked axes among them, which both have, do not matter.
+        Stacked axes among them, which both have, and inserted ones, which come from neither, do not matter.
         """
         factors = self.arrange(value)
         left, right = ("left", factors.left), ("right", factors.right)
         stacked = {*value.positions("left")} & {*value.positions("right")}
         for first, second in ((left, right), (right, left)):
-            tags = [value.tags[axis] for axis in positions if axis not in stacked]
+            tags = [value.tags[axis] for axis in positions if axis not in stacked and value.tags[axis]]
             if all(value.axes.owns(first[0], tag) and not value.axes.owns(second[0], tag) for tag in tags):
                 return first, second
         raise value.unsupported(where)
@@ -149,9 +149,11 @@ class FlipoutDelta(LowRankDelta):
     shared: Array  # like the base
 
     def sides(self, value: PerturbedArray, positions: Sequence[int], where: str) -> tuple[Side, Side]:
-        """The factor that alone spans `positions`, and the other one; no stacked axis is summed."""
-        if {*positions} & {*value.positions("left")} & {*value.positions("right")}:
-            raise value.unsupported("a sum over a stacked axis, with shared noise")
+        """The factor that alone spans `positions`, and the other one; no stacked or inserted axis is summed."""
+        if any(axis in value.positions("left") and axis in value.positions("right") for axis in positions) or any(
+            not value.tags[axis] for axis in positions
+        ):
+            raise value.unsupported("a sum over a stacked or inserted axis, with shared noise")
         return super().sides(value, positions, where)
 
     def map(self, operation: Operation) -> Self:

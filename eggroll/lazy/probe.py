@@ -47,7 +47,7 @@ class Probe(Delta):
         dropped = frozenset(range(axes.ndim)) - sources(range(ndim))
         use = Use(sources(contracted) - self.along, free, sources(batched) | dropped | self.along)
         scanned = axes.tags[: len(axes.tags) - ndim]
-        inserted = any(not value.tags[axis] for axis in (*contracted, *batched)) or any(not tag for tag in scanned)
+        inserted = any(not tag for tag in scanned)
         split = any(frozenset(tag) & sources(range(ndim)) for tag in scanned)
         if (
             not use.contracted

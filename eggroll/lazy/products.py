@@ -147,7 +147,7 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
     if isinstance(delta, FlipoutDelta):  # its signs change within a patch: every member would need filters of its own
         raise value.unsupported("a convolution with shared noise")
     assert isinstance(delta, LowRankDelta)
-    (_, first), (_, second) = delta.sides(value, patch, "a convolution whose patch is not one side of its matrix")
+    first, second = _patch_and_channels(value, delta, patch)
     # The rank takes the place of the output channels of a group; every group has the same filters.
     filters = jnp.moveaxis(jnp.tile(first, groups), -1, channel)
     hidden = jax.lax.conv_general_dilated_p.bind(x, filters, **params) * delta.scale.astype(out.dtype)
@@ -160,3 +160,14 @@ def _conv(x: ArrayLike, value: PerturbedArray, **params: Any) -> Array:
         hidden, [*before, group, rank, *after], second, [group, channels, rank], [*before, group, channels, *after]
     )
     return out + term.reshape(out.shape).astype(out.dtype)
+
+
+def _patch_and_channels(value: PerturbedArray, delta: LowRankDelta, patch: Sequence[int]) -> tuple[Array, Array]:
+    """The factor of the patch, with all of its axes, and that of the output channels, with no other axis."""
+    where = "a convolution whose patch is not one side of its matrix"
+    (first_name, first), (second_name, second) = delta.sides(value, patch, where)
+    if any(not value.tags[axis] and value.base.shape[axis] > 1 for axis in patch):
+        raise value.unsupported(where)
+    own, others = value.positions(first_name), value.positions(second_name)
+    first = jnp.expand_dims(first, [place for place, axis in enumerate(patch) if axis not in own])
+    return first, jnp.squeeze(second, [place for place, axis in enumerate(others) if axis in patch])

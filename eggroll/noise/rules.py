@@ -119,7 +119,8 @@ def check_params(params: Any, perturbation: Perturbation) -> None:
         if not isinstance(spec, Integer | Frozen) and not _takes_floating_noise(leaf):
             raise ValueError(
                 f"parameter '{path}' has dtype {leaf.dtype}, which no floating perturbation fits; put the rule "
-                f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`."
+                f"('{re.escape(path)}', eggroll.Frozen()) first in `perturbation`"
+                + (", or keep it as two real parameters." if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else ".")
             )
 
 

@@ -109,7 +109,7 @@ USES = (
         "scan over two reshaped stages", {"w": "4 n n"}, lambda p, x: _nested({"w": p["w"].reshape(2, 2, *p["w"].shape[1:])}, x)
     ),
     use("associative_scan with learnt gates", {"a": "n n", "b": "n n"}, _associative),
-    use("associative_scan of matrices", W, _matrix_products, expected="dense"),
+    use("associative_scan of matrices", W, _matrix_products),
     use("lax.map over layers", W, _map),
     use("vmap over layers", W, lambda p, x: jax.vmap(_layer, (None, 0))(x, p["w"])[0]),
     use("vmap over layers and a sum", W, lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]).sum(0)),

@@ -222,7 +222,6 @@ USES = (
         {**RECURRENT, "h0": "n"},
         _rnn_from_learnt_vector,
         SEQUENCE,
-        expected="dense",
     ),
     use(
         "RNN with a learnt initial state per row",
@@ -250,7 +249,7 @@ USES = (
     use("attention with a cache", QKVO, _cached_attention, SEQUENCE),
     use("linear attention", QKVO, _linear_attention, SEQUENCE),
     use("selective scan", MAMBA, _selective_scan, SEQUENCE, expected="dense"),
-    use("state space, discretised", {"a": "8 8", "b": "n 8", "c": "8 n"}, _state_space, SEQUENCE, expected="dense"),
+    use("state space, discretised", {"a": "8 8", "b": "n 8", "c": "8 n"}, _state_space, SEQUENCE, expected="built"),
     use("state space, complex diagonal", DIAGONAL, _diagonal_state_space, SEQUENCE),
     use("neural ODE by scan", {"w": "n n", "u": "n n"}, _neural_ode),
 )

@@ -37,7 +37,7 @@ class Use:
 
     name: str
     make: Callable[[Sizes], Program]
-    expected: str = "low-rank"  # today's role, at least: "low-rank", "dense" or "refused"
+    expected: str = "low-rank"  # today's role, at least: "low-rank", "built", "dense" or "refused"
     package: str | None = None  # it comes from this package
 
     @property

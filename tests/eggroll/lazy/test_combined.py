@@ -75,6 +75,9 @@ VIEWS = {
         IMAGES * x[0, 0], p["kernel"].swapaxes(2, 3)[..., :4, :], (2, 2), "SAME", transpose_kernel=True
     ),
     "convolution in groups": lambda p, x: conv(IMAGES * x[0, 0], p["grouped"], 2),
+    "convolution of width 1": lambda p, x: conv(IMAGES * x[0, 0], p["w"][None, None, :4]),
+    "convolution along a line": lambda p, x: conv(IMAGES * x[0, 0], p["kernel"][0][:, None]),
+    "inserted axes": lambda p, x: jnp.einsum("bki,kij->bj", x[:, None], p["w"][None]),
     "depthwise convolution": lambda p, x: conv(IMAGES * x[0, 0], p["depthwise"], 4),
 }
 COMBINED = {
@@ -117,6 +120,7 @@ DEFAULT = (
     "view, padded with ones",
     "view, behind a barrier",
     "view, convolution in groups",
+    "view, convolution along a line",
     "several, difference of a scaled one",
     "several, below each other",
     "several, rolled",
