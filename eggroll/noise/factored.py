@@ -24,6 +24,11 @@ class FactoredLeaf(PerturbedLeaf):
         return "lazy + built" if self.built[0] else "lazy"
 
     @property
+    def work(self) -> float:
+        """Multiplications with the factors, r (m + n), as a share of those with the parameter, m n."""
+        return self.rank * sum(self.matrix) / math.prod(self.matrix)
+
+    @property
     def axes(self) -> AxesOfNoise:
         """Axes that are stacked, spanned by the left and spanned by the right factor."""
         return self.stack, self.rows, self.columns
@@ -102,6 +107,11 @@ class BuiltLeaf(LowRankLeaf):
         """A member has an array of its own."""
         return "copy"
 
+    @property
+    def work(self) -> float:
+        """None: the sum is one product."""
+        return 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class FlipoutLeaf(FactoredLeaf):
@@ -114,6 +124,11 @@ class FlipoutLeaf(FactoredLeaf):
     def rank(self) -> int:
         """Number of terms: 1."""
         return 1
+
+    @property
+    def work(self) -> float:
+        """The product with U is as large as that with the parameter."""
+        return 1.0
 
     @property
     def distribution(self) -> str:

@@ -57,6 +57,11 @@ class LeafPlan:
         """Bytes of the arrays of its own that a member has of the parameter."""
         return (math.prod(self.shape) if self.evaluation == "copy" else self.built[1]) * self.noise_dtype.itemsize
 
+    @property
+    def work(self) -> float:
+        """Multiplications of a product with the noise, as a share of those with the parameter; 0 where they are one product."""
+        return 0.0
+
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the given axes."""
         return tuple(self.shape[axis] for axis in axes)

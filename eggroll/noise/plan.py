@@ -11,7 +11,7 @@ import jax
 from eggroll.noise.factored import FlipoutLeaf, LowRankLeaf
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan, PerturbedLeaf
 
-HEADER = ("path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason")
+HEADER = ("path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "work", "reason")
 COSTLY = 0.1  # share of the parameters' bytes that a member may have copies of without a word
 
 
@@ -74,7 +74,10 @@ def _uses(leaf: LeafPlan) -> tuple:
 
 
 def _table(leaves: Sequence[LeafPlan]) -> str:
-    """A line for every parameter, and the bytes of noise of one member."""
+    """A line for every parameter, and the bytes of noise of one member.
+
+    "share" is that of these bytes; "work" the multiplications of a product with the noise next to those with the parameter.
+    """
     total = sum(leaf.noise_bytes for leaf in leaves)
     rows = [HEADER, *(_row(leaf, total) for leaf in leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
@@ -110,4 +113,5 @@ def _row(leaf: LeafPlan, total: int) -> tuple[str, ...]:
     reason = f"{leaf.reason}, int8 quantised" if leaf.quantised else leaf.reason
     reason += f"; also built per member: {leaf.built[0]}" if leaf.built[0] else ""
     share = f"{leaf.noise_bytes / total:.0%}" if total else "-"
-    return leaf.path, str(leaf.shape), leaf.role, leaf.evaluation, rank, kernel, f"{leaf.noise_bytes:,}", share, reason
+    work = f"+{leaf.work:.0%}" if leaf.work else "-"
+    return leaf.path, str(leaf.shape), leaf.role, leaf.evaluation, rank, kernel, f"{leaf.noise_bytes:,}", share, work, reason

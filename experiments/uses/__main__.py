@@ -114,18 +114,24 @@ def make_row(name: str, config: Config) -> Row:
         return Row(name, dataclasses.replace(finding, role="wrong", note=" ".join(note.split())[:300]))
 
 
-def _times(name: str, config: Config, **others: Spec) -> dict[str, float]:
+def _times(name: str, config: Config, *, generations: bool = False, **others: Spec) -> dict[str, float]:
     with quiet():
         program = USES[name].make(Sizes(config.rows, config.size))
-    return time_ratios(program, {"low-rank": _spec(config), **others}, members=config.members)
+    forms = {"low-rank": _spec(config), **others}
+    return time_ratios(program, forms, members=config.members, generations=generations)
 
 
 def _compare(names: Sequence[str], config: Config) -> dict[str, dict[str, float]]:
-    """Ratios of the uses in `COMPARED` next to those with dense noise; none of a use that cannot be evaluated."""
+    """Ratios of the uses in `COMPARED` next to those with dense noise: of an evaluation, and of a whole generation.
+
+    None of a use that cannot be evaluated.
+    """
     found: dict[str, dict[str, float]] = {name: {} for name in COMPARED if name in names}
     for name in found:
         with contextlib.suppress(Exception):  # its row says why
             found[name] = _times(name, config, dense=eggroll.Dense())
+            whole = _times(name, config, generations=True, dense=eggroll.Dense())
+            found[name] |= {f"{form} generation": ratio for form, ratio in whole.items()}
     return found
 
 

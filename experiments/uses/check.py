@@ -46,10 +46,10 @@ class Finding:
     leaves: dict[str, tuple[str, str]]  # path -> role and reason
 
 
-def strategy(members: int, perturbation: Perturbation, **options: Any) -> eggroll.EvolutionStrategy:
+def strategy(members: int, perturbation: Perturbation, *, fitness: Any = None, **options: Any) -> eggroll.EvolutionStrategy:
     """The strategy of all checks."""
     return eggroll.EvolutionStrategy(
-        None, population_size=members, sigma=SIGMA, optimizer=optax.sgd(1.0), perturbation=perturbation, **options
+        fitness, population_size=members, sigma=SIGMA, optimizer=optax.sgd(1.0), perturbation=perturbation, **options
     )
 
 

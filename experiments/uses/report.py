@@ -51,10 +51,10 @@ def markdown(rows: Sequence[Row], comparisons: Mapping[str, Mapping[str, float]]
                 )
                 lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     if comparisons:
-        lines += ["", "| use | ratio | ratio with dense noise |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {number(own.get('low-rank'))} | {number(own.get('dense'))} |" for name, own in comparisons.items()
-        ]
+        lines += ["", "| use | ratio | with dense noise | of a generation | with dense noise |", "|---|---|---|---|---|"]
+        forms = ("low-rank", "dense", "low-rank generation", "dense generation")
+        for name, own in comparisons.items():
+            lines.append(f"| {name} | {' | '.join(number(own.get(form)) for form in forms)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,13 +16,16 @@ SECONDS = 0.4  # of rounds per use, at least three of them
 ROUNDS = 15
 
 
-def time_ratios(program: Program, perturbations: Mapping[str, Perturbation], *, members: int) -> dict[str, float]:
-    """Time a population of every perturbation.
+def time_ratios(
+    program: Program, perturbations: Mapping[str, Perturbation], *, members: int, generations: bool = False
+) -> dict[str, float]:
+    """Time a population of every perturbation: noise and evaluation, with `generations` the update too.
 
     Args:
         program: what every member evaluates.
         perturbations: name -> noise of the parameters.
         members: N, even; every member has its own copy of the batch.
+        generations: whether to time whole generations.
 
     Returns:
         Name -> seconds of the plain function over those of the population: medians of alternating calls. None at all where
@@ -34,7 +37,8 @@ def time_ratios(program: Program, perturbations: Mapping[str, Perturbation], *, 
             plain = _unperturbed(program, batches)
         except jax.errors.JaxRuntimeError:
             return {}
-        forms = {name: _population(program, batches, noise, members) for name, noise in perturbations.items()}
+        form = _generation if generations else _population
+        forms = {name: form(program, batches, noise, members) for name, noise in perturbations.items()}
         seconds = _interleaved_seconds({"": plain, **forms})
     return {name: seconds[""] / seconds[name] for name in perturbations}
 
@@ -60,6 +64,20 @@ def _population(program: Program, batches: Any, perturbation: Perturbation, memb
         return es.evaluate(state, batches, function=lambda params, batch, key, member_state: program.function(params, batch))
 
     return lambda: forward(state, batches)
+
+
+def _generation(program: Program, batches: Any, perturbation: Perturbation, members: int) -> Callable[[], Any]:
+    def fitness(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.mean(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(program.function(params, batch))]).sum()
+
+    es = strategy(members, perturbation, fitness=fitness, members_per_batch=1)
+    states = [es.init(program.params, key=jax.random.key(5))]
+
+    def step() -> Any:
+        states[0], metrics = es.step(states[0], batches)
+        return metrics
+
+    return step
 
 
 def _interleaved_seconds(forms: Mapping[str, Callable[[], Any]]) -> dict[str, float]:

@@ -179,5 +179,5 @@ def test_command_ends_with_json(tmp_path, capsys):
     assert last["uses"] == last["right"] == 1 and last["wrong_names"] == []
     written = json.loads((tmp_path / "run" / "uses.json").read_text())
     assert written["uses"][0]["ratio"] > 0 and written["uses"][0]["error"] < WEAK
-    assert {*written["comparisons"]["w * exp(s)"]} == {"low-rank", "dense"}
+    assert {*written["comparisons"]["w * exp(s)"]} == {"low-rank", "dense", "low-rank generation", "dense generation"}
     assert "| views | w * exp(s) |" in (tmp_path / "run" / "uses.md").read_text()

@@ -60,10 +60,11 @@ def test_noise_bytes_per_member():
 def test_table_shows_every_leaf():
     _, plan = planned()
     lines = plan.table().splitlines()
-    assert lines[0].split() == ["path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "reason"]
+    assert lines[0].split() == ["path", "shape", "role", "evaluated", "rank", "kernel", "bytes", "share", "work", "reason"]
     names = ["embed", "head", "layers/b", "layers/w", "odd", "unused"]
     assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
     assert lines[1 + len(names)].startswith("noise per member: ")
+    assert {leaf.path: leaf.work for leaf in plan.leaves if leaf.work} == {"embed": 14 / 40, "layers/w": 0.5}
 
 
 def test_the_table_says_what_costs_a_member_an_array_of_its_own():
