@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule, shape_of
 from eggroll.lazy.scaled import LINEAR
+from eggroll.lazy.sums import Squared
 
 
 class Combined(LazyArray):
@@ -209,19 +210,19 @@ def _subtract(a: LazyArray | ArrayLike, b: LazyArray | ArrayLike, **params: Any)
 
 
 def _added(primitive: Any, a: Any, b: Any, params: dict[str, Any]) -> Any:
-    """The sum, or difference, of weights; an activation is added to what the members build."""
+    """The sum, or difference, of weights; an activation is added to what the members build. Squares wait for their sum."""
     shapes = shape_of(a), shape_of(b)
-    if not (_is_known(a) and _is_known(b) and _is_floating(a, b) and (shapes[0] == shapes[1] or () in shapes)):
+    is_lazy = (_is_known(a) and _is_known(b)) or isinstance(a, Squared) or isinstance(b, Squared)
+    if not (is_lazy and _is_floating(a, b) and (shapes[0] == shapes[1] or () in shapes)):
         return LazyArray.default(primitive, [a, b], params)
-    value, other = (a, b) if is_perturbed(a) else (b, a)
     if primitive is jax.lax.sub_p:
-        a, b = a, run_rule(jax.lax.neg_p, [b], {}) if is_perturbed(b) else -jnp.asarray(b)
-        value, other = (a, b) if is_perturbed(a) else (b, a)
-    if isinstance(value, PerturbedArray) and not is_perturbed(other):
+        b = run_rule(jax.lax.neg_p, [b], {}) if is_perturbed(b) else -jnp.asarray(b)
+    value, other = (a, b) if is_perturbed(a) else (b, a)
+    if is_perturbed(other):
+        return _sum([value, other]) if shapes[0] == shapes[1] else LazyArray.default(jax.lax.add_p, [value, other], params)
+    if isinstance(value, PerturbedArray):
         return value.view(value.tags, lambda array, component: array + other if component == "base" else array)
-    if shapes[0] == shapes[1]:
-        return _sum([value, other])
-    return LazyArray.default(jax.lax.add_p, [value, other], params)
+    return _sum([value, jnp.broadcast_to(other, shape_of(value))])
 
 
 @register(jax.lax.concatenate_p)

@@ -1,7 +1,7 @@
 """Call an unmodified function with lazy perturbed parameters.
 
 function -> jaxpr without derivative rules (`forward_only`) -> evaluated with the registered rules: `views`, `products`,
-`lookups`, `scaled`, `combined`, `conditionals`, `loops`
+`lookups`, `sums`, `scaled`, `combined`, `control_flow`
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from eggroll.lazy import combined, conditionals, lookups, loops, products, scaled, views  # noqa: F401  (registers the rules)
+from eggroll.lazy import combined, control_flow, lookups, products, scaled, sums, views  # noqa: F401  (registers the rules)
 from eggroll.lazy.forward_only import forward_only
 from eggroll.lazy.perturbed import is_perturbed, run_with_rules, to_plain
 

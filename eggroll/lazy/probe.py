@@ -36,6 +36,10 @@ class Probe(Delta):
         self.recorder.record(value.axes.path, Use(looked_up, free, stacked) if looked_up and free else use)
         return value.base
 
+    def note(self, value: PerturbedArray, reason: str) -> None:
+        """Record a use that allows any noise; without another one `reason` explains the role."""
+        self.recorder.record(value.axes.path, Use(unsupported=reason))
+
     def observe(self, value: PerturbedArray, contracted: Sequence[int], batched: Sequence[int] = ()) -> None:
         """Record a use that contracts the axes `contracted` of `value` and batches over `batched`."""
 

@@ -21,11 +21,12 @@ from jax.typing import ArrayLike
 
 from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule, shape_of
 from eggroll.lazy.ragged import ragged_p
+from eggroll.lazy.sums import Squared, square
 from eggroll.noise.leaves import at_least_float32
 
 _LINEAR = "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim slice dynamic_slice split copy rev"
 # Linear in one operand, so that what it is multiplied by, or consists of, may be applied to the results instead.
-LINEAR = frozenset(_LINEAR.split()) | {"sharding_constraint", ragged_p.name}
+LINEAR = frozenset(_LINEAR.split()) | {"sharding_constraint", "reduce_sum", ragged_p.name}
 
 
 class Scaled(LazyArray):
@@ -157,6 +158,8 @@ _MOVES: dict[str, Callable[..., Array | None]] = {  # what becomes of a gain wit
 
 @register(jax.lax.mul_p)
 def _product(a: LazyArray | ArrayLike, b: LazyArray | ArrayLike, **params: Any) -> Any:
+    if a is b and (squared := square(a)) is not None:
+        return squared
     value, factor = (b, a) if math.prod(shape_of(a)) < math.prod(shape_of(b)) else (a, b)
     return _by_factor(jax.lax.mul_p, value, factor, [a, b], params)
 
@@ -174,7 +177,7 @@ def _negative(value: LazyArray, **params: Any) -> Any:
 
 
 def _takes_gain(value: Any) -> bool:
-    return isinstance(value, Scaled | PerturbedArray) and bool(jnp.issubdtype(value.aval().dtype, jnp.floating))
+    return isinstance(value, Scaled | PerturbedArray | Squared) and bool(jnp.issubdtype(value.aval().dtype, jnp.floating))
 
 
 def _by_factor(primitive: Any, value: Any, factor: Any, operands: list, params: dict[str, Any]) -> Any:

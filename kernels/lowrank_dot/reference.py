@@ -44,8 +44,8 @@ def lowrank_product(
         The product with axes `out_axes`.
     """
     rank_label = 1 + max([*x_axes, *first_axes, *second_axes])
-    summed = {a for a in x_axes if a in first_axes and a not in out_axes}
-    contracted = summed - {*second_axes}  # a stacked axis is summed with the rank
+    # An axis that the other factor has too, stacked or inserted, is summed with the rank.
+    contracted = {a for a in x_axes if a in first_axes and a not in out_axes and a not in second_axes}
     kept = [a for a in x_axes if a not in contracted] + [a for a in first_axes if a not in x_axes]
     hidden_axes = [*kept, rank_label]
     hidden = jnp.einsum(
@@ -58,7 +58,8 @@ def lowrank_product(
         preferred_element_type=dtype,
     )
     hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)
-    if summed == contracted and (jnp.issubdtype(hidden.dtype, jnp.integer) or _pays_to_mix(hidden)):
+    sums_rank_alone = {*kept} <= {*out_axes}
+    if sums_rank_alone and (jnp.issubdtype(hidden.dtype, jnp.integer) or _pays_to_mix(hidden)):
         return _mixed(hidden, hidden_axes, second.astype(hidden.dtype), [*second_axes, rank_label], [*out_axes])
     hidden = hidden.astype(second.dtype)
     if _pays_to_pad(hidden):

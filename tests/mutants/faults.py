@@ -328,8 +328,8 @@ FAULTS = (
     Fault(
         "a learnt number is lost",
         "eggroll/lazy/scaled.py",
-        "scaled = Scaled(inner, gain)",
-        "scaled = Scaled(inner, jnp.ones_like(gain))",
+        "    return Scaled(value, gain)\n",
+        "    return Scaled(value, jnp.ones_like(gain))\n",
         (BUILT,),
     ),
     Fault(

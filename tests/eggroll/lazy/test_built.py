@@ -17,12 +17,12 @@ def loop(body):
 
 
 BUILT = {  # members read the whole of "w" as well
-    "an L2 penalty": lambda p, x: ((x @ p["w"]) ** 2).sum() + (p["w"] ** 2).sum(),
+    "an L1 penalty": lambda p, x: ((x @ p["w"]) ** 2).sum() + jnp.abs(p["w"]).sum(),
     "a global norm": lambda p, x: (x @ p["w"]) / jnp.sqrt(jnp.vdot(p["w"], p["w"])),
     "a monitor": lambda p, x: jnp.where(jnp.isfinite(p["w"]).all(), x @ p["w"], 0.0),
     "both sides": lambda p, x: x @ p["w"] + jnp.trace(p["w"]),
     "returned": lambda p, x: (x @ p["w"], p["w"]),
-    "in a loop": loop(lambda p, h: h @ p["w"] + 0.01 * jnp.sum(p["w"] * p["w"])),
+    "in a loop": loop(lambda p, h: h @ p["w"] + 0.01 * jnp.sum(jnp.abs(p["w"]))),
 }
 LAZY = {  # "w" is only multiplied
     "times itself": lambda p, x: x @ (p["w"] @ p["w"]),
@@ -82,7 +82,7 @@ def test_a_learnt_scale_gives_no_member_a_copy_of_the_weights():
         return [size for size in ("[4,2,64,48]", "[2,4,64,48]", "[8,64,48]", "[2,64,48]") if size in text]
 
     assert not shapes(lambda p, x: x @ (p["w"] * jnp.exp(p["s"])))
-    assert shapes(lambda p, x: x @ p["w"] + (p["w"] ** 2).sum())  # the control
+    assert shapes(lambda p, x: x @ p["w"] + jnp.abs(p["w"]).sum())  # the control
 
 
 def test_a_scale_survives_a_cast_to_short_floats():

@@ -230,10 +230,3 @@ def test_views_keep_low_rank_noise(name):
     plan = es.plan(es.init(params, key=jax.random.key(0)), batch, function=function)
     used = [leaf for leaf in plan.leaves if leaf.role != "frozen"]
     assert used and all(leaf.role == "low-rank" for leaf in used), plan.table()
-
-
-def test_a_use_that_turns_out_to_have_no_rule_gets_dense_noise():
-    function, params, batch = EDGE_CASES["product over an inserted axis"]
-    es = strategy(eggroll.LowRank(1))
-    leaf = es.plan(es.init(params, key=jax.random.key(0)), batch, function=function).leaves[0]
-    assert leaf.role == "dense" and leaf.reason
