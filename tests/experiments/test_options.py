@@ -67,7 +67,11 @@ COMMANDS = {
         "ranks bias_size bias_pairs bias_replicates sigmas sizes cosine_pairs cosine_replicates population_sizes width "
         "error_replicates rank seed run",
     ),
-    "faultdrill": (faultdrill.Config, (), "kills generations checkpoint_every damages seed storage folder"),
+    "faultdrill": (
+        faultdrill.Config,
+        (),
+        "kills job_kills generations checkpoint_every storage pairs workers rivals launches seed folder",
+    ),
     "bench engine": (engine.Engine, (), "cases repeats dense_repeats distribution rank tune"),
     "bench decode": (
         decode.Decode,
