@@ -1,5 +1,6 @@
 """The fault drill: the whole of it by night, by day its parts in small, and that each of them notices what must not happen."""
 
+import gc
 import json
 import os
 import random
@@ -15,6 +16,8 @@ import pytest
 from eggroll.envs.tasks.scoring import Scores
 from eggroll.experiments.faultdrill import kills, storage, survivors, workers
 
+# Of tasks that orbax abandons on damaged files, until they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,7 +45,8 @@ def test_a_training_that_fails_ends_the_drill_with_its_error(tmp_path, monkeypat
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
     with jax.numpy_dtype_promotion("standard"):
-        return storage.make_subject("net", tmp_path_factory.mktemp("storage"))
+        yield storage.make_subject("net", tmp_path_factory.mktemp("storage"))
+    gc.collect()
 
 
 def damaged(subject, place, *faults):
@@ -52,7 +56,6 @@ def damaged(subject, place, *faults):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tasks that orbax abandons on damaged files
 @pytest.mark.parametrize(
     ("name", "kind", "expected"),
     [
@@ -71,7 +74,6 @@ def test_a_run_with_a_fault_in_a_file_resumes(net, tmp_path, name, kind, expecte
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_with_two_faults_resumes(net, tmp_path):
     arrays = max(storage.newest_arrays(net.folder), key=lambda name: (net.folder / name).stat().st_size)
     assert net.check(damaged(net, tmp_path / "copy", (arrays, "truncate"), ("journal.bin", "garbage"))) == "recovered"
