@@ -5,18 +5,20 @@
     ...                                                 every process runs the same program on the same values
 
 `python -m eggroll.launch` starts several on one machine; on a cluster `srun` or `mpirun` does (docs/scaling.md). Files that
-are not written by all together are written by the first process.
+are not written by all together are written by the first process (`first_does`); what it raises, all raise.
 """
 
 import contextlib
 import hashlib
 import io
 import os
+import pickle
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import numpy as np
 
 from eggroll.devices.rendezvous import meet
 
+T = TypeVar("T")
 LAUNCHED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST = re.compile(r"\bgloo\b|\bnccl|coordination service|distributed service", re.IGNORECASE)
 SCHEDULED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for the processes that srun or mpirun starts
@@ -92,7 +95,6 @@ def _initialize(
     timeout: int, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> bool:
     try:
-        # A process that ends alone waits for the others as long as the heartbeat.
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
@@ -103,7 +105,10 @@ def _initialize(
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"the processes of this run did not meet within {timeout} s: {reason}") from error
-    return jax.process_count() > 1
+    several = jax.process_count() > 1
+    if several:
+        sys.excepthook = _end_with(sys.excepthook)
+    return several
 
 
 def _wait_for(address: str, timeout: int) -> None:
@@ -120,6 +125,23 @@ def _wait_for(address: str, timeout: int) -> None:
                     f"the first process of this run was not found at {address} within {timeout} s: {error}."
                 ) from None
             time.sleep(0.2)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End a process that has failed: the shutdown of jaxlib would wait minutes for others, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with(show: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for uncaught exceptions that shows them and ends the process."""
+
+    def show_and_end(*raised: Any) -> None:
+        show(*raised)
+        end_at_once(1)
+
+    return show_and_end
 
 
 def is_first() -> bool:
@@ -146,17 +168,63 @@ def minimum_over_processes(value: int) -> int:
 
 
 def broadcast_from_first(make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Call `make` in the first process only and return its result in all of them; every process must call this."""
+    """Call `make` in the first process only and return its result in all of them; every process must call this.
+
+    Raises:
+        Exception: what `make` raised, in all processes.
+    """
     if jax.process_count() == 1:
         return make()
     from jax.experimental import multihost_utils
 
-    file = io.BytesIO()
+    content, error = b"", None
     if is_first():
-        np.save(file, make(), allow_pickle=False)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(file.tell())))
-    content = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)
-    return np.load(io.BytesIO(multihost_utils.broadcast_one_to_all(content).tobytes()))
+        try:
+            content = _encode(make())
+        except Exception as raised:
+            content, error = _encode_error(raised), raised
+    size, failed = multihost_utils.broadcast_one_to_all(np.array([len(content), error is not None], np.int32)).tolist()
+    received = np.frombuffer(content.ljust(size, b"\0"), np.uint8)
+    received = multihost_utils.broadcast_one_to_all(received).tobytes()
+    if failed:
+        raise pickle.loads(received) if error is None else error
+    return np.load(io.BytesIO(received))
+
+
+def first_does(action: Callable[[], T]) -> T | None:
+    """Call `action` in the first process only, while the others wait; every process must call this.
+
+    Returns:
+        What `action` returns; None in the other processes.
+
+    Raises:
+        Exception: what `action` raised, in all processes.
+    """
+    result = None
+
+    def make() -> np.ndarray:
+        nonlocal result
+        result = action()
+        return np.zeros(0, np.uint8)
+
+    broadcast_from_first(make)
+    return result
+
+
+def _encode(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _encode_error(error: Exception) -> bytes:
+    """An error for the other processes: its type and text, or a RuntimeError where they could not rebuild it."""
+    try:
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:
+        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return content
 
 
 def check_same(values: np.ndarray, name: str) -> None:

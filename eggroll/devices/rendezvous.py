@@ -1,7 +1,8 @@
 """The processes of a run meet on a socket before JAX connects them: jaxlib ends a process, without an exception, whose peers
 do not come.
 
-    first process     listens on the address until every other one has said its number, then tells all to go on
+    first process     listens on the address until every other one has said its number, then tells all to go on; one that
+                      ended meanwhile may be started again
     the others        connect, say their number, and wait
 
 The port is then free again, for jaxlib's coordinator.
@@ -43,11 +44,12 @@ def _wait_for_all(port: int, count: int, deadline: float, timeout: float) -> Non
     here: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(port))
-        while len(here) < count - 1:
+        while len(here := _connected(here)) < count - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 other, _ = server.accept()
             except TimeoutError:
+                here = _connected(here)
                 missing = ", ".join(str(index) for index in range(1, count) if index not in here)
                 waited = f"process 0 of {count} waited {timeout:g} s at port {port} for {missing}"
                 raise RuntimeError(f"{waited}, which did not come: start all of them.") from None
@@ -56,12 +58,31 @@ def _wait_for_all(port: int, count: int, deadline: float, timeout: float) -> Non
             if len(hello) < HELLO.size or hello[:8] != MAGIC:
                 continue  # not a process of this run
             _, theirs, index = HELLO.unpack(hello)
+            here = _connected(here)  # a process that was started again replaces the one that ended
             if theirs != count or not 0 < index < count or index in here:
                 raise RuntimeError(f"process {index} of {theirs} came to process 0 of {count}: numbers must differ, from 0 on.")
             here[index] = other
         server.close()  # before the others continue: jaxlib listens on this port next
         for other in here.values():
             other.sendall(GO)
+
+
+def _connected(here: dict[int, socket.socket]) -> dict[int, socket.socket]:
+    """The processes that have not ended meanwhile."""
+    return {index: other for index, other in here.items() if not _has_ended(other)}
+
+
+def _has_ended(other: socket.socket) -> bool:
+    """Whether a process that waits, and so sends nothing, has closed its connection."""
+    other.setblocking(False)
+    try:
+        return not other.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        other.settimeout(PATIENCE)
 
 
 def _report_to_first(host: str, port: int, count: int, index: int, deadline: float, timeout: float) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.devices.processes import first_does
 from eggroll.journal.fingerprint import fingerprint, fingerprint_of_leaves
 from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
 from eggroll.protocol import S
@@ -52,17 +52,10 @@ class Checkpoints:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every step of every save, and raises what it logs
         self._folder = Path(folder).absolute()
-        if config is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._check_config(config, identified=identified)
+        first_does(lambda: self._prepare(config, identified=identified))
         policies = ocp.checkpoint_managers
         score = {"best_fn": lambda metrics: metrics["score"], "best_mode": "max"}
         kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=score["best_fn"], n=1)]
-        if config is not None and is_first():
-            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
-                shutil.rmtree(unfinished)
-        self._skip_damaged(move=config is not None)
-        wait_for_all("eggroll checkpoints")
         self._ocp = ocp
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
@@ -73,6 +66,15 @@ class Checkpoints:
         self._in_flight = IN_FLIGHT
         self._manager = self._make_manager()
 
+    def _prepare(self, config: Mapping[str, Any] | None, *, identified: bool) -> None:
+        """Check what is in the folder; unless it is only read, remove what a kill left and set damaged checkpoints aside."""
+        if config is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._check_config(config, identified=identified)
+            for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
+                shutil.rmtree(unfinished)
+        self._skip_damaged(move=config is not None)
+
     def _check_config(self, config: Mapping[str, Any], *, identified: bool) -> None:
         path = self._folder / "config.json"
         try:
@@ -82,7 +84,7 @@ class Checkpoints:
                 raise
             logger.warning("%s It was written again.", error)
             stored = False
-        if not stored and is_first():
+        if not stored:
             write_config(path, config)
 
     def _skip_damaged(self, *, move: bool) -> None:
@@ -92,7 +94,7 @@ class Checkpoints:
                 continue
             if not move and step.exists():  # the run that writes it may have removed it meanwhile
                 raise ValueError(f"the checkpoint of generation {step.name} is damaged: {damage}")
-            if move and is_first():
+            if move:
                 moved = set_aside(self._folder, int(step.name))
                 words = f"the checkpoint of generation {step.name}, now in {moved}, is damaged; an earlier one is used"
                 logger.warning("%s: %s", words, damage)
@@ -102,11 +104,12 @@ class Checkpoints:
         if not generations:
             return
         self._manager.close()
-        if is_first():
-            for generation in generations:
-                logger.warning("the damaged checkpoint is now in %s.", set_aside(self._folder, generation))
-        wait_for_all("eggroll damaged checkpoints")
+        first_does(lambda: self._set_aside(generations))
         self._manager = self._make_manager()
+
+    def _set_aside(self, generations: Sequence[int]) -> None:
+        for generation in generations:
+            logger.warning("the damaged checkpoint is now in %s.", set_aside(self._folder, generation))
 
     def _make_manager(self) -> Any:
         """A manager that writes and reads arrays of less than `_in_flight` bytes at a time; a larger one would be refused."""
@@ -196,7 +199,7 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             place = f"the checkpoint of generation {chosen} in {self._folder}"
-            if self._is_sound(chosen, target):
+            if self._is_of_another_model(chosen, target):
                 raise OtherModel(
                     f"{place} is of another model or optimizer, with other arrays: restore them, or choose another folder."
                 ) from error
@@ -204,19 +207,21 @@ class Checkpoints:
             raise ValueError(f"{place} cannot be read: {reason}") from error
         return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
 
-    def _is_sound(self, generation: int, target: Any) -> bool:
-        """Whether all bytes of a checkpoint are those written, whatever its arrays.
+    def _is_of_another_model(self, generation: int, target: Any) -> bool:
+        """Whether a checkpoint has other arrays than `target`, and all of its bytes are those written.
 
-        Earlier versions wrote no names of leaves: then it is one if it can be read and has other arrays than `target`.
+        Earlier versions wrote no names of leaves: then it is one that can be read.
         """
         args = self._ocp.args
         try:
             tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._manager.item_metadata(generation)["state"])
             parts = args.Composite(state=args.StandardRestore(tree), check=args.JsonRestore())
             restored = self._manager.restore(generation, args=parts)
+            if _shapes(restored["state"]) == _shapes(target):
+                return False
             found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
             if (leaves := restored["check"].get("leaves")) is None:
-                return _shapes(restored["state"]) != _shapes(target)
+                return True
             paths = [(path, found.pop(name)) for name, path in leaves]
             return not found and fingerprint_of_leaves(paths) == restored["check"]["all"]
         except MemoryError:

@@ -19,10 +19,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eggroll.devices.processes import broadcast_from_first, is_first
-
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None  # not on Windows
 NAME = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -93,24 +89,6 @@ class RunLock:
         """Let others write the run."""
         _held.discard(self)
         self._close()
-
-
-def lock_for_all(folder: Path) -> RunLock | None:
-    """Lock a run of one or several processes: the first one holds the lock, and where it cannot all raise the same error."""
-    lock: RunLock | None = None
-
-    def take() -> np.ndarray:
-        nonlocal lock
-        try:
-            lock = RunLock(folder)
-        except RunInUse as error:
-            return np.frombuffer(str(error).encode(), np.uint8)
-        return np.zeros(0, np.uint8)
-
-    refused = broadcast_from_first(take).tobytes().decode()
-    if refused:
-        raise RunInUse(refused)
-    return lock if is_first() else None
 
 
 def _read(file: int) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from typing import Any, Generic, Protocol
 import jax
 import numpy as np
 
-from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.devices.processes import first_does
 from eggroll.journal import Entry, Header, JournalError, Reader, Writer, make_header, replay
 from eggroll.journal.checkpoint import Checkpoints, OtherModel
 from eggroll.journal.integrity import DamagedConfig
-from eggroll.journal.lock import lock_for_all
+from eggroll.journal.lock import RunLock
 from eggroll.journal.recovery import find_header, mend, plan
 from eggroll.protocol import S, Strategy
 from eggroll.state import check_not_consumed
@@ -82,7 +82,7 @@ class DurableRun(Generic[S]):
         self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
         self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_for_all(self._folder)
+        self._lock = first_does(lambda: RunLock(self._folder))
         try:
             header = make_header(es, initial, recipe=recipe)
             self._open(es, initial, header, config=config, keep=keep, accept_change=accept_change)
@@ -95,31 +95,28 @@ class DurableRun(Generic[S]):
         self, es: Strategy[S], initial: S, header: Header, *, config: Mapping[str, Any], keep: int, accept_change: bool
     ) -> None:
         path = self._folder / "journal.bin"
-        stored = find_header(path) if path.exists() else None
+        exists = path.exists()  # before the first process may create it
+        stored = find_header(path) if exists else None
         self.checkpoints = self._open_checkpoints(header, stored, config=config, keep=keep, accept_change=accept_change)
-        if not path.exists() and self.checkpoints.generations:
+        if not exists and self.checkpoints.generations:
             raise JournalError(
                 f"{self._folder} has checkpoints, but its journal.bin is missing; restore the file, choose another folder, or "
                 f"let `python -m eggroll.journal repair {self._folder}` give up the replay of the generations in it."
             )
         if stored is not None:
             stored.check(header, accept_change=accept_change)  # every process refuses, as the first one does
-        elif path.exists() and not accept_change:
+        elif exists and not accept_change:
             raise JournalError(
                 f"the header of {path} and its copy are damaged or missing, so that it cannot be checked that the run is this "
                 "one: choose another folder or, if you know that it is, continue with accept_change=True (--accept-change)."
             )
         state, damaged = self._restore_last(initial)
         is_unknown = (damaged and not int(state.generation)) or not _is_same_key(initial, state)
-        if path.exists() and stored is None and is_unknown:
+        if exists and stored is None and is_unknown:
             raise JournalError(f"the header of {path} is damaged, and the checkpoints are damaged or of another run.")
         self.checkpoints.set_aside(damaged)  # before a journal is refused, so that `repair` counts on sound ones only
-        if path.exists():
-            self._mend(path, header, state)
-        self._journal = Writer(path, header, covered=int(state.generation), accept_change=accept_change) if is_first() else None
-        if self._journal is not None and self._journal.note:
-            logger.warning(self._journal.note)
-        wait_for_all("eggroll journal")
+        reached = int(state.generation)
+        self._journal = first_does(lambda: self._open_journal(path, header, covered=reached, accept_change=accept_change))
         self.state = self._resume(es, state, path)
 
     def _open_checkpoints(
@@ -135,12 +132,16 @@ class DurableRun(Generic[S]):
             stored.check(header, accept_change=accept_change)
             return Checkpoints(folder, config=config, keep=keep, identified=True)
 
-    def _mend(self, path: Path, header: Header, state: S) -> None:
-        """Mend a damaged journal, if `state`, from a checkpoint, allows it."""
-        chosen = plan(path, covered=int(state.generation))
-        wait_for_all("eggroll damaged journal")  # all have read it
-        if is_first() and (chosen.writes or chosen.lost):
-            logger.warning(" ".join(mend(path, chosen, header)) or f"{path} has a new header.")
+    def _open_journal(self, path: Path, header: Header, *, covered: int, accept_change: bool) -> Writer:
+        """Open the journal, after mending it if it is damaged and the checkpoint of generation `covered` allows it."""
+        if path.exists():
+            chosen = plan(path, covered=covered)
+            if chosen.writes or chosen.lost:
+                logger.warning(" ".join(mend(path, chosen, header)) or f"{path} has a new header.")
+        journal = Writer(path, header, covered=covered, accept_change=accept_change)
+        if journal.note:
+            logger.warning(journal.note)
+        return journal
 
     def _resume(self, es: Strategy[S], state: S, path: Path) -> S:
         last: list[Entry] = []

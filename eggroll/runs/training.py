@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from eggroll.devices.processes import is_first, report_lost_process
+from eggroll.devices.processes import first_does, is_first, report_lost_process
 from eggroll.generation import LAST_GENERATION
 from eggroll.journal.lock import RunLost
 from eggroll.protocol import S, Strategy
@@ -94,8 +94,8 @@ def train(
     check_lock()
     with contextlib.ExitStack() as stack:
         metrics_file = None
-        if run_folder is not None and is_first():
-            metrics_file = stack.enter_context(open_metrics(Path(run_folder), first))
+        if run_folder is not None:
+            metrics_file = first_does(lambda: stack.enter_context(open_metrics(Path(run_folder), first)))
             draw = functools.partial(_draw, plot or _plot_fitness, history, Path(run_folder))
             stack.push(functools.partial(_draw_last, check_lock, draw))
         name, total = budget or ("generations", generations or 0)
@@ -183,15 +183,18 @@ def _draw(plot: Callable[[Sequence[Record], Path], None], history: Sequence[Reco
 
 def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: Any, error: Any, trace: Any) -> None:
     """Plot at the end of a run, unless its folder was lost; a failure does not replace `error`, which ended the run."""
-    if isinstance(error, RunLost):
-        return
-    try:
+
+    def draw_unless_lost() -> None:
         check_lock()
         draw()
-    except Exception as failed:
-        if error is None:
-            raise
-        logger.warning("the figure was not drawn: %s", failed)
+
+    if error is None:
+        first_does(draw_unless_lost)
+    elif is_first() and not isinstance(error, RunLost):
+        try:
+            draw_unless_lost()
+        except Exception as failed:
+            logger.warning("the figure was not drawn: %s", failed)
 
 
 def _progress_words(record: Record) -> str:

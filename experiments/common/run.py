@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eggroll.devices.processes import is_first, join
+from eggroll.devices.processes import end_at_once, is_first, join
 from eggroll.files import write_object
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -74,6 +74,9 @@ def exit_on_error() -> Iterator[None]:
         words = str(error)
         if isinstance(error, OSError) and error.errno in FULL:
             words += ". Free some space; the same command with --resume continues."
+        if jax.distributed.is_initialized():
+            print(f"error: {words}", file=sys.stderr)
+            end_at_once(1)
         sys.exit(f"error: {words}")
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.devices.processes import first_does
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
-from eggroll.journal.lock import lock_for_all
+from eggroll.journal.lock import RunLock
 
 _KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples")
 Row = dict[str, Any]
@@ -71,13 +71,16 @@ def run_seeds(
         prepare_folder(folder, resume=config.resume)
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
         row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
-        if is_first():
-            write_json(folder / SUMMARY, {"options": options, "seed": seed, **(recorded or {}), **row})
+        _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row})
         rows.append(row)
     if len(rows) == 1:
         return rows[0]
     means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     return means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
+
+
+def _write_summary(folder: Path, summary: Row) -> None:
+    first_does(lambda: write_json(folder / SUMMARY, summary))
 
 
 def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
@@ -93,13 +96,17 @@ def prepare_folder(folder: Path, *, resume: bool) -> None:
     Raises:
         RunInUse: another process writes a run into the folder.
     """
-    lock = lock_for_all(folder)
-    if lock is not None:
+    first_does(lambda: _clear(folder, resume=resume))
+
+
+def _clear(folder: Path, *, resume: bool) -> None:
+    lock = RunLock(folder)
+    try:
         (folder / SUMMARY).unlink(missing_ok=True)
         for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    finally:
         lock.release()
-    wait_for_all("run folder")

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import run_folder
 from eggroll.llm import hf
 from eggroll.llm.models.transformer import TransformerConfig
@@ -68,12 +68,14 @@ def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, se
     """
     known = json.dumps([settings, HEAD_DIM, jax.__version__, sys.version])
     folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
-    if is_first():
+
+    def make() -> None:
         with _locked(folder):
             if not _is_sound(folder):
                 print(f"warm start: training a small model on {task}; it is kept in {folder}", flush=True)
                 hf.save(folder, config, train())
-    wait_for_all("warm start")
+
+    first_does(make)
     return folder
 
 

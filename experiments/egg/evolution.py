@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import eggroll
-from eggroll.devices.processes import is_first, local
+from eggroll.devices.processes import first_does, local
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.egg.config import Config
@@ -85,8 +85,8 @@ class _Checks:
         record.extra.update(validation_bits=self.bits, held_out_fitness=-self.bits)  # the latter picks the best checkpoint
         speed = f"{record.members_per_second * config.bytes_per_update:,.0f} bytes/s"
         print(f"generation {done}: validation {self.bits:.4f} bits/byte, {speed}", flush=True)
-        if config.sample_length and is_first():
-            self._sample(params, done)
+        if config.sample_length:
+            first_does(lambda: self._sample(params, done))
 
     def _sample(self, params: egg.Params, generation: int) -> None:
         config = self._config

@@ -109,9 +109,10 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
 
 def make_setting(folder: Path, population: int, arguments: Sequence[str]) -> Setting:
     """Make the setting of a population; ValueError if an option is wrong."""
+    arguments = (*arguments, "--resume")
     parsed = egg.parse(arguments)
     parsed.check()
-    return Setting((str(population),), (*arguments, "--resume"), parsed.options(), folder / str(population))
+    return Setting((str(population),), arguments, parsed.options(), folder / str(population))
 
 
 def read_baselines(config: Config, path: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Kill the training at every kind of moment, and restart it."""
+"""Kill the training at every kind of moment, and restart it; of several processes, their launcher."""
 
 import dataclasses
 import random
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MOMENTS = ("start", "training", "journal", "checkpoint")
+OF_SEVERAL = ("start", "training")  # moments at which a launcher can be killed
 STARTUP, SHORT = 3.0, 0.02  # seconds: start-up of a process; a few generations
 
 
@@ -19,6 +20,7 @@ class Drill:
     """Counts of a drill."""
 
     kills: dict[str, int]
+    processes: int = 1
     resumes: int = 0
     lost: int = 0  # generations reported before a kill and repeated after it
     done: int = 0  # generations reported
@@ -40,14 +42,9 @@ class Drill:
             Whether the training completed.
         """
         moment, at = die or ("none", 0)
-        command = [
-            sys.executable,
-            "-m",
-            "eggroll.experiments.faultdrill.training",
-            str(folder),
-            str(generations),
-            str(checkpoint_every),
-        ]
+        command = [sys.executable, "-m"]
+        command += ["eggroll.launch", str(self.processes), "-m"] if self.processes > 1 else []
+        command += ["eggroll.experiments.faultdrill.training", str(folder), str(generations), str(checkpoint_every)]
         command += [moment, str(at)] if moment in ("journal", "checkpoint") else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -74,12 +71,14 @@ class Drill:
         return code == 0
 
 
-def drill(folder: Path, *, generations: int, checkpoint_every: int, kills: int, seed: int) -> dict[str, Any]:
+def drill(
+    folder: Path, *, generations: int, checkpoint_every: int, kills: int, seed: int, processes: int = 1
+) -> dict[str, Any]:
     """Kill and resume until the run is complete; return the counts."""
-    chance = random.Random(seed)
-    moments = [MOMENTS[index % len(MOMENTS)] for index in range(kills)]
+    chance, kinds = random.Random(seed), MOMENTS if processes == 1 else OF_SEVERAL
+    moments = [kinds[index % len(kinds)] for index in range(kills)]
     chance.shuffle(moments)
-    state = Drill(dict.fromkeys(MOMENTS, 0))
+    state = Drill(dict.fromkeys(kinds, 0), processes)
     for index, moment in enumerate(moments):
         # Spread the kills over the run.
         at = chance.randrange(*(generations * (index + part) // (kills + 1) for part in (0, 1)))

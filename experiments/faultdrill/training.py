@@ -20,6 +20,8 @@ import numpy as np
 import optax
 
 import eggroll
+from eggroll.devices.processes import join
+from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.protocol import S
 from eggroll.runs.durable import DurableRun
@@ -70,7 +72,8 @@ def make(options: Any) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
         x, y = batch
         return -jnp.mean(jnp.square(jax.vmap(lambda x: Net().apply(params, x))(x) - y))
 
-    es = eggroll.EvolutionStrategy(fitness, population_size=64, sigma=0.05, optimizer=optax.adam(1e-2))
+    mesh = parse_mesh(None)
+    es = eggroll.EvolutionStrategy(fitness, population_size=64, sigma=0.05, optimizer=optax.adam(1e-2), mesh=mesh)
     state = es.init(Net().init(jax.random.key(0), jnp.zeros(4)), key=jax.random.key(2))
     es.plan(state, batch_of(0))
     return es, state
@@ -93,8 +96,14 @@ def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[st
     with contextlib.closing(run):
         if (left := generations - started_at) > 0:
             callbacks: list[Any] = [carried, _report]
-            state, _ = train(es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run)
+            state, _ = train(
+                es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run, plot=draw_nothing
+            )
     return fingerprint((state.params, state.opt_state, carried.save()))
+
+
+def draw_nothing(history: Any, folder: Path) -> None:
+    """Leave the figure out: it would take most of the time of a resume."""
 
 
 def _report(state: eggroll.ESState, record: Record) -> None:
@@ -135,6 +144,7 @@ def _arm(run: DurableRun, moment: str, generation: int) -> None:
 
 
 if __name__ == "__main__":
+    join()
     place, length, every, *moment = sys.argv[1:]
     kill = (moment[0], int(moment[1])) if moment else None
     work(Path(place), generations=int(length), checkpoint_every=int(every), die=kill)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import eggroll
-from eggroll.devices.processes import is_first, local
+from eggroll.devices.processes import first_does, local
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.reason.baseline import PolicyGradient
@@ -63,8 +63,7 @@ class Experiment:
         if after["validation_accuracy"] <= before["validation_accuracy_before"]:
             print(f"seed {run.seed}: the validation accuracy has not risen. {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
-        if is_first():
-            hf.save(folder / "model", problem.config, params, source=problem.source)
+        first_does(lambda: hf.save(folder / "model", problem.config, params, source=problem.source))
         return {
             **after,
             **before,

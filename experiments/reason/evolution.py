@@ -6,6 +6,7 @@ Completions are decoded for all members together (`eggroll.llm.decoding`); texts
 """
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,15 @@ from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 from eggroll.experiments.reason.progress import Improved, Progress, Report
-from eggroll.journal import Reader, replay
+from eggroll.journal import JournalError, Reader, replay
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 from eggroll.update.shaping import Shaping
+
+logger = logging.getLogger(__name__)
 
 
 class Questions(NamedTuple):
@@ -128,19 +131,35 @@ class Evolution:
                 )
             run.checkpoints.wait()
             best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
-            kept = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else state
-        if is_first() and best:
+            rebuilt = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else None
+        if is_first() and rebuilt is not None:
             print(f"the parameters of generation {best} had the best validation accuracy", flush=True)
+        kept = state if rebuilt is None else rebuilt
         return Improved(local(kept.params), int(state.generation), advise(history, es.plan(kept)))
 
-    def _rebuild(self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> eggroll.ESState:
-        """Return the state of a generation from the journal, because a kill may have lost its checkpoint."""
-        initial = self.start(seed=seed)
-        earlier = [saved for saved in run.checkpoints.generations if saved <= generation]
-        restored = run.checkpoints.restore(initial, progress.save(), generation=earlier[-1]) if earlier else None
+    def _rebuild(
+        self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress
+    ) -> eggroll.ESState | None:
+        """Return the state of a generation from a sound checkpoint and the journal, because its own may be lost or damaged.
+
+        None, with a warning: the journal has lost what lies between.
+        """
+        state = self.start(seed=seed)
+        for saved in reversed([saved for saved in run.checkpoints.generations if saved <= generation]):
+            try:
+                restored = run.checkpoints.restore(state, progress.save(), generation=saved)
+            except ValueError as error:
+                logger.warning("%s; an earlier one is used.", error)
+                continue
+            assert restored is not None
+            state = restored[0]
+            break
         es: Any = self.strategy
-        entries = iter(Reader(folder / "journal.bin", tolerant=True))
-        return replay(es, restored[0] if restored else initial, entries, until=generation)
+        try:
+            return replay(es, state, iter(Reader(folder / "journal.bin", tolerant=True)), until=generation)
+        except JournalError as error:
+            logger.warning("the best parameters, of generation %d, are lost, and the last ones kept: %s", generation, error)
+            return None
 
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import eggroll
-from eggroll.devices.processes import is_first
+from eggroll.devices.processes import first_does
 from eggroll.envs.drawing.render import render_episode
 from eggroll.experiments.common.checkpoint import save_checkpoint
 from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
@@ -48,8 +48,8 @@ def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: 
         save_checkpoint(run.folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
         returns = evaluation.returns(trained.params, trained.statistics, key=keys.evaluation)
         print(f"seed {run.seed}: mean return {returns.mean():.4g}; metrics and checkpoint are in {run.folder}", flush=True)
-        if config.render and is_first():
-            _render(evaluation.task, trained, run.folder / "policy.gif", key=keys.evaluation)
+        if config.render:
+            first_does(lambda: _render(evaluation.task, trained, run.folder / "policy.gif", key=keys.evaluation))
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
         print(f"seed {run.seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)

@@ -80,7 +80,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
             f"--search has no effect with --algorithms {' '.join(config.algorithms)}: it belongs to eggroll and openes."
         )
     pairs = [(env, algorithm) for env in config.envs for algorithm in config.algorithms]
-    check_passed(options, own=OWN, ignored=[_ignored(("--env", env, "--algorithm", name, *options)) for env, name in pairs])
+    check_passed(options, own=OWN, ignored=[_ignored(_arguments(env, name, options)) for env, name in pairs])
     folder, options = run_folder(config.folder), ("--target", "inf", *options)
     settings = [make_setting(folder, env, algorithm, options) for env, algorithm in pairs]
     for setting in settings:
@@ -105,13 +105,17 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
 
 def make_setting(folder: Path, env: str, algorithm: str, options: Sequence[str]) -> Setting:
     """Make the setting of a task and algorithm, without the options that have no effect in it."""
-    resume = ("--resume",) if algorithm in EVOLUTION else ()
-    arguments = ("--env", env, "--algorithm", algorithm, *options, *resume)
+    arguments = _arguments(env, algorithm, options)
     ignored = _ignored(arguments)
     arguments = drop_options(arguments, ignored)
     parsed = parse(arguments)
     compared = {name: value for name, value in effective(parsed.options(), parsed, RULES).items() if name not in ignored}
     return Setting((env, algorithm), arguments, compared, folder / env.replace("/", "-") / algorithm)
+
+
+def _arguments(env: str, algorithm: str, options: Sequence[str]) -> tuple[str, ...]:
+    """A command line; a seed that was killed continues."""
+    return ("--env", env, "--algorithm", algorithm, *options, *(("--resume",) if algorithm in EVOLUTION else ()))
 
 
 def _ignored(arguments: Sequence[str]) -> dict[str, str]:

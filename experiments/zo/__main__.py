@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from eggroll.devices.processes import is_first
+from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import exit_on_error, print_summary, run_folder, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
@@ -69,9 +69,12 @@ class Experiment:
         if not losses[0] < losses[1]:
             told = f"the validation loss {losses[0]:.4g} is not below that before, {losses[1]:.4g}"
             print(f"seed {run.seed}: {told}. {tuned.advice}".rstrip(), flush=True)
-        if is_first():
+
+        def write() -> None:
             hf.save(folder / "model", self.loaded.config, tuned.params, source=self.loaded.source)
             draw_run(read_metrics(folder), before["validation"], folder / "curves.png", forwards=self.runs.forwards)
+
+        first_does(write)
         return {
             "steps": tuned.steps,
             "forwards": tuned.forwards,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eggroll.devices.processes import is_first, wait_for_all
+from eggroll.devices.processes import first_does
 from eggroll.envs.tasks.records import Record, read_records
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data import sentiment
@@ -50,9 +50,7 @@ def load(config: Config, folder: Path) -> Loaded:
 
 
 def _shipped(folder: Path, *, short: bool) -> Path:
-    if is_first():
-        sentiment.write(folder, short=short)
-    wait_for_all("data")
+    first_does(lambda: sentiment.write(folder, short=short))
     return folder
 
 

@@ -76,7 +76,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     """
     if config.seeds < 1:
         raise ValueError(f"seeds must be an integer >= 1, got {config.seeds}.")
-    ignored = [parse(("--recipe", recipe, *options)).ignored() for recipe in config.recipes]
+    ignored = [parse(("--recipe", recipe, *options, *_resume(recipe))).ignored() for recipe in config.recipes]
     check_passed(options, own=OWN, ignored=ignored)
     config = dataclasses.replace(config, folder=run_folder(config.folder))
     settings = [make_setting(config, recipe, options) for recipe in config.recipes]
@@ -109,13 +109,17 @@ def make_setting(config: Config, recipe: str, options: Sequence[str], *, rate: f
         ValueError: an option is wrong.
     """
     budget = ("--steps", str(config.forwards // 2)) if recipe == BACKPROP else ("--forwards", str(config.forwards))
-    resume = () if recipe == BACKPROP else ("--resume",)
     learning_rate = () if rate is None else ("--learning-rate", f"{rate:.3g}")
-    arguments = ("--recipe", recipe, *budget, *learning_rate, *options, *resume)
+    arguments = ("--recipe", recipe, *budget, *learning_rate, *options, *_resume(recipe))
     arguments = drop_options(arguments, parse(arguments).ignored())
     parsed = parse(arguments)
     parsed.check()
     return Setting((recipe,), arguments, effective(parsed.settings(), parsed, RULES), config.folder / recipe)
+
+
+def _resume(recipe: str) -> tuple[str, ...]:
+    """What makes a seed that was killed continue."""
+    return () if recipe == BACKPROP else ("--resume",)
 
 
 def search_settings(config: Config, recipe: str, options: Sequence[str]) -> list[Setting]:

@@ -67,7 +67,11 @@ COMMANDS = {
         "ranks bias_size bias_pairs bias_replicates sigmas sizes cosine_pairs cosine_replicates population_sizes width "
         "error_replicates rank seed run",
     ),
-    "faultdrill": (faultdrill.Config, (), "kills generations checkpoint_every damages seed storage folder"),
+    "faultdrill": (
+        faultdrill.Config,
+        (),
+        "kills job_kills generations checkpoint_every storage pairs workers rivals launches seed folder",
+    ),
     "bench engine": (engine.Engine, (), "cases repeats dense_repeats distribution rank tune"),
     "bench decode": (
         decode.Decode,
@@ -273,9 +277,21 @@ def test_suites_pass_options_to_the_runs_that_they_belong_to(tmp_path):
     assert "--prompts" in ours.arguments and "--prompts" not in grpo.arguments
 
 
+@pytest.mark.parametrize("suite", [rl_suite, zo_suite, egg_suite])
+def test_suites_that_resume_their_runs_accept_a_change(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = {"envs": ("CartPole-v1",)} if suite is rl_suite else {}
+    options = ["--start.steps", "0"] if suite is zo_suite else []
+    made = suite.make_suite(suite.Config(folder=tmp_path / "suite", **more), [*options, "--accept-change"])
+    resumed = [job.setting.arguments for job in made.jobs if "--resume" in job.setting.arguments]
+    assert resumed and all("--accept-change" in arguments for arguments in resumed)
+
+
 @pytest.mark.parametrize(
     ("suite", "options", "message"),
     [
+        (reason_suite, ["--accept-change"], "--accept-change has no effect without --resume"),
+        (rl_suite, ["--algorithms", "ppo", "--accept-change"], "--accept-change has no effect with --algorithm ppo"),
         (rl_suite, ["--algorithms", "eggroll", "--ppo.clip", "0.1"], "--ppo.clip has no effect with --algorithm eggroll"),
         (rl_suite, ["--algorithms", "ppo", "--search", "2"], "--search has no effect with --algorithms ppo"),
         (rl_suite, ["--seed", "3"], "--seed cannot be given to a suite, which sets it for every run."),

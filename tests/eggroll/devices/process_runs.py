@@ -20,6 +20,7 @@ import eggroll
 from eggroll import zo
 from eggroll.devices import processes
 from eggroll.journal.fingerprint import fingerprint
+from eggroll.journal.lock import RunLock
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import train
 
@@ -129,6 +130,49 @@ def different():
     except ValueError as error:
         message = str(error)
     (FOLDER / f"different-{jax.process_index()}").write_text(message)
+
+
+@check
+def refused():
+    """What every process is told where the first one alone finds the fault; afterwards they are still in step."""
+    told = []
+
+    def note(run):
+        try:
+            run()
+            told.append("nothing")
+        except (ValueError, OSError) as error:
+            told.append([type(error).__name__, str(error)])
+
+    def damage():
+        journal = FOLDER / "run" / "journal.bin"
+        content = bytearray(journal.read_bytes())
+        last = content.rfind(b"EGJ1")
+        content[last - 40 : last] = bytes(40)  # of generation 3, after the checkpoint; generation 4 follows
+        journal.write_bytes(content)
+        (FOLDER / "figures" / "metrics.jsonl").mkdir(parents=True)
+        return RunLock(FOLDER / "run")
+
+    go("run", 5, every=3)
+    lock = processes.first_does(damage)
+    note(lambda: go("run", 6))  # in use
+    del lock
+    note(lambda: go("run", 6))  # damaged
+    note(lambda: go("figures", 1))  # a file that cannot be written
+    note(lambda: processes.first_does(lambda: np.zeros(3).reshape(2)))
+    note(lambda: go("new", 1))
+    (FOLDER / f"told-{jax.process_index()}.json").write_text(json.dumps(told))
+
+
+@check
+def alone():
+    """The first process fails in a generation, where the others wait for it."""
+
+    def fail(state, record):
+        if processes.is_first():
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    go("alone", 3, callbacks=[fail])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from eggroll import launch
 from eggroll.devices import processes
 from eggroll.devices.processes import LAUNCHED
-from eggroll.devices.rendezvous import meet
+from eggroll.devices.rendezvous import HELLO, MAGIC, meet
 from eggroll.experiments.common.mesh import parse_mesh
 
 ROOT = Path(__file__).parents[3]
@@ -79,6 +80,72 @@ def test_processes_with_different_keys_are_told(tmp_path):
     assert start(2, tmp_path, "different")[0] == 0
     for index in (0, 1):
         assert "the processes of this run have different values" in (tmp_path / f"different-{index}").read_text()
+
+
+@pytest.mark.slow
+def test_what_the_first_process_alone_finds_all_are_told(tmp_path):
+    assert start(2, tmp_path, "refused")[0] == 0
+    told = [json.loads((tmp_path / f"told-{index}.json").read_text()) for index in (0, 1)]
+    assert told[0] == told[1]
+    assert [name for name, _ in told[0][:-1]] == ["RunInUse", "JournalError", "IsADirectoryError", "ValueError"]
+    assert "is in use by process" in told[0][0][1] and "is damaged at generation 3" in told[0][1][1]
+    assert told[0][-1] == "nothing"
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_job_at_once(tmp_path):
+    start_time = time.monotonic()
+    code, said = start(2, tmp_path, "alone")
+    assert code == 1 and "process 0 of 2 exited with 1" in said.splitlines()[-1]
+    assert "OSError: [Errno 28] No space left on device" in said and time.monotonic() - start_time < 100
+
+
+class Odd(Exception):
+    """One that cannot be rebuilt from its arguments."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.parametrize("raised", [OSError(28, "full", "file"), Odd(1, 2), None], ids=["rebuilt", "not rebuilt", "none"])
+def test_what_the_first_process_raises_all_raise(monkeypatch, raised):
+    """As the first process, then as another one that receives what it sent."""
+    sent, calls = [], []
+
+    def action():
+        calls.append(jax.process_index())
+        if raised is not None:
+            raise raised
+        return "its own"
+
+    def outcome():
+        try:
+            return processes.first_does(action)
+        except Exception as error:
+            return type(error), str(error)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: sent.append(value) or value)
+    first = outcome()
+    assert first == ("its own" if raised is None else (type(raised), str(raised)))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: sent.pop(0))
+    expected = (RuntimeError, "Odd: 1 and 2") if isinstance(raised, Odd) else None if raised is None else first
+    assert outcome() == expected and calls == [0]
+
+
+def test_a_process_that_was_started_again_replaces_the_one_that_ended():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, "127.0.0.1", port, count=3, index=0, timeout=5)
+        with socket.socket() as ended:
+            while ended.connect_ex(("127.0.0.1", port)):
+                time.sleep(0.01)
+            ended.sendall(HELLO.pack(MAGIC, 3, 1))
+        others = [pool.submit(meet, "127.0.0.1", port, count=3, index=index, timeout=5) for index in (1, 2)]
+        for process in (first, *others):
+            process.result(10)
 
 
 def test_a_first_process_that_is_not_there_is_told():

@@ -1,5 +1,6 @@
 """Runs of `experiments.reason` that are stopped: killed within a generation, by Ctrl-C, with files cut off or lost."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ import pytest
 
 from eggroll.experiments.common.run import INTERRUPTED, leave
 from eggroll.experiments.reason import __main__ as reason
+from eggroll.experiments.reason.evolution import Evolution
 from eggroll.journal import Reader
+from eggroll.journal.fingerprint import fingerprint
 from eggroll.llm import hf
 from tests.experiments.reason.reason_runs import IN_GENERATION_2, TINY, Ending, letters
 
@@ -145,3 +148,24 @@ def test_a_checkpoint_that_a_kill_lost_is_rebuilt_where_it_is_the_best(capsys, w
     summary = run(capsys, "lost", "--resume", "--generations", "3")  # more are done: only the export is left
     assert summary["generations"] == 5
     whole("lost")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tasks that orbax abandons on damaged files
+def test_the_best_parameters_are_rebuilt_over_a_damaged_checkpoint(capsys, whole, monkeypatch, caplog):
+    """Those of generation 2, whose checkpoint is not the one that the run continues from."""
+    rebuild, states = Evolution._rebuild, {}
+
+    def rebuild_the_second(self, generation, *given, **options):
+        states[name] = rebuild(self, 2, *given, **options)
+        return states[name]
+
+    monkeypatch.setattr(Evolution, "_rebuild", rebuild_the_second)
+    for name in ("sound", "damaged"):
+        shutil.copytree("out/whole", f"out/{name}")
+        if name == "damaged":
+            Path("out/damaged/checkpoints/states/2/state/manifest.ocdbt").write_bytes(b"")
+        run(capsys, name, "--resume", "--generations", "3")
+    assert fingerprint(states["sound"].params) == fingerprint(states["damaged"].params)
+    assert "the checkpoint of generation 2" in caplog.text and "an earlier one is used" in caplog.text
+    gc.collect()
