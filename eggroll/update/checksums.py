@@ -112,9 +112,8 @@ def _words(array: Array) -> list[Array]:
         return [array.astype(jnp.uint32)]
     if array.dtype.itemsize > 4:
         return [*jnp.moveaxis(lax.bitcast_convert_type(array, jnp.uint32), -1, 0)]
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return [array.astype(jnp.uint32)]
-    return [lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)]
+    bits = (jnp.iinfo if jnp.issubdtype(array.dtype, jnp.integer) else jnp.finfo)(array.dtype).bits
+    return [lax.bitcast_convert_type(array, f"uint{bits}").astype(jnp.uint32)]
 
 
 def reduce_together(conditions: Sequence[Array], summands: Sequence[Array]) -> tuple[Array, list[Array]]:

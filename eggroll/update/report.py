@@ -35,7 +35,8 @@ def report_deferred(skipped: Array, checksums: Array) -> UpdateReport:
 
 def summarise(plan: Plan, counts: Sequence[Counts], checksums: Array, skipped: Array | None, sigma: Array | None) -> Any:
     """Join the counts of all parameters: an `UpdateReport`; counts of int8 parameters, which `make_report` takes."""
-    together = Counts(*map(jnp.stack, zip(*(count[:-1] for count in counts), strict=True)), checksums)
+    stacked: Any = jax.tree.map(lambda *parts: jnp.stack(parts), *(count[:-1] for count in counts))
+    together = Counts._make((*stacked, checksums))
     if plan.is_integer:
         return together
     assert skipped is not None and sigma is not None
