@@ -175,7 +175,7 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
             f"{UPDATE}) rebuilds up to rounding, not bit for bit."
         )
     es, state = _remake(reader, options)
-    like, changes, said = copy_state(state), _adopted(reader), []
+    like, changes, said = copy_state(state), _adopted(reader), dict[int, str]()
     with contextlib.closing(Checkpoints(path.parent / "checkpoints", config=None)) as checkpoints:
         if not checkpoints.generations:
             raise JournalError(f"{path.parent} has no checkpoint to compare with.")
@@ -187,16 +187,17 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
                 continue
             state = replay(es, state, iter(reader), until=generation)
             if checkpoints.fingerprints(generation)["params"] == fingerprint(state.params):
-                said.append("equal")
+                said[generation] = "equal"
             elif _is_here(reader, state, generation):
-                said.append("DIFFERENT")
+                said[generation] = "DIFFERENT"
             else:
                 state, distance = _compare_rounded(state, checkpoints.read_state(like, generation))
-                said.append(f"equal up to rounding, {distance:.1e}" if distance < ROUNDED else f"DIFFERENT, {distance:.1e}")
-            print(f"generation {generation}: {said[-1]}")
-    if different := sum(words.startswith("DIFFERENT") for words in said):
-        raise JournalError(f"the journal does not rebuild {different} of {len(said)} checkpoints.")
-    how = "bit for bit" if all(words == "equal" for words in said) else f"bit for bit, or up to {ROUNDED} of a parameter's norm"
+                words = "equal up to rounding" if distance < ROUNDED else "DIFFERENT"
+                said[generation] = f"{words}, {distance:.1e} of a parameter's norm"
+            print(f"generation {generation}: {said[generation]}")
+    if different := [generation for generation, words in said.items() if words.startswith("DIFFERENT")]:
+        raise JournalError(f"the journal does not rebuild the checkpoints of generations {different}.")
+    how = "bit for bit" if {*said.values()} <= {"equal"} else "bit for bit or up to rounding"
     print(f"{len(said)} checkpoints are rebuilt {how}")
 
 

@@ -51,11 +51,6 @@ def sum_rest(state: Any) -> Array:
     return jnp.stack([*map(sum_array, jax.tree.leaves((state.pending, state.moment))), sum_array(state.key)])
 
 
-def join(resident: Array, blocks: Sequence[Array], rest: Array) -> Array:
-    """Return the checksums of all arrays, uint32 [..., arrays], from those of the parts."""
-    return jnp.concatenate([resident, sum(blocks, jnp.zeros_like(blocks[0])), rest], axis=-1)
-
-
 def _sum(plan: Plan, of_leaf: Callable, leaves: Sequence[Any]) -> Array:
     pairs = zip(plan.leaves, leaves, strict=True)
     return jnp.stack([of_leaf(array) if has_checksum(leaf) else jnp.uint32(0) for leaf, array in pairs])

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import programs
-from eggroll.zo.offload import checksums
 from eggroll.zo.offload.devices import SAME, SLICES, Devices
 from eggroll.zo.offload.streams import OffloadState, Streams
 
@@ -39,7 +38,8 @@ class Pass:
     def __init__(self, state: OffloadState, devices: Devices, streams: Streams | None, *, summed: bool = False):
         self._state, self._devices, self._streams, self._summed = state, devices, streams, summed
         self._pending = state.is_pending
-        self._sums: list[Array] = []  # uint32 [2, arrays], before and after: of the resident parameters, then of every block
+        self._resident_sums: Any = None  # checksums before and after, uint32 [2, leaves]
+        self._block_sums: Any = 0
 
     def _program(self, name: str, ins: Any, outs: Any, **options: Any) -> Callable:
         assert self._streams is not None
@@ -50,11 +50,10 @@ class Pass:
         old = self._state.resident
         if self._pending:
             update = self._program("update_resident", (SAME, SAME, SAME), (SAME, SAME))
-            new, sums = update(self._state.pending, self._state.key, old)
-            self._sums.append(sums)
+            new, self._resident_sums = update(self._state.pending, self._state.key, old)
             return new
         if self._summed:
-            self._sums.append(self._program("sum_resident", (SAME,), SAME)(old))
+            self._resident_sums = self._program("sum_resident", (SAME,), SAME)(old)
         return old
 
     def blocks(self) -> Iterator[Any]:
@@ -65,9 +64,9 @@ class Pass:
             if self._pending:
                 update = self._program("update_block", (SAME, SAME, SLICES, SAME), (SLICES, SAME), donate_argnums=2)
                 block, sums = update(state.pending, state.key, block, jnp.int32(index))
-                self._sums.append(sums)
+                self._block_sums = self._block_sums + sums
             elif self._summed:
-                self._sums.append(self._program("sum_block", (SLICES, SAME), SAME)(block, jnp.int32(index)))
+                self._block_sums = self._block_sums + self._program("sum_block", (SLICES, SAME), SAME)(block, jnp.int32(index))
             yield block
 
     def replaced_blocks(self, done: list[Any]) -> Iterator[Any]:
@@ -83,7 +82,7 @@ class Pass:
         """Return the checksums after a pass, uint32 [2, arrays]: of the state, and of `new`, the one after it."""
         small = (tree._replace(resident=(), blocks=()) for tree in (self._state, new))
         rest = self._program("sum_rest", (SAME, SAME), SAME)(*self._devices.replicate(tuple(small)))
-        return checksums.join(self._sums[0], self._sums[1:], rest)
+        return jnp.concatenate([self._resident_sums, self._block_sums, rest], axis=1)
 
 
 def _upload(block: Any) -> Any:
