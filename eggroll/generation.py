@@ -5,6 +5,7 @@ score_generation    fitness -> report with the coefficients of the pairs
 update_parameters   coefficients -> gradient estimate -> optimizer -> new state
 init_state          parameters -> state
 run_update          the compiled update, in the memory of the state that it is given
+sum_checksums       the checksums of a state, as the update reports them before and after
 """
 
 import functools
@@ -13,12 +14,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from eggroll import programs
 from eggroll.devices import sharded
-from eggroll.devices.mesh import Placement, shard_inputs, update_shardings
+from eggroll.devices.mesh import Placement, replicated, shard_inputs, update_shardings
 from eggroll.noise import addresses
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import LIMIT
@@ -27,6 +29,7 @@ from eggroll.population.metrics import FitnessReport, keep_valid, reduce_aux, re
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, check_not_consumed, copy_state, unshare
 from eggroll.update import estimator
+from eggroll.update.checksums import checksum_names, compare, sum_state
 from eggroll.update.optimizer import fit_optimizer, init_masters_and_optimizer
 from eggroll.update.told import Told
 
@@ -225,6 +228,7 @@ def run_update(
     mean_fitness: Any,
     *,
     optimizer: optax.GradientTransformation,
+    recorded: Any = None,
 ) -> tuple[ESState, Any]:
     """Run the compiled update: a program of its own, so that `step`, `tell` and `replay` give the same bits.
 
@@ -235,6 +239,10 @@ def run_update(
         coefficients: as for `update_parameters`.
         mean_fitness: of the population, a number or float32 []; None: not known.
         optimizer: any optax transformation.
+        recorded: checksums that the state must have afterwards, uint32 [arrays]; None: not known.
+
+    Raises:
+        OtherState: it has others.
     """
     shardings = update_shardings(settings.placement, state)
     places = shardings and shardings[0]
@@ -249,4 +257,16 @@ def run_update(
     program = programs.compile_once(*key, function=update, out_shardings=shardings, donate_argnums=0)
     rest, mean = state._replace(params=None, opt_state=None, masters=()), mean_fitness
     mean = None if mean is None else jnp.asarray(mean, jnp.float32)
-    return program((state.params, state.opt_state, state.masters), rest, coefficients, mean)
+    new_state, done = program((state.params, state.opt_state, state.masters), rest, coefficients, mean)
+    if recorded is not None:
+        compare(checksum_names(new_state), recorded, done.checksums[1])
+    return new_state, done
+
+
+def sum_checksums(settings: Settings, plan: Plan, state: ESState) -> dict[str, int]:
+    """Return the checksum of every array of a state by name, in the order of `UpdateReport.checksums`."""
+    state = shard_inputs(settings.placement, state._replace(member_state=None), None)[0]
+    key = ("checksums", settings, programs.Identity(plan), programs.signature(state))
+    places = replicated(settings.placement)
+    program = programs.compile_once(*key, function=functools.partial(sum_state, plan), out_shardings=places)
+    return dict(zip(checksum_names(state), np.asarray(program(state)).tolist(), strict=True))

@@ -83,8 +83,11 @@ class Strategy(Protocol[S]):
     def step(self, state: S, batch: Any) -> tuple[S, Metrics]:
         """Run one generation."""
 
-    def replay(self, state: S, coefficients: Any, *, mean_fitness: Any = None) -> S:
-        """Repeat the update of a generation; may consume `state`."""
+    def replay(self, state: S, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None) -> S:
+        """Repeat the update of a generation; may consume `state`. With checksums, compare: `OtherState` is raised."""
+
+    def checksums(self, state: S) -> dict[str, int]:
+        """Return the checksums of a state by name, in the order of `Metrics.checksums`."""
 
     def parameters(self, state: S) -> Any:
         """Return the parameters as the user's functions take them."""

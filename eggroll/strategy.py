@@ -121,7 +121,7 @@ class EvolutionStrategy:
         return start(key=key, donate=donate, member_state=member_state)
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
-        """Return the plan of the parameters, read from one abstract trace of a function.
+        """Return the plan of the parameters, read from one abstract trace of a function; `print(plan.table())` shows it.
 
         The first function fixes the plan for parameters of these shapes; every later one is compared with it.
 
@@ -129,9 +129,6 @@ class EvolutionStrategy:
             state: from `init`.
             batch: as for `step`; arrays or shapes. None: the plan made before, if there is one.
             function: `function(params, batch)` to read instead of the fitness, for `ask`/`tell`.
-
-        Returns:
-            The `Plan`; `print(plan.table())` shows it.
 
         Raises:
             ValueError: the function uses a parameter differently from the plan.
@@ -181,23 +178,17 @@ class EvolutionStrategy:
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""
-        return Population(
-            self.population_size,
-            _apply=functools.partial(self._apply, state),
-            _member=functools.partial(self._member, state),
-        )
+        apply, member = functools.partial(self._apply, state), functools.partial(self._member, state)
+        return Population(self.population_size, _apply=apply, _member=member)
 
     def tell(self, state: ESState, fitness: Any, *, pairs: Any = None) -> tuple[ESState, Metrics]:
-        """Finish the generation that `ask` began.
+        """Finish the generation that `ask` began; return `(state, metrics)`.
 
         Args:
             state: the state given to `ask`; consumed.
             fitness: [N] or [N, K] floats, member 2 p and 2 p + 1 being the signs +1 and -1 of pair p.
             pairs: ints [S], the pairs that the fitness [2 S] or [2 S, K] is of; None: all. The estimate stays unbiased
                 when pairs are left out for reasons that have nothing to do with their fitness.
-
-        Returns:
-            `(state, metrics)`.
 
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
@@ -206,27 +197,32 @@ class EvolutionStrategy:
         check = functools.partial(check_told, shaping=self.shaping, integers=self.sigma is None)
         state, told = shard_inputs(self.placement, state, check(fitness, pairs, population_size=self.population_size))
         score = functools.partial(generation.score_pairs, self, plan)
-        key, places = ("tell", self, programs.Identity(plan)), replicated(self.placement)
-        report = programs.compile_once(*key, function=score, out_shardings=places)(told)
+        key = ("tell", self, programs.Identity(plan))
+        report = programs.compile_once(*key, function=score, out_shardings=replicated(self.placement))(told)
         return self._advance(plan, state, report, state.member_state)
 
-    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None) -> ESState:
         """Repeat the update of a generation without evaluating anything.
 
         Args:
             state: before the generation; consumed.
             coefficients: float32 [P], its `Metrics.coefficients`.
             mean_fitness: its `Metrics.mean_fitness`, for optimizers that read `value`, such as `reduce_on_plateau`.
+            checksums: its `Metrics.checksums[1]`, to compare with; None: nothing is compared.
 
         Returns:
             The state as `step` left it, bit for bit on the same backend; a carried `member_state` is not rebuilt.
 
         Raises:
-            ValueError: wrong length, or no plan yet.
+            ValueError: wrong length, or no plan yet. `OtherState`: other values than `step` left; it names the arrays.
         """
         plan = known_plan(self, state.params, needed_by="replay")
-        coefficients = check_coefficients(coefficients, population_size=self.population_size)
-        return self._update(plan, *shard_inputs(self.placement, state, coefficients), mean_fitness)[0]
+        given = check_coefficients(coefficients, population_size=self.population_size)
+        return self._update(plan, *shard_inputs(self.placement, state, given), mean_fitness, checksums)[0]
+
+    def checksums(self, state: ESState) -> dict[str, int]:
+        """Return the checksum of every array of a state by name, in the order of `Metrics.checksums`; the plan is known."""
+        return generation.sum_checksums(self, known_plan(self, state.params, needed_by="checksums"), state)
 
     def on_one_device(self) -> Self:
         """Return the strategy without its mesh."""
@@ -274,9 +270,11 @@ class EvolutionStrategy:
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, old)
         return new_state._replace(member_state=member_state), Metrics(state.generation, sigma, *report, *done)
 
-    def _update(self, plan: Plan, state: ESState, coefficients: Array, mean: Any) -> tuple[ESState, UpdateReport]:
-        rounded = round_coefficients(plan, coefficients, self.shaping)
-        state, done = generation.run_update(self, plan, state, rounded, mean, optimizer=self.optimizer)
+    def _update(
+        self, plan: Plan, state: ESState, given: Array, mean: Any, recorded: Any = None
+    ) -> tuple[ESState, UpdateReport]:
+        rounded = round_coefficients(plan, given, self.shaping)
+        state, done = generation.run_update(self, plan, state, rounded, mean, optimizer=self.optimizer, recorded=recorded)
         return state, make_report(plan, done)
 
     def _apply(self, state: ESState, function: Callable, batch: Any) -> Any:

@@ -202,22 +202,27 @@ class ZerothOrder:
         new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
         return new_state, Metrics(state.generation, state.sigma, *report, *done)
 
-    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None) -> ESState:
         """Repeat the update of a step without evaluating anything.
 
         Args:
             state: before the step, consumed; the plan is known.
             coefficients: float32 [n], `Metrics.coefficients` of the step.
             mean_fitness: its `Metrics.mean_fitness`, for optimizers that read `value`.
+            checksums: its `Metrics.checksums[1]`, to compare with; None: nothing is compared.
 
         Raises:
-            ValueError: wrong length, or no plan yet.
+            ValueError: wrong length, or no plan yet. `OtherState`: other values than `step` left.
         """
         given = jnp.asarray(coefficients, jnp.float32)
         if given.shape != (self.directions,):
             raise ValueError(f"coefficients must have shape ({self.directions},), got {given.shape}.")
         plan = plans.known_plan(self, state.params, needed_by="replay")
-        return self._update(plan, *shard_inputs(self.placement, state, given), mean_fitness)[0]
+        return self._update(plan, *shard_inputs(self.placement, state, given), mean_fitness, checksums)[0]
+
+    def checksums(self, state: ESState) -> dict[str, int]:
+        """As `EvolutionStrategy.checksums`."""
+        return generation.sum_checksums(self, plans.known_plan(self, state.params, needed_by="checksums"), state)
 
     def parameters(self, state: ESState) -> Any:
         """Return the parameters as the loss takes them."""
@@ -273,8 +278,9 @@ class ZerothOrder:
         losses = losses.reshape(self.directions, len(estimator.signs))
         return report_losses(estimator, losses, base, sigma=state.sigma, rank=plan.max_rank)
 
-    def _update(self, plan: Plan, state: ESState, given: Array, mean: Any) -> tuple[ESState, Any]:
-        return generation.run_update(self, plan, state, given, mean, optimizer=self.optax_optimizer(plan))
+    def _update(self, plan: Plan, state: ESState, given: Array, mean: Any, recorded: Any = None) -> tuple[ESState, Any]:
+        optimizer = self.optax_optimizer(plan)
+        return generation.run_update(self, plan, state, given, mean, optimizer=optimizer, recorded=recorded)
 
     def optax_optimizer(self, plan: Plan | None) -> optax.GradientTransformation:
         """Return the optimizer as an optax transformation; momentum needs the plan."""

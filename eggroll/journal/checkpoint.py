@@ -136,7 +136,7 @@ class Checkpoints:
         """The generation with the best score; None without checkpoints."""
         return self._manager.best_step()
 
-    def save(self, state: S, carried: Any = None, *, score: float | None = None) -> None:
+    def save(self, state: S, carried: Any = None, *, score: float | None = None, replace: bool = False) -> None:
         """Start to write a checkpoint; it is complete after `wait`, `close`, or the next `save`.
 
         Until then orbax keeps the arrays of this state, on an accelerator as a copy in host memory: one copy of the state that
@@ -146,6 +146,7 @@ class Checkpoints:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
             score: higher is better; None or NaN: never the best.
+            replace: a checkpoint of the same generation, which would be an error otherwise.
 
         Raises:
             OSError: this checkpoint or the last one cannot be written.
@@ -160,6 +161,9 @@ class Checkpoints:
         check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics, **named})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
         with writing(self._folder):
+            if replace and int(state.generation) in self.generations:
+                self._manager.wait_until_finished()
+                self._manager.delete(int(state.generation))
             self._manager.save(int(state.generation), args=saved, metrics=metrics)
 
     def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
@@ -207,23 +211,37 @@ class Checkpoints:
             raise ValueError(f"{place} cannot be read: {reason}") from error
         return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
 
+    def read_state(self, like: S, generation: int) -> S:
+        """Read the state of a checkpoint, placed as `like`, whatever is carried with it; ValueError if it is damaged."""
+        found, check = self._read_arrays(generation)
+        if fingerprint_of_leaves((path, found[name]) for name, path in check["leaves"]) != check["all"]:
+            raise ValueError(f"the checkpoint of generation {generation} in {self._folder} is damaged.")
+        wanted, tree = jax.tree_util.tree_flatten_with_path({"state": keys_to_words(like._asdict())})
+        leaves = [_place(leaf, _refill(leaf, found[_name(path)])) for path, leaf in wanted]
+        return like._replace(**words_to_keys(jax.tree.unflatten(tree, leaves)["state"], like._asdict()))
+
+    def _read_arrays(self, generation: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Read all arrays of a checkpoint by name, and what is known of them."""
+        args = self._ocp.args
+        tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._manager.item_metadata(generation)["state"])
+        parts = args.Composite(state=args.StandardRestore(tree), check=args.JsonRestore())
+        restored = self._manager.restore(generation, args=parts)
+        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
+        return found, restored["check"]
+
     def _is_of_another_model(self, generation: int, target: Any) -> bool:
         """Whether a checkpoint has other arrays than `target`, and all of its bytes are those written.
 
         Earlier versions wrote no names of leaves: then it is one that can be read.
         """
-        args = self._ocp.args
         try:
-            tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._manager.item_metadata(generation)["state"])
-            parts = args.Composite(state=args.StandardRestore(tree), check=args.JsonRestore())
-            restored = self._manager.restore(generation, args=parts)
-            if _shapes(restored["state"]) == _shapes(target):
+            found, check = self._read_arrays(generation)
+            if {name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} == _shapes(target):
                 return False
-            found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
-            if (leaves := restored["check"].get("leaves")) is None:
+            if (leaves := check.get("leaves")) is None:
                 return True
             paths = [(path, found.pop(name)) for name, path in leaves]
-            return not found and fingerprint_of_leaves(paths) == restored["check"]["all"]
+            return not found and fingerprint_of_leaves(paths) == check["all"]
         except MemoryError:
             raise
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
@@ -274,6 +292,10 @@ def _refill(like: Any, stored: Any) -> Any:
     if tuple(stored) != like.shape:
         raise ValueError(f"it has an empty array of shape {tuple(stored)}, expected {like.shape}")
     return like.copy()
+
+
+def _place(like: Any, stored: Any) -> Any:
+    return jax.device_put(stored, like.sharding) if isinstance(like, jax.Array) else stored
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,7 +1,8 @@
 """A generation as bytes: the payload of its record in a journal.
 
-    number i32, sigma f32, pairs u32, encoding u8, mean fitness f32 where encoding has bit 1, coefficients, extra (the arrays
-    that `runs.durable` carries), little-endian
+    number i32, sigma f32, pairs u32, encoding u8, mean fitness f32 where encoding has bit 1, checksums where it has bit 2,
+    coefficients, extra (the arrays that `runs.durable` carries), little-endian
+    checksums   environment u32, arrays u32, after u32 [arrays], before u32 [arrays] where encoding has bit 3
 
 Coefficients take 4 P bytes, or P / 5 when all are one of (-c, 0, c), as with `pair_sign`: three-valued digits, five a byte.
 """
@@ -15,8 +16,19 @@ from eggroll.journal.header import JournalError
 
 _ENTRY = struct.Struct("<ifIB")
 _MEAN = struct.Struct("<f")
-_FLOAT32, _TERNARY, _HAS_MEAN = 0, 1, 2  # encoding; the last is added to one of the others
+_SUMS = struct.Struct("<II")
+_FLOAT32, _TERNARY = 0, 1  # encoding; those of the next line are added
+_HAS_MEAN, _HAS_SUMS, _HAS_BEFORE, _IS_ADOPTED, _UNKNOWN = 2, 4, 8, 16, 224
 _DIGITS = 3 ** np.arange(5, dtype=np.int64)
+
+
+class Sums(NamedTuple):
+    """The checksums of the arrays of a state (`eggroll.update.checksums`), after a generation and before it."""
+
+    after: np.ndarray  # uint32 [arrays]
+    before: np.ndarray | None  # None: those after the generation before
+    is_adopted: bool  # the state before it was changed by hand
+    environment: int  # that the update ran in: `environment.environment_id`
 
 
 class Entry(NamedTuple):
@@ -27,6 +39,7 @@ class Entry(NamedTuple):
     coefficients: np.ndarray  # float32 [P]
     extra: bytes
     mean_fitness: float | None = None  # of the population; None in journals of versions before 0.3
+    sums: Sums | None = None  # None in journals of formats before 4
 
 
 def encode(entry: Entry) -> bytes:
@@ -41,8 +54,30 @@ def encode(entry: Entry) -> bytes:
     else:
         packed, encoding = values.astype("<f4").tobytes(), _FLOAT32
     mean = b"" if entry.mean_fitness is None else _MEAN.pack(entry.mean_fitness)
-    head = _ENTRY.pack(entry.generation, entry.sigma, values.size, encoding | (_HAS_MEAN if mean else 0))
-    return head + mean + packed + entry.extra
+    flags, sums = _encode_sums(entry.sums)
+    head = _ENTRY.pack(entry.generation, entry.sigma, values.size, encoding | flags | (_HAS_MEAN if mean else 0))
+    return head + mean + sums + packed + entry.extra
+
+
+def _encode_sums(sums: Sums | None) -> tuple[int, bytes]:
+    if sums is None:
+        return 0, b""
+    flags = _HAS_SUMS | (0 if sums.before is None else _HAS_BEFORE) | (_IS_ADOPTED if sums.is_adopted else 0)
+    arrays = b"".join(part.astype("<u4").tobytes() for part in (sums.after, sums.before) if part is not None)
+    return flags, _SUMS.pack(sums.environment, sums.after.size) + arrays
+
+
+def _decode_sums(encoding: int, body: bytes) -> tuple[Sums | None, bytes]:
+    if not encoding & _HAS_SUMS:
+        return None, body
+    environment, size = _SUMS.unpack_from(body)
+    parts, end = [], _SUMS.size
+    for _ in range(2 if encoding & _HAS_BEFORE else 1):
+        parts.append(np.frombuffer(body, "<u4", size, offset=end).astype(np.uint32))
+        end += 4 * size
+    after, before = (*parts, None)[:2]
+    assert after is not None
+    return Sums(after, before, bool(encoding & _IS_ADOPTED), environment), body[end:]
 
 
 def decode(payload: bytes, place: Any = "the journal") -> Entry:
@@ -55,13 +90,16 @@ def decode(payload: bytes, place: Any = "the journal") -> Entry:
 
 def _unpack(payload: bytes) -> Entry:
     generation, sigma, pairs, encoding = _ENTRY.unpack_from(payload)
+    if encoding & _UNKNOWN:
+        raise ValueError(f"its encoding {encoding} is not known")
     body, mean = payload[_ENTRY.size :], None
     if encoding & _HAS_MEAN:
         (mean,), body = _MEAN.unpack_from(body), body[_MEAN.size :]
+    sums, body = _decode_sums(encoding, body)
     if encoding & _TERNARY == _FLOAT32:
-        return Entry(generation, sigma, np.frombuffer(body, "<f4", pairs).astype(np.float32), body[4 * pairs :], mean)
+        return Entry(generation, sigma, np.frombuffer(body, "<f4", pairs).astype(np.float32), body[4 * pairs :], mean, sums)
     count = -(-pairs // 5)
     scale = np.frombuffer(body, "<f4", 1)[0]
     packed = np.frombuffer(body, np.uint8, count, offset=4).astype(np.int64)
     digits = (packed[:, None] // _DIGITS % 3).reshape(-1)[:pairs] - 1
-    return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :], mean)
+    return Entry(generation, sigma, digits.astype(np.float32) * scale, body[4 + count :], mean, sums)

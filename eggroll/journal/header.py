@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from eggroll.files import read_object, write_object
+from eggroll.journal.environment import UPDATE, describe_environment
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.noise.leaves import LeafPlan
 from eggroll.protocol import S, Strategy
 
-VERSION = 3  # of the file format; 2: the plan has the axes of the noise in each parameter; 3: the mean fitness is recorded
-READABLE = (2, 3)
-UPDATE = 2  # of the arithmetic of an update; 2: block by block, with other random bits for stochastic rounding
+VERSION = 4  # of the file format; 2: the plan has the axes of the noise; 3: the mean fitness is recorded; 4: checksums are
+READABLE = (2, 3, 4)
 
 
 class JournalError(ValueError):
@@ -36,6 +36,7 @@ class Header:
     version: int = VERSION
     update: int = 1  # version of the update that the run was made with; headers from before it had one have none
     digests: list | None = None  # of the fitness and of the optimizer's update, as this version of JAX traces them
+    environments: list | None = None  # that the run was in (`environment.describe_environment`); not compared
 
     def check(self, other: "Header", *, accept_change: bool = False, replay: bool = False) -> None:
         """Raise JournalError when `other` is the header of another run, naming the fields.
@@ -66,6 +67,14 @@ class Header:
                 f"{changed} not the same as when the journal was last written: the code, a constant in it, or the shapes of a "
                 "batch. Restore them, choose another folder, or continue with accept_change=True (--accept-change)."
             )
+
+    def continued_by(self, other: "Header", *, accept_change: bool) -> "Header":
+        """Return the header of a journal that the run of `other` continues: in the format and with the environment of that."""
+        known, new = self.environments or [], other.environments or []
+        environments = [*known, *(own for own in new if own not in known)] or None
+        changed = accept_change and self.digests not in (None, other.digests)
+        current = dataclasses.replace(self, digests=other.digests, versions=other.versions) if changed else self
+        return dataclasses.replace(current, version=VERSION, environments=environments)
 
     def _changed(self, other: "Header", *, replay: bool) -> str:
         """Name what changed according to the digests, followed by 'is' or 'are'; empty if nothing did."""
@@ -115,8 +124,17 @@ def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> 
     key = [str(jax.random.key_impl(state.key)), np.asarray(jax.random.key_data(state.key)).tolist()]
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
     rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]
-    made_by = dict(recipe) if recipe else None
-    return Header(key, options, rows, fingerprint(state.params), versions, made_by, update=UPDATE, digests=list(plan.digests))
+    return Header(
+        key,
+        options,
+        rows,
+        fingerprint(state.params),
+        versions,
+        dict(recipe) if recipe else None,
+        update=UPDATE,
+        digests=list(plan.digests),
+        environments=[describe_environment(state)],
+    )
 
 
 def _axes(leaf: LeafPlan) -> str:

@@ -125,7 +125,7 @@ class Reader:
 def _parse_header(content: bytes, path: Path) -> Header:
     fields = parse_object(content, f"the header of {path}")
     if fields.get("version") not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = ", ".join(map(str, READABLE))
         raise JournalError(f"{path} has version {fields.get('version')} of the format; this library reads {known}.")
     try:
         return Header(**fields)
@@ -216,14 +216,13 @@ class Writer:
     def __init__(self, path: Path, header: Header, *, covered: int = 0, accept_change: bool = False):
         self.next: int | None = covered or None  # the generation to append next, None: any
         self._path = path
-        self._version = header.version  # a file is continued in the version that it began in
         if path.exists() and path.stat().st_size:
             reader = Reader(path, tolerant=True)
             reader.header.check(header, accept_change=accept_change)
-            if accept_change and reader.header.digests not in (None, header.digests):
-                _replace_header(path, dataclasses.replace(reader.header, digests=header.digests, versions=header.versions))
+            current = reader.header.continued_by(header, accept_change=accept_change)
+            if current != reader.header:
+                _replace_header(path, current)
                 reader = Reader(path, tolerant=True)
-            self._version = reader.header.version
             write_copy(path, reader.header)
             for entry in reader:
                 self.next = max(covered, entry.generation + 1)
@@ -251,8 +250,7 @@ class Writer:
         """
         if self.next is not None and entry.generation != self.next:
             raise JournalError(f"the journal continues with generation {self.next}, got {entry.generation}.")
-        known = entry if self._version > 2 else entry._replace(mean_fitness=None)
-        record, start = _record(GENERATION, encode(known)), self._file.tell()
+        record, start = _record(GENERATION, encode(entry)), self._file.tell()
         try:
             written = self._file.write(record)
             if written != len(record):

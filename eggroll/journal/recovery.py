@@ -28,6 +28,7 @@ class Survey(NamedTuple):
     reached: int  # generations up to its end
     end: int  # bytes up to the end of the last sound record
     size: int
+    adopted: list[Gap]  # where the state was changed by hand: only a checkpoint leads over it
 
 
 class Plan(NamedTuple):
@@ -61,15 +62,17 @@ class Plan(NamedTuple):
 
 def survey(path: Path) -> Survey:
     """Read a journal to its end, over damaged records."""
-    reader, reached = Reader(path, tolerant=True), 0
+    reader, reached, adopted = Reader(path, tolerant=True), 0, list[Gap]()
     for entry in reader:
         reached = entry.generation + 1
+        if entry.sums is not None and entry.sums.is_adopted:
+            adopted.append(Gap(reader.end, reader.end, entry.generation, entry.generation))
     size, gaps = path.stat().st_size, list(reader.gaps)
     tail = Gap(reader.end, size, reached, None)
     is_kept = reader.end == 0 or not _is_truncated(path, reader.end, size) or _correct(path, tail) is not None
     if reader.end < size and is_kept:
         gaps.append(tail)
-    return Survey(reader.header if reader.has_header else None, gaps, reached, reader.end, size)
+    return Survey(reader.header if reader.has_header else None, gaps, reached, reader.end, size, adopted)
 
 
 def find_header(path: Path) -> Header | None:
@@ -102,7 +105,11 @@ def plan(path: Path, *, covered: int, cut: bool = False) -> Plan:
     found, copy = survey(path), read_copy(path)
     corrected: dict[Gap, bytes] = {}
     aside, lost, at = list[Gap](), list[range](), None
+    if cut:
+        at = next((place for place in found.adopted if place.first > covered), None)
     for gap in found.gaps:
+        if at is not None and gap.start >= at.start:
+            break
         fixed = _correct(path, gap)
         if fixed is not None:
             corrected[gap] = fixed

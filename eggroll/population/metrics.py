@@ -48,11 +48,12 @@ class Metrics(NamedTuple):
     kept: Array
     update_over_sigma: Array
     weight_norm: Array
+    checksums: Array | None  # None: not known
 
     @property
     def scalars(self) -> dict[str, Array]:
         """The fields that are one number."""
-        arrays = ("coefficients", "fitness", "aux", "leaf_norms")
+        arrays = ("coefficients", "fitness", "aux", "leaf_norms", "checksums")
         return {name: value for name, value in self._asdict().items() if name not in arrays}
 
 

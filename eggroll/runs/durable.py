@@ -7,6 +7,8 @@ Every generation is in the journal before `train` starts the next one. A restart
 journal from there: no generation is evaluated twice, and the run continues bit for bit. A carried `member_state` is stored in
 the checkpoints only: with it, the generations since the last checkpoint are evaluated again and must reproduce the journal.
 
+A generation must begin with the state that the last one left: a change by hand would be lost on resume. `adopt` carries it.
+
 With several processes, every process makes the same calls on the same folder; the first one writes the journal.
 """
 
@@ -25,6 +27,7 @@ from eggroll.journal.integrity import DamagedConfig
 from eggroll.journal.lock import RunLock
 from eggroll.journal.recovery import find_header, mend, plan
 from eggroll.protocol import S, Strategy
+from eggroll.runs.continuity import Continuity, compare_again
 from eggroll.state import check_not_consumed
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ class DurableRun(Generic[S]):
         checkpoint_every: generations between checkpoints.
         keep: number of most recent checkpoints to keep, in addition to the best.
         accept_change: continue although fitness or optimizer are not those that the journal was written with, or although its
-            header and the copy of it are damaged, so that this is not known.
+            header and the copy of it are damaged, so that this is not known. A state that the journal now rebuilds differently
+            is adopted.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
             `(es, initial)`, with the plan.
 
@@ -79,14 +83,18 @@ class DurableRun(Generic[S]):
         check_not_consumed(initial)
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
-        self._folder, self._every, self._carried = Path(folder), checkpoint_every, carried
+        self._folder, self._every, self._carried, self._es = Path(folder), checkpoint_every, carried, es
         self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
+        self._continuity = Continuity(initial)
+        self._journal: Writer | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = first_does(lambda: RunLock(self._folder))
         try:
             header = make_header(es, initial, recipe=recipe)
             self._open(es, initial, header, config=config, keep=keep, accept_change=accept_change)
         except BaseException:
+            if self._journal is not None:
+                self._journal.close()
             if self._lock is not None:
                 self._lock.release()
             raise
@@ -117,7 +125,7 @@ class DurableRun(Generic[S]):
         self.checkpoints.set_aside(damaged)  # before a journal is refused, so that `repair` counts on sound ones only
         reached = int(state.generation)
         self._journal = first_does(lambda: self._open_journal(path, header, covered=reached, accept_change=accept_change))
-        self.state = self._resume(es, state, path)
+        self.state = self._resume(es, state, path, accept_change=accept_change)
 
     def _open_checkpoints(
         self, header: Header, stored: Header | None, *, config: Mapping[str, Any], keep: int, accept_change: bool
@@ -143,21 +151,32 @@ class DurableRun(Generic[S]):
             logger.warning(journal.note)
         return journal
 
-    def _resume(self, es: Strategy[S], state: S, path: Path) -> S:
+    def _resume(self, es: Strategy[S], state: S, path: Path, *, accept_change: bool) -> S:
         last: list[Entry] = []
+        begin, before = int(state.generation), None  # before: the record of the generation before the checkpoint
 
         def entries() -> Iterator[Entry]:
+            nonlocal before
             for entry in Reader(path, tolerant=True):
                 last[:] = [entry]
+                before = entry if entry.generation == begin - 1 else before
                 yield entry
 
         if jax.tree.leaves(state.member_state):
-            self._reevaluated = {entry.generation: entry for entry in entries() if entry.generation >= int(state.generation)}
+            self._reevaluated = {entry.generation: entry for entry in entries() if entry.generation >= begin}
         else:
-            state = replay(es, state, entries())
+            state = replay(es, state, entries(), compared=not accept_change)
+        self._next = int(state.generation)
         reached = last[0].generation + 1 if last else 0
-        if last and self._carried is not None and int(state.generation) == reached:
+        if last and self._carried is not None and self._next == reached:
             self._carried.load(_unpack(last[0].extra, self._carried.save()))
+        self._continuity.begin(es.checksums(state), last[0] if self._next > begin else before)
+        if not self._continuity.is_as_recorded and not self._reevaluated:
+            if self._next == begin:
+                logger.warning("the checkpoint of generation %d has a state that was changed by hand and adopted.", begin)
+                self._continuity.is_adopted = True
+            elif accept_change:
+                self._adopt(state)
         return state
 
     def _restore_last(self, initial: S) -> tuple[S, list[int]]:
@@ -182,10 +201,44 @@ class DurableRun(Generic[S]):
                 return restored[0], damaged
         return initial, damaged
 
-    def check(self) -> None:
-        """Raise RunLost if the folder was moved or deleted, or another process took over."""
+    def check(self, metrics: Any = None) -> None:
+        """Check that the folder is still this run's and, given the metrics of a generation, that it began with the right state.
+
+        Raises:
+            RunLost: the folder was moved or deleted, or another process took over.
+            JournalError: the state was changed by hand before the generation, and not adopted.
+        """
         if self._lock is not None:
             self._lock.check()
+        if metrics is not None:
+            self._continuity.check(metrics)
+
+    def adopt(self, state: S) -> None:
+        """Carry a state that was changed by hand, such as its weights or the learning rate in its optimizer's state.
+
+        A checkpoint of it is written at once, from which the run resumes. The journal does not rebuild the change: a replay
+        over it is refused, and begins at that checkpoint. Not needed for `sigma`, which is recorded, `member_state`, and
+        collections that are not parameters (docs/models.md).
+
+        Args:
+            state: that the next generation begins with; not consumed.
+
+        Raises:
+            ValueError: it is of another generation.
+            RunLost: the folder was moved or deleted, or another process took over; nothing is written.
+        """
+        check_not_consumed(state)
+        self.check()
+        if int(state.generation) != self._next or self._reevaluated:
+            raise ValueError(f"adopt needs the state that generation {self._next + len(self._reevaluated)} begins with.")
+        self._adopt(state)
+
+    def _adopt(self, state: S) -> None:
+        if self._continuity.adopt(self._es.checksums(state)):
+            if self._journal is not None:
+                self._journal.sync()
+            self.checkpoints.save(state, None if self._carried is None else self._carried.save(), replace=True)
+            self.checkpoints.wait()
 
     def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.
@@ -196,18 +249,19 @@ class DurableRun(Generic[S]):
             score: held-out score that decides the best checkpoint; higher is better.
 
         Raises:
-            RunLost: the folder was moved or deleted, or another process took over; nothing is written.
+            RunLost, JournalError: as `check`; nothing is written.
         """
-        self.check()
+        self.check(metrics)
         carried = None if self._carried is None else self._carried.save()
-        generation, coefficients = int(metrics.generation), np.asarray(metrics.coefficients)
-        recorded = self._reevaluated.pop(generation, None)
-        if recorded is not None and not np.array_equal(recorded.coefficients, coefficients, equal_nan=True):
-            raise JournalError(f"generation {generation}, evaluated again, gave other coefficients than {self._folder} has.")
-        if recorded is None and self._journal is not None:
-            scalars = float(metrics.sigma), coefficients, _pack(carried), float(metrics.mean_fitness)
-            self._journal.append(Entry(generation, *scalars))
-        if (generation + 1) % self._every == 0:
+        scalars = float(metrics.sigma), np.asarray(metrics.coefficients), _pack(carried), float(metrics.mean_fitness)
+        entry = Entry(int(metrics.generation), *scalars, self._continuity.sums(metrics))
+        if (recorded := self._reevaluated.pop(entry.generation, None)) is not None:
+            compare_again(recorded, entry)
+        elif self._journal is not None:
+            self._journal.append(entry)
+        self._continuity.advance(entry.sums)
+        self._next = entry.generation + 1
+        if self._next % self._every == 0:
             if self._journal is not None:
                 self._journal.sync()
             self.checkpoints.save(state, carried, score=score)

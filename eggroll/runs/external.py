@@ -79,9 +79,13 @@ class External:
         state, metrics = self.es.tell(state, broadcast_from_first(fitness))
         return state, metrics._replace(aux=aux)
 
-    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None) -> ESState:
+    def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None) -> ESState:
         """As `EvolutionStrategy.replay`."""
-        return self.es.replay(state, coefficients, mean_fitness=mean_fitness)
+        return self.es.replay(state, coefficients, mean_fitness=mean_fitness, checksums=checksums)
+
+    def checksums(self, state: ESState) -> dict[str, int]:
+        """As `EvolutionStrategy.checksums`."""
+        return self.es.checksums(state)
 
     def parameters(self, state: ESState) -> Any:
         """As `EvolutionStrategy.parameters`."""

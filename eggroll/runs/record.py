@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-ARRAYS = ("aux", "coefficients", "leaf_norms")  # fields of a record that are not one number
+ARRAYS = ("aux", "coefficients", "leaf_norms", "checksums")  # fields of a record that are not one number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Record:
     aux: Any = None  # reduced over the population, still on the device, not written
     coefficients: Any = None  # float32 [P], still on the device, not written
     leaf_norms: tuple[float, ...] = ()  # gradient norm of every leaf in the order of the plan
+    checksums: Any = None  # uint32 [2, arrays], of the state before and after, not written
     extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
 
     def to_json(self) -> str:

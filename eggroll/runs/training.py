@@ -90,14 +90,14 @@ def train(
     first = int(state.generation)
     history: list[Record] = []
     diagnosis = Diagnosis(es.population_size)
-    check_lock = (lambda: None) if durable is None else durable.check
-    check_lock()
+    check = (lambda record=None: None) if durable is None else durable.check
+    check()
     with contextlib.ExitStack() as stack:
         metrics_file = None
         if run_folder is not None:
             metrics_file = first_does(lambda: stack.enter_context(open_metrics(Path(run_folder), first)))
             draw = functools.partial(_draw, plot or _plot_fitness, history, Path(run_folder))
-            stack.push(functools.partial(_draw_last, check_lock, draw))
+            stack.push(functools.partial(_draw_last, check, draw))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         for generation in itertools.count(first) if generations is None else range(first, first + generations):
@@ -107,7 +107,7 @@ def train(
                 break
             state, record = _run_generation(es, state, batch)
             history.append(record)
-            check_lock()  # before the callbacks, and the metrics, write
+            check(record)  # before the callbacks, and the metrics, write
             if is_first():
                 diagnosis.look(record)
             stops = [bool(callback(state, record)) for callback in callbacks]
@@ -162,10 +162,11 @@ def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
     with report_lost_process(f"generation {int(state.generation)}"):
         state, metrics = es.step(state, batch)
         # One transfer: it is also what waits for the generation to finish.
-        scalars, norms = jax.device_get((metrics.scalars, metrics.leaf_norms))
+        scalars, norms, checksums = jax.device_get((metrics.scalars, metrics.leaf_norms, metrics.checksums))
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
     arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}
+    arrays |= {"checksums": checksums}
     return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
 
 

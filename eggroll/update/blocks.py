@@ -17,6 +17,8 @@ from jax import Array
 from eggroll.noise.integer import LARGEST
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.regions import BlockGrid, Region
+from eggroll.state import is_key
+from eggroll.update.checksums import entry_terms, has_checksum, place_weights, reduce_together, sum_array
 from eggroll.update.precision import rounding_words, store
 
 BASE = 1 << 24  # of the two digits that weights are counted in
@@ -38,6 +40,7 @@ class Counts(NamedTuple):
     weights: Array  # float32 [], sum of the squares of the new values
     moved: Array  # int32 [2], stored weights that changed: in units of `BASE`, and the rest
     kept: Array  # int32 [], blocks that kept their old values, the new ones not being finite
+    checksums: Array  # uint32 [2, arrays], before and after: of the parameter, the master if there is one, the moments
 
 
 class Moves(NamedTuple):
@@ -72,7 +75,7 @@ def move(
     Returns:
         The new values, and counts.
     """
-    counts = no_counts(rules.leaf)
+    counts = no_counts(rules.leaf, jnp.zeros((2, len(_arrays(held))), jnp.uint32))
     for alike in blocks:
         if len(alike) == 1 and alike.sizes == held.param.shape:
             return _move_block(held, alike.region(0), compute, rules)
@@ -90,10 +93,10 @@ def move(
     return held, counts
 
 
-def no_counts(leaf: LeafPlan) -> Counts:
-    """Counts of nothing."""
+def no_counts(leaf: LeafPlan, checksums: Array) -> Counts:
+    """Counts of a parameter that does not move."""
     zero = jnp.zeros((), jnp.int32 if leaf.integer else jnp.float32)
-    return Counts(zero, zero, zero, jnp.zeros(2, jnp.int32), jnp.int32(0))
+    return Counts(zero, zero, zero, jnp.zeros(2, jnp.int32), jnp.int32(0), checksums)
 
 
 def add_counts(a: Counts, b: Counts) -> Counts:
@@ -125,11 +128,12 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Storing) ->
         new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
     moments = tuple(new.astype(before.dtype) for new, before in zip(moves.moments, old.moments, strict=True))
     made = Held(new, master, moments)
-    finite = _are_finite([(added, wide), *zip(jax.tree.leaves(made), jax.tree.leaves(old), strict=True)])
+    finite, moved, checksums = _look_over(old, made, (added, wide), region, rules)
     stays = ~finite if rules.skipped is None else ~finite | rules.skipped
     made = jax.tree.map(functools.partial(jnp.where, stays), old, made)
+    moved, after = jnp.where(stays, 0, moved), jnp.where(stays, *checksums)
     squares = _sum_squares(moves, wide, added, stays, leaf)
-    return made, Counts(*squares, _count_moved(param, made.param), (~finite).astype(jnp.int32))
+    return made, Counts(*squares, moved, (~finite).astype(jnp.int32), jnp.stack([checksums[0], after]))
 
 
 def _sum_squares(moves: Moves, wide: Array, added: Array, stays: Array, leaf: LeafPlan) -> tuple[Array, Array, Array]:
@@ -151,22 +155,70 @@ def _store(added: Array, region: Region, dtype: Any, rules: Storing) -> Array:
     return store(added, dtype, on_grid=rules.leaf.quantised, words=words)
 
 
-def _are_finite(changes: Sequence[tuple[Array, Array]]) -> Array:
-    """Whether every entry (new, old) is finite or as it was: one pass over arrays of the same shape."""
-    shapes: dict[tuple[int, ...], Array] = {}
-    for new, old in changes:
+def _look_over(
+    old: Held, made: Held, wide: tuple[Array, Array], region: Region, rules: Storing
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Look over a block in one pass, before it is decided whether the new values are stored.
+
+    Args:
+        old: before the update.
+        made: what the update made of it.
+        wide: the new and old values of the parameter in the precision of the update.
+        region: of the block.
+        rules: how new values are stored.
+
+    Returns:
+        Whether every entry is finite or as it was; how many stored weights differ, two digits int32 [2]; the checksums of `old`
+        and `made`, uint32 [arrays].
+    """
+    conditions: dict[tuple[int, ...], list[Array]] = {}
+    for new, before in (wide, *zip(_arrays(made), _arrays(old), strict=True)):
         if jnp.issubdtype(new.dtype, jnp.floating):
-            finite = jnp.isfinite(new) | (new == old)
-            shapes[new.shape] = shapes[new.shape] & finite if new.shape in shapes else finite
-    return functools.reduce(jnp.logical_and, [finite.all() for finite in shapes.values()], jnp.bool_(True))
+            conditions.setdefault(new.shape, []).append(jnp.isfinite(new) | (new == before))
+    own, terms = conditions.pop(region.sizes, []), [_terms(held, region, rules) for held in (old, made)]
+    counted = jnp.issubdtype(old.param.dtype, jnp.floating) or old.param.dtype == jnp.int8
+    changed = [(old.param != made.param).astype(jnp.uint32)] if counted and old.param.size < 2**32 else []
+    finite, sums = reduce_together(own, [*terms[0].values(), *terms[1].values(), *changed])
+    finite = functools.reduce(jnp.logical_and, [reduce_together(others, [])[0] for others in conditions.values()], finite)
+    if changed:
+        moved = jnp.stack([sums[-1] // BASE, sums[-1] % BASE]).astype(jnp.int32)
+    else:
+        moved = _count_by_rows(old.param, made.param) if counted else jnp.zeros(2, jnp.int32)
+    before = _join_sums(old, dict(zip(terms[0], sums, strict=False)), rules)
+    after = _join_sums(made, dict(zip(terms[1], sums[len(terms[0]) :], strict=False)), rules)
+    return finite, moved, (before, after)
 
 
-def _count_moved(old: Array, new: Array) -> Array:
-    """Weights that changed: two digits, int32 [2]. Whole leaves of 2^31 weights or more are counted by their first axis."""
-    if not (jnp.issubdtype(old.dtype, jnp.floating) or old.dtype == jnp.int8):
-        return jnp.zeros(2, jnp.int32)
-    if old.size < 2**31:
-        count = jnp.sum(old != new, dtype=jnp.int32)
-        return jnp.stack([count // BASE, count % BASE])
+def _count_by_rows(old: Array, new: Array) -> Array:
+    """Weights that changed in a leaf of 2^32 or more of them, counted by its first axis."""
     changed = jnp.sum(old != new, axis=tuple(range(1, old.ndim)), dtype=jnp.int32).reshape(-1)
     return carry_over(jnp.stack([jnp.sum(changed // BASE), jnp.sum(changed % BASE)]))
+
+
+def sum_held(held: Held, rules: Storing) -> Array:
+    """Return the checksums of a parameter that stays as it is, before and after: uint32 [2, arrays]."""
+    sums = _join_sums(held, {}, rules)
+    return jnp.stack([sums, sums])
+
+
+def _arrays(held: Held) -> list[Array]:
+    return jax.tree.leaves(held)
+
+
+def _terms(held: Held, region: Region, rules: Storing) -> dict[int, Array]:
+    """What the entries of a block add to the checksums of those arrays that are cut as the parameter is."""
+    starts = [origin + start for origin, start in zip(rules.origin, region.starts, strict=True)]
+    weights = place_weights(rules.leaf.shape, starts, region.sizes)
+    alike = {k: array for k, array in enumerate(_arrays(held)) if array.shape == region.sizes and not is_key(array)}
+    return {k: entry_terms(array, weights) for k, array in alike.items()}
+
+
+def _join_sums(held: Held, known: dict[int, Array], rules: Storing) -> Array:
+    """The checksums of all arrays, uint32 [arrays]."""
+    shape = held.param.shape
+    known = known if has_checksum(rules.leaf) else known | {0: jnp.uint32(0)}
+
+    def of_array(array: Array) -> Array:
+        return sum_array(array, shape=rules.leaf.shape, starts=rules.origin) if array.shape == shape else sum_array(array)
+
+    return jnp.stack([known[k] if k in known else of_array(array) for k, array in enumerate(_arrays(held))])

@@ -6,7 +6,7 @@ NaN where nothing is to change. What is stored is finite: see `blocks`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from eggroll.noise.regions import Region, cut
 from eggroll.noise.rules import Frozen
 from eggroll.state import ESState
 from eggroll.update import estimator
-from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts
+from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts, sum_held
+from eggroll.update.checksums import sum_array
 from eggroll.update.optimizer import is_masked
 from eggroll.update.precision import are_short, float32_params
 from eggroll.update.report import summarise
@@ -99,7 +100,7 @@ def update_state(
     moved, counts = [], []
     for index, (leaf, old) in enumerate(zip(plan.leaves, held, strict=True)):
         if _stays(leaf, old):
-            new, count = old, no_counts(leaf)
+            new, count = old, no_counts(leaf, sum_held(old, rules[index]))
         else:
             limit = None if reading.elementwise[index] else old.param.size
             cuts = cut(leaf, old.param.shape, limit=limit)
@@ -108,7 +109,10 @@ def update_state(
         counts.append(part.total(index, count))
     shared = _keep_finite(update.shared_states(), reading.shared_states(flat_states), rules[0].skipped)
     opt_state = reading.join_states([new.moments for new in moved], shared)
-    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped, extra.get("sigma"))
+    checksums = _join_checksums(
+        state, counts, zip(reading.shared_states(flat_states), shared, strict=True), reading.join_states
+    )
+    return _release(state, moved, opt_state), summarise(plan, counts, checksums, rules[0].skipped, extra.get("sigma"))
 
 
 def update_state_at_once(
@@ -141,18 +145,25 @@ def update_state_at_once(
     steps = map(Moves, jax.tree.leaves(ascent), jax.tree.leaves(updates), new_moments)
     for old, step, rule in zip(_hold(state, moments), steps, rules, strict=True):
         if _stays(rule.leaf, old):
-            new, count = old, no_counts(rule.leaf)
+            new, count = old, no_counts(rule.leaf, sum_held(old, rule))
         else:
             whole = cut(rule.leaf, old.param.shape, limit=old.param.size)
             new, count = move(old, whole, functools.partial(_give, step), rule)
         moved.append(new)
         counts.append(count)
     kept = _keep_finite([new_states[k] for k in shared], [states[k] for k in shared], rules[0].skipped)
-    for own, values in zip((*places, shared), (*(held.moments for held in moved), kept), strict=True):
-        for place, value in zip(own, values, strict=True):
-            states[place] = value
-    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), states)
-    return _release(state, moved, opt_state), summarise(plan, counts, rules[0].skipped, extra.get("sigma"))
+    tree = jax.tree.structure(state.opt_state)
+
+    def join(of_leaves: Sequence[Sequence[Array]], of_shared: Sequence[Array]) -> Any:
+        entries: list[Any] = [None] * len(states)
+        for own, values in zip((*places, shared), (*of_leaves, of_shared), strict=True):
+            for place, value in zip(own, values, strict=True):
+                entries[place] = value
+        return jax.tree.unflatten(tree, entries)
+
+    checksums = _join_checksums(state, counts, zip([states[k] for k in shared], kept, strict=True), join)
+    opt_state = join([held.moments for held in moved], kept)
+    return _release(state, moved, opt_state), summarise(plan, counts, checksums, rules[0].skipped, extra.get("sigma"))
 
 
 def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:
@@ -223,6 +234,24 @@ def _hold(state: ESState, moments: Sequence[Sequence[Array]]) -> list[Held]:
 def _release(state: ESState, held: Sequence[Held], opt_state: Any) -> ESState:
     params = jax.tree.unflatten(jax.tree.structure(state.params), [own.param for own in held])
     return state._replace(params=params, opt_state=opt_state, masters=tuple(own.master for own in held))
+
+
+def _join_checksums(
+    state: ESState, counts: Sequence[Counts], shared: Iterable[tuple[Array, Array]], join: Callable[..., Any]
+) -> Array:
+    """The checksums before and after, uint32 [2, arrays], in the order of `checksums.checked_arrays`.
+
+    Args:
+        state: before the update.
+        counts: of every parameter.
+        shared: arrays of the optimizer that belong to no parameter, before and after.
+        join: makes the optimizer's state of its entries by parameter, and the shared ones.
+    """
+    columns = [[*count.checksums.T] for count in counts]
+    params = [own.pop(0) for own in columns]
+    masters = [own.pop(0) for own, master in zip(columns, state.masters, strict=True) if master is not None]
+    opt_state = jax.tree.leaves(join(columns, [jnp.stack([*map(sum_array, pair)]) for pair in shared]))
+    return jnp.stack([*params, *opt_state, *masters, jnp.broadcast_to(sum_array(state.key), 2)], axis=1)
 
 
 def _shifted(region: Region, origin: Sequence[Array | int]) -> Region:

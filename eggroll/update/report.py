@@ -24,17 +24,19 @@ class UpdateReport(NamedTuple):
     kept: Array  # int32 [], blocks of parameters that kept their old values, the new ones not being finite
     update_over_sigma: Array  # float32 [], root mean square of the update of a weight, in units of its sigma; NaN: not known
     weight_norm: Array  # float32 [], norm of all perturbed weights after the update; NaN: not known
+    checksums: Array  # uint32 [2, arrays], before and after the update: see `checksums`
 
 
-def report_deferred(skipped: Array) -> UpdateReport:
+def report_deferred(skipped: Array, checksums: Array) -> UpdateReport:
     """Report of an update that is still to be made: nothing else is known of it."""
     unknown = jnp.float32(jnp.nan)
-    return UpdateReport(skipped, unknown, jnp.zeros(0, jnp.float32), unknown, jnp.int32(0), unknown, unknown)
+    return UpdateReport(skipped, unknown, jnp.zeros(0, jnp.float32), unknown, jnp.int32(0), unknown, unknown, checksums)
 
 
-def summarise(plan: Plan, counts: Sequence[Counts], skipped: Array | None, sigma: Array | None) -> Any:
+def summarise(plan: Plan, counts: Sequence[Counts], checksums: Array, skipped: Array | None, sigma: Array | None) -> Any:
     """Join the counts of all parameters: an `UpdateReport`; counts of int8 parameters, which `make_report` takes."""
-    together = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
+    stacked: Any = jax.tree.map(lambda *parts: jnp.stack(parts), *(count[:-1] for count in counts))
+    together = Counts._make((*stacked, checksums))
     if plan.is_integer:
         return together
     assert skipped is not None and sigma is not None
@@ -50,6 +52,7 @@ def summarise(plan: Plan, counts: Sequence[Counts], skipped: Array | None, sigma
         kept=together.kept.sum(),
         update_over_sigma=jnp.sqrt((together.steps / units**2).sum() / perturbed) / sigma,
         weight_norm=jnp.sqrt(together.weights.sum()),
+        checksums=checksums,
     )
 
 
@@ -75,6 +78,6 @@ def make_report(plan: Plan, done: Any) -> UpdateReport:
         return done
     counts = _as_float(done.moved)
     share = counts.sum() / _count([leaf for leaf in plan.leaves if leaf.integer])
-    return report_deferred(jnp.bool_(False))._replace(
+    return report_deferred(jnp.bool_(False), done.checksums)._replace(
         gradient_norm=jnp.sqrt(counts.sum()), leaf_norms=jnp.sqrt(counts), moved=share
     )

@@ -38,4 +38,5 @@ def gradient_metrics(step: int, *, fitness: float, gradient_norm: float = math.n
         kept=jnp.int32(0),
         update_over_sigma=unknown,
         weight_norm=unknown,
+        checksums=None,
     )

@@ -18,6 +18,8 @@ INTEGER = "tests/eggroll/noise/test_integer.py"
 LAZY = "tests/eggroll/lazy/test_perturbed.py"
 POPULATION = "tests/eggroll/population"
 ESTIMATOR = "tests/eggroll/update/test_estimator.py"
+CHECKSUMS = "tests/eggroll/update/test_checksums.py"
+HAND_CHANGES = "tests/eggroll/journal/test_hand_changes.py"
 SHAPING = "tests/eggroll/update/test_shaping.py"
 REGIONS = "tests/eggroll/noise/test_regions.py"
 BLOCKS = "tests/eggroll/update/test_blocks.py"
@@ -170,6 +172,20 @@ FAULTS = (
         "elementwise = fits and (name in ELEMENTWISE",
         "elementwise = True or (name in ELEMENTWISE",
         (SPLITTING,),
+    ),
+    Fault(
+        "a checksum that does not see places",
+        "eggroll/update/checksums.py",
+        "place = place * jnp.uint32(_STEP)",
+        "place = jnp.zeros_like(place)",
+        (CHECKSUMS,),
+    ),
+    Fault(
+        "a change by hand that is not compared",
+        "eggroll/runs/continuity.py",
+        "compare(self._names, self._expected, metrics.checksums[0])",
+        "compare(self._names, metrics.checksums[0], metrics.checksums[0])",
+        (HAND_CHANGES,),
     ),
     Fault(
         "a block that is not finite is stored",

@@ -11,7 +11,7 @@ import pytest
 import eggroll
 from eggroll import programs, zo
 from eggroll.journal.fingerprint import fingerprint
-from eggroll.zo.offload import runner
+from eggroll.zo.offload import passes
 from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
@@ -107,7 +107,7 @@ def bytes_of(lowered):
 @pytest.mark.optimized
 def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
     """Live arrays whenever a block has arrived, and the programs that work on it: 4 against 16 blocks."""
-    upload, found = runner._upload, {}
+    upload, found = passes._upload, {}
     for blocks in (4, 16):
         own, peak = zo.Offload(tuner()), []
         state, _ = own.step(own.init(init(blocks), key=KEY), BATCH)
@@ -119,9 +119,9 @@ def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
             peak.append(live_bytes())
             return arrived
 
-        monkeypatch.setattr(runner, "_upload", counted)
+        monkeypatch.setattr(passes, "_upload", counted)
         state, _ = own.step(state, BATCH)
-        monkeypatch.setattr(runner, "_upload", upload)
+        monkeypatch.setattr(passes, "_upload", upload)
         carry, aux = programs.find_all("begin")[-1](state._replace(blocks=()), BATCH)
         arrived, index = upload(state.blocks[0]), jnp.int32(0)
         calls = {"update_block": (state.pending, state.key, arrived, index)}

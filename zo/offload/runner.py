@@ -10,10 +10,10 @@ pending update keeps the learning rate of its step. Noise comes from the same ad
 that of `ZerothOrder` up to rounding. `eggroll.train` and `eggroll.DurableRun` take an `Offload` as any other strategy.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,11 +30,14 @@ from eggroll.population.members import check_coefficients
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.state import check_not_consumed
+from eggroll.update.checksums import compare
 from eggroll.update.precision import is_low
 from eggroll.update.report import report_deferred
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
-from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, Sliced, is_sliced
+from eggroll.zo.offload.checksums import checksum_names
+from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, is_sliced
+from eggroll.zo.offload.passes import Pass, program
 from eggroll.zo.offload.streams import OffloadState, Pending, Streams
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment
 from eggroll.zo.strategy import ZerothOrder
@@ -135,7 +138,7 @@ class Offload:
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:
         """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do so themselves, `replay` and `flush` need it."""
         self._streams(state, batch)
-        return self.tuner.plan_of(_shapes(state), batch)
+        return self.tuner.plan_of(state.shapes, batch)
 
     def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, Metrics]:
         """Run one step; its own update stays pending. The blocks of `state` are consumed, not copied.
@@ -154,44 +157,65 @@ class Offload:
         check_not_consumed(state)
         self.tuner.check_batch(batch)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
-        small = state._replace(resident=self._updated_resident(state), blocks=())
-        carry, aux = _program(streams, "begin", (SAME, BATCH), (OWN, OWN))(small, batch)
-        visit = _program(streams, "visit", (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
+        run = Pass(state, self.devices, streams, summed=True)
+        small = state._replace(resident=run.resident(), blocks=())
+        carry, aux = program(streams, "begin", (SAME, BATCH), (OWN, OWN))(small, batch)
+        visit = program(streams, "visit", (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
         blocks: list[Any] = []
-        for block in self._replaced_blocks(state, blocks):
+        for block in run.replaced_blocks(blocks):
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
-        report: FitnessReport = _program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
+        report: FitnessReport = program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
-        return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *report_deferred(skipped))
+        done = report_deferred(skipped, run.checksums(new))
+        return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
 
-    def replay(self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None) -> OffloadState:
+    def replay(
+        self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None
+    ) -> OffloadState:
         """Repeat a step without evaluating anything; the blocks of `state` are consumed.
 
         Args:
             state: before the step; the plan is known.
             coefficients: float32 [n], `Metrics.coefficients` of the step.
             mean_fitness: of no use to `Descent`.
+            checksums: its `Metrics.checksums[1]`, to compare with; None: nothing is compared.
 
         Returns:
             The state as `step` left it, bit for bit on the same backend.
 
         Raises:
-            ValueError: wrong length, or no plan yet.
+            ValueError: wrong length, or no plan yet. `OtherState`: other values than `step` left.
         """
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
-        streams, updated = self._known_streams(state, "replay"), self.flush(state)
-        return self._defer(streams, updated, coefficients)[0]
+        check_not_consumed(state)
+        streams = self._known_streams(state, "replay")
+        run = Pass(state, self.devices, streams, summed=checksums is not None)
+        new = self._defer(streams, self._apply_pending(run, state), coefficients)[0]
+        if checksums is not None:
+            compare(checksum_names(new), checksums, run.checksums(new)[1])
+        return new
+
+    def checksums(self, state: OffloadState) -> dict[str, int]:
+        """Return the checksum of every array of a state by name, in the order of `Metrics.checksums`; the plan is known."""
+        check_not_consumed(state)
+        run = Pass(state, self.devices, self._known_streams(state, "checksums"), summed=True)
+        run.resident()
+        collections.deque(run.blocks(), maxlen=0)
+        return dict(zip(checksum_names(state), np.asarray(run.checksums(state)[0]).tolist(), strict=True))
 
     def flush(self, state: OffloadState) -> OffloadState:
-        """Apply the pending update; the blocks of `state` are consumed. Without a pending update the state is unchanged."""
+        """Apply the pending update; the blocks of `state` are consumed. Without a pending update the state is unchanged.
+
+        The next step starts from the same parameters, but the state is another one: `DurableRun.adopt` it in a durable run.
+        """
         check_not_consumed(state)
-        if not _is_pending(state):
-            return state
-        blocks: list[Any] = []
-        for _ in self._replaced_blocks(state, blocks):
-            pass
+        return self._apply_pending(self._pass(state), state) if state.is_pending else state
+
+    def _apply_pending(self, run: Pass, state: OffloadState) -> OffloadState:
+        resident, blocks = run.resident(), list[Any]()
+        collections.deque(run.replaced_blocks(blocks), maxlen=0)
         pending = state.pending._replace(rate=self.devices.replicate(jnp.float32(0)))
-        return state._replace(resident=self._updated_resident(state), blocks=tuple(blocks), pending=pending)
+        return state._replace(resident=resident, blocks=tuple(blocks), pending=pending)
 
     def loss(self, state: OffloadState, batch: Any, *, key: Array) -> Array:
         """Return the unperturbed loss, block by block, float32 []; the state stays as it is.
@@ -200,30 +224,33 @@ class Offload:
             ValueError: the number of devices along "data" does not divide the number of examples.
         """
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
-        key, resident = self.devices.replicate(key), self._updated_resident(state)
-        x, aux = _program(streams, "first", (SAME, BATCH, SAME), OWN)(resident, batch, key)
-        forward = _program(streams, "forward", (SLICES, OWN, OWN), OWN)
-        for block in self._updated_blocks(state):
+        run, key = self._pass(state), self.devices.replicate(key)
+        resident = run.resident()
+        x, aux = program(streams, "first", (SAME, BATCH, SAME), OWN)(resident, batch, key)
+        forward = program(streams, "forward", (SLICES, OWN, OWN), OWN)
+        for block in run.blocks():
             x = jax.block_until_ready(forward(block, x, aux))
-        return _program(streams, "loss", (SAME, OWN, BATCH), SAME)(resident, x, batch)
+        return program(streams, "loss", (SAME, OWN, BATCH), SAME)(resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
         """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
         like = jax.tree.leaves(state.blocks[0], is_leaf=is_sliced)
         stacked = [np.empty((len(state.blocks), *leaf.shape), leaf.dtype) for leaf in like]
-        for index, block in enumerate(self._updated_blocks(state)):
+        run = self._pass(state)
+        resident = run.resident()
+        for index, block in enumerate(run.blocks()):
             for array, leaf in zip(stacked, jax.tree.leaves(block, is_leaf=is_sliced), strict=True):
                 array[index] = gather(leaf.values)[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
         arrays = [leaf.typed(array) for leaf, array in zip(like, stacked, strict=True)]
         blocks = jax.tree.unflatten(jax.tree.structure(state.blocks[0], is_leaf=is_sliced), arrays)
-        return {"resident": self._updated_resident(state), "blocks": blocks}
+        return {"resident": resident, "blocks": blocks}
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
-        shapes = _shapes(state)
+        shapes = state.shapes
         return self._streams_of(self.tuner.plan_of(shapes, batch), shapes)
 
     def _known_streams(self, state: OffloadState, needed_by: str) -> Streams:
-        shapes = _shapes(state)
+        shapes = state.shapes
         return self._streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
 
     def _streams_of(self, plan: Plan, shapes: Any) -> Streams:
@@ -235,66 +262,14 @@ class Offload:
 
         return programs.remember("streams", self.tuner, programs.Identity(plan), make=make)
 
-    def _updated_resident(self, state: OffloadState) -> Any:
-        """The resident parameters after the pending update."""
-        if not _is_pending(state):
-            return state.resident
-        streams = self._known_streams(state, "a pending update")
-        return _program(streams, "update_resident", (SAME, SAME, SAME), SAME)(state.pending, state.key, state.resident)
-
-    def _updated_blocks(self, state: OffloadState) -> Iterator[Any]:
-        """Yield the blocks on the device, after the pending update, while the next one is uploaded."""
-        update = None
-        if _is_pending(state):
-            streams = self._known_streams(state, "a pending update")
-            update = _program(streams, "update_block", (SAME, SAME, SLICES, SAME), SLICES, donate_argnums=2)
-        coming = _upload(state.blocks[0])
-        for index, following in enumerate((*state.blocks[1:], None)):
-            block, coming = coming, None if following is None else _upload(following)
-            yield block if update is None else update(state.pending, state.key, block, jnp.int32(index))
-
-    def _replaced_blocks(self, state: OffloadState, done: list[Any]) -> Iterator[Any]:
-        """Yield the updated blocks on the device; then append them to `done`, in the host's memory, and delete the old ones."""
-        for block, old in zip(self._updated_blocks(state), state.blocks, strict=True):
-            yield block
-            done.append(jax.device_put(block, jax.tree.map(lambda _: self.devices.host, block)))
-            jax.block_until_ready(done[max(0, len(done) - 2)])  # at most three blocks are on the device
-            for leaf in jax.tree.leaves(old):
-                leaf.delete()
+    def _pass(self, state: OffloadState) -> Pass:
+        """A pass without checksums."""
+        return Pass(state, self.devices, self._known_streams(state, "a pending update") if state.is_pending else None)
 
     def _defer(self, streams: Streams, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
         small = state._replace(resident=(), blocks=())
-        new, skipped = _program(streams, "defer", (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
+        new, skipped = program(streams, "defer", (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
         return new._replace(resident=state.resident, blocks=state.blocks), skipped
-
-
-def _program(streams: Streams, name: str, ins: Any, outs: Any, *, donate_argnums: int | None = None) -> Callable:
-    """Return the method `name` of the streams, compiled once for all devices."""
-
-    def make() -> Callable:
-        spread = streams.devices.spread(getattr(streams, name), ins, outs)
-        return jax.jit(spread, donate_argnums=donate_argnums)
-
-    return programs.remember(name, programs.Identity(streams), make=make)
-
-
-def _is_pending(state: OffloadState) -> bool:
-    return bool(state.pending.rate)
-
-
-def _shapes(state: OffloadState) -> Any:
-    """Shapes of the parameters, in the dtypes of the model's computation."""
-    count = len(state.blocks)
-
-    def stacked(leaf: Sliced) -> Any:
-        return jax.eval_shape(leaf.typed, jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype))
-
-    blocks = jax.tree.map(stacked, state.blocks[0], is_leaf=is_sliced)
-    return {"resident": jax.eval_shape(lambda x: x, state.resident), "blocks": blocks}
-
-
-def _upload(block: Any) -> Any:
-    return jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), block))
 
 
 _: type[Strategy[OffloadState]] = Offload  # checked by mypy

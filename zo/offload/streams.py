@@ -1,6 +1,6 @@
 """The programs of an offloaded step: the deferred update of one block, and the perturbed streams through it.
 
-    update_resident, update_block     parameters + pending update -> parameters
+    update_resident, update_block     parameters + pending update -> parameters, and their checksums before and after
     begin, visit, end                 perturbed streams -> losses -> coefficients
     defer                             coefficients -> pending update
 
@@ -31,6 +31,7 @@ from eggroll.update.parameters import is_skipped
 from eggroll.update.precision import is_low, stochastic_round
 from eggroll.zo.blocks import Blocks
 from eggroll.zo.estimators import Estimator, report_losses
+from eggroll.zo.offload import checksums
 from eggroll.zo.offload.devices import Devices, Sliced, add_device_axes, drop_device_axes, is_sliced
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment, next_moment
 from eggroll.zo.optimizers.rebuilt_adam import History
@@ -66,6 +67,22 @@ class OffloadState(NamedTuple):
     def params(self) -> dict[str, Any]:
         """Everything that determines the parameters: the stored ones and the update they still lack."""
         return {"resident": self.resident, "blocks": self.blocks, "pending": self.pending}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an update is pending."""
+        return bool(self.pending.rate)
+
+    @property
+    def shapes(self) -> Any:
+        """Shapes of the parameters, in the dtypes of the model's computation."""
+        count = len(self.blocks)
+
+        def stacked(leaf: Sliced) -> Any:
+            return jax.eval_shape(leaf.typed, jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype))
+
+        blocks = jax.tree.map(stacked, self.blocks[0], is_leaf=is_sliced)
+        return {"resident": jax.eval_shape(lambda x: x, self.resident), "blocks": blocks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +203,18 @@ class Streams:
         pending = Pending(safe, state.generation, state.sigma, rate, scale, history)
         return state._replace(pending=pending, moment=moment, generation=state.generation + 1), skipped
 
-    def update_resident(self, pending: Pending, run_key: Array, resident: Any) -> Any:
-        """Apply the pending update to the resident parameters."""
+    def update_resident(self, pending: Pending, run_key: Array, resident: Any) -> tuple[Any, Array]:
+        """Apply the pending update to the resident parameters; also return their checksums, uint32 [2, leaves]."""
 
         def update(leaf: Array, planned: LeafPlan, ascent: Array, key: Array) -> Array:
             new = self._updated(leaf, planned, ascent, pending)
             return stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(key, leaf.shape)) if is_low(leaf) else new
 
-        return self._update_leaves(update, leaf_gradient, self.resident_plan, resident, pending, run_key, 0)
+        new = self._update_leaves(update, leaf_gradient, self.resident_plan, resident, pending, run_key, 0)
+        return new, self._sum_resident(resident, new)
 
-    def update_block(self, pending: Pending, run_key: Array, block: Any, index: Array) -> Any:
-        """Apply the pending update to this device's slices of a block."""
+    def update_block(self, pending: Pending, run_key: Array, block: Any, index: Array) -> tuple[Any, Array]:
+        """Apply the pending update to this device's slices of a block; also return what it adds to the checksums."""
 
         def update(leaf: Sliced, planned: LeafPlan, ascent: Array, key: Array) -> Sliced:
             new = self._updated(leaf.values, planned, ascent, pending)
@@ -205,7 +223,26 @@ class Streams:
                 new = stochastic_round(new, leaf.values.dtype, uniform=uniform)
             return dataclasses.replace(leaf, values=new)
 
-        return self._update_leaves(update, self.devices.slice_of_gradient, self.block_plan, block, pending, run_key, index)
+        new = self._update_leaves(update, self.devices.slice_of_gradient, self.block_plan, block, pending, run_key, index)
+        return new, self._sum_block(index, block, new)
+
+    def sum_resident(self, resident: Any) -> Array:
+        """Return the checksums of the resident parameters, twice: before and after no update."""
+        return self._sum_resident(resident, resident)
+
+    def _sum_resident(self, *trees: Any) -> Array:
+        return jnp.stack([checksums.sum_resident(self.resident_plan, tree) for tree in trees])
+
+    def sum_block(self, block: Any, index: Array) -> Array:
+        """Return what a block adds to the checksums of the stacked parameters, twice."""
+        return self._sum_block(index, block, block)
+
+    def _sum_block(self, index: Array, *blocks: Any) -> Array:
+        return jnp.stack([checksums.sum_block(self.block_plan, block, index) for block in blocks])
+
+    def sum_rest(self, state: OffloadState, new: OffloadState) -> Array:
+        """Return the checksums of what is neither resident parameters nor blocks, before and after: uint32 [2, arrays]."""
+        return jnp.stack([checksums.sum_rest(state), checksums.sum_rest(new)])
 
     def _update_leaves(
         self,

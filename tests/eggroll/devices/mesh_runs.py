@@ -78,6 +78,10 @@ def against_one_device(on, name="plain", *, count=1, **mesh_options):
     es = strategy(on, function, **options | mesh_options)
     state, metrics = steps(es, start(es, **init), batch, count=count)
     wanted, reference = expected[count - 1]
+    if [*es.checksums(state).values()] != metrics.checksums[1].tolist():
+        raise AssertionError("the update reports other checksums than the state has.")
+    if count == 1 and metrics.checksums[0].tolist() != reference.checksums[0].tolist():
+        raise AssertionError("the same state has other checksums on the mesh than on one device.")
     numbers = {"fitness": difference(metrics.fitness, reference.fitness), "update": difference(state.params, wanted.params)}
     numbers["momentum"] = difference(state.opt_state, wanted.opt_state)
     if any(master is not None for master in state.masters):

@@ -112,15 +112,25 @@ def test_records_are_read_back(tmp_path):
     assert reader.header == HEADER and all(map(equal, reader, ENTRIES)) and reader.note is None
 
 
-def test_a_file_of_the_format_without_mean_fitness_is_continued_in_it(tmp_path):
-    path, old = tmp_path / "journal.bin", [entry._replace(mean_fitness=None) for entry in ENTRIES]
-    header = dataclasses.replace(HEADER, version=2)
-    for first, entry in enumerate(ENTRIES):
-        writer = Writer(path, header if first == 0 else HEADER)
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_of_an_earlier_format_is_continued_in_this_one(tmp_path, version):
+    """Nothing of the new generations is dropped, and an earlier library refuses the file."""
+    path, old = tmp_path / "journal.bin", [entry._replace(mean_fitness=None) for entry in ENTRIES[:3]]
+    writer = Writer(path, dataclasses.replace(HEADER, version=version))
+    for entry in old:
+        writer.append(entry)
+    writer.close()
+    sums = entries.Sums(np.arange(3, dtype=np.uint32), np.full(3, 2**32 - 1, np.uint32), True, 2**32 - 1)
+    new = [entry._replace(sums=sums._replace(before=None) if entry.generation > 3 else sums) for entry in ENTRIES[3:]]
+    for entry in new:
+        writer = Writer(path, HEADER)
         writer.append(entry)
         writer.close()
-    assert all(map(equal, Reader(path), old))
-    assert path.read_bytes().endswith(entries.encode(old[-1]))  # what versions before 0.3 read
+    reader = Reader(path)
+    assert all(map(equal, reader, [*old, *new])) and reader.header.version == records.READABLE[-1] == 4
+    for entry, written in zip([*reader][3:], new, strict=True):
+        assert all(map(np.array_equal, entry.sums, written.sums)) and len(entry.sums) == len(written.sums)
+    assert json.loads((tmp_path / "journal.header.json").read_text())["version"] == 4
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 5, 6, 1000])
@@ -235,7 +245,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path, field, value, words):
 
 def test_another_version_and_a_missing_file_are_refused(tmp_path):
     Writer(tmp_path / "a", dataclasses.replace(HEADER, version=9)).close()
-    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 2 and 3"):
+    with pytest.raises(JournalError, match="has version 9 of the format; this library reads 2, 3, 4"):
         Reader(tmp_path / "a")
     with pytest.raises(JournalError, match="there is no journal"):
         Reader(tmp_path / "b")
