@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eggroll.devices.processes import first_does
 from eggroll.journal.fingerprint import fingerprint, fingerprint_of_leaves
 from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
+from eggroll.journal.stored import abstract, name_of, put_like, refill, shapes_of, storable
 from eggroll.protocol import S
 from eggroll.state import keys_to_words, words_to_keys
 
 logger = logging.getLogger(__name__)
-SEPARATOR = "\0"  # of the keys to a leaf
 CHUNK, IN_FLIGHT = 1 << 26, 1 << 28  # bytes: encoded together; written or read at a time
 
 
@@ -152,11 +151,11 @@ class Checkpoints:
             OSError: this checkpoint or the last one cannot be written.
         """
         metrics = {"score": float("-inf") if score is None or math.isnan(score) else float(score)}
-        stored, args = _storable(state, carried), self._ocp.args
+        stored, args = storable(state, carried), self._ocp.args
         self._make_room(stored)
         chunks = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), stored)
         named = {
-            "leaves": [[_name(path), jax.tree_util.keystr(path)] for path, _ in jax.tree_util.tree_leaves_with_path(stored)]
+            "leaves": [[name_of(path), jax.tree_util.keystr(path)] for path, _ in jax.tree_util.tree_leaves_with_path(stored)]
         }
         check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics, **named})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
@@ -184,9 +183,9 @@ class Checkpoints:
         if generation is None and not self.generations:
             return None
         chosen = self.generations[-1] if generation is None else generation
-        args, target = self._ocp.args, _storable(like, carried)
+        args, target = self._ocp.args, storable(like, carried)
         self._make_room(target)
-        target = jax.tree.map(_abstract, target)
+        target = jax.tree.map(abstract, target)
         try:
             restored = self._manager.restore(
                 chosen, args=args.Composite(state=args.StandardRestore(target), check=args.JsonRestore())
@@ -194,9 +193,9 @@ class Checkpoints:
             stored = restored["state"]
             if fingerprint(stored) != restored["check"]["all"]:
                 raise ValueError("its bytes differ from those written")
-            if _shapes(stored) != _shapes(target):  # orbax reads NumPy arrays of any shape
+            if shapes_of(stored) != shapes_of(target):  # orbax reads NumPy arrays of any shape
                 raise ValueError("its arrays have other shapes or dtypes")
-            stored = jax.tree.map(_refill, {"state": like._asdict(), "carried": carried}, stored)
+            stored = jax.tree.map(refill, {"state": like._asdict(), "carried": carried}, stored)
         except MemoryError:
             raise
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
@@ -217,7 +216,7 @@ class Checkpoints:
         if fingerprint_of_leaves((path, found[name]) for name, path in check["leaves"]) != check["all"]:
             raise ValueError(f"the checkpoint of generation {generation} in {self._folder} is damaged.")
         wanted, tree = jax.tree_util.tree_flatten_with_path({"state": keys_to_words(like._asdict())})
-        leaves = [_place(leaf, _refill(leaf, found[_name(path)])) for path, leaf in wanted]
+        leaves = [put_like(leaf, refill(leaf, found[name_of(path)])) for path, leaf in wanted]
         return like._replace(**words_to_keys(jax.tree.unflatten(tree, leaves)["state"], like._asdict()))
 
     def _read_arrays(self, generation: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -226,7 +225,7 @@ class Checkpoints:
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._manager.item_metadata(generation)["state"])
         parts = args.Composite(state=args.StandardRestore(tree), check=args.JsonRestore())
         restored = self._manager.restore(generation, args=parts)
-        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
+        found = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])}
         return found, restored["check"]
 
     def _is_of_another_model(self, generation: int, target: Any) -> bool:
@@ -236,7 +235,7 @@ class Checkpoints:
         """
         try:
             found, check = self._read_arrays(generation)
-            if {name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} == _shapes(target):
+            if {name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} == shapes_of(target):
                 return False
             if (leaves := check.get("leaves")) is None:
                 return True
@@ -263,43 +262,3 @@ class Checkpoints:
         """Wait and close."""
         with writing(self._folder):
             self._manager.close()
-
-
-def _storable(state: S, carried: Any) -> dict[str, Any]:
-    stored = keys_to_words({"state": state._asdict(), "carried": carried})
-    # orbax refuses empty arrays
-    stored = jax.tree.map(lambda leaf: leaf if np.size(leaf) else np.asarray(np.shape(leaf)), stored)
-    if jax.process_count() == 1:
-        return stored
-    # orbax takes global arrays or NumPy arrays, but not arrays local to one process.
-    return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
-
-
-def _name(path: Any) -> str:
-    """The keys to a leaf, which are the same whether a node is a mapping or a named tuple."""
-    return jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[Any, Any]]:
-    """Shape and dtype of every leaf."""
-    return {_name(path): (leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _refill(like: Any, stored: Any) -> Any:
-    """What was read, or the empty array whose shape was stored in its place."""
-    if jnp.size(like):
-        return stored
-    if tuple(stored) != like.shape:
-        raise ValueError(f"it has an empty array of shape {tuple(stored)}, expected {like.shape}")
-    return like.copy()
-
-
-def _place(like: Any, stored: Any) -> Any:
-    return jax.device_put(stored, like.sharding) if isinstance(like, jax.Array) else stored
-
-
-def _abstract(leaf: Any) -> Any:
-    """Target of a restore: with the sharding of `leaf`, or a NumPy array."""
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return np.empty_like(leaf)
