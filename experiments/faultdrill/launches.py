@@ -1,5 +1,6 @@
 """`eggroll.launch` is ended in every way, at random moments: none of its processes survives."""
 
+import contextlib
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 from eggroll.experiments.faultdrill.survivors import new_mark, survivors
 from eggroll.launch import GRACE
 
-PROCESSES, STARTUP = 2, 3.0  # number; seconds in which they are ready, about
+PROCESSES, STARTUP, PATIENCE = 2, 3.0, 60.0  # number; seconds in which they are ready, about; in which they have ended
 SLEEPER = """
 import os, signal, sys, time
 if sys.argv[1] == "stubborn":
@@ -24,6 +25,20 @@ time.sleep(600)
 # Python leaves SIGINT ignored where a shell in the background has ignored it.
 LAUNCH = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from eggroll.launch import main; main()"
 ENDS = {"SIGKILL": [signal.SIGKILL], "SIGTERM": [signal.SIGTERM], "two Ctrl-C": [signal.SIGINT, signal.SIGINT]}
+
+
+def _ends(launcher: subprocess.Popen, *, again: signal.Signals) -> bool:
+    """Whether a launcher ends in time; the last signal is repeated, as a user would press the keys again.
+
+    While jax is imported Python collects garbage, and a callback of jax swallows a Ctrl-C that comes in the middle of that.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(GRACE + 1)
+            return True
+        launcher.send_signal(again)
+    return False
 
 
 def launch_drill(folder: Path, *, ends: int, seed: int) -> dict[str, Any]:
@@ -46,10 +61,9 @@ def launch_drill(folder: Path, *, ends: int, seed: int) -> dict[str, Any]:
         for number in ENDS[how]:
             launcher.send_signal(number)
             time.sleep(chance.random() * 0.3)
-        try:
-            launcher.wait(GRACE + 10)
-        except subprocess.TimeoutExpired:
+        if not _ends(launcher, again=ENDS[how][-1]):
             hung += 1
+            print(f"hung: launch {index}, {how}", flush=True)
             launcher.kill()
             launcher.wait()
         counts[how] += 1

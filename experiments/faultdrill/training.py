@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import eggroll
-from eggroll.devices.processes import join
+from eggroll.devices.processes import is_first, join
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.protocol import S
@@ -90,7 +90,8 @@ def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[st
     recipe = {"function": RECIPE, "options": {}}
     run = DurableRun(folder, es, initial, config=config, carried=carried, recipe=recipe, checkpoint_every=checkpoint_every)
     state, started_at = run.state, int(run.state.generation)
-    print(f"started at {started_at}", flush=True)
+    if is_first():  # lines of several processes would run into each other
+        print(f"started at {started_at}", flush=True)
     if die is not None:
         _arm(run, *die)
     with contextlib.closing(run):
@@ -108,7 +109,8 @@ def draw_nothing(history: Any, folder: Path) -> None:
 
 def _report(state: eggroll.ESState, record: Record) -> None:
     """Callback: print the generation; the parent process counts these lines."""
-    print(record.generation, flush=True)
+    if is_first():
+        print(record.generation, flush=True)
 
 
 def _arm(run: DurableRun, moment: str, generation: int) -> None:
