@@ -436,6 +436,7 @@ def test_small_misuses_are_refused_by_a_clear_error():
     assert strategy(population_size=np.int64(8), sigma=np.float32(0.1)).population_size == 8
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_jax_options():
     es = strategy()
     state = start(es)

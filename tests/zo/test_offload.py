@@ -105,6 +105,7 @@ def bytes_of(lowered):
 
 
 @pytest.mark.optimized
+@pytest.mark.slow
 def test_memory_of_the_device_does_not_grow_with_the_blocks(monkeypatch):
     """Live arrays whenever a block has arrived, and the programs that work on it: 4 against 16 blocks."""
     upload, found = passes._upload, {}

@@ -41,11 +41,13 @@ def test_padded_pairs_that_weigh_something_are_noticed():
     assert mesh_runs.wrong_weights_of_padded_pairs()["update"] > 1e-2
 
 
+@pytest.mark.slow
 def test_int8_parameters_are_the_same_bits_on_any_number_of_devices():
     found = mesh_runs.integers()
     assert not found.pop("control") and len(found) == 4 and all(found.values()), found
 
 
+@pytest.mark.slow
 def test_replay_tell_apply_and_an_outer_jit_are_the_same_generation():
     found = mesh_runs.cut_and_repeated()
     assert found["replay"] and found["generation"] == 2

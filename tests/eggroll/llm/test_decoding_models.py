@@ -129,6 +129,7 @@ def test_every_matrix_gets_low_rank_noise_while_it_decodes(config):
 
 
 @pytest.mark.parametrize("config", [slow(DECODING["qwen3"]), DECODING["rwkv7"]], ids=["qwen3", "rwkv7"])
+@pytest.mark.slow
 def test_lazy_members_decode_what_built_ones_decode(config):
     strategy, batch = strategy_of(config), tuple(map(jnp.asarray, inputs(left=True)))
     population = strategy.ask(strategy.init(random_params(config), key=jax.random.key(0)))

@@ -175,6 +175,7 @@ def test_members_differ_in_parameters_only_and_ask_and_tell_agree():
     assert moved(params, state.params) == parameters_of(params)
 
 
+@pytest.mark.slow
 def test_a_mesh_with_the_axis_population():
     model, params = MODELS["nnx"]
     mesh = Mesh(np.array(jax.devices()[:2]), ("population",))
@@ -221,6 +222,7 @@ def test_zeroth_order():
     assert moved(params, state.params) == parameters_of(params)
 
 
+@pytest.mark.slow
 def test_offloaded_blocks():
     modules = [nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(seed)) for seed in range(2)]
     graph, _ = nnx.split(modules[0])

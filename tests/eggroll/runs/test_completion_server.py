@@ -153,6 +153,7 @@ def test_a_mistake_in_the_reward_stops_the_run(page):
         trained(page, page["score"], generations=1)
 
 
+@pytest.mark.slow
 def test_members_of_a_language_model_as_folders_and_as_adapters(page):
     pytest.importorskip("safetensors")
     page |= {"config": QWEN3, "params": random_params(QWEN3)}
