@@ -11,7 +11,6 @@ Any other use reads them: the members build the parts, and combine them.
 import abc
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule, shape_of
-from eggroll.lazy.scaled import LINEAR
+from eggroll.lazy.scaled import LINEAR, multiply_smaller
 from eggroll.lazy.sums import Squared
 
 
@@ -152,7 +151,7 @@ class Product(Combined):
         a, b = self.parts
         params = {"dimension_numbers": (((1,), (0,)), ((), ())), **dict(self.options)}
         if is_perturbed(a) and is_perturbed(b):
-            return multiply_smaller(a, b, params)
+            return multiply_smaller(a, b, params=params)
         return run_rule(jax.lax.dot_general_p, [a, b], params)
 
     def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
@@ -188,6 +187,11 @@ def _sum(parts: Sequence[Any]) -> Any:
     """Add values, lazy or not."""
     flat = [own for part in parts for own in (part.parts if isinstance(part, Sum) else (part,))]
     return Sum(tuple(flat)) if any(map(is_perturbed, flat)) else functools.reduce(operator.add, flat)
+
+
+def _joined(parts: Sequence[Any], axis: int) -> Any:
+    """Values next to each other, lazy or not."""
+    return Joined(tuple(parts), axis) if any(map(is_perturbed, parts)) else jnp.concatenate(parts, axis)
 
 
 def _is_known(value: Any) -> bool:
@@ -229,7 +233,7 @@ def _added(primitive: Any, a: Any, b: Any, params: dict[str, Any]) -> Any:
 def _concatenate(*parts: LazyArray | ArrayLike, dimension: int) -> Any:
     if not (all(map(_is_known, parts)) and _is_floating(*parts)):
         return LazyArray.default(jax.lax.concatenate_p, parts, {"dimension": dimension})
-    return Joined(parts, dimension)
+    return _joined(parts, dimension)
 
 
 @register(jax.lax.stack_p)
@@ -240,7 +244,7 @@ def _stack(*parts: LazyArray | ArrayLike, axis: int) -> Any:
     shape.insert(axis, 1)
     kept = tuple(a for a in range(len(shape)) if a != axis)
     params = {"shape": tuple(shape), "broadcast_dimensions": kept, "sharding": None}
-    return Joined(tuple(run_rule(jax.lax.broadcast_in_dim_p, [part], params) for part in parts), axis)
+    return _joined([run_rule(jax.lax.broadcast_in_dim_p, [part], params) for part in parts], axis)
 
 
 @register(jax.lax.dot_general_p)
@@ -255,12 +259,4 @@ def _meet(a: PerturbedArray, b: PerturbedArray, **params: Any) -> Any:
             second = b if contract_b[0] == 0 else run_rule(jax.lax.transpose_p, [b], flip)
             options = tuple((name, option) for name, option in params.items() if name != "dimension_numbers")
             return Product((first, second), options)
-    return multiply_smaller(a, b, params)
-
-
-def multiply_smaller(a: Any, b: Any, params: dict[str, Any]) -> Array:
-    """The product of two lazy values: the members build the smaller one, and the larger one stays lazy."""
-    reason = "multiplied with a parameter that is not smaller"
-    is_first = math.prod(shape_of(a)) <= math.prod(shape_of(b))
-    smaller = (a if is_first else b).read("'dot_general'", reason, moves=False)
-    return run_rule(jax.lax.dot_general_p, [smaller, b] if is_first else [a, smaller], params)
+    return multiply_smaller(a, b, params=params)

@@ -90,6 +90,9 @@ class Scaled(LazyArray):
     def _product(self, primitive: jexc.Primitive, inner: list, place: int, params: dict[str, Any]) -> Any:
         contract, batch = params["dimension_numbers"]
         ndim, num_axes = self.gain.ndim, len(shape_of(inner[1 - place]))
+        if set(self.varying) & set(contract[place]) and is_perturbed(inner[1 - place]):  # which would pass the gain back
+            other = inner[1 - place]
+            return multiply_smaller(*((self, other) if place == 0 else (other, self)), params=params)
         if set(self.varying) <= set(contract[place]):
             gain = jnp.squeeze(self.gain, [axis for axis in range(ndim) if axis not in contract[place]])
             gain = jnp.transpose(gain, np.argsort(np.argsort(contract[place])).tolist())  # in the order of the pairs
@@ -108,6 +111,14 @@ class Scaled(LazyArray):
         shape = sizes[: len(batch[place])] + (others + own if place else own + others)
         gain = jnp.transpose(self.gain, [*kept, *contract[place]]).reshape(shape)
         return times(run_rule(primitive, inner, params), gain)
+
+
+def multiply_smaller(a: Any, b: Any, *, params: dict[str, Any]) -> Array:
+    """The product of two lazy values: the members build the smaller one, and the larger one stays lazy."""
+    reason = "multiplied with a parameter that is not smaller"
+    is_first = math.prod(shape_of(a)) <= math.prod(shape_of(b))
+    smaller = (a if is_first else b).read("'dot_general'", reason, moves=False)
+    return run_rule(jax.lax.dot_general_p, [smaller, b] if is_first else [a, smaller], params)
 
 
 def times(value: Any, gain: Array) -> Any:

@@ -107,6 +107,8 @@ SUMS = {
     ),
 }
 READ = {  # what is combined has to be built
+    "gains between two parameters": lambda p, x: x @ ((p["layers"][0] * p["r"]) @ p["layers"][1]),
+    "stacked, what is read": lambda p, x: x @ jnp.stack([p["w"], jnp.concatenate([p["a"], p["w"][:, :6]], axis=1)])[1],
     "three factors": lambda p, x: x @ (p["layers"][0] @ p["layers"][1] @ p["layers"][2]),
     "sum": lambda p, x: x @ jnp.tanh(p["w"] + p["u"]),
     "joined": lambda p, x: x @ jnp.concatenate([p["w"], p["u"]], axis=1).reshape(2, 6, 8)[0],
@@ -151,7 +153,9 @@ def test_members_equal_the_oracle_without_copies(use):
     assert matrices and {(leaf.role, leaf.evaluation) for leaf in matrices} == {("low-rank", "lazy")}
 
 
-@pytest.mark.parametrize("name", by_default(READ, "sum", "product", "plus an activation"))
+@pytest.mark.parametrize(
+    "name", by_default(READ, "sum", "product", "plus an activation", "gains between two parameters", "stacked, what is read")
+)
 def test_what_has_to_be_built_is_right(name):
     check(READ[name], PARAMS, X)
 
