@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.flipout_dot.reference import flipout_product
 from eggroll.kernels.lowrank_dot.reference import lowrank_product
+from eggroll.lazy.once import computed_once
 from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray, record_build
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
@@ -234,6 +235,6 @@ def _arrange(value: PerturbedArray, factors: addresses.Factors, dtype: DTypeLike
         factor = factor.reshape(*(shape[axis] for axis in stack), factors.rank, *(shape[axis] for axis in spanned))
         at = {axis: index for index, axis in enumerate(stack)}
         at |= {axis: len(stack) + 1 + index for index, axis in enumerate(spanned)}
-        return jnp.transpose(factor, [at[axis] for axis in own] + [len(stack)])
+        return computed_once(jnp.transpose(factor, [at[axis] for axis in own] + [len(stack)]))
 
     return Arranged(arranged(left, "left"), arranged(right, "right"))
