@@ -80,7 +80,7 @@ def _rewrite(value: Any) -> Any:
 
 
 def evaluate(jaxpr: jexc.Jaxpr, consts: Sequence[Any], leaves: Sequence[Any], *, bind: Callable) -> list:
-    """Evaluate a jaxpr; `bind(primitive, operands, params)` evaluates one of its equations."""
+    """Evaluate a jaxpr; `bind(equation, operands)` evaluates one of its equations."""
     environment = dict(zip(jaxpr.constvars, consts, strict=True))
     environment.update(zip(jaxpr.invars, leaves, strict=True))
 
@@ -88,15 +88,15 @@ def evaluate(jaxpr: jexc.Jaxpr, consts: Sequence[Any], leaves: Sequence[Any], *,
         return atom.val if isinstance(atom, jexc.Literal) else environment[atom]
 
     for equation in jaxpr.eqns:
-        outputs = bind(equation.primitive, [read(atom) for atom in equation.invars], equation.params)
+        outputs = bind(equation, [read(atom) for atom in equation.invars])
         outputs = outputs if equation.primitive.multiple_results else [outputs]
         environment.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inline(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
-    """Bind a primitive, or the primitives of its forward body."""
-    name = primitive.name
+def _inline(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
+    """Bind the primitive of an equation, or the primitives of its forward body."""
+    primitive, params, name = equation.primitive, equation.params, equation.primitive.name
     if name in _IDENTITY:
         return list(operands) if primitive.multiple_results else operands[0]
     if name == "ragged_dot_general":  # whose batching in JAX does not serve a population

@@ -23,10 +23,11 @@ from eggroll.kernels.lowrank_dot.reference import lowrank_product
 from eggroll.lazy.perturbed import Axes, Delta, Operation, PerturbedArray, record_build
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.noise import addresses
-from eggroll.noise.draws import Flipped, compute_once
+from eggroll.noise.draws import Flipped
 from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.leaves import at_least_float32
+from eggroll.noise.once import computed_once
 
 Side = tuple[str, Array]  # a factor's name and the factor
 
@@ -102,9 +103,9 @@ class LowRankDelta(Delta):
         record_build(value.axes.path, reason or f"used in {where}, which has no low-rank rule", value.base.size)
         factors, rank, wide = self.arrange(value), value.base.ndim, at_least_float32(value.base.dtype)
         term = jnp.einsum(
-            compute_once(factors.left.astype(wide)),
+            factors.left.astype(wide),
             [*value.positions("left"), rank],
-            compute_once(factors.right.astype(wide)),
+            factors.right.astype(wide),
             [*value.positions("right"), rank],
             self.scale.astype(wide),
             value.positions("scale"),
@@ -247,6 +248,6 @@ def _arrange(value: PerturbedArray, factors: addresses.Factors, dtype: DTypeLike
         factor = factor.reshape(*(shape[axis] for axis in stack), factors.rank, *(shape[axis] for axis in spanned))
         at = {axis: index for index, axis in enumerate(stack)}
         at |= {axis: len(stack) + 1 + index for index, axis in enumerate(spanned)}
-        return jnp.transpose(factor, [at[axis] for axis in own] + [len(stack)])
+        return computed_once(jnp.transpose(factor, [at[axis] for axis in own] + [len(stack)]))
 
     return Arranged(arranged(left, "left"), arranged(right, "right"))

@@ -34,6 +34,7 @@ from jax import Array
 from eggroll.lazy.errors import FailedUse, UnsupportedUse, UseError
 from eggroll.lazy.forward_only import evaluate
 from eggroll.lazy.uses import Observer
+from eggroll.noise.once import computed_once
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 Operation = Callable[[Array, str], Array]  # what a view does with the component of a name: "base", "left", ...
@@ -250,7 +251,15 @@ def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
 
 def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
     """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
-    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=run_rule)
+    given = set(jaxpr.jaxpr.invars)
+
+    def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
+        if equation.primitive.name == "dot_general" and any(map(is_perturbed, operands)):  # a product reads x twice
+            pairs = zip(equation.invars, operands, strict=True)
+            operands = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
+        return run_rule(equation.primitive, operands, equation.params)
+
+    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=bind)
 
 
 def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -188,8 +188,12 @@ class Factors:
         if self.words is None:
             assert self.left is not None and self.right is not None
             return self.left, self.right
-        count = self.rank * (self.m + self.n)
-        return _split(decode(self.words, count, distribution="rademacher", dtype=dtype), self.rank, self.m, self.n)
+        m, n = self.rank * self.m, self.rank * self.n
+        if m % WORD:
+            return _split(decode(self.words, m + n, distribution="rademacher", dtype=dtype), self.rank, self.m, self.n)
+        parts = (self.words[..., : m // WORD], m), (self.words[..., m // WORD :], n)  # no array of both is made and cut up
+        left, right = (decode(words, count, distribution="rademacher", dtype=dtype) for words, count in parts)
+        return _by_rank(left, self.rank), _by_rank(right, self.rank)
 
 
 def decode_factors(words: Array, *, rank: int, m: int, n: int, distribution: str, dtype: DTypeLike) -> Factors:
@@ -211,5 +215,8 @@ def join_factors(left: Factors, right: Factors, dtype: DTypeLike) -> Factors:
 
 
 def _split(values: Array, rank: int, m: int, n: int) -> tuple[Array, Array]:
-    left, right = values[..., : rank * m], values[..., rank * m :]
-    return left.reshape(*values.shape[:-1], rank, m), right.reshape(*values.shape[:-1], rank, n)
+    return _by_rank(values[..., : rank * m], rank), _by_rank(values[..., rank * m :], rank)
+
+
+def _by_rank(values: Array, rank: int) -> Array:
+    return values.reshape(*values.shape[:-1], rank, -1)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,6 +10,7 @@ from eggroll.noise import addresses
 from eggroll.noise.addresses import Factors
 from eggroll.noise.factored import FactoredLeaf, FlipoutLeaf
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
+from eggroll.noise.once import computed_once
 from eggroll.noise.plan import Plan
 
 
@@ -95,20 +95,8 @@ def build_noise(planned: FactoredLeaf, drawn: Factors | Flipped) -> Array:
     """sqrt(r) E of one leaf, built: left^T right in the leaf's own axis order, times what is shared."""
     if isinstance(drawn, Flipped):
         return drawn.shared * build_noise(planned, drawn.signs)
-    left, right = map(compute_once, drawn.unpack(planned.noise_dtype))
+    left, right = map(computed_once, drawn.unpack(planned.noise_dtype))
     return from_matrix(planned, jnp.einsum("...rm,...rn->...mn", left, right))
-
-
-def compute_once(factor: Array) -> Array:
-    """The same factor, on CPU as a product with [1, 0], which XLA computes once.
-
-    Unpacking would be fused into every use of left^T right, and repeated for each of its entries (measured,
-    experiments/LOG.md).
-    """
-    if jax.default_backend() != "cpu":
-        return factor
-    one, zero = jnp.ones((), factor.dtype), jnp.zeros((), factor.dtype)
-    return jnp.einsum("k,k...->...", jnp.stack([one, zero]), jnp.stack([factor, jnp.zeros_like(factor)]))
 
 
 def from_matrix(planned: FactoredLeaf, matrix: Array) -> Array:

@@ -68,7 +68,7 @@ def evaluate(
         key = evaluation_key if layout.same_key else jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):
-            member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma, in_loop=layout.is_chunked)
+            member = member_params(plan, params, pair_noise, sign=sign, sigma=sigma)
             return apply_perturbed(function, member, member_batch, key, state)
 
         if shared_batch:

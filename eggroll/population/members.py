@@ -16,6 +16,7 @@ from eggroll.noise.draws import Drawn, build_noise, draw_pair
 from eggroll.noise.factored import BuiltLeaf, FactoredLeaf
 from eggroll.noise.integer import IntegerNoise
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf, at_least_float32
+from eggroll.noise.once import computed_once
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import Scalars
 
@@ -95,7 +96,6 @@ def member_params(
     sign: Array,
     sigma: Array | None,
     lazy: bool = True,
-    in_loop: bool = False,
 ) -> Any:
     """Parameters of one member: theta + sign sigma E, sigma times each leaf's `sigma_multiplier`.
 
@@ -106,7 +106,6 @@ def member_params(
         sign: +1 or -1, int32 for integer noise.
         sigma: standard deviation; None for integer noise, whose spec sets it.
         lazy: keep leaves with factors as `PerturbedArray`; False builds them (the dense oracle), quantised ones as floats.
-        in_loop: the member is evaluated inside a loop over chunks; only the form of sums depends on it.
 
     Returns:
         A pytree like `params`.
@@ -120,8 +119,7 @@ def member_params(
         assert sigma is not None
         amplitude = sign * sigma * planned.sigma_multiplier
         if not isinstance(planned, FactoredLeaf):
-            once = leaf.ndim == 1 and (in_loop or planned.distribution == "normal")
-            total = _dense_sum(leaf, drawn, amplitude, once=once, dtype=planned.noise_dtype)
+            total = _dense_sum(leaf, drawn, amplitude, planned.noise_dtype)
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.rank)
         if not lazy or isinstance(planned, BuiltLeaf):
@@ -146,17 +144,8 @@ def _integer_leaf(planned: PerturbedLeaf, noise: IntegerNoise, leaf: Array, draw
     return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(sign, planned.sizes(planned.stack)))
 
 
-def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, *, once: bool, dtype: Any) -> Array:
-    """Leaf + amplitude * drawn, added in float32, or the leaf's own dtype if that is wider, and rounded to `dtype`.
-
-    `once` writes it on CPU as the product [1, amplitude] [leaf; drawn], which XLA computes once per member; the plain sum, and
-    the decoding of the noise with it, is fused into every use and repeated for every input of the member. That is expensive for
-    normal noise and inside a loop over chunks; it is cheap otherwise (measured, experiments/LOG.md).
-    """
+def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, dtype: Any) -> Array:
+    """Leaf + amplitude * drawn, added in float32, or the leaf's own dtype if that is wider, and rounded to `dtype`."""
     sums = at_least_float32(leaf.dtype)
-    wide, drawn, amplitude = leaf.astype(sums), drawn.astype(sums), jnp.asarray(amplitude, sums)
-    if not once or jax.default_backend() != "cpu":
-        return (wide + amplitude * drawn).astype(dtype)
-    weights = jnp.stack([jnp.ones_like(amplitude), amplitude])
-    total = jnp.einsum("k,kn->n", weights, jnp.stack([wide, drawn]), precision=jax.lax.Precision.HIGHEST)
-    return total.astype(dtype)
+    total = (leaf.astype(sums) + jnp.asarray(amplitude, sums) * drawn.astype(sums)).astype(dtype)
+    return computed_once(total) if leaf.ndim == 1 else total  # a vector is read again for every input of the member

@@ -21,7 +21,7 @@ from eggroll.noise.factored import FactoredLeaf, FlipoutLeaf
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, draw_region, draw_shared_region, of_region
-from eggroll.update.pair_sums import sum_dtype, sum_over_pairs
+from eggroll.update.pair_sums import sum_dtype, sum_over_pairs, weigh
 from eggroll.update.shaping import Shaping, integer_coefficients, shape_fitness
 
 
@@ -120,6 +120,7 @@ def region_gradient(
     sigma: Array | float | None,
     first_pair: Array | int = 0,
     num_pairs: int | None = None,
+    drawn: Factors | Array | None = None,
     join: Callable[[Array], Array] = lambda total: total,
 ) -> Array:
     """The gradient in a region of one parameter, of its shape; other arguments as for `gradient`.
@@ -134,6 +135,7 @@ def region_gradient(
         sigma: standard deviation the population was perturbed with.
         first_pair: index in the population of the first coefficient's pair.
         num_pairs: P of the whole population; None: the coefficients are of all pairs.
+        drawn: noise of all pairs of the whole parameter, if it is drawn already.
         join: sums what several devices have summed over their own pairs.
     """
     part = of_region(leaf, region)
@@ -144,7 +146,10 @@ def region_gradient(
     def draw_part(pair: Array) -> Factors | Array:
         return draw([leaf], [key], pair)[0] if is_whole else draw_region(leaf, key, pair, region)
 
-    total = join(sum_over_pairs(part, draw_part, coefficients, first_pair))
+    if is_whole and drawn is not None:
+        total = join(weigh(leaf, drawn, coefficients))
+    else:
+        total = join(sum_over_pairs(part, draw_part, coefficients, first_pair))
     shared = draw_shared_region(leaf, noise_key, noise_generation, region) if isinstance(leaf, FlipoutLeaf) else None
     return _scaled(part, total, shared, 2 * (num_pairs or coefficients.shape[0]), sigma)
 

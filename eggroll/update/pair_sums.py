@@ -4,7 +4,7 @@ Low-rank noise is one matrix product over K = P r for each chunk, in float32, or
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,16 +14,43 @@ from jax import Array
 from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.lowrank_update import api as update_kernel
 from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
+from eggroll.noise import draws
 from eggroll.noise.addresses import Factors
 from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
-from eggroll.noise.leaves import PerturbedLeaf
+from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 
 NOISE_BUDGET = 64 << 20  # bytes of noise drawn at once for one leaf or block
+SHARED_BUDGET = 1 << 20  # bytes of random words that small parameters draw together
 
 
 def sum_dtype(coefficients: Array) -> Any:
     """Dtype of the sums."""
     return jnp.int32 if jnp.issubdtype(coefficients.dtype, jnp.integer) else jnp.float32
+
+
+def draw_together(
+    leaves: Sequence[LeafPlan], keys: Sequence[draws.LeafKeys], num_pairs: int, first_pair: Array | int
+) -> dict[int, Factors | Array]:
+    """The noise [P, ...] of small parameters, by their index: on CPU a call of the generator costs more than their words.
+
+    Args:
+        leaves: all plans.
+        keys: of every leaf, from `draws.leaf_keys`.
+        num_pairs: P.
+        first_pair: index in the population of the first pair.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    chosen: dict[int, PerturbedLeaf] = {}
+    free = SHARED_BUDGET
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, PerturbedLeaf) and leaf.refresh == 1 and num_pairs * _held_bytes(leaf) <= NOISE_BUDGET:
+            words = 4 * num_pairs * leaf.words * math.prod(leaf.sizes(leaf.stack))
+            if words <= free:
+                chosen[index], free = leaf, free - words
+    pairs = first_pair + jnp.arange(num_pairs, dtype=jnp.int32)
+    drawn = jax.vmap(lambda pair: draws.draw(list(chosen.values()), [keys[index] for index in chosen], pair))(pairs)
+    return dict(zip(chosen, drawn, strict=True))
 
 
 def sum_over_pairs(leaf: PerturbedLeaf, draw: Callable, coefficients: Array, first_pair: Array | int) -> Array:
@@ -75,7 +102,11 @@ def _sum_shape(leaf: PerturbedLeaf) -> tuple[int, ...]:
 
 def _weighted_noise(leaf: PerturbedLeaf, draw: Callable, pairs: Array, coefficients: Array) -> Array:
     """`sum_over_pairs` of few enough pairs."""
-    drawn = jax.vmap(draw)(pairs)
+    return weigh(leaf, jax.vmap(draw)(pairs), coefficients)
+
+
+def weigh(leaf: PerturbedLeaf, drawn: Factors | Array, coefficients: Array) -> Array:
+    """`sum_over_pairs` of noise [P, ...] that is drawn already."""
     if leaf.integer:
         return _integer_sum(coefficients, jax.tree.map(jnp.sign, drawn) if leaf.integer.sums_signs else drawn)
     if isinstance(drawn, Factors):

@@ -25,6 +25,7 @@ from eggroll.update import estimator
 from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts, sum_held
 from eggroll.update.checksums import sum_array
 from eggroll.update.optimizer import is_masked
+from eggroll.update.pair_sums import draw_together
 from eggroll.update.precision import are_short, float32_params
 from eggroll.update.report import summarise
 from eggroll.update.splitting import Reading
@@ -87,6 +88,7 @@ def update_state(
             sigma=sigma,
             first_pair=part.first_pair,
             num_pairs=part.num_pairs,
+            drawn=drawn.get(index),
             join=part.join,
         )
 
@@ -95,6 +97,7 @@ def update_state(
         return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: the only negation
 
     keys = leaf_keys(plan.leaves, state.key, noise_generation)
+    drawn = draw_together(plan.leaves, keys, coefficients.shape[0], part.first_pair)
     rules = _rules(plan, state, extra, precision, part.origins)
     held = _hold(state, [reading.states_of(index, flat_states) for index in range(len(plan.leaves))])
     moved, counts = [], []

@@ -57,13 +57,12 @@ def lowrank_product(
         precision=precision,
         preferred_element_type=dtype,
     )
-    hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)
+    hidden *= _aligned(scale.astype(hidden.dtype)[..., None], [*scale_axes], kept)
     sums_rank_alone = {*kept} <= {*out_axes}
-    if sums_rank_alone and (jnp.issubdtype(hidden.dtype, jnp.integer) or _pays_to_mix(hidden)):
+    is_small = hidden.shape[-1] <= 8 and jax.default_backend() == "cpu"
+    if sums_rank_alone and (jnp.issubdtype(hidden.dtype, jnp.integer) or is_small):
         return _mixed(hidden, hidden_axes, second.astype(hidden.dtype), [*second_axes, rank_label], [*out_axes])
     hidden = hidden.astype(second.dtype)
-    if _pays_to_pad(hidden):
-        hidden, second = (jnp.concatenate([f, jnp.zeros_like(f)], axis=-1) for f in (hidden, second))
     return jnp.einsum(
         hidden,
         hidden_axes,
@@ -78,8 +77,8 @@ def lowrank_product(
 def _mixed(hidden: Array, hidden_axes: list[int], second: Array, second_axes: list[int], out_axes: list[int]) -> Array:
     """Contract the rank, the last axis of both, in their dtype.
 
-    Term by term for small ranks, a multiply and an add that XLA fuses with what follows: on CPU its batched int32 product takes
-    5 times as long at rank 4 (experiments/LOG.md).
+    Term by term for small ranks, a multiply and an add that XLA fuses with what follows: on CPU its batched products over so
+    few terms take several times as long (experiments/LOG.md).
     """
     rank = hidden.shape[-1]
     if rank > 8:
@@ -93,22 +92,6 @@ def _aligned(array: Array, axes: list[int], out_axes: list[int]) -> Array:
     kept = [axes.index(axis) for axis in out_axes if axis in axes]
     array = array.transpose([*kept, array.ndim - 1])
     return jnp.expand_dims(array, [at for at, axis in enumerate(out_axes) if axis not in axes])
-
-
-def _pays_to_mix(hidden: Array) -> bool:
-    """Whether a multiply and an add are faster than a matrix product: on CPU, for few rows (experiments/LOG.md)."""
-    rank = hidden.shape[-1]
-    few = hidden.size <= 32 if rank == 1 else hidden.size == rank <= 8
-    return few and jax.default_backend() == "cpu"
-
-
-def _pays_to_pad(hidden: Array) -> bool:
-    """Whether a rank-1 product is faster with a second, zero term: on CPU, where there are too many rows to multiply and add.
-
-    XLA rewrites a product over one term as a broadcast multiply, whose CPU loop is then slower than its matrix product of two
-    terms (experiments/LOG.md).
-    """
-    return hidden.shape[-1] == 1 and jax.default_backend() == "cpu"
 
 
 def population_dot(x: Array, w: Array, noise: Noise, *, scale: Array, rank: int) -> Array:

@@ -174,7 +174,7 @@ class Streams:
             drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index, shared=shared)
 
             def of_sign(sign: Array, carried: Any) -> Any:
-                member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma, in_loop=True)
+                member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma)
                 return apply_perturbed(function, member, carried)
 
             return jax.vmap(of_sign)(signs, carried)
