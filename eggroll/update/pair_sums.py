@@ -20,7 +20,7 @@ from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 
 NOISE_BUDGET = 64 << 20  # bytes of noise drawn at once for one leaf or block
-SHARED_BUDGET = 1 << 20  # bytes of random words that small parameters draw together
+SHARED_BUDGET = 256 << 10  # bytes of random words that small parameters draw together
 
 
 def sum_dtype(coefficients: Array) -> Any:

@@ -1,6 +1,6 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`. `gpu` runs those that need a GPU and
+Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`. `gpu` runs those that need a GPU and
 writes a report.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from eggroll.experiments.bench import decode, egg, engine, gpu_report, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench import decode, egg, engine, floor, gpu_report, kernels, populations, rl, scale, zo
 from eggroll.experiments.bench.memory import command as memory
 
 
@@ -16,6 +16,7 @@ def main() -> None:
     """Run one benchmark by name."""
     benchmarks: Any = {
         "engine": (engine.Engine, engine.run),
+        "floor": (floor.Floor, floor.run),
         "decode": (decode.Decode, decode.run),
         "rl": (rl.RL, rl.run),
         "scale": (scale.Scale, scale.run),

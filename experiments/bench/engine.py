@@ -61,11 +61,11 @@ def _cell(value: float | None) -> str:
 def measure(case: Case, config: Engine) -> dict[str, float | None]:
     """Time one case; milliseconds, and ratios inference / generation (chunked: of inference in the same chunks)."""
     spec = eggroll.LowRank(config.rank, config.distribution)
-    forms = _engine_forms(case, spec, chunk_size=case.chunk_size)
-    forms |= {"inference": _inference(case, None), "chunked_inference": _inference(case, case.chunk_size)}
+    forms = engine_forms(case, spec, chunk_size=case.chunk_size)
+    forms |= {"inference": inference_form(case, None), "chunked_inference": inference_form(case, case.chunk_size)}
     if config.tune:
         for chunk in (2**power for power in range(3, 12) if 2**power <= len(case.batch)):
-            forms[f"generation at {chunk}"] = _engine_forms(case, spec, chunk_size=chunk)["generation"]
+            forms[f"generation at {chunk}"] = engine_forms(case, spec, chunk_size=chunk)["generation"]
     times = interleaved_ms(forms, repeats=config.repeats)
     if config.tune:
         print({name: round(ms, 2) for name, ms in times.items()})
@@ -73,8 +73,8 @@ def measure(case: Case, config: Engine) -> dict[str, float | None]:
     dense_ratio = None
     if config.dense_repeats:
         dense_forms = {
-            "inference": _inference(case, None),
-            "dense": _engine_forms(case, eggroll.Dense(), chunk_size=case.dense_chunk_size)["generation"],
+            "inference": inference_form(case, None),
+            "dense": engine_forms(case, eggroll.Dense(), chunk_size=case.dense_chunk_size)["generation"],
         }
         dense = interleaved_ms(dense_forms, repeats=config.dense_repeats)
         dense_ratio = inference / dense["dense"]
@@ -89,7 +89,7 @@ def measure(case: Case, config: Engine) -> dict[str, float | None]:
     }
 
 
-def _inference(case: Case, chunk_size: int | None) -> Callable[[], Any]:
+def inference_form(case: Case, chunk_size: int | None) -> Callable[[], Any]:
     """Unperturbed inference of every member's inputs."""
 
     def all_members(params, batch):
@@ -101,8 +101,8 @@ def _inference(case: Case, chunk_size: int | None) -> Callable[[], Any]:
     return lambda: jitted(case.params, case.batch)
 
 
-def _engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callable[[], Any]]:
-    """The perturbed forward, the update and the whole generation of one strategy."""
+def start(case: Case, spec: Any, *, chunk_size: int) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
+    """The strategy of a case and its first state, with the plan made."""
     es = eggroll.EvolutionStrategy(
         lambda params, batch, key: case.function(params, batch),
         population_size=len(case.batch),
@@ -114,6 +114,12 @@ def _engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callab
     )
     state = es.init(case.params, key=jax.random.key(2))
     es.plan(state, case.batch)
+    return es, state
+
+
+def engine_forms(case: Case, spec: Any, *, chunk_size: int) -> dict[str, Callable[[], Any]]:
+    """The perturbed forward, the update and the whole generation of one strategy."""
+    es, state = start(case, spec, chunk_size=chunk_size)
     fitness = jnp.sin(jnp.arange(len(case.batch), dtype=jnp.float32))
 
     @jax.jit

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from eggroll import envs
-from eggroll.experiments.bench import decode, egg, engine, gpu_report, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench import decode, egg, engine, floor, gpu_report, kernels, populations, rl, scale, zo
 from eggroll.experiments.bench.memory import options as memory
 from eggroll.experiments.common.options import covers, drop_options, option_values
 from eggroll.experiments.egg import baseline_suite
@@ -73,6 +73,7 @@ COMMANDS = {
         "kills job_kills generations checkpoint_every storage pairs workers rivals launches seed folder",
     ),
     "bench engine": (engine.Engine, (), "cases repeats dense_repeats distribution rank tune"),
+    "bench floor": (floor.Floor, (), "cases repeats distribution rank"),
     "bench decode": (
         decode.Decode,
         decode.RULES,

@@ -78,8 +78,8 @@ FAULTS = (
     Fault(
         "factors swapped",
         "eggroll/noise/addresses.py",
-        "left, right = values[..., : rank * m], values[..., rank * m :]",
-        "right, left = values[..., : rank * n], values[..., rank * n :]",
+        "return _by_rank(values[..., : rank * m], rank), _by_rank(values[..., rank * m :], rank)",
+        "return _by_rank(values[..., rank * n :], rank), _by_rank(values[..., : rank * n], rank)",
         (NOISE, LAZY),
     ),
     Fault(
@@ -260,8 +260,8 @@ FAULTS = (
     Fault(
         "the low-rank product drops its scale",
         "kernels/lowrank_dot/reference.py",
-        "hidden = jnp.einsum(hidden, hidden_axes, scale.astype(hidden.dtype), [*scale_axes], hidden_axes)",
-        "hidden = jnp.einsum(hidden, hidden_axes, jnp.ones_like(scale).astype(hidden.dtype), [*scale_axes], hidden_axes)",
+        "hidden *= _aligned(scale.astype(hidden.dtype)[..., None], [*scale_axes], kept)",
+        "hidden *= _aligned(jnp.ones_like(scale).astype(hidden.dtype)[..., None], [*scale_axes], kept)",
         (LAZY,),
     ),
     Fault(

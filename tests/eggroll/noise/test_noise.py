@@ -107,14 +107,15 @@ def test_bfloat16_values_are_the_rounded_float32_values():
 
 
 @pytest.mark.parametrize("distribution", addresses.DISTRIBUTIONS)
-def test_factors_split_left_first(distribution):
-    count = 2 * (3 + 5)
+@pytest.mark.parametrize("m", [3, 16], ids=["in one word", "in words of its own"])
+def test_factors_split_left_first(distribution, m):
+    count = 2 * (m + 5)
     own = words(count=addresses.words_needed(count, distribution))
-    factors = addresses.decode_factors(own, rank=2, m=3, n=5, distribution=distribution, dtype=jnp.float32)
+    factors = addresses.decode_factors(own, rank=2, m=m, n=5, distribution=distribution, dtype=jnp.float32)
     left, right = factors.unpack(jnp.float32)
     flat = addresses.decode(own, count, distribution=distribution, dtype=jnp.float32)
     np.testing.assert_array_equal(jnp.concatenate([left.reshape(-1), right.reshape(-1)]), flat)
-    assert left.shape == (2, 3) and right.shape == (2, 5)
+    assert left.shape == (2, m) and right.shape == (2, 5)
 
 
 @pytest.mark.parametrize(

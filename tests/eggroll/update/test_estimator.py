@@ -7,7 +7,7 @@ import pytest
 
 import eggroll
 from eggroll.lazy.planning import make_plan
-from eggroll.noise import addresses
+from eggroll.noise import addresses, draws
 from eggroll.update import estimator, pair_sums
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
 from tests.tables import by_default, covering
@@ -195,3 +195,18 @@ def test_sigma_multiplier_scales_the_perturbation_and_not_the_estimate():
 def test_paper_learning_rate():
     """One sgd step at the converted rate is lr sigma / sqrt(N) sum_i s_i f_i E_i."""
     assert eggroll.paper_learning_rate(2.0, sigma=0.1, population_size=100) == pytest.approx(2.0 * 0.01 * 10)
+
+
+def test_small_parameters_draw_together_what_they_draw_alone(monkeypatch):
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones(5), "c": jnp.ones((64, 40))}
+    rules = [("b", eggroll.Dense("normal")), (".*", eggroll.LowRank(2))]
+    plan = make_plan(
+        lambda p: jnp.sum(jnp.ones(4) @ p["a"]) + p["b"].sum() + jnp.sum(jnp.ones(64) @ p["c"]), params, perturbation=rules
+    )
+    keys = draws.leaf_keys(plan.leaves, jax.random.key(3), 7)
+    monkeypatch.setattr(pair_sums, "SHARED_BUDGET", 200)  # bytes: c has 6 pairs of 28
+    together = pair_sums.draw_together(plan.leaves, keys, 6, 2)
+    assert list(together) == [0, 1]
+    for index, drawn in together.items():
+        alone = jax.vmap(lambda pair, i=index: draws.draw([plan.leaves[i]], [keys[i]], pair)[0])(2 + jnp.arange(6))
+        jax.tree.map(np.testing.assert_array_equal, drawn, alone)

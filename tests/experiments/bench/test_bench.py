@@ -5,9 +5,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from eggroll.experiments.bench import egg, engine
+import eggroll
+from eggroll.experiments.bench import egg, engine, floor
 from eggroll.experiments.bench.cases import Case
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.egg.config import Config
@@ -50,6 +52,16 @@ def test_dense_form_can_be_left_out(one_case, capsys, standard_promotion):
 def test_unknown_case_is_refused_by_a_clear_error():
     with pytest.raises(SystemExit, match="error: cases must be among mlp8, mlp128, transformer, policy, got mlp9"):
         engine.run(engine.Engine(cases=("mlp9",)))
+
+
+def test_floor_times_forms_that_give_the_same_fitness(monkeypatch, capsys, standard_promotion):
+    monkeypatch.setattr(floor, "CASES", {"tiny": tiny})
+    floor.run(floor.Floor(cases=("tiny",), repeats=2))
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]
+    assert set(row) == {f"{form}_{value}" for form in floor.FORMS for value in ("ms", "ratio")}
+    case, spec = tiny(), eggroll.LowRank(1)
+    forward = engine.engine_forms(case, spec, chunk_size=case.chunk_size)["forward"]
+    np.testing.assert_allclose(floor.given_form(case, spec)(), forward(), rtol=1e-6)
 
 
 def test_forms_are_interleaved():
