@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eggroll.lazy.once import computed_once
+from eggroll.noise.once import computed_once
 
 VALUES = jnp.array([0.0, -0.0, 1.5, -1.2e-38, jnp.inf, jnp.nan, 3e38])
 
