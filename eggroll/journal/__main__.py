@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import importlib
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eggroll.files import sync
@@ -33,7 +35,8 @@ from eggroll.protocol import Strategy
 from eggroll.state import copy_state, keys_to_words
 
 OWN, RECIPES = ("eggroll", "experiments"), ("remake", "make")  # packages and names of functions that are called unasked
-ROUNDED = 0.01  # of a parameter's norm: rounding alone stays below
+ROUNDED = 0.01  # of how far a parameter moved: rounding alone stays below
+STORED = 4  # roundings of its stored values, besides
 SHOWN = 10  # rows of the table: the first and the last five
 
 
@@ -185,15 +188,18 @@ def _verify(path: Path, options: argparse.Namespace) -> None:
                 print(f"generation {generation}: not compared, the state was changed by hand before generation {changed[-1]}")
                 state = checkpoints.read_state(like, generation)
                 continue
+            here = _is_here(reader, state, generation)
+            before = None if here else jax.device_get(keys_to_words(state.params))
             state = replay(es, state, iter(reader), until=generation)
             if checkpoints.fingerprints(generation)["params"] == fingerprint(state.params):
                 said[generation] = "equal"
-            elif _is_here(reader, state, generation):
+            elif here:
                 said[generation] = "DIFFERENT"
             else:
-                state, distance = _compare_rounded(state, checkpoints.read_state(like, generation))
-                words = "equal up to rounding" if distance < ROUNDED else "DIFFERENT"
-                said[generation] = f"{words}, {distance:.1e} of a parameter's norm"
+                replayed, state = state, checkpoints.read_state(like, generation)
+                distance, is_near = _compare_rounded(before, replayed.params, state.params)
+                words = "equal up to rounding" if is_near else "DIFFERENT"
+                said[generation] = f"{words}, {distance:.1e} of how far a parameter moved"
             print(f"generation {generation}: {said[generation]}")
     if different := [generation for generation, words in said.items() if words.startswith("DIFFERENT")]:
         raise JournalError(f"the journal does not rebuild the checkpoints of generations {different}.")
@@ -208,15 +214,22 @@ def _is_here(reader: Reader, state: Any, generation: int) -> bool:
     return all(entry.sums is None or entry.sums.environment == here for entry in entries)
 
 
-def _compare_rounded(state: Any, stored: Any) -> tuple[Any, float]:
-    """The stored state, and the largest distance of a parameter from it, in units of the parameter's norm."""
+def _compare_rounded(before: Any, replayed: Any, stored: Any) -> tuple[float, bool]:
+    """Compare parameters that were replayed from `before` with those of a checkpoint.
 
-    def distance(own: Any, other: Any) -> float:
-        one, two = (np.asarray(keys_to_words(leaf)).astype(np.float64) for leaf in (own, other))
-        return float(np.linalg.norm(one - two)) / (float(np.linalg.norm(two)) or 1.0)
-
-    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(stored.params), strict=True)
-    return stored, max(distance(own, other) for own, other in pairs)
+    Returns:
+        The largest distance of a parameter, in units of how far it moved, and whether all are near: within `ROUNDED` of that,
+        and `STORED` roundings of the stored values.
+    """
+    distances, near = [0.0], []
+    for old, own, other in zip(*map(jax.tree.leaves, (before, replayed, stored)), strict=True):
+        stored_dtype = other.dtype
+        start, one, two = (np.asarray(keys_to_words(leaf)).astype(np.float64) for leaf in (old, own, other))
+        apart, moved, size = (float(np.linalg.norm(x)) for x in (one - two, two - start, two))
+        is_floating = jnp.issubdtype(stored_dtype, jnp.floating)
+        near.append(apart <= ROUNDED * moved + (STORED * float(jnp.finfo(stored_dtype).eps) * size if is_floating else 0.0))
+        distances.append(apart / moved if moved else math.inf if apart else 0.0)
+    return max(distances), all(near)
 
 
 COMMANDS = {"inspect": _inspect, "replay": _replay, "verify": _verify, "repair": _repair}

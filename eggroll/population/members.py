@@ -123,10 +123,11 @@ def member_params(
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.rank)
         if not lazy or isinstance(planned, BuiltLeaf):
-            built = scale * build_noise(planned, drawn).astype(jnp.float32)
+            wide = at_least_float32(leaf.dtype)
+            built = scale * build_noise(planned, drawn).astype(wide)
             if planned.quantised:
                 return perturb_integers(leaf, built, planned.noise_dtype)
-            return (leaf.astype(at_least_float32(leaf.dtype)) + built).astype(leaf.dtype)
+            return (leaf.astype(wide) + built).astype(leaf.dtype)
         return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(scale, planned.sizes(planned.stack)))
 
     leaves = [member_leaf(*leaf) for leaf in zip(plan.leaves, jax.tree.leaves(params), pair_noise, strict=True)]

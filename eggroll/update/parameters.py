@@ -242,7 +242,7 @@ def _release(state: ESState, held: Sequence[Held], opt_state: Any) -> ESState:
 def _join_checksums(
     state: ESState, counts: Sequence[Counts], shared: Iterable[tuple[Array, Array]], join: Callable[..., Any]
 ) -> Array:
-    """The checksums before and after, uint32 [2, arrays], in the order of `checksums.checked_arrays`.
+    """The checksums before and after, uint32 [2, arrays], in the order of `checksums.checksum_names`.
 
     Args:
         state: before the update.

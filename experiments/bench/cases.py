@@ -1,6 +1,6 @@
 """What the engine benchmark evaluates: a one-member function, its parameters, one batch entry per member."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -99,3 +99,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "transformer": transformer,
     "policy": policy,
 }
+
+
+def check_cases(names: Sequence[str]) -> None:
+    """Exit with an error that names unknown cases."""
+    if unknown := [name for name in names if name not in CASES]:
+        raise SystemExit(f"error: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}.")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import eggroll
-from eggroll.experiments.bench.cases import CASES, Case
+from eggroll.experiments.bench.cases import CASES, Case, check_cases
 from eggroll.experiments.bench.timing import advancing, interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
 from eggroll.noise.addresses import Distribution
@@ -40,9 +40,7 @@ class Engine:
 
 def run(config: Engine) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
-    unknown = [name for name in config.cases if name not in CASES]
-    if unknown:
-        raise SystemExit(f"error: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}.")
+    check_cases(config.cases)
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     columns = ("inference_ms", "forward_ms", "update_ms", "generation_ms", "generation_ratio", "chunked_ratio", "dense_ratio")

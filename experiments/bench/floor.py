@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import eggroll
-from eggroll.experiments.bench.cases import CASES, Case
+from eggroll.experiments.bench.cases import CASES, Case, check_cases
 from eggroll.experiments.bench.engine import engine_forms, inference_form, start
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
@@ -48,9 +48,7 @@ class Floor:
 
 def run(config: Floor) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
-    unknown = [name for name in config.cases if name not in CASES]
-    if unknown:
-        raise SystemExit(f"error: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}.")
+    check_cases(config.cases)
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'case':<12}" + "".join(f"{f'{form} ms':>15}{'ratio':>8}" for form in FORMS), flush=True)

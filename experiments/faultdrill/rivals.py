@@ -96,7 +96,7 @@ class _Rounds:
         return self.answers[0][0] == "ended"
 
     def stale(self) -> bool:
-        """A file of a lock is left that nobody holds."""
+        """A lock file is left over, which no process holds."""
         self.folder.mkdir(parents=True)
         (self.folder / NAME).write_bytes(self.chance.choice(LOCKS))
         self.rivals[0].go(self.folder)
@@ -119,8 +119,8 @@ def rival_drill(folder: Path, *, rounds: int, seed: int) -> dict[str, Any]:
     """Play rounds, each kind in turn.
 
     Returns:
-        "rival_rounds" by kind; "refused": openings that were; "silent": runs that ended as another run; "unresumable": rounds
-        in which nobody could run.
+        "rival_rounds" by kind; "refused": attempts to open that were; "silent": runs that ended as another run; "unresumable":
+        rounds in which neither rival could run, or one failed.
     """
     chance, counts = random.Random(f"{seed} rivals"), Counter[str]()
     rivals, refused, silent, unresumable = (Rival(), Rival()), 0, 0, 0

@@ -1,7 +1,7 @@
-"""Processes that outlive what started them: found by a mark in their environment, which all that they start inherits.
+"""Processes that outlive their parent: found by a mark in their environment, which their own children inherit.
 
 mark = new_mark()                   a variable for the environment of a process
-survivors(mark, within=5.0)         processes with it that still run after so many seconds (Linux)
+survivors(mark, within=5.0)         marked processes that are still running after 5 seconds (Linux)
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def new_mark() -> Mark:
 
 
 def survivors(mark: Mark, *, within: float) -> list[int]:
-    """Return the processes that started with a mark and have not ended after `within` seconds."""
+    """Return the processes with a mark that are still running after `within` seconds."""
     deadline = time.monotonic() + within
     while (found := _running(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -28,7 +28,7 @@ def survivors(mark: Mark, *, within: float) -> list[int]:
 def _running(mark: Mark) -> list[int]:
     [(name, value)], found = mark.items(), []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if f"{name}={value}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
     return found

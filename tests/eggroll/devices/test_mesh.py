@@ -88,6 +88,7 @@ def test_member_state_lies_over_the_population():
     assert mesh_runs.placed()["memory"] == "P('population',)"
 
 
+@pytest.mark.slow
 def test_checkpoints_and_durable_runs_go_on_on_another_mesh():
     found = mesh_runs.restored()
     assert found["mesh"] == {"population": 2} and found["bits"] and found["went_on"] <= 1e-5

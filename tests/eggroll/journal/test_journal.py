@@ -259,7 +259,7 @@ def test_another_version_and_a_missing_file_are_refused(tmp_path):
     [
         {},
         {"shaping": "pair_sign", "perturbation": eggroll.LowRank(rank=2), "noise_reuse": 3},
-        {"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()},
+        pytest.param({"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()}, marks=pytest.mark.slow),
         {"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))},
     ],
     ids=["default", "sign", "schedule", "plateau"],

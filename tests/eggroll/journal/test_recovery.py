@@ -114,6 +114,7 @@ def test_a_flipped_bit_in_the_length_of_the_last_record_costs_nothing(tmp_path, 
     assert "one flipped bit of generation 5" in repair(path)[0] and path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_dropped_tail_is_copied_aside(run, whole, caplog):
     path = run / "journal.bin"
     start, content = places(path)[10], path.read_bytes()

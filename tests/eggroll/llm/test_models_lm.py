@@ -26,7 +26,7 @@ from tests.eggroll.llm.language_models import (
     reference_logits,
     save_without_sums,
 )
-from tests.tables import by_default
+from tests.tables import by_default, slow
 
 pytest.importorskip("safetensors")
 
@@ -148,7 +148,7 @@ def test_every_matrix_gets_low_rank_noise(config, dtype):
         assert ("used twice" in leaf.reason) == (name == "embed" and config.tie_word_embeddings), leaf
 
 
-@pytest.mark.parametrize("config", [OPT, CONFIGS["qwen3-tied"]], ids=["opt", "qwen3-tied"])
+@pytest.mark.parametrize("config", [slow(OPT), CONFIGS["qwen3-tied"]], ids=["opt", "qwen3-tied"])
 def test_lazy_members_equal_built_ones(config):
     strategy, batch = strategy_of(config), tuple(map(jnp.asarray, inputs()))
     state = strategy.init(random_params(config), key=jax.random.key(0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import eggroll
-from eggroll.experiments.bench import egg, engine, floor
+from eggroll.experiments.bench import cases, egg, engine, floor
 from eggroll.experiments.bench.cases import Case
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.egg.config import Config
@@ -22,7 +22,7 @@ def tiny():
 
 @pytest.fixture
 def one_case(monkeypatch):
-    monkeypatch.setattr(engine, "CASES", {"tiny": tiny})
+    monkeypatch.setitem(cases.CASES, "tiny", tiny)
 
 
 def test_last_line_is_json_with_every_number(one_case, capsys, standard_promotion):
@@ -55,7 +55,7 @@ def test_unknown_case_is_refused_by_a_clear_error():
 
 
 def test_floor_times_forms_that_give_the_same_fitness(monkeypatch, capsys, standard_promotion):
-    monkeypatch.setattr(floor, "CASES", {"tiny": tiny})
+    monkeypatch.setitem(cases.CASES, "tiny", tiny)
     floor.run(floor.Floor(cases=("tiny",), repeats=2))
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]
     assert set(row) == {f"{form}_{value}" for form in floor.FORMS for value in ("ms", "ratio")}
