@@ -62,9 +62,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("limit", [16, 1 << 20])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rules", [eggroll.LowRank(), [("w", eggroll.LowRank()), (".*", eggroll.Frozen())]])
+@pytest.mark.parametrize(
+    ("limit", "optimizer", "rules"),
+    covering([16, 1 << 20], OPTIMIZERS, [eggroll.LowRank(), [("w", eggroll.LowRank()), (".*", eggroll.Frozen())]], strength=1),
+)
 def test_an_update_reports_the_checksums_of_the_states(limit, optimizer, rules, monkeypatch, standard_promotion):
     monkeypatch.setattr(regions, "LIMIT", limit)
     es = eggroll.EvolutionStrategy(

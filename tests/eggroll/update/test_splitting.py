@@ -137,8 +137,7 @@ def fitness(params, batch, key):
     return -jnp.mean((jnp.tanh(batch @ params["w"]) @ params["v"][0] + params["b"]) ** 2)
 
 
-@pytest.mark.parametrize("precision", ["master", "stochastic"])
-@pytest.mark.parametrize("optimizer", ["adam", "lamb"])
+@pytest.mark.parametrize(("precision", "optimizer"), covering(["master", "stochastic"], ["adam", "lamb"], strength=1))
 def test_blocks_of_any_size_are_one_update(precision, optimizer, monkeypatch, standard_promotion):
     params = {"w": jnp.ones((7, 40), jnp.bfloat16), "v": jnp.ones((3, 40, 5), jnp.bfloat16), "b": jnp.ones(5)}
     batch, results = jnp.full((4, 7), 0.1, jnp.bfloat16), []
