@@ -10,7 +10,7 @@ import pytest
 import eggroll
 from eggroll.noise import regions
 from eggroll.update.splitting import Reading
-from tests.tables import by_default
+from tests.tables import by_default, covering
 
 PARAMS = {"b": jnp.arange(8.0) / 8 + 0.1, "s": jnp.float32(2.0), "w": jnp.ones((6, 8))}
 SCHEDULE = optax.cosine_decay_schedule(0.1, 100)
