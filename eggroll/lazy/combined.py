@@ -105,8 +105,9 @@ class Joined(Combined):
 
     def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
         """Join, or add, the results for the parts."""
-        if primitive.name in ("neg", "convert_element_type", "copy"):
-            return self.with_parts([run_rule(primitive, [part], params) for part in self.parts])
+        if primitive.name in ("convert_element_type", "copy") or _is_scaling(primitive, operands, place):
+            before, after = operands[:place], operands[place + 1 :]
+            return self.with_parts([run_rule(primitive, [*before, part, *after], params) for part in self.parts])
         if primitive.name == "transpose":
             axis = params["permutation"].index(self.axis)
             return self.with_parts([run_rule(primitive, [part], params) for part in self.parts], axis=axis)
@@ -161,10 +162,7 @@ class Product(Combined):
             return self.with_parts([run_rule(primitive, [part], params) for part in (b, a)])
         if primitive.name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
             return self.with_parts([run_rule(primitive, [part], params) for part in self.parts])
-        if primitive.name in ("mul", "neg", "div"):
-            others = [*operands[:place], *operands[place + 1 :]]
-            if (primitive.name == "div" and place == 1) or any(shape_of(other) for other in others):
-                return None
+        if _is_scaling(primitive, operands, place):
             return self.with_parts([run_rule(primitive, [*operands[:place], a, *operands[place + 1 :]], params), b])
         if primitive.name != "dot_general" or is_perturbed(operands[1 - place]):
             return None
@@ -177,6 +175,12 @@ class Product(Combined):
         hidden = _dot(operands[1 - place], along, first, axis, options)
         out = _dot(hidden.astype(jnp.asarray(operands[1 - place]).dtype), hidden.ndim - 1, second, axis, options)
         return jnp.moveaxis(out, -1, 0) if place == 0 else out
+
+
+def _is_scaling(primitive: jexc.Primitive, operands: Sequence[Any], place: int) -> bool:
+    """Whether a value, `operands[place]`, is multiplied or divided by a number, or negated."""
+    is_factor = primitive.name in ("mul", "neg") or (primitive.name == "div" and place == 0)
+    return is_factor and not any(shape_of(other) for other in (*operands[:place], *operands[place + 1 :]))
 
 
 def _dot(x: Any, along: int, y: Any, axis: int, options: dict[str, Any]) -> Any:
@@ -251,7 +255,8 @@ def _stack(*parts: LazyArray | ArrayLike, axis: int) -> Any:
 def _meet(a: PerturbedArray, b: PerturbedArray, **params: Any) -> Any:
     """Two parameters: a product that is as large as they are stays a product of two."""
     (contract_a, contract_b), batch = params["dimension_numbers"]
-    if a.base.ndim == b.base.ndim == 2 and len(contract_a) == 1 and not batch[0] and _is_floating(a, b):
+    is_plain = params["preferred_element_type"] in (None, a.base.dtype) and a.base.dtype == b.base.dtype
+    if a.base.ndim == b.base.ndim == 2 and len(contract_a) == 1 and not batch[0] and _is_floating(a, b) and is_plain:
         m, n = a.base.shape[1 - contract_a[0]], b.base.shape[1 - contract_b[0]]
         if m * n >= max(a.base.size, b.base.size):
             flip = {"permutation": (1, 0)}

@@ -88,6 +88,7 @@ COMBINED = {
     "next to each other": lambda p, x: x @ jnp.concatenate([p["w"], p["a"], p["u"][:, :1]], axis=1),
     "below each other": lambda p, x: jnp.tile(x, (1, 2)) @ jnp.concatenate([p["w"], p["u"]]),
     "joined, transposed, on the left": lambda p, x: jnp.concatenate([p["w"], -p["u"]], axis=1).T @ x.T,
+    "joined and scaled": lambda p, x: x @ (jnp.concatenate([p["w"], p["u"]], axis=1) * jnp.exp(p["t"])),
     "rolled": lambda p, x: x @ jnp.roll(p["w"], 3, axis=1),
     "stacked": lambda p, x: jnp.einsum("bi,kij->kbj", x, jnp.stack([p["w"], p["u"], np.asarray(C)])),
     "merged adapter": lambda p, x: x @ (p["w"] + 0.5 * (p["a"] @ p["b"])),
