@@ -1,8 +1,9 @@
-"""Arrays that XLA computes once on CPU, where it would compute them again for every reader.
+"""Arrays that XLA computes once, where it would compute them again for every reader.
 
-XLA fuses cheap operations into whatever reads them. So it decodes the signs of a factor again for every row of the product
-that reads them, and computes an activation again for each of the two products that it enters. It does not fuse a division
-into operations that read its results more than once, and drops `optimization_barrier` before it fuses.
+XLA fuses cheap operations into whatever reads them. So on CPU it decodes the signs of a factor again for every row of the
+product that reads them, and computes an activation again for each of the two products that it enters. It does not fuse a
+division into operations that read its results more than once, and drops `optimization_barrier` before it fuses; XLA for GPUs
+keeps that.
 """
 
 import jax
@@ -21,3 +22,12 @@ def computed_once(array: Array) -> Array:
     zero = (jax.lax.bitcast_convert_type(array, word) & 1) >> 1
     one = jax.lax.bitcast_convert_type(jnp.ones((), array.dtype), word)
     return array / jax.lax.bitcast_convert_type(zero | one, array.dtype)
+
+
+def rounded_once(array: Array) -> Array:
+    """Return an array of which every reader sees the same bits, such as one that is summed to a checksum and stored.
+
+    A value that is computed again for another reader may be rounded otherwise there: compilers fuse a multiplication and an
+    addition in one loop and not in another. A division keeps XLA for CPU from it, a barrier XLA for GPUs.
+    """
+    return computed_once(array) if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(array)

@@ -16,6 +16,7 @@ from jax import Array
 
 from eggroll.noise.integer import LARGEST
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan
+from eggroll.noise.once import rounded_once
 from eggroll.noise.regions import BlockGrid, Region
 from eggroll.state import is_key
 from eggroll.update.checksums import entry_terms, has_checksum, place_weights, reduce_together, sum_array
@@ -124,9 +125,9 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Storing) ->
         new = param  # frozen integers and keys stay
     else:
         added = wide + moves.update.astype(wide.dtype)
-        added = jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added
+        added = rounded_once(jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added)
         new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
-    moments = tuple(new.astype(before.dtype) for new, before in zip(moves.moments, old.moments, strict=True))
+    moments = tuple(rounded_once(new.astype(before.dtype)) for new, before in zip(moves.moments, old.moments, strict=True))
     made = Held(new, master, moments)
     finite, moved, checksums = _look_over(old, made, (added, wide), region, rules)
     stays = ~finite if rules.skipped is None else ~finite | rules.skipped

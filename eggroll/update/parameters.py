@@ -17,6 +17,7 @@ from jax import Array
 from eggroll.noise import addresses
 from eggroll.noise.draws import leaf_keys
 from eggroll.noise.leaves import LeafPlan
+from eggroll.noise.once import rounded_once
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import Region, cut
 from eggroll.noise.rules import Frozen
@@ -265,6 +266,7 @@ def _keep_finite(new: Sequence[Array], old: Sequence[Array], skipped: Array | No
     """New arrays of the optimizer's state that belong to no parameter; the old ones where they are not finite, or skipped."""
 
     def choose(new: Array, old: Array) -> Array:
+        new = rounded_once(new)  # it is summed and stored
         stays = jnp.bool_(False) if skipped is None else skipped
         if jnp.issubdtype(old.dtype, jnp.floating):
             stays |= ~jnp.isfinite(new).all()
