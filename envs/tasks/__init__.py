@@ -3,14 +3,19 @@
 from eggroll.envs.tasks.answers import final_answer, last_number
 from eggroll.envs.tasks.batches import Batches
 from eggroll.envs.tasks.calls import InvalidReward, Reward
+from eggroll.envs.tasks.named import FORMS, NAMED, named_reward, reward_file
 from eggroll.envs.tasks.pass_at_k import pass_at_k
 from eggroll.envs.tasks.protocol import SPLITS, Row, Task, check_disjoint, collate
 from eggroll.envs.tasks.registry import load, names
 from eggroll.envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
+from eggroll.envs.tasks.rows import Rows, read_rows
 from eggroll.envs.tasks.scoring import MINIMUM, RewardFailed, Scorer, Scores, fill_with_mean
+from eggroll.envs.tasks.trial import try_reward
 
 __all__ = [
+    "FORMS",
     "MINIMUM",
+    "NAMED",
     "SPLITS",
     "THINK_ANSWER",
     "Batches",
@@ -19,6 +24,7 @@ __all__ = [
     "Reward",
     "RewardFailed",
     "Row",
+    "Rows",
     "Scorer",
     "Scores",
     "Task",
@@ -30,7 +36,11 @@ __all__ = [
     "last_number",
     "load",
     "math_matches",
+    "named_reward",
     "names",
     "number_matches",
     "pass_at_k",
+    "read_rows",
+    "reward_file",
+    "try_reward",
 ]

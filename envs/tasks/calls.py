@@ -56,13 +56,15 @@ def check_signature(reward: Reward, columns: Iterable[str]) -> None:
         signature = inspect.signature(reward, follow_wrapped=False)  # of what is called, not of what a decorator wraps
     except (TypeError, ValueError):
         return  # some built-in functions have none
+    wrong = f"reward '{name_of(reward)}' must take {_list(names)} by keyword, such as `{SIGNATURE}`"
+    for name, parameter in signature.parameters.items():
+        by_keyword = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if by_keyword and parameter.default is parameter.empty and name not in names:
+            raise InvalidReward(f"{wrong}: it needs the column '{name}', the rows have {_list(columns) or 'no columns'}.")
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError as error:
-        raise InvalidReward(
-            f"reward '{name_of(reward)}' must take {', '.join(names[:-1])} and {names[-1]} by keyword, such as `{SIGNATURE}`:"
-            f" {error}."
-        ) from None
+        raise InvalidReward(f"{wrong}: {error}.") from None
 
 
 def call(reward: Reward, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list:
@@ -89,6 +91,11 @@ def number(value: Any) -> float:
         return float(value) if is_real else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _list(names: Sequence[str]) -> str:
+    """Join names as English does."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _copy(value: Any) -> Any:

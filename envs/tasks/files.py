@@ -58,6 +58,9 @@ def _math_row(record: Record) -> Row:
 def _task(
     name: str, row: Callable[[Record], Row], reward: Reward, train: Any, test: Any, *, seed: int, validation: int
 ) -> Task:
+    for option, path in (("train", train), ("test", test)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"option {option} of task {name} must be a JSONL file, there is none at {path}.")
     known, held_out = ([row(record) for record in read_records(path)] for path in (train, test))
     usable = list({row.prompt: row for row in without(known, held_out)}.values())  # without repeated problems
     if not 1 <= validation < len(usable):

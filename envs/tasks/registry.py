@@ -1,6 +1,7 @@
 """Tasks by name."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,10 +43,18 @@ def load(name: str, *, seed: int = 0, **options: Any) -> Task:
     Raises:
         ValueError: no such task; the message lists the known ones. An option is out of its bounds.
         ModuleNotFoundError: the task needs a package that is not installed; the message has the command that installs it.
-        TypeError: the task has no such option.
+        TypeError: the task has no such option, or needs one that is not given.
     """
     if name.startswith(PREFIX):
         return reasoning(name.removeprefix(PREFIX), seed=seed, **options)
     if name not in TASKS:
         raise ValueError(f"name must be a task, {', '.join(TASKS)} or {PREFIX}<data set>, got {name!r}.")
+    needed = [key for key, option in inspect.signature(TASKS[name]).parameters.items() if _is_needed(option)]
+    if any(key not in options for key in needed):
+        given = " ".join(f"{key}={key}.jsonl" for key in needed)
+        raise TypeError(f"task {name} needs {' and '.join(needed)}, which are JSONL files, such as {given}")
     return TASKS[name](seed=seed, **options)
+
+
+def _is_needed(option: inspect.Parameter) -> bool:
+    return option.kind is option.KEYWORD_ONLY and option.default is option.empty

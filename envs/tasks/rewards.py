@@ -16,14 +16,20 @@ from eggroll.envs.tasks.answers import final_answer, last_number
 from eggroll.envs.tasks.calls import Reward, call, check_signature, number
 
 
-def number_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
-    """Give 1 where the last number of the completion's answer is the last number of `answer`, else 0."""
+def number_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[Any], **_: Any) -> list[float]:
+    """Give 1 where the last number of the completion's answer is the last number of `answer`, else 0.
+
+    Raises:
+        ValueError: an `answer` has no number.
+    """
     return [float(_same_number(given, right)) for given, right in zip(completions, answer, strict=True)]
 
 
-def _same_number(completion: str, right: str) -> bool:
-    number = last_number(final_answer(completion))
-    return number is not None and number == last_number(right)
+def _same_number(completion: str, right: Any) -> bool:
+    expected = last_number(str(right))
+    if expected is None:
+        raise ValueError(f"the column 'answer' must have a number, got {str(right)[:40]!r}.")
+    return last_number(final_answer(completion)) == expected
 
 
 def math_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eggroll.envs.tasks.calls import InvalidReward, Reward, call, check_callable, name_of, number, shorten
+from eggroll.envs.tasks.protocol import Row
 from eggroll.envs.tasks.rewards import check_reward, prepare
 from eggroll.envs.tasks.workers import Died, Pool, TimedOut, half_of_memory
 
@@ -191,6 +192,15 @@ class Scorer:
             self._warn_of_none(len(values))
         timeouts = sum(isinstance(outcome, TimedOut) for outcome in failed)
         return Scores(fill_with_mean(values, job.prompts), len(failed) - timeouts, timeouts, first, minimum, has_score)
+
+    def try_one(self, row: Row, completion: str) -> str | None:
+        """Return the error of the reward on one completion; None where it gives a score or abstains.
+
+        Raises:
+            ValueError: it gives another number of scores than one.
+        """
+        (outcome,) = self._outcomes(_Job([row.prompt], [completion], {name: [value] for name, value in row.columns.items()}))
+        return None if isinstance(outcome, float) else self._text(outcome)
 
     def close(self) -> None:
         """End the processes."""

@@ -6,6 +6,7 @@ clock. The last line of standard output is a JSON object with the accuracy befor
 its artefacts, the improved model in the Hugging Face layout among them.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from typing import Any
 
 import eggroll
 from eggroll.devices.processes import first_does, local
+from eggroll.envs.tasks import Reward
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
-from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
+from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
+from eggroll.experiments.reason.contents import check_contents, read_contents, recorded_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
 from eggroll.experiments.reason.problem import Validation
@@ -30,11 +33,22 @@ STOPPED = {  # by Ctrl-C
 
 
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
-    """Make the strategy and the initial state of a run again, from the options in its journal."""
-    config = restore_config(options)
-    inputs = prepare(config)
+    """Make the strategy and the initial state of a run again, from the options in its journal; its reward is not imported."""
+    config = dataclasses.replace(restore_config(options), reward=None)
+    inputs = prepare(config, reward=_score_nothing)
+    if config.model is None:  # the small model is trained with the rows
+        check_contents(options.get("contents"), read_contents(config.data, None), advice="restore it")
     evolution = Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
     return evolution.strategy, evolution.start(seed=config.seed)
+
+
+def _score_nothing(completions: Sequence[str], **_: Any) -> list[None]:
+    """The reward of a replay, which completes no texts."""
+    return [None] * len(completions)
+
+
+def _folder_name(config: Config) -> str:
+    return f"reason-{config.algorithm}-{config.task_name.replace('/', '-')}"
 
 
 class Experiment:
@@ -83,19 +97,29 @@ class Experiment:
             config,
             lambda run: self.train(run, before),
             experiment="reason",
-            default=f"reason-{config.algorithm}-{config.task.replace('/', '-')}",
+            default=_folder_name(config),
             options=config.options(),
             recorded={"limits": {"generations": config.generations, "seconds": config.seconds}},
         )
-        return {"algorithm": config.algorithm, "task": config.task} | summary
+        return {"algorithm": config.algorithm, "task": config.task_name} | summary
 
 
-def run(config: Config) -> Row:
-    """Run an experiment, or plan its memory; return the summary that `main` prints."""
+def run(config: Config, *, reward: Reward | None = None) -> Row:
+    """Run an experiment, or plan its memory; return the summary that `main` prints.
+
+    Args:
+        config: the options.
+        reward: a function that takes the place of the reward that they name.
+    """
     config.check()
     if start_processes() and config.algorithm == "grpo":
         raise ValueError("grpo runs in one process; eggroll runs in several.")
-    inputs = prepare(config)
+    inputs = prepare(config, reward=reward)
+    make_sampling(config, inputs.tokenizer)  # a plan refuses what a run would
+    if config.resume and not config.accept_change and (contents := config.options()["contents"]):
+        for seed in range(config.seed, config.seed + config.seeds):
+            folder = seed_folder(config, seed, default=_folder_name(config))
+            check_contents(recorded_contents(folder), contents, advice="restore it, or continue with --accept-change")
     if config.plan:
         needed = plan(config, inputs, optimizer=make_optimizer(config))
         print(needed.table())

@@ -11,6 +11,7 @@ import tyro
 
 from eggroll.experiments.common.options import ignored_options, refuse
 from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.effects import RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
 from eggroll.experiments.reason.warm_start import WarmStart
@@ -93,6 +94,15 @@ class Config:
     """A task of envs.tasks: arithmetic, countdown, gsm8k, math, or reasoning_gym/<data set>."""
     task_options: tuple[str, ...] = ()
     """Options of the task, such as digits=3 train=path."""
+    data: Path | None = None
+    """Your own problems instead of a task: a JSONL file of objects with a prompt and columns for the reward."""
+    prompt_column: str | None = None
+    """Column of data with the prompt. None: prompt."""
+    key_column: str | None = None
+    """Column of data whose equal values stay in one split. None: that of the prompt."""
+    reward: tuple[str, ...] | None = None
+    """Reward of data, or instead of the task's: FILE.py:FUNCTION, MODULE:FUNCTION, last_number, math_verify or think_answer;
+    the sum of several, each with a weight such as score.py:short=0.1. None: the task's."""
     template: str = "{prompt}"
     """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
@@ -182,6 +192,11 @@ class Config:
         return self.temperature if self.temperature is not None else float(self.algorithm == "grpo")
 
     @property
+    def task_name(self) -> str:
+        """The name of the task, or of the user's data."""
+        return self.task if self.data is None else self.data.stem
+
+    @property
     def groups(self) -> int:
         """Number of groups of members that get the same prompts."""
         return self.population_size // (self.group or self.population_size)
@@ -204,6 +219,7 @@ class Config:
     def options(self) -> dict[str, Any]:
         """Return the options that decide the result of a seed, as JSON values."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
+        fields["contents"] = read_contents(self.data, self.reward)
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
     def ignored(self) -> dict[str, str]:
@@ -249,11 +265,11 @@ class Config:
 
 def restore_config(options: dict[str, Any]) -> Config:
     """Return the configuration of `Config.options()` and a seed, as a journal's header has them."""
-    options = {_RENAMED.get(name, name): value for name, value in options.items()}
+    options = {_RENAMED.get(name, name): value for name, value in options.items() if name != "contents"}
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    model = {"model": Path(options["model"])} if options["model"] is not None else {}
+    paths = {name: Path(options[name]) for name in ("model", "data") if options.get(name) is not None}
     parts = {"start": WarmStart(**options["start"]), "grpo": GRPO(**options["grpo"]), "int8": Int8(**options.get("int8", {}))}
-    return Config(**options | tuples | model | parts)
+    return Config(**options | tuples | paths | parts)
 
 
 def parse(command: Sequence[str] | None) -> Config:

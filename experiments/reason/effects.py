@@ -35,7 +35,9 @@ def _updates_only_float32(config: Any) -> bool:
 
 
 def _noise_is_unused(config: Any) -> bool:
-    return config.task != WORKED_TASK or any(text.startswith("noise=") for text in config.task_options)
+    return (
+        config.data is not None or config.task != WORKED_TASK or any(text.startswith("noise=") for text in config.task_options)
+    )
 
 
 RULES = (
@@ -48,6 +50,8 @@ RULES = (
     ),
     unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
     unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
+    unless(lambda config: config.data is not None, "with --data, whose rows are the task", "task", "task_options"),
+    unless(lambda config: config.data is None, "without --data: it is of your own rows", "prompt_column", "key_column"),
     unless(_noise_is_unused, f"without --task {WORKED_TASK}, or with noise among --task-options", "start.noise"),
     unless(_updates_only_float32, "on float32 parameters: it is how bfloat16 and int8 ones are updated", "precision"),
     unless(lambda config: not config.sampling_temperature, "on greedy completions; give a --temperature", "top_p"),

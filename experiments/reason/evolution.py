@@ -107,7 +107,7 @@ class Evolution:
             folder,
             es,
             initial,
-            config=config.options() | {"seed": seed},
+            config=config.options() | {"seed": seed, "contents": None},  # these are in the recipe, and checked before
             carried=progress,
             checkpoint_every=config.check_every,
             accept_change=config.accept_change,

@@ -1,5 +1,6 @@
 """Inputs of `experiments.reason`: the model and the task that the options name."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -30,23 +31,26 @@ class Inputs(NamedTuple):
     prompt_length: int  # tokens that prompts are padded to
 
 
-def prepare(config: Config) -> Inputs:
-    """Make the task, and read what the options name except for the weights.
+def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
+    """Make the task, and read what the options name except for the weights, of which only the headers are.
+
+    Args:
+        config: the options.
+        reward: a function instead of the reward that they name, which is then not imported.
 
     Raises:
         ValueError, OSError, ImportError: a file is missing, damaged or does not fit; a package is missing.
     """
-    try:
-        task = tasks.load(config.task, seed=0, **config.parsed_task_options())
-    except TypeError as error:
-        raise ValueError(f"task_options: {error}.") from error
+    task = _make_task(config, reward)
+    asked = config.prompts * config.groups if config.algorithm == "eggroll" else config.grpo.prompts
+    if asked > len(task.split("train")):
+        option = "prompts times groups" if config.groups > 1 else "prompts" if config.algorithm == "eggroll" else "grpo.prompts"
+        raise ValueError(f"{option} must be at most {len(task.split('train'))}, the problems of the train split, got {asked}.")
     if config.model is None:
         model: hf.Config = config.start.model
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        if not config.model.is_dir():
-            raise ValueError(f"model must be a folder with a checkpoint, got {config.model}.")
-        model = hf.read_config(config.model)
+        model = hf.check(config.model)
         hf.make_generator(model)  # raises for a model that cannot continue texts
         tokenizer = load_tokenizer(config.model, vocab_size=model.vocab_size)
     template = _make_template(config)
@@ -57,6 +61,22 @@ def prepare(config: Config) -> Inputs:
         lengths = f"prompt_length {length} and max_new_tokens {config.max_new_tokens}"
         raise ValueError(f"{lengths} do not fit the model's context of {context} tokens.")
     return Inputs(model, tokenizer, task, template, length)
+
+
+def _make_task(config: Config, reward: tasks.Reward | None) -> tasks.Task:
+    if reward is None and config.reward is not None:
+        reward = tasks.named_reward(config.reward)
+    if config.data is not None:
+        if reward is None:
+            raise ValueError(f"data needs a --reward: {tasks.FORMS}.")
+        rows = tasks.read_rows(config.data, prompt=config.prompt_column or "prompt", key=config.key_column)
+        print(f"{config.data}: {rows.describe()}", flush=True)
+        return tasks.Task(config.data.stem, reward=reward, splits=rows.splits)
+    try:
+        task = tasks.load(config.task, seed=0, **config.parsed_task_options())
+    except TypeError as error:
+        raise ValueError(f"--task-options: {error}.") from error
+    return task if reward is None else dataclasses.replace(task, reward=reward)
 
 
 def _make_template(config: Config) -> Template:
@@ -86,10 +106,16 @@ def load(config: Config, inputs: Inputs) -> Problem:
     Raises:
         ValueError, OSError, ImportError: as `prepare`.
     """
-    source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
-    model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
     timeout = config.timeout if config.workers else None
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=timeout, minimum=config.reward_minimum)
+    try:
+        if config.reward is not None:
+            tasks.try_reward(scorer, inputs.task.split("train")[:3])
+        source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
+        model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
+    except BaseException:
+        scorer.close()
+        raise
     return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 
 

@@ -36,8 +36,6 @@ def load(config: Config, folder: Path) -> Loaded:
     """
     records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
     source = config.model or warm_start(config.start)
-    if not source.is_dir():
-        raise ValueError(f"model must be a folder with a checkpoint, got {source}.")
     model, decoder, params = hf.load(source, config.dtype if config.model else "float32")
     tokenizer = load_tokenizer(source, vocab_size=model.vocab_size)
     everything = [record for split in records for record in split]

@@ -90,10 +90,10 @@ def test_a_cancelled_reward_fails_alone():
 
 
 SIGNATURES = {  # what is wrong -> reward, words of the error
-    "positions": (lambda p, c, **_: [0.0], "missing a required argument: 'p'"),
+    "positions": (lambda p, c, **_: [0.0], "it needs the column 'p', the rows have answer and worked."),
     "positional only": (lambda prompts, completions, /, **kwargs: [0.0], "positional only"),
     "no column": (lambda prompts, completions, answer: [0.0], "unexpected keyword argument 'worked'"),
-    "unknown": (lambda completions, completion_ids, **kwargs: [0.0], "missing a required argument: 'completion_ids'"),
+    "unknown": (lambda completions, completion_ids, **kwargs: [0.0], "needs the column 'completion_ids'"),
     "no arguments": (lambda: [0.0], "unexpected keyword argument 'prompts'"),
     "in a sum": (Weighted((tasks.number_matches, 1.0), (lambda: [0.0], 1.0)), "unexpected keyword argument 'prompts'"),
     "built-in": (len, "reward 'len' must take"),

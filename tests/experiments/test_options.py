@@ -50,7 +50,7 @@ COMMANDS = {
     "reason": (
         reason_config.Config,
         REASON_RULES,
-        "algorithm model weights task task_options template prompt_length max_new_tokens stop stop_token_ids temperature "
+        "algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids temperature "
         f"generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own

@@ -244,8 +244,11 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--room", "4"], "option --room is now --max-new-tokens."),
         (["--ending=1"], "option --ending is now --stop-token-ids."),
         (["--max-new-tokens", "40000"], "do not fit the model's context of 32768 tokens."),
-        (["--prompts", "41"], "batch_size must be between 1 and the 40 rows, got 41."),
-        (["--model", "nowhere"], "model must be a folder with a checkpoint, got nowhere."),
+        (["--prompts", "41"], "prompts must be at most 40, the problems of the train split, got 41."),
+        (
+            ["--model", "nowhere"],
+            "model must be a folder with a checkpoint, got nowhere.",
+        ),
         (["--freeze", "nothing/.*"], "'nothing/.*' matches no parameter"),
         (["--algorithm", "grpo", "--resume"], "--resume has no effect with --algorithm grpo: it belongs to eggroll."),
         (["--algorithm", "grpo", "--grpo.samples", "1"], "grpo.samples must be an integer >= 2, got 1."),

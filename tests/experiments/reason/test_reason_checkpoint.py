@@ -94,9 +94,15 @@ def test_the_template_of_a_shell_has_line_ends(capsys):
         ([*GSM8K, "--prompt-length", "3"], "prompt_length must be at least"),
         ([*GSM8K, "--template", "<|user|>{prompt}"], "the model's tokenizer has no special token '<|user|>'"),
         (["--task", "gsm8k", "--task-options", "train=bare.jsonl", "test=test.jsonl"], "line 1: field 'answer' is missing"),
-        (["--task", "gsm8k", "--task-options", "train=none.jsonl", "test=test.jsonl"], "none.jsonl"),
+        (
+            ["--task", "gsm8k", "--task-options", "train=none.jsonl", "test=test.jsonl"],
+            "option train of task gsm8k must be a JSONL file",
+        ),
         (["--task", "gsm8k", "--task-options", "train=train.jsonl", "test=test.jsonl"], "validation must be between 1 and 7"),
-        (["--task", "gsm8k"], "missing 2 required keyword-only arguments: 'train' and 'test'"),
+        (
+            ["--task", "gsm8k"],
+            "--task-options: task gsm8k needs train and test, which are JSONL files, such as train=train.jsonl",
+        ),
         (["--task", "reasoning_gym/none"], "reasoning_gym must have the data set, got 'none'; it has"),
     ],
 )

@@ -1,0 +1,208 @@
+"""The user's own rows and reward: from the command, from Python, resumed, replayed without the reward, and what is refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from eggroll.experiments.reason import __main__ as reason
+from eggroll.experiments.reason.config import parse, restore_config
+from eggroll.experiments.reason.improve import improve
+from eggroll.experiments.reason.inputs import prepare
+from eggroll.journal import __main__ as journal
+from eggroll.llm import hf
+from tests.eggroll.llm.language_models import QWEN3, random_params, write_checkpoint
+from tests.experiments.reason.reason_runs import tiny
+from tests.tables import slow
+from tests.test_readme import code_blocks
+
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.filterwarnings("ignore:no completion up to generation"),
+]
+SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "worked": f"{a + b}\n"} for a in range(8) for b in range(8)]
+SCORE = """
+def letters(completions, **kwargs):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+def buggy(completions, solution="", **kwargs):
+    return [undefined for text in completions]
+
+def column(completions, *, solution, **kwargs):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One working folder for all tests: the small model is made once."""
+    path = tmp_path_factory.mktemp("own")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    (path / "score.py").write_text(SCORE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def letters(completions, **kwargs):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+OWN = ["--data", "rows.jsonl", "--reward", "score.py:letters"]
+
+
+def run(capsys, *options):
+    reason.main(tiny(*options))
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+@pytest.mark.slow
+def test_rows_and_reward_of_a_command(folder, capsys):
+    """A run, its journal without the reward, a reward and rows that have changed."""
+    summary, out = run(capsys, *OWN, "--generations", "2", "--folder", "out/own")
+    assert summary["task"] == "rows" and summary["test_accuracy"] > 0 and "rows.jsonl: train 4" in out
+    contents = json.loads((folder / "out/own/journal.header.json").read_text())["recipe"]["options"]["contents"]
+    assert sorted(contents) == ["rows.jsonl", "score.py"] and all(len(digest) == 64 for digest in contents.values())
+    (folder / "score.py").unlink()
+    journal.main(["verify", "out/own"])
+    (folder / "score.py").write_text(SCORE)
+    for name in ("score.py", "rows.jsonl"):
+        content = (folder / name).read_text()
+        (folder / name).write_text(content + "\n")
+        with pytest.raises(SystemExit, match=f"{name} has changed since the run began: .*; restore it, or continue with --acc"):
+            reason.main(tiny(*OWN, "--generations", "3", "--folder", "out/own", "--resume"))
+        if name == "rows.jsonl":
+            with pytest.raises(SystemExit, match=r"rows.jsonl has changed since the run began: .*; restore it"):
+                journal.main(["verify", "out/own"])
+        (folder / name).write_text(content)
+
+
+@pytest.mark.slow
+def test_a_changed_reward_is_accepted_on_request(folder, capsys):
+    run(capsys, *OWN, "--generations", "1", "--folder", "out/accept")
+    (folder / "score.py").write_text(SCORE + "\n")
+    summary, _ = run(capsys, *OWN, "--generations", "2", "--folder", "out/accept", "--resume", "--accept-change")
+    assert summary["generations"] == 2
+    (folder / "score.py").write_text(SCORE)
+
+
+def test_a_reward_takes_the_place_of_a_tasks_own():
+    inputs = prepare(parse(tiny("--reward", "last_number", "score.py:letters=0.5")))
+    assert inputs.task.reward(prompts=[""], completions=["so 2"], answer=["2"], worked=[""]) == [1 + letters(["so 2"])[0] / 2]
+    assert inputs.task.split("test")[0].columns["worked"]
+
+
+def test_options_are_restored_from_a_journal(folder):
+    config = parse(tiny(*OWN, "--key-column", "answer", "--prompt-column", "prompt"))
+    assert restore_config(json.loads(json.dumps(config.options()))).options() == config.options()
+    plain = parse(tiny()).options()
+    assert [plain[name] for name in ("data", "reward", "contents", "key_column", "prompt_column")] == [None] * 5  # as if absent
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data", "rows.jsonl"], "data needs a --reward: FILE.py:FUNCTION, MODULE:FUNCTION or one of last_number"),
+        (["--data", "none.jsonl", *OWN[2:]], "data must be a JSONL file, there is none at none.jsonl."),
+        ([*OWN[:2], "--reward", "score.py:nothing"], "which has letters, buggy, column."),
+        ([*OWN[:2], "--reward", "score.py:column"], "it needs the column 'solution', the rows have answer and worked."),
+        ([*OWN[:2], "--reward", "score.py:buggy"], "reward 'buggy' raised NameError: name 'undefined' is not defined"),
+        (
+            ["--task", "gsm8k", "--task-options", "validation=8"],
+            "--task-options: task gsm8k needs train and test, which are JSONL files, such as train=",
+        ),
+        (["--model", "model.gguf"], "got a GGUF file: `python -m eggroll.llm.fetch model.gguf FOLDER` converts it."),
+        (["--model", "HuggingFaceTB/SmolLM2-135M-Instruct"], "`python -m eggroll.llm.fetch smollm2` makes one of SmolLM2"),
+        ([*OWN, "--prompts", "60"], "prompts must be at most 4"),
+    ],
+)
+def test_what_users_get_wrong_is_one_clear_error(options, sentence, monkeypatch):
+    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit) as stopped:
+        reason.main(tiny(*options, "--folder", "out/wrong"))
+    text = str(stopped.value)
+    assert text.startswith("error: ") and sentence in text and "\n" not in text
+
+
+@pytest.mark.parametrize("wrong", ["weights", "shape", "tokenizer", slow("eos"), "gptq"])
+def test_what_does_not_load_is_not_planned(wrong, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("tokenizers")
+    model = hf.save(tmp_path / "model", QWEN3, random_params(QWEN3))
+    (model / "SHA256SUMS").unlink()
+    config = json.loads((model / "config.json").read_text())
+    words = {
+        "weights": "has no weights: expected model.safetensors",
+        "shape": "has shape .*, but config.json expects",
+        "tokenizer": "there is no tokenizer at",
+        "gptq": "config.json describes weights quantised by 'gptq', which are not read: use the model's unquantised folder",
+    }
+    if wrong == "weights":
+        (model / "model.safetensors").unlink()
+    if wrong in ("shape", "gptq"):
+        more = {"intermediate_size": 7} if wrong == "shape" else {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (model / "config.json").write_text(json.dumps(config | more))
+    if wrong == "eos":
+        write_checkpoint(model)
+        (model / "generation_config.json").unlink(missing_ok=True)
+        (model / "SHA256SUMS").unlink(missing_ok=True)
+        fields = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(fields | {"eos_token_id": None}))
+        words["eos"] = "names no eos_token_id: give --stop"
+    with pytest.raises(SystemExit, match=words[wrong]):
+        reason.main(["--model", str(model), "--plan", "--memory-budget", "1000000"])
+
+
+def sizes():
+    return dict(population_size=4, prompts=2, max_new_tokens=4, generations=1, check_every=1, validation_size=4, test_size=4)
+
+
+@pytest.mark.slow
+def test_a_call_from_python_is_the_command(folder, capsys):
+    write_checkpoint(folder / "qwen")
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in SUMS]
+    tuned = improve("qwen", rows, letters, out="out/python", **sizes())
+    (folder / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = improve("qwen", "bare.jsonl", "score.py:letters", out="out/named", **sizes())
+    params = [jax.tree.leaves(hf.load(path)[2]) for path in ("qwen", tuned.model, named.model)]
+    assert all(np.array_equal(one, other) for one, other in zip(params[1], params[2], strict=True))
+    assert not all(np.array_equal(one, other) for one, other in zip(params[0], params[1], strict=True))
+    assert tuned.summary["generations"] == 1 and tuned.model == folder / "out/python/model"
+    journal.main(["verify", "out/python"])
+    longer = improve("qwen", rows, letters, out="out/python", resume=True, **sizes() | {"generations": 2})
+    assert longer.summary["generations"] == 2
+    with pytest.raises(ValueError, match=r"rows must be those that the run in .* began with"):
+        improve("qwen", rows[1:], letters, out="out/python", resume=True, **sizes())
+    with pytest.raises(ValueError, match="has a run with other settings: reward"):
+        improve("qwen", rows, lambda completions, **_: [1.0] * len(completions), out="out/python", resume=True, **sizes())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([{"prompt": "a", "answer": object()}], {}, "rows must be of JSON values: Object of type object is not JSON"),
+        ([{"prompt": "a"}], {"steps": 3}, "options must be of accept_change, .*, got 'steps'"),
+        ([{"prompt": "a"}], {"plan": True}, "options must be of .*, got 'plan'"),
+    ],
+)
+def test_wrong_arguments_in_python(rows, options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        improve("qwen", rows, letters, out=tmp_path, **options)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "smollm2")
+    (source,) = (block for block in code_blocks("docs/reasoning.md", "python") if "improve(" in block)
+    assert len(source.splitlines()) <= 10
+    names: dict = {}
+    exec(compile(source.replace("generations=20", "generations=1, population_size=4"), "docs/reasoning.md", "exec"), names)
+    assert Path(names["tuned"].model, "model.safetensors").exists()
