@@ -1,6 +1,8 @@
 """Inputs of `experiments.reason`: the model and the task that the options name."""
 
+import functools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import optax
@@ -12,6 +14,7 @@ from eggroll.experiments.reason.problem import Problem, Sampling, Template, chec
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
 from eggroll.llm.chat import ChatTemplate
+from eggroll.llm.fetch import MODELS, fetch
 from eggroll.llm.memory import MemoryPlan, memory_plan
 from eggroll.llm.shards import CONFIG, read_object
 from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -40,15 +43,16 @@ def prepare(config: Config) -> Inputs:
         task = tasks.load(config.task, seed=0, **config.parsed_task_options())
     except TypeError as error:
         raise ValueError(f"task_options: {error}.") from error
-    if config.model is None:
+    folder = model_folder(config.model)
+    if folder is None:
         model: hf.Config = config.start.model
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        if not config.model.is_dir():
+        if not folder.is_dir():
             raise ValueError(f"model must be a folder with a checkpoint, got {config.model}.")
-        model = hf.read_config(config.model)
+        model = hf.read_config(folder)
         hf.make_generator(model)  # raises for a model that cannot continue texts
-        tokenizer = load_tokenizer(config.model, vocab_size=model.vocab_size)
+        tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size)
     template = _make_template(config)
     check_template(template, tokenizer)
     length = config.prompt_length or _prompt_length(template, tokenizer, task)
@@ -59,12 +63,19 @@ def prepare(config: Config) -> Inputs:
     return Inputs(model, tokenizer, task, template, length)
 
 
+@functools.cache
+def model_folder(model: Path | None) -> Path | None:
+    """Return the folder of a checkpoint, which is fetched if `model` names one of `fetch.MODELS` and no folder."""
+    return fetch(str(model)) if model is not None and str(model) in MODELS and not model.exists() else model
+
+
 def _make_template(config: Config) -> Template:
     if config.template != CHAT:
         return _unescape(config.template)
-    if config.model is None:
+    folder = model_folder(config.model)
+    if folder is None:
         raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
-    return ChatTemplate(config.model)
+    return ChatTemplate(folder)
 
 
 def _unescape(text: str) -> str:
@@ -86,7 +97,7 @@ def load(config: Config, inputs: Inputs) -> Problem:
     Raises:
         ValueError, OSError, ImportError: as `prepare`.
     """
-    source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
+    source = model_folder(config.model) or warm_start(config.start, inputs.task, template=str(inputs.template))
     model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
     timeout = config.timeout if config.workers else None
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=timeout, minimum=config.reward_minimum)
@@ -124,9 +135,10 @@ def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
         return tuple(_encode_stop(text, tokenizer) for text in config.stop)
     if config.stop_token_ids is not None:
         return config.stop_token_ids
-    if config.model is None or isinstance(tokenizer, ByteTokenizer):
+    folder = model_folder(config.model)
+    if folder is None or isinstance(tokenizer, ByteTokenizer):
         return (ord("\n"),)
-    for path in (config.model / "generation_config.json", config.model / CONFIG):
+    for path in (folder / "generation_config.json", folder / CONFIG):
         ids = read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
