@@ -13,7 +13,7 @@ from eggroll.experiments.common.options import ignored_options, refuse
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.effects import RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
-from eggroll.experiments.reason.presets import DEFAULT, PRESETS
+from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
@@ -78,7 +78,7 @@ class Int8:
 class Config:
     """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
-    preset: Literal["small", "smollm2-sums"] = DEFAULT
+    preset: Literal["small", "smollm2-sums"] = "small"
     """Defaults of the other options: smollm2-sums improves SmolLM2-135M on two-digit sums, on two CPU cores."""
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""

@@ -50,8 +50,8 @@ COMMANDS = {
     "reason": (
         reason_config.Config,
         REASON_RULES,
-        "algorithm model weights task task_options template prompt_length max_new_tokens stop stop_token_ids temperature "
-        f"generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
+        "preset algorithm model weights task task_options template prompt_length max_new_tokens stop stop_token_ids "
+        f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
     "zo_suite": (zo_suite.Config, (), "recipes seeds forwards search folder"),
@@ -77,7 +77,7 @@ COMMANDS = {
     "bench decode": (
         decode.Decode,
         decode.RULES,
-        "members growth prompts max_new_tokens chunk_size rank repeats dense_repeats model",
+        "prompts max_new_tokens rank repeats model",
     ),
     "bench kernels": (kernels.Kernels, kernels.RULES, "ops cases small repeats verbose"),
     "bench rl": (
@@ -194,6 +194,7 @@ ACCEPTED = [
     ("zo", [*ADAM, "--steps", "3"]),
     ("zo", ["--recipe", "lozo", "--offload", "--weight-decay", "0.1"]),
     ("egg", ["--preset", "paper", "--resume"]),
+    ("reason", ["--preset", "smollm2-sums", *GRPO]),
     ("reason", [*GRPO, "--grpo.epochs", "2", "--grpo.clip", "0.1", "--temperature", "0.7"]),
     ("reason", ["--plan", "--memory-budget", "9", "--rank", "2", "--seconds", "60", "--start.layers", "1"]),
     ("reason", ["--weights", "int8", "--precision", "stochastic", "--int8.threshold", "1"]),
