@@ -82,12 +82,12 @@ def worked(a: int, b: int, *, forget: int | None = None) -> str:
 
 
 def answer_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
-    """Give 1 where the first line of a completion ends in the right number, after the last ";" where there is one, else 0."""
+    """Give 1 where the first line of a completion is the right number, after the last ";" or a space before it, else 0."""
     return [float(_final(given) == right) for given, right in zip(completions, answer, strict=True)]
 
 
 def _final(completion: str) -> str | None:
-    found = _FINAL.fullmatch(completion.partition("\n")[0].strip())
+    found = _FINAL.fullmatch(completion.partition("\n")[0].removeprefix(" "))
     return found and found[1]
 
 

@@ -78,8 +78,8 @@ class Int8:
 class Config:
     """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
-    preset: Literal["small", "smollm2-sums"] = "small"
-    """Defaults of the other options: smollm2-sums improves SmolLM2-135M on two-digit sums, on two CPU cores."""
+    preset: Literal["small", "smollm2-sums", "smollm2-chain"] = "small"
+    """Defaults of the other options: SmolLM2-135M on two-digit sums, or on chain_sum of reasoning-gym with two numbers."""
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""
     model: Path | None = None
@@ -273,4 +273,9 @@ def parse(command: Sequence[str] | None) -> Config:
 
 def preset_defaults(preset: str) -> Config:
     """Return the configuration that explicit options change."""
-    return dataclasses.replace(Config(preset=preset), **PRESETS[preset])  # type: ignore[arg-type]
+    config: Any = Config(preset=preset)  # type: ignore[arg-type]
+    for name, value in PRESETS[preset].items():
+        group, _, option = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, group), **{option: value}) if group else value
+        config = dataclasses.replace(config, **{group or option: part})
+    return config
