@@ -2,6 +2,7 @@
 
     replace_file(path, pieces)     written next to the older file, flushed, renamed over it
     write_object, read_object      JSON objects with a checksum of their own, in the field `file_sha256`
+    user_cache, locked             the folder of what is made once for a user, and one maker at a time
 
 A checksum finds damage, not intent: it does not authenticate.
 """
@@ -66,6 +67,21 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def user_cache() -> Path:
+    """Return the folder of this project in the user's cache; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eggroll"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait while another process holds the lock of an existing folder, then hold it."""
+    import fcntl  # not on Windows
+
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def unused_name(path: Path) -> Path:

@@ -21,7 +21,14 @@ _FINAL = re.compile(r"(?:.*;)?([0-9]+)", re.DOTALL)
 
 
 def arithmetic(
-    *, seed: int = 0, digits: int = 2, train: int = 4096, validation: int = 256, test: int = 512, noise: float = 0.0
+    *,
+    seed: int = 0,
+    digits: int = 2,
+    train: int = 4096,
+    validation: int = 256,
+    test: int = 512,
+    noise: float = 0.0,
+    spaces: bool = False,
 ) -> Task:
     """Make the task.
 
@@ -31,6 +38,7 @@ def arithmetic(
         train, validation, test: problems of each split.
         noise: share of the train split's worked examples that forget a carry; at most the share of its sums that have one,
             0.45 or 0.6 or so.
+        spaces: ask "17 + 25 =", as texts do that language models learnt from, instead of "17+25=".
 
     Returns:
         The task; its columns are `answer`, such as "42", and `worked`, an example of a completion, which a warm start learns.
@@ -50,7 +58,8 @@ def arithmetic(
     chosen = np.random.default_rng(flip_key).permuted(chosen, axis=1)  # either number may come first
     problems = [(int(a), int(b)) for a, b in chosen]
     forgotten = _forgotten(problems[:train], noise, np.random.default_rng(noise_key))
-    rows = [_row(a, b, forgotten.get(index)) for index, (a, b) in enumerate(problems)]
+    form = "{} + {} =" if spaces else "{}+{}="
+    rows = [Row(form.format(a, b), _columns(a, b, forgotten.get(index))) for index, (a, b) in enumerate(problems)]
     parts = (rows[:train], rows[train : train + validation], rows[train + validation :])
     return Task("arithmetic", reward=answer_matches, splits=dict(zip(SPLITS, map(tuple, parts), strict=True)))
 
@@ -73,17 +82,17 @@ def worked(a: int, b: int, *, forget: int | None = None) -> str:
 
 
 def answer_matches(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
-    """Give 1 where the first line of a completion ends in the right number, after the last ";" where there is one, else 0."""
+    """Give 1 where the first line of a completion is the right number, after the last ";" or a space before it, else 0."""
     return [float(_final(given) == right) for given, right in zip(completions, answer, strict=True)]
 
 
 def _final(completion: str) -> str | None:
-    found = _FINAL.fullmatch(completion.partition("\n")[0])
+    found = _FINAL.fullmatch(completion.partition("\n")[0].removeprefix(" "))
     return found and found[1]
 
 
-def _row(a: int, b: int, forget: int | None) -> Row:
-    return Row(f"{a}+{b}=", {"answer": str(a + b), "worked": worked(a, b, forget=forget)})
+def _columns(a: int, b: int, forget: int | None) -> dict[str, str]:
+    return {"answer": str(a + b), "worked": worked(a, b, forget=forget)}
 
 
 def _carries(a: int, b: int) -> list[int]:

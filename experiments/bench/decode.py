@@ -4,6 +4,9 @@
 
 Decoding is greedy and without stop tokens, so that both produce the same number of tokens; the time includes drawing the noise.
 Both run in the same chunks of members, interleaved in one process. Memory is what the compiler reports for temporary values.
+
+Of a checkpoint, `--model`, `TEXTS` texts are decoded in one batch, and the time is split into the prefill, which also draws the
+noise, and the steps: that of the whole minus that of completions of one token, which need no step.
 """
 
 import dataclasses
@@ -31,6 +34,8 @@ VOCABULARY = 257  # bytes, and a token that starts a text
 SHORTEST, LONGEST = 4, 8  # tokens of a prompt
 OF_EVERY_SIZE = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "ratio", "temporary_bytes")
 COLUMNS = (*OF_EVERY_SIZE, "memory_per_member", "dense_ratio")  # the last two only for the main size
+TEXTS = 64  # of a checkpoint: members times prompts
+MODEL_COLUMNS = ("members", "tokens_per_second", "unperturbed_tokens_per_second", "prefill_ratio", "step_ratio", "ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +63,11 @@ class Decode:
     dense_repeats: int = 3
     """Rounds with dense noise, which is slow; 0 leaves them out."""
     model: Path | None = None
-    """Checkpoint in the Hugging Face layout to time instead of the random models."""
+    """Checkpoint in the Hugging Face layout to time instead of the random models: prefill, steps and whole of 64 texts."""
 
 
-RULES = (unless(lambda config: config.model is not None, "with --model: it is of the random models", "layers", "width"),)
+_OF_RANDOM_MODELS = ("members", "growth", "chunk_size", "layers", "width", "dense_repeats")
+RULES = (unless(lambda config: config.model is not None, "with --model: it is of the random models", *_OF_RANDOM_MODELS),)
 
 
 class Work(NamedTuple):
@@ -77,10 +83,14 @@ def run(config: Decode) -> None:
     about = machine() | {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
     about |= {"rounds": config.repeats, "rank": config.rank}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'model':<12}" + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS), flush=True)
+    columns = COLUMNS if config.model is None else MODEL_COLUMNS
+    print(f"{'model':<12}" + "".join(f"{column:>{len(column) + 2}}" for column in columns), flush=True)
     try:
         _check(config)
-        results = {name: measure(name, *model, config) for name, model in _models(config).items()}
+        if config.model is None:
+            results = {name: measure(name, *model, config) for name, model in _models(config).items()}
+        else:
+            results = {"model": measure_checkpoint(config.model, config)}
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print_summary(results | {"about": about})
@@ -91,9 +101,38 @@ def _check(config: Decode) -> None:
     for name in ("chunk_size", "prompts", "repeats", "layers"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
+    if config.model is not None:
+        if TEXTS % config.prompts:
+            raise ValueError(f"prompts must divide the {TEXTS} texts of a checkpoint, got {config.prompts}.")
+        if config.max_new_tokens < 2:
+            raise ValueError(f"max_new_tokens must be at least 2 to time a step, got {config.max_new_tokens}.")
+        return
     for members in (config.members, *config.growth):
         if members < 1 or members % (2 * config.chunk_size):
             raise ValueError(f"members must be a multiple of twice chunk_size {config.chunk_size}, got {members}.")
+
+
+def measure_checkpoint(folder: Path, config: Decode) -> dict[str, float]:
+    """Time a checkpoint: the ratios of the prefill, of a step and of the whole."""
+    model, _, params = hf.load(folder)
+    members, forms = TEXTS // config.prompts, dict[str, Callable[[], Any]]()
+    for tokens in (1, config.max_new_tokens):
+        work = _work(model, params, dataclasses.replace(config, max_new_tokens=tokens), members=members)
+        forms[f"unperturbed {tokens}"] = _unperturbed(work, members)
+        forms[f"population {tokens}"] = _decoding(work, *_strategy(work, eggroll.LowRank(config.rank), members))
+    ms = interleaved_ms(forms, repeats=config.repeats)
+    (plain, population), (plain_whole, whole) = zip(*[iter(ms.values())] * 2, strict=True)
+    tokens = TEXTS * config.max_new_tokens
+    row = {
+        "members": members,
+        "tokens_per_second": 1e3 * tokens / whole,
+        "unperturbed_tokens_per_second": 1e3 * tokens / plain_whole,
+        "prefill_ratio": plain / population,
+        "step_ratio": (plain_whole - plain) / (whole - population),
+        "ratio": plain_whole / whole,
+    }
+    print(f"{model.model_type:<12}" + "".join(f"{_format(row[c]):>{len(c) + 2}}" for c in MODEL_COLUMNS), flush=True)
+    return row
 
 
 def measure(name: str, model: Any, params: Any, config: Decode) -> dict[str, Any]:
@@ -145,9 +184,6 @@ def _measure_main(work: Work, config: Decode, one_chunk: int) -> dict[str, float
 
 def _models(config: Decode) -> dict[str, tuple[Any, Any]]:
     """Return name -> configuration and parameters."""
-    if config.model is not None:
-        loaded, _, params = hf.load(config.model)
-        return {loaded.model_type: (loaded, params)}
     transformer = transformer_config(layers=config.layers, width=config.width)
     configs: dict[str, hf.Config] = {
         "transformer": dataclasses.replace(transformer, vocab_size=VOCABULARY, tie_word_embeddings=True),

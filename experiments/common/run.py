@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from eggroll.devices.processes import end_at_once, is_first, join
-from eggroll.files import write_object
+from eggroll.files import user_cache, write_object
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
@@ -51,8 +51,7 @@ def use_compilation_cache() -> None:
     Programs for CPUs are machine code, so the folder depends on the features of the processor.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "eggroll" / f"xla-{jax.__version__}-{_processor()}"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{jax.__version__}-{_processor()}"))
 
 
 def _processor() -> str:

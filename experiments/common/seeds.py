@@ -63,7 +63,7 @@ def run_seeds(
         recorded: further fields of `summary.json`.
 
     Returns:
-        The fields of the only seed, or the means of all, with the fields of each under "seeds".
+        The fields of the only seed, or the means of the numbers of all, with the fields of each under "seeds".
     """
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -75,7 +75,8 @@ def run_seeds(
         rows.append(row)
     if len(rows) == 1:
         return rows[0]
-    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+    means = {name: statistics.fmean(row[name] for row in rows) for name in numbers}
     return means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
 
 

@@ -4,12 +4,10 @@ Owns the cache (`cached_model`), the training (`fit`: Adam, whose step size rise
 small transformer. The settings, the text and the loss belong to the front ends.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from jax import Array
 
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import run_folder
+from eggroll.files import locked
 from eggroll.llm import hf
 from eggroll.llm.models.transformer import TransformerConfig
 from eggroll.llm.shards import CONFIG
@@ -70,7 +69,7 @@ def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, se
     folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
 
     def make() -> None:
-        with _locked(folder):
+        with locked(folder):
             if not _is_sound(folder):
                 print(f"warm start: training a small model on {task}; it is kept in {folder}", flush=True)
                 hf.save(folder, config, train())
@@ -90,14 +89,6 @@ def _is_sound(folder: Path) -> bool:
     if differing:
         print(f"warm start: the model in {folder} is damaged ({', '.join(differing)})", flush=True)
     return not differing
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait while another run trains the same model."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def fit(

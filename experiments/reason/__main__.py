@@ -22,7 +22,8 @@ from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.contents import check_contents, read_contents, recorded_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
-from eggroll.experiments.reason.problem import Validation
+from eggroll.experiments.reason.outcome import compare, make_report
+from eggroll.experiments.reason.problem import Check, Validation
 from eggroll.experiments.reason.progress import Progress
 from eggroll.llm import hf
 
@@ -61,26 +62,28 @@ class Experiment:
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)
 
-    def _accuracies(self, params: Any, suffix: str = "") -> dict[str, float]:
-        return {f"{split}_accuracy{suffix}": check(params).accuracy for split, check in self.checks.items()}
+    def _check(self, params: Any) -> dict[str, Check]:
+        return {split: check(params, examples=self.config.examples) for split, check in self.checks.items()}
 
-    def train(self, run: SeedRun, before: dict[str, float]) -> Row:
+    def train(self, run: SeedRun, before: dict[str, Check]) -> Row:
         """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
         config, problem, folder = self.config, self.problem, run.folder
         progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples)
         start = time.perf_counter()
         improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
         params = local(improved.params)
-        after = self._accuracies(params)
-        words = f"test accuracy {after['test_accuracy']:.3f}, {before['test_accuracy_before']:.3f} before"
-        print(f"seed {run.seed}: {words}; metrics and model are in {folder}", flush=True)
-        if after["validation_accuracy"] <= before["validation_accuracy_before"]:
+        after = self._check(params)
+        result = compare(before["test"], after["test"])
+        print(make_report(run.seed, result, before["test"], after["test"]), flush=True)
+        print(f"seed {run.seed}: metrics, figure and model are in {folder}", flush=True)
+        if after["validation"].accuracy <= before["validation"].accuracy:
             print(f"seed {run.seed}: the validation accuracy has not risen. {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
         first_does(lambda: hf.save(folder / "model", problem.config, params, source=problem.source))
         return {
-            **after,
-            **before,
+            **_accuracies(after),
+            **_accuracies(before, "_before"),
+            **result,
             "generations": improved.generations,
             "training_seconds": round(progress.seconds, 2),
             "tokens": progress.tokens,
@@ -91,8 +94,9 @@ class Experiment:
 
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
-        config, before = self.config, self._accuracies(self.problem.params, "_before")
-        print(", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in before.items()), flush=True)
+        config, before = self.config, self._check(self.problem.params)
+        words = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in _accuracies(before, "_before").items())
+        print(", ".join(words), flush=True)
         summary = run_seeds(
             config,
             lambda run: self.train(run, before),
@@ -101,7 +105,12 @@ class Experiment:
             options=config.options(),
             recorded={"limits": {"generations": config.generations, "seconds": config.seconds}},
         )
-        return {"algorithm": config.algorithm, "task": config.task_name} | summary
+        model = str(config.model or f"small {config.start.architecture}")
+        return {"algorithm": config.algorithm, "model": model, "task": config.task_name} | summary
+
+
+def _accuracies(checks: dict[str, Check], suffix: str = "") -> dict[str, float]:
+    return {f"{split}_accuracy{suffix}": check.accuracy for split, check in checks.items()}
 
 
 def run(config: Config, *, reward: Reward | None = None) -> Row:

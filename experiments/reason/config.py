@@ -14,6 +14,7 @@ from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.effects import RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
+from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
@@ -30,6 +31,7 @@ _POSITIVE = (
 )
 # Options that no bit of the parameters depends on: a run may be resumed with other values.
 _NOT_IDENTITY = (
+    "preset",
     "seed",
     "seeds",
     "folder",
@@ -77,11 +79,13 @@ class Int8:
 class Config:
     """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
+    preset: Literal["small", "smollm2-sums", "smollm2-chain"] = "small"
+    """Defaults of the other options: SmolLM2-135M on two-digit sums, or on chain_sum of reasoning-gym with two numbers."""
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""
     model: Path | None = None
-    """Folder of a Hugging Face checkpoint (Llama, Qwen2, Qwen3, RWKV-7) with its tokenizer.json. None: a small byte-level
-    model, warm-started on worked examples of the task."""
+    """Folder of a Hugging Face checkpoint (Llama, Qwen2, Qwen3, RWKV-7) with its tokenizer.json; or smollm2, which comes from
+    the package registry. None: a small byte-level model, warm-started on worked examples of the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters of a checkpoint."""
     weights: Literal["float", "int8"] = "float"
@@ -224,7 +228,7 @@ class Config:
 
     def ignored(self) -> dict[str, str]:
         """Return the options that are set and have no effect, each with the error that says so."""
-        return ignored_options(self, RULES, Config())
+        return ignored_options(self, RULES, Config(), preset_defaults(self.preset))
 
     def check(self) -> None:
         """Raise ValueError for options that have no effect, are out of range or contradict each other."""
@@ -273,9 +277,21 @@ def restore_config(options: dict[str, Any]) -> Config:
 
 
 def parse(command: Sequence[str] | None) -> Config:
-    """Read the command line; wrong options, also those of older versions, end the program."""
+    """Read the command line: a preset sets defaults, explicit options take precedence; wrong options end the program."""
     for argument in sys.argv[1:] if command is None else command:
         option = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and option in _RENAMED:
             sys.exit(f"error: option --{option} is now --{_RENAMED[option].replace('_', '-')}.")
-    return tyro.cli(Config, args=command, prog="python -m eggroll.experiments.reason")
+    prog = "python -m eggroll.experiments.reason"
+    preset = tyro.cli(Config, args=command, prog=prog).preset
+    return tyro.cli(Config, args=command, prog=prog, default=preset_defaults(preset))
+
+
+def preset_defaults(preset: str) -> Config:
+    """Return the configuration that explicit options change."""
+    config: Any = Config(preset=preset)  # type: ignore[arg-type]
+    for name, value in PRESETS[preset].items():
+        group, _, option = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, group), **{option: value}) if group else value
+        config = dataclasses.replace(config, **{group or option: part})
+    return config

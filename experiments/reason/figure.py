@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from eggroll.runs.metrics import read_metrics
 
-COLORS = {"eggroll": "#0072b2", "grpo": "#d55e00"}  # told apart by the colour-blind
+LABELS = {"eggroll": "EGGROLL", "int8": "EGGROLL, int8", "grpo": "GRPO"}
+COLORS = {"eggroll": "#0072b2", "int8": "#009e73", "grpo": "#d55e00"}  # told apart by the colour-blind
 Curve = tuple[Sequence[float], Sequence[float]]  # seconds and validation accuracies of a seed
 
 
@@ -56,5 +57,4 @@ def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve]) -> None:
         panel.plot(seconds, accuracies, color=COLORS[algorithm], alpha=0.35, linewidth=0.8)
     grid = np.linspace(0, min(seconds[-1] for seconds, _ in curves), 60)
     mean = np.mean([np.interp(grid, seconds, accuracies) for seconds, accuracies in curves], axis=0)
-    label = {"eggroll": "EGGROLL", "grpo": "GRPO"}[algorithm]
-    panel.plot(grid, mean, color=COLORS[algorithm], linewidth=2, label=f"{label}, mean of {len(curves)}")
+    panel.plot(grid, mean, color=COLORS[algorithm], linewidth=2, label=f"{LABELS[algorithm]}, mean of {len(curves)}")

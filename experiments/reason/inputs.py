@@ -1,7 +1,9 @@
 """Inputs of `experiments.reason`: the model and the task that the options name."""
 
 import dataclasses
+import functools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import optax
@@ -13,6 +15,7 @@ from eggroll.experiments.reason.problem import Problem, Sampling, Template, chec
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
 from eggroll.llm.chat import ChatTemplate
+from eggroll.llm.fetch import MODELS, fetch
 from eggroll.llm.memory import MemoryPlan, memory_plan
 from eggroll.llm.shards import CONFIG, read_object
 from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -46,13 +49,14 @@ def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
     if asked > len(task.split("train")):
         option = "prompts times groups" if config.groups > 1 else "prompts" if config.algorithm == "eggroll" else "grpo.prompts"
         raise ValueError(f"{option} must be at most {len(task.split('train'))}, the problems of the train split, got {asked}.")
-    if config.model is None:
+    folder = model_folder(config.model)
+    if folder is None:
         model: hf.Config = config.start.model
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        model = hf.check(config.model)
+        model = hf.check(folder)
         hf.make_generator(model)  # raises for a model that cannot continue texts
-        tokenizer = load_tokenizer(config.model, vocab_size=model.vocab_size)
+        tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size)
     template = _make_template(config)
     check_template(template, tokenizer)
     length = config.prompt_length or _prompt_length(template, tokenizer, task)
@@ -79,12 +83,19 @@ def _make_task(config: Config, reward: tasks.Reward | None) -> tasks.Task:
     return task if reward is None else dataclasses.replace(task, reward=reward)
 
 
+@functools.cache
+def model_folder(model: Path | None) -> Path | None:
+    """Return the folder of a checkpoint, which is fetched if `model` names one of `fetch.MODELS` and no folder."""
+    return fetch(str(model)) if model is not None and str(model) in MODELS and not model.exists() else model
+
+
 def _make_template(config: Config) -> Template:
     if config.template != CHAT:
         return _unescape(config.template)
-    if config.model is None:
+    folder = model_folder(config.model)
+    if folder is None:
         raise ValueError("template chat needs --model, a checkpoint whose tokenizer has a chat template.")
-    return ChatTemplate(config.model)
+    return ChatTemplate(folder)
 
 
 def _unescape(text: str) -> str:
@@ -111,7 +122,7 @@ def load(config: Config, inputs: Inputs) -> Problem:
     try:
         if config.reward is not None:
             tasks.try_reward(scorer, inputs.task.split("train")[:3])
-        source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
+        source = model_folder(config.model) or warm_start(config.start, inputs.task, template=str(inputs.template))
         model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
     except BaseException:
         scorer.close()
@@ -150,9 +161,10 @@ def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
         return tuple(_encode_stop(text, tokenizer) for text in config.stop)
     if config.stop_token_ids is not None:
         return config.stop_token_ids
-    if config.model is None or isinstance(tokenizer, ByteTokenizer):
+    folder = model_folder(config.model)
+    if folder is None or isinstance(tokenizer, ByteTokenizer):
         return (ord("\n"),)
-    for path in (config.model / "generation_config.json", config.model / CONFIG):
+    for path in (folder / "generation_config.json", folder / CONFIG):
         ids = read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -125,6 +125,7 @@ class Check(NamedTuple):
     ended: float  # share of completions that a stop token ended
     tokens: float  # mean length of a completion
     examples: list[tuple[str, str, float]]  # prompt, completion, score
+    scores: np.ndarray  # float32 [problems], NaN where a completion has none
 
 
 class Validation:
@@ -155,7 +156,8 @@ class Validation:
         given = scores.values[scores.has_score]
         accuracy = float(given.mean()) if given.size else 0.0
         shown = [(self._rows[i].prompt, texts[i], float(scores.values[i])) for i in range(min(examples, len(texts)))]
-        return Check(accuracy, float(completions.ended.mean()), float(completions.length.mean()), shown)
+        each = np.where(scores.has_score, scores.values, np.float32(np.nan))
+        return Check(accuracy, float(completions.ended.mean()), float(completions.length.mean()), shown, each)
 
     def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> Completions:
         padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))  # the last batch has the shape of the others

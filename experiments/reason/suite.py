@@ -1,4 +1,7 @@
-"""EGGROLL and GRPO on the same clock, over small models and seeds: `python -m eggroll.experiments.reason.compare --help`.
+"""EGGROLL and GRPO on the same clock, over models and seeds: `python -m eggroll.experiments.reason.compare --help`.
+
+    python -m eggroll.experiments.reason.compare                                          two small models
+    python -m eggroll.experiments.reason.compare --presets smollm2-sums --algorithms eggroll int8 grpo --seconds 1800
 
 Each run is `experiments.reason` on one core (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
 The last line of standard output is a JSON object.
@@ -13,16 +16,23 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import check_passed, drop_options, effective
+from eggroll.experiments.common.options import check_passed, drop_options, effective, ignored_options, refuse, unless
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Job, Report, Result, Suite, markdown_table, run_suite
 from eggroll.experiments.reason import config as reason
 from eggroll.experiments.reason.effects import RULES
 from eggroll.experiments.reason.figure import Curve, draw_curves
+from eggroll.experiments.reason.presets import PRESETS
 from eggroll.runs.metrics import read_metrics
 
-OWN = ("algorithm", "start.architecture", "seed")
+OWN = ("algorithm", "preset", "start.architecture", "seed")
+ALGORITHMS = {  # name in the table -> options
+    "eggroll": ("--algorithm", "eggroll"),
+    "int8": ("--algorithm", "eggroll", "--weights", "int8", "--precision", "stochastic"),
+    "grpo": ("--algorithm", "grpo"),
+}
+COMPARED = (unless(lambda config: bool(config.presets), "with --presets, which take their place", "architectures"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +41,10 @@ class Config:
 
     architectures: tuple[Literal["transformer", "rwkv7"], ...] = ("transformer", "rwkv7")
     """Small models, a panel of the figure each."""
-    algorithms: tuple[Literal["eggroll", "grpo"], ...] = ("eggroll", "grpo")
-    """Algorithms of experiments.reason."""
+    presets: tuple[str, ...] = ()
+    """Presets of experiments.reason, such as smollm2-sums, in place of the small models."""
+    algorithms: tuple[Literal["eggroll", "int8", "grpo"], ...] = ("eggroll", "grpo")
+    """Algorithms of experiments.reason; int8 is eggroll on int8 matrices that are rounded stochastically."""
     seconds: float = 60.0
     """Seconds of training of every run, compilation included, validation not."""
     generations: int | None = None
@@ -46,8 +58,19 @@ class Config:
     figure: Path | None = None
     """Second path of the figure, such as docs/reasoning.png."""
 
+    @property
+    def models(self) -> dict[str, tuple[str, ...]]:
+        """The name of every panel, and the options that choose its model."""
+        if self.presets:
+            return {name: ("--preset", name) for name in self.presets}
+        return {name: ("--start.architecture", name) for name in self.architectures}
+
     def check(self) -> None:
         """Raise ValueError for options that experiments.reason does not see."""
+        refuse(ignored_options(self, COMPARED, Config()))
+        unknown = [name for name in self.presets if name not in PRESETS]
+        if unknown:
+            raise ValueError(f"presets must be out of {', '.join(PRESETS)}, got {unknown[0]}.")
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
         for name in ("architectures", "algorithms"):
@@ -65,20 +88,20 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         ValueError: an option is wrong, or the folder has other runs.
     """
     config.check()
-    ignored = [reason.parse(("--algorithm", algorithm, *options)).ignored() for algorithm in config.algorithms]
-    check_passed(options, own=OWN, ignored=ignored)
-    folder = run_folder(config.folder)
-    settings = [
-        make_setting(config, architecture, algorithm, options)
-        for architecture in config.architectures
+    ignored = [
+        reason.parse((*chosen, *ALGORITHMS[algorithm], *options)).ignored()
+        for chosen in config.models.values()
         for algorithm in config.algorithms
     ]
+    check_passed(options, own=OWN, ignored=ignored)
+    folder = run_folder(config.folder)
+    settings = [make_setting(config, model, algorithm, options) for model in config.models for algorithm in config.algorithms]
     jobs = [
         Job(f"{setting.name} seed {seed}", setting, [seed])
-        for architecture in config.architectures
+        for model in config.models
         for seed in range(config.seeds)
         for setting in settings
-        if setting.labels[0] == architecture
+        if setting.labels[0] == model
     ]
     suite = Suite(
         "eggroll.experiments.reason",
@@ -94,16 +117,16 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     return suite
 
 
-def make_setting(config: Config, architecture: str, algorithm: str, options: Sequence[str]) -> Setting:
+def make_setting(config: Config, model: str, algorithm: str, options: Sequence[str]) -> Setting:
     """Make the setting of a model and algorithm, without options that have no effect in it; ValueError if one is wrong."""
     limits = ["--seconds", str(config.seconds)]
     limits += [] if config.generations is None else ["--generations", str(config.generations)]
-    arguments = ("--start.architecture", architecture, "--algorithm", algorithm, *limits, *options)
+    arguments = (*config.models[model], *ALGORITHMS[algorithm], *limits, *options)
     arguments = drop_options(arguments, reason.parse(arguments).ignored())
     parsed = reason.parse(arguments)
     parsed.check()
     compared = effective(parsed.options(), parsed, RULES)
-    return Setting((architecture, algorithm), arguments, compared, run_folder(config.folder) / architecture / algorithm)
+    return Setting((model, algorithm), arguments, compared, run_folder(config.folder) / model / algorithm)
 
 
 def check_limits(setting: Setting, found: Summaries) -> Summaries:
@@ -120,9 +143,9 @@ def report(config: Config, results: Sequence[Result]) -> Report:
     rows: list[dict[str, Any]] = []
     curves: dict[str, dict[str, list[Curve]]] = {}
     for setting, found in results:
-        architecture, algorithm = setting.labels
-        rows.append(make_row(architecture, algorithm, list(found.values())))
-        curves.setdefault(architecture, {})[algorithm] = [
+        model, algorithm = setting.labels
+        rows.append(make_row(model, algorithm, list(found.values())))
+        curves.setdefault(model, {})[algorithm] = [
             read_curve(setting.folder / f"seed-{seed}", before=summary["validation_accuracy_before"])
             for seed, summary in found.items()
         ]
@@ -138,15 +161,16 @@ def read_curve(folder: Path, *, before: float) -> Curve:
     return [0.0, *(row["seconds_spent"] for row in rows)], [before, *(row["validation_accuracy"] for row in rows)]
 
 
-def make_row(architecture: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def make_row(model: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Make a row from the summaries of its seeds."""
     accuracies = [summary["test_accuracy"] for summary in summaries]
     return {
-        "architecture": architecture,
+        "model": model,
         "algorithm": algorithm,
         "test_accuracy": statistics.fmean(accuracies),
         "test_accuracy_before": statistics.fmean(summary["test_accuracy_before"] for summary in summaries),
         "by_seed": accuracies,
+        "intervals": [summary["interval"] for summary in summaries],
         "generations": [summary["generations"] for summary in summaries],
         "tokens_per_second": [summary["tokens_per_second"] for summary in summaries],
         "training_seconds": [summary["training_seconds"] for summary in summaries],
@@ -162,6 +186,7 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "before",
         "test accuracy of the seeds",
         "mean",
+        "intervals of the gain",
         "generations or steps",
         "tokens / s",
         "peak MiB",
@@ -171,7 +196,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in row["by_seed"])
         spans = [_span(row[name]) for name in ("generations", "tokens_per_second", "peak_mib")]
         before, mean = f"{row['test_accuracy_before']:.3f}", f"{row['test_accuracy']:.3f}"
-        cells.append([row["architecture"], row["algorithm"], before, accuracies, mean, *spans])
+        gains = ", ".join(f"{low:+.3f} to {high:+.3f}" for low, high in row["intervals"])
+        cells.append([row["model"], row["algorithm"], before, accuracies, mean, gains, *spans])
     return markdown_table(head, cells)
 
 

@@ -50,8 +50,8 @@ COMMANDS = {
     "reason": (
         reason_config.Config,
         REASON_RULES,
-        "algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids temperature "
-        f"generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
+        "preset algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids "
+        f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
     "zo_suite": (zo_suite.Config, (), "recipes seeds forwards search folder"),
@@ -60,7 +60,11 @@ COMMANDS = {
         (),
         "populations streams bytes_per_update generations layers width seeds baselines folder",
     ),
-    "reason.compare": (reason_suite.Config, (), "architectures algorithms seconds generations seeds cores folder figure"),
+    "reason.compare": (
+        reason_suite.Config,
+        reason_suite.COMPARED,
+        "presets algorithms seconds generations seeds cores folder figure",
+    ),
     "estimator": (
         estimator.Config,
         (),
@@ -77,7 +81,7 @@ COMMANDS = {
     "bench decode": (
         decode.Decode,
         decode.RULES,
-        "members growth prompts max_new_tokens chunk_size rank repeats dense_repeats model",
+        "prompts max_new_tokens rank repeats model",
     ),
     "bench kernels": (kernels.Kernels, kernels.RULES, "ops cases small repeats verbose"),
     "bench rl": (
@@ -194,6 +198,7 @@ ACCEPTED = [
     ("zo", [*ADAM, "--steps", "3"]),
     ("zo", ["--recipe", "lozo", "--offload", "--weight-decay", "0.1"]),
     ("egg", ["--preset", "paper", "--resume"]),
+    ("reason", ["--preset", "smollm2-sums", *GRPO]),
     ("reason", [*GRPO, "--grpo.epochs", "2", "--grpo.clip", "0.1", "--temperature", "0.7"]),
     ("reason", ["--plan", "--memory-budget", "9", "--rank", "2", "--seconds", "60", "--start.layers", "1"]),
     ("reason", ["--weights", "int8", "--precision", "stochastic", "--int8.threshold", "1"]),
@@ -276,6 +281,10 @@ def test_suites_pass_options_to_the_runs_that_they_belong_to(tmp_path):
     config = reason_suite.Config(folder=tmp_path / "reason")
     ours, grpo = (reason_suite.make_setting(config, "rwkv7", name, ["--prompts", "4"]) for name in ("eggroll", "grpo"))
     assert "--prompts" in ours.arguments and "--prompts" not in grpo.arguments
+    config = reason_suite.Config(folder=tmp_path / "presets", presets=("smollm2-sums",))
+    ours, int8, grpo = (reason_suite.make_setting(config, "smollm2-sums", name, []) for name in reason_suite.ALGORITHMS)
+    assert ours.options["template"] == int8.options["template"] == grpo.options["template"] != "{prompt}"
+    assert int8.options["weights"] == "int8" and ours.options["weights"] == "float" and "sigma" not in grpo.options
 
 
 @pytest.mark.parametrize("suite", [rl_suite, zo_suite, egg_suite])
@@ -301,6 +310,8 @@ def test_suites_that_resume_their_runs_accept_a_change(suite, tmp_path, monkeypa
         (zo_suite, ["--steps", "3"], "--steps cannot be given to a suite"),
         (egg_suite, ["--population-size", "64"], "--population-size cannot be given to a suite"),
         (reason_suite, ["--algorithms", "grpo", "--sigma", "1"], "--sigma has no effect with --algorithm grpo"),
+        (reason_suite, ["--presets", "small", "--architectures", "rwkv7"], "--architectures has no effect with --presets"),
+        (reason_suite, ["--presets", "tiny"], "presets must be out of small, smollm2-sums, smollm2-chain, got tiny"),
         (reason_suite, ["--start.architecture", "rwkv7"], "--start.architecture cannot be given to a suite"),
     ],
 )

@@ -18,24 +18,42 @@ TINY = decode.Decode(
 pytestmark = pytest.mark.slow
 
 
+models = decode._models
+
+
 def transformer():
-    return decode._models(TINY)["transformer"]
+    return models(TINY)["transformer"]
 
 
-def test_last_line_is_json_with_every_number(capsys, tmp_path):
-    pytest.importorskip("safetensors")
-    hf.save(tmp_path, *transformer())
-    unset = {name: getattr(decode.Decode(), name) for name in ("layers", "width")}
-    decode.run(dataclasses.replace(TINY, model=tmp_path, **unset))
+def test_last_line_is_json_with_every_number(capsys, monkeypatch):
+    monkeypatch.setattr(decode, "_models", lambda config: {"transformer": models(config)["transformer"]})
+    decode.run(TINY)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["model", *decode.COLUMNS] and lines[2].split()[0] == "qwen3"
+    assert lines[1].split() == ["model", *decode.COLUMNS] and lines[2].split()[0] == "transformer"
     summary = json.loads(lines[-1])
-    row = summary["qwen3"]
+    row = summary["transformer"]
     assert set(row) == {*decode.COLUMNS, "growth"} and [found["members"] for found in row["growth"]] == [8]
     assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["unperturbed_tokens_per_second"])
     cache = 2 * 2 * (decode.LONGEST + 3) * 16 * 4  # keys and values of one layer: texts, tokens, width, bytes
     assert cache < row["memory_per_member"] < 20 * cache and row["temporary_bytes"] > 4 * cache
     assert row["dense_ratio"] is None and summary["about"]["device"] and summary["about"]["load"] >= 0
+
+
+def test_a_checkpoint_is_timed_in_parts(capsys, tmp_path):
+    pytest.importorskip("safetensors")
+    hf.save(tmp_path, *transformer())
+    decode.run(decode.Decode(model=tmp_path, max_new_tokens=3, repeats=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["model", *decode.MODEL_COLUMNS] and lines[2].split()[0] == "qwen3"
+    row = json.loads(lines[-1])["model"]
+    assert list(row) == [*decode.MODEL_COLUMNS] and row["members"] == 8 and row["prefill_ratio"] > 0
+    assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["unperturbed_tokens_per_second"])
+    for options, sentence in (
+        ({"prompts": 3}, "must divide the 64 texts"),
+        ({"growth": ()}, "--growth has no effect with --model"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            decode.run(dataclasses.replace(decode.Decode(model=tmp_path), **options))
 
 
 def test_without_noise_both_forms_give_the_same_texts():

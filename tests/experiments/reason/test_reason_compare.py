@@ -13,13 +13,14 @@ from tests.experiments.reason.reason_runs import TINY
 
 def summary(accuracy, **more):
     known = {"test_accuracy": accuracy, "test_accuracy_before": 0.5, "generations": 10, "tokens_per_second": 1000.4}
-    return known | {"training_seconds": 2.0, "peak_mib": 100} | more
+    return known | {"training_seconds": 2.0, "peak_mib": 100, "interval": [accuracy - 0.6, accuracy - 0.4]} | more
 
 
 def test_rows_and_table():
     row = make_row("rwkv7", "grpo", [summary(0.75), summary(0.5, peak_mib=1200)])
     assert row["test_accuracy"] == 0.625 and row["by_seed"] == [0.75, 0.5] and row["training_seconds"] == [2.0, 2.0]
-    cells = ["rwkv7", "grpo", "0.500", "0.750, 0.500", "0.625", "10", "1,000", "100 to 1,200"]
+    gains = "+0.150 to +0.350, -0.100 to +0.100"
+    cells = ["rwkv7", "grpo", "0.500", "0.750, 0.500", "0.625", gains, "10", "1,000", "100 to 1,200"]
     assert make_table([row]).splitlines()[2] == f"| {' | '.join(cells)} |"
 
 
