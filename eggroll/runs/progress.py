@@ -82,7 +82,8 @@ class _PlainLines:
     def _write(self) -> None:
         while not self._ended.wait(max(FIRST_SECONDS, SHARE * (time.monotonic() - self._start))):
             with contextlib.suppress(OSError, ValueError):  # a closed pipe does not end the run
-                print(self._line(), file=sys.stderr, flush=True)
+                sys.stderr.write(f"{self._line()}\n")
+                sys.stderr.flush()
 
     def _line(self) -> str:
         elapsed, of = _duration(time.monotonic() - self._start), f"of {self._total:,.0f}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.log import logged
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.journal.lock import RunLock
@@ -63,19 +64,21 @@ def run_seeds(
         recorded: further fields of `summary.json`.
 
     Returns:
-        The fields of the only seed, or the means of all, with the fields of each under "seeds".
+        The fields of the only seed, or the means of the numbers of all, with the fields of each under "seeds".
     """
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         folder = seed_folder(config, seed, default=default)
         prepare_folder(folder, resume=config.resume)
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
-        row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
+        with logged(folder, append=config.resume):
+            row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
         _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row})
         rows.append(row)
     if len(rows) == 1:
         return rows[0]
-    means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    numbers = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    means = {name: statistics.fmean(row[name] for row in rows) for name in numbers}
     return means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
 
 

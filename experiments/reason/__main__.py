@@ -18,6 +18,7 @@ from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
+from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
 from eggroll.experiments.reason.problem import Validation
 from eggroll.experiments.reason.progress import Progress
@@ -53,21 +54,26 @@ class Experiment:
     def train(self, run: SeedRun, before: dict[str, float]) -> Row:
         """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
         config, problem, folder = self.config, self.problem, run.folder
-        progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples)
+        accuracy = before["validation_accuracy_before"]
+        progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples, start=accuracy)
         start = time.perf_counter()
         improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
         params = local(improved.params)
         after = self._accuracies(params)
         words = f"test accuracy {after['test_accuracy']:.3f}, {before['test_accuracy_before']:.3f} before"
         print(f"seed {run.seed}: {words}; metrics and model are in {folder}", flush=True)
-        if after["validation_accuracy"] <= before["validation_accuracy_before"]:
-            print(f"seed {run.seed}: the validation accuracy has not risen. {improved.advice}".rstrip(), flush=True)
+        if not progress.best_generation:
+            words = "no check was above the start, so the model is the one that it started from."
+            print(f"seed {run.seed}: {words} {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
+        first_does(lambda: draw(folder))  # again, with the last check
         first_does(lambda: hf.save(folder / "model", problem.config, params, source=problem.source))
         return {
             **after,
             **before,
             "generations": improved.generations,
+            "best_generation": progress.best_generation,
+            "ended": improved.ended,
             "training_seconds": round(progress.seconds, 2),
             "tokens": progress.tokens,
             "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,

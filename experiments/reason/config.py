@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,11 +98,12 @@ class Config:
     """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
-    """Tokens that prompts are padded to. None: a quarter more than the longest held-out prompt."""
+    """Most tokens of a prompt, to which all are padded. None: what the prompts of a batch need, in few different lengths."""
     max_new_tokens: int = 24
     """Most tokens of a completion."""
     stop: tuple[str, ...] | None = None
-    """Texts that end a completion, each a single token, such as "\\n" or "<|im_end|>". None: see stop_token_ids."""
+    """Texts that end a completion, such as "\\n" or "<|im_end|>"; one of several tokens cuts the text once it is whole, which
+    takes until max_new_tokens. None: see stop_token_ids."""
     stop_token_ids: tuple[int, ...] | None = None
     """Ids of stop tokens, instead of stop. None: eos_token_id in generation_config.json; for bytes the end of a line."""
     temperature: float | None = None
@@ -140,8 +142,9 @@ class Config:
     """Settings of grpo."""
     generations: int | None = None
     """Generations, or steps of grpo. None: as many as fit into `seconds`."""
-    seconds: float = 120.0
-    """Seconds of training, compilation included, validation not."""
+    seconds: float | None = None
+    """Seconds of training, compilation included, validation not; with generations, whichever comes first. None: 120, or no
+    limit with generations."""
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
@@ -182,6 +185,16 @@ class Config:
         return self.temperature if self.temperature is not None else float(self.algorithm == "grpo")
 
     @property
+    def time_limit(self) -> float:
+        """Seconds of training; infinite where only generations limit a run."""
+        return self.seconds or (120.0 if self.generations is None else math.inf)
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The time limit as `eggroll.train` takes it."""
+        return None if math.isinf(self.time_limit) else ("seconds_spent", self.time_limit)
+
+    @property
     def groups(self) -> int:
         """Number of groups of members that get the same prompts."""
         return self.population_size // (self.group or self.population_size)
@@ -217,8 +230,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
         for name in ("seconds", "sigma", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}.")
         for name in ("generations", "prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

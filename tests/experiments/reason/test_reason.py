@@ -14,6 +14,7 @@ from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
+from eggroll.experiments.reason.problem import cut_off
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
@@ -67,7 +68,10 @@ def test_a_run_leaves_its_files(folder, capsys, signal):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(folder, capsys, signal):
     whole = run(capsys, "--generations", "4", "--folder", "out/whole")
-    run(capsys, "--generations", "3", "--folder", "out/parts")
+    first = run(capsys, "--generations", "3", "--folder", "out/parts")
+    assert first["ended"] == "generations" and first["best_generation"] in (0, 2, 3)
+    lines = [json.loads(line) for line in (folder / "out/parts/metrics.jsonl").read_text().splitlines()]
+    assert [(line["generation"], "validation_accuracy" in line) for line in lines[2:]] == [(2, False), (3, True)]
     parts = run(capsys, "--generations", "4", "--folder", "out/parts", "--resume")
     assert whole["generations"] == parts["generations"] == 4
     out = folder / "out"
@@ -76,7 +80,9 @@ def test_a_run_goes_on_bit_for_bit(folder, capsys, signal):
     lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [0, 1, 2, 3]
     assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
-    assert parts["validation_accuracy"] == max(line.get("validation_accuracy", -1) for line in lines)  # the best is exported
+    checks = [parts["validation_accuracy_before"], *(line.get("validation_accuracy", -1) for line in lines)]
+    assert parts["validation_accuracy"] == max(checks)  # the best is exported
+    assert parts["best_generation"] == (0 if checks[0] == max(checks) else 1 + len(lines) - checks[::-1].index(max(checks)) - 1)
     assert all(line["tokens"] > 0 and line["moved"] > 0 for line in lines)
     journal.main(["verify", str(out / "whole")])  # rebuilt from scalars by the recipe in its header
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
@@ -91,7 +97,7 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
     summary = run(capsys, *options, "--generations", "3", "--folder", f"{out}/parts", "--resume")
     assert summary["generations"] == 3 and equal(weights(out / "whole"), weights(out / "parts"))
     lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
-    assert [line["generation"] for line in lines] == [0, 1, 2] and all(line["moved"] > 0 for line in lines)
+    assert [line["generation"] for line in lines] == [0, 1, 2, 3] and all(line["moved"] > 0 for line in lines[:3])
     matrices = [leaf for leaf in jax.tree.leaves(weights(out / "whole")["blocks"]) if leaf.ndim == 3]
     assert matrices and all(leaf.dtype == jnp.float32 for leaf in matrices)
     journal.main(["verify", f"{out}/whole"])
@@ -168,12 +174,28 @@ def test_nothing_ever_scores_says_so(capsys):
         run(capsys, "--generations", "2", "--folder", "out/silent")
 
 
-def test_stops_are_texts_of_one_token():
+def test_stops_are_tokens_or_cut_texts():
     inputs = prepare(parse(TINY))
     sampling = lambda *options: make_sampling(parse([*TINY, *options]), inputs.tokenizer)  # noqa: E731
     assert sampling() == sampling("--stop", "\\n") == sampling("--stop-token-ids", "10")  # as a shell passes the end of a line
     assert sampling("--stop", ";", "\n").stop_token_ids == (59, 10)
     assert sampling("--stop").stop_token_ids == ()
+    assert sampling("--stop", "\\nQ:", ";").stop_token_ids == (59,)
+    assert [cut_off(text, ("\nQ:", ";")) for text in ("4\nQ: 5;", "4;\nQ:", "4\nA:")] == ["4", "4", "4\nA:"]
+
+
+def test_prompts_are_padded_to_what_they_need(folder):
+    config = parse([*TINY, "--template", "Add: {prompt}"])
+    inputs = prepare(config)
+    problem, sampling = load(config, inputs), make_sampling(config, inputs.tokenizer)
+    rows = [tasks.Row("1+1=", {}), tasks.Row("17+25=", {})]
+    assert inputs.lengths[:2] == (12, 12) and problem.prompts(rows).tokens.shape == (2, 12)
+    longer = [*rows, tasks.Row("17+25+17=", {})]
+    assert problem.prompts(longer).tokens.shape == (3, 16) and problem.prompts(rows[:1], samples=2).tokens.shape == (2, 12)
+    short, long = (problem.complete(problem.params, problem.prompts(some), None, sampling=sampling) for some in (rows, longer))
+    assert problem.texts(short) == problem.texts(long)[:2] and not problem.prompts(longer).mask[0, :6].any()
+    with pytest.raises(ValueError, match=r"prompt_length must be at least 16, .* there is room for 12\."):
+        inputs.lengths._replace(most=12).of_batch(16, held_out=False, prompt="17+25+17=")
 
 
 def test_older_journals_have_older_names_of_options():
@@ -239,7 +261,8 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--template", "Q:"], "template must contain {prompt}"),
         (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
         (["--prompt-length", "2"], "prompt_length must be at least"),
-        (["--stop", "\n", "Q:"], "stop must be texts of a single token, got 'Q:', which has 2 tokens here."),
+        (["--stop", "\n", ""], "stop must be texts, got '', which has 0 tokens here."),
+        (["--algorithm", "grpo", "--stop", "Q:"], "stop must be texts of a single token for grpo, whose loss would count"),
         (["--stop", "\n", "--stop-token-ids", "10"], "give stop or stop_token_ids, not both"),
         (["--room", "4"], "option --room is now --max-new-tokens."),
         (["--ending=1"], "option --ending is now --stop-token-ids."),
