@@ -19,8 +19,9 @@ from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
-from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
-from eggroll.experiments.reason.problem import Validation
+from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
+from eggroll.experiments.reason.probe import probe
+from eggroll.experiments.reason.problem import Problem, Sampling, Validation
 from eggroll.experiments.reason.progress import Progress
 from eggroll.llm import hf
 
@@ -41,9 +42,8 @@ def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
 class Experiment:
     """A problem and an algorithm; every seed is a run of its own."""
 
-    def __init__(self, config: Config, inputs: Inputs):
-        sampling = make_sampling(config, inputs.tokenizer)
-        self.config, self.problem = config, load(config, inputs)
+    def __init__(self, config: Config, problem: Problem, sampling: Sampling):
+        self.config, self.problem = config, problem
         sizes = {"validation": config.validation_size, "test": config.test_size}
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)
@@ -97,20 +97,21 @@ class Experiment:
 
 
 def run(config: Config) -> Row:
-    """Run an experiment, or plan its memory; return the summary that `main` prints."""
+    """Run an experiment, plan its memory or probe its settings; return the summary that `main` prints."""
     config.check()
-    if start_processes() and config.algorithm == "grpo":
-        raise ValueError("grpo runs in one process; eggroll runs in several.")
+    if start_processes() and (config.algorithm == "grpo" or config.probe):
+        raise ValueError("grpo and a probe run in one process; eggroll runs in several.")
     inputs = prepare(config)
     if config.plan:
         needed = plan(config, inputs, optimizer=make_optimizer(config))
         print(needed.table())
         return needed._asdict()
-    experiment = Experiment(config, inputs)
+    sampling = make_sampling(config, inputs.tokenizer)
+    problem = load(config, inputs)
     try:
-        return experiment.run()
+        return probe(config, problem, sampling) if config.probe else Experiment(config, problem, sampling).run()
     finally:
-        experiment.problem.scorer.close()
+        problem.scorer.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -41,6 +41,7 @@ _NOT_IDENTITY = (
     "resume",
     "accept_change",
     "plan",
+    "probe",
     "prompt_length",
     "workers",
     "timeout",
@@ -178,6 +179,9 @@ class Config:
     plan: bool = False
     """Only print the memory of a population and how many members fit memory_budget, by default the free memory of a device;
     read from shapes alone, without weights. Options of the training that it does not need are accepted, as in a dry run."""
+    probe: bool = False
+    """Only measure, in a minute or `seconds`, what members at several sigmas and steps of several sizes do, and recommend
+    values. Options of the training that it does not need are accepted, and nothing is written."""
 
     @property
     def sampling_temperature(self) -> float:
@@ -251,6 +255,8 @@ class Config:
             raise ValueError(
                 f"population_size must be a multiple of group, an even number, got {self.population_size} and {group}."
             )
+        if self.plan and self.probe:
+            raise ValueError("give plan or probe, not both: a plan reads no weights.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()

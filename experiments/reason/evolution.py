@@ -22,6 +22,7 @@ from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
+from eggroll.experiments.reason.unperturbed import GROUPS, Compared, compare
 from eggroll.journal import JournalError, Reader, replay
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
@@ -48,11 +49,18 @@ class Evolution:
         rows = problem.task.split("train")
         seeds, count = range(config.seed, config.seed + config.seeds), config.prompts * config.groups
         self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
-        self.strategy = eggroll.External(make_strategy(config), self._answer, self._score)
+        complete, every = jax.jit(self._answer_unperturbed), config.check_every
+        self.strategy = Compared(make_strategy(config), self._answer, self._score, complete=complete, every=every)
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
         return self._problem.complete(params, prompts, key, sampling=self._sampling)
+
+    def _answer_unperturbed(self, params: Any, inputs: Any) -> Completions:
+        """Answer the problems of the first groups without noise: leading axis of groups."""
+        if self._config.groups == 1:
+            return jax.tree.map(lambda array: array[None], self._answer(params, inputs))
+        return jax.vmap(self._answer, in_axes=(None, 0))(params, jax.tree.map(lambda array: array[:GROUPS], inputs))
 
     def questions(self, generation: int, *, seed: int) -> Questions:
         """Return the problems of a generation, a pure function of generation and seed."""
@@ -66,16 +74,27 @@ class Evolution:
             return Questions((prompts, keys[0]), asked)
         return Questions((jax.tree.map(lambda array: array.reshape(len(groups), size * samples, -1), prompts), keys), asked)
 
-    def _score(self, outputs: Completions, rows: list[list[tasks.Row]]) -> tuple[np.ndarray, Report]:
+    def _score(
+        self, outputs: Completions, rows: list[list[tasks.Row]], unperturbed: Completions | None = None
+    ) -> tuple[np.ndarray, Report]:
         config, members = self._config, len(outputs.length)
         group_size = members // len(rows)
         asked = [row for member in range(members) for row in rows[member // group_size]]
         texts, scores = self._problem.score(asked, outputs)
-        values = scores.values.reshape(members, config.prompts, config.samples)
-        fitness = values.mean(axis=2) if config.pass_k is None else self._pass_at_k(values, scores, groups=len(rows))
+        fitness, comparison = self._fitness(scores, groups=len(rows)), None
+        if unperturbed is not None:
+            count = len(unperturbed.tokens)
+            own = self._problem.score([row for group in rows[:count] for row in group], unperturbed).scores
+            own_fitness = self._fitness(own, groups=count)
+            comparison = compare(outputs, unperturbed, fitness=fitness, own=own_fitness, groups=len(rows))
         chosen = np.linspace(0, len(asked) - 1, config.examples).astype(int).tolist() if config.examples else []
         examples = [(asked[i].prompt, texts[i], float(scores.values[i])) for i in chosen]
-        return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {})
+        return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {}, comparison)
+
+    def _fitness(self, scores: tasks.Scores, *, groups: int) -> np.ndarray:
+        """Return the fitness of members for every problem of their group [N, prompts]."""
+        values = scores.values.reshape(-1, self._config.prompts, self._config.samples)
+        return values.mean(axis=2) if self._config.pass_k is None else self._pass_at_k(values, scores, groups=groups)
 
     def _pass_at_k(self, values: np.ndarray, scores: tasks.Scores, *, groups: int) -> np.ndarray:
         """Return pass@k [N, prompts]; with too few scores for it, a member takes the mean of its group for the problem."""

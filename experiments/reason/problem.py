@@ -151,12 +151,20 @@ class Validation:
     def _complete_greedily(self, params: Any, prompts: Any) -> Any:
         return self._problem.complete(params, prompts, key_data(0), sampling=self._sampling)
 
-    def __call__(self, params: Any, *, examples: int = 0) -> Check:
-        """Check parameters; return `examples` completions with the result."""
+    def complete(self, params: Any) -> Completions:
+        """Complete the problems greedily."""
         firsts = range(0, len(self._rows), BATCH_SIZE)
         parts = [self._complete(params, self._rows[first : first + BATCH_SIZE]) for first in firsts]
-        completions = Completions(*map(np.concatenate, zip(*parts, strict=True)))
-        texts, scores = self._problem.score(self._rows, completions)  # of all batches: a failure is compared with all of them
+        return Completions(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def score(self, completions: Completions) -> Scored:
+        """Score completions of the problems, all batches together: a failure is compared with all of them."""
+        return self._problem.score(self._rows, completions)
+
+    def __call__(self, params: Any, *, examples: int = 0) -> Check:
+        """Check parameters; return `examples` completions with the result."""
+        completions = self.complete(params)
+        texts, scores = self.score(completions)
         given = scores.values[scores.has_score]
         accuracy = float(given.mean()) if given.size else 0.0
         shown = [(self._rows[i].prompt, texts[i], float(scores.values[i])) for i in range(min(examples, len(texts)))]

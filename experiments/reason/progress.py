@@ -15,6 +15,7 @@ from eggroll.devices.processes import broadcast_from_first, first_does, is_first
 from eggroll.envs import tasks
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.problem import Validation
+from eggroll.experiments.reason.unperturbed import Comparison
 from eggroll.runs.metrics import append_line
 from eggroll.runs.training import Record
 
@@ -36,6 +37,7 @@ class Report(NamedTuple):
     scores: tasks.Scores
     examples: list[tuple[str, str, float]]  # prompt, completion, score
     extra: Mapping[str, float]  # further metrics of the algorithm
+    comparison: Comparison | None = None  # with the unperturbed model, in generations that have one
 
 
 class Progress:
@@ -53,6 +55,7 @@ class Progress:
         self.seconds, self.best = 0.0, start  # of training; validation accuracy
         self.best_generation = 0  # that reached it, the last of equals; 0: no check beat the start
         self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether scores ever differed
+        self._compared = False
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Count a generation, or a step of grpo; check when one is due."""
@@ -63,6 +66,8 @@ class Progress:
             self._count(record, tokens=report.tokens, failures=report.scores.errors + report.scores.timeouts)
             record.extra.update(report.extra, ended=report.ended, abstained_rewards=report.scores.abstained)
             self._warn(record, report.scores, due=due)
+            if report.comparison is not None:
+                self._compare(record, report.comparison)
             print_examples(report.examples if due else [])
         if due:
             speed = f"reward {record.mean_fitness:.3f}, {record.extra['tokens_per_second']:,.0f} tokens/s"
@@ -91,6 +96,14 @@ class Progress:
                 "learn from; try an easier task, a better model or a larger max_new_tokens.",
                 stacklevel=4,
             )
+
+    def _compare(self, record: Record, found: Comparison) -> None:
+        """Add what a comparison found to the metrics; warn of what the first one of a process shows."""
+        record.extra.update(texts_changed=found.texts_changed, unperturbed_reward=float(found.unperturbed.mean()))
+        words = "" if self._compared else found.advice(record.tied_pairs, pairs=len(record.coefficients), sigma=record.sigma)
+        self._compared = True
+        if words:
+            warnings.warn(f"generation {record.generation}: {words}", stacklevel=4)
 
     def check(self, generation: int, params: Any, *, words: str) -> dict[str, float]:
         """Check the unperturbed parameters after some generations, print the result and return its numbers for the metrics."""
