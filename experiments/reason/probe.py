@@ -45,9 +45,8 @@ def probe(config: Config, problem: Problem, sampling: Sampling) -> dict[str, Any
         return time.perf_counter() - start + took <= share * (config.seconds or SECONDS)
 
     members = _Members(config, problem, sampling)
-    sigmas = walk(
-        members.measure, config.sigma, up=_may_grow, down=_may_shrink, has_time=functools.partial(has_time, FOR_SIGMA)
-    )
+    in_time = functools.partial(has_time, FOR_SIGMA)
+    sigmas = walk(members.measure, config.sigma, good=_keeps_reward, has_time=in_time)
     print(f"unperturbed reward {members.reward:.3f} on {members.problems} problems of the train split", flush=True)
     print(_table(sigmas), flush=True)
     sigma, words = choose_sigma(sigmas)
@@ -56,7 +55,7 @@ def probe(config: Config, problem: Problem, sampling: Sampling) -> dict[str, Any
     if sigma is not None and _is_measurable(config):
         step = _Step(config, problem, sampling, *members.step(sigma))
         print(f"held-out reward {step.reward:.3f} before a step from {members.size} members at sigma {sigma:g}", flush=True)
-        steps = walk(step.measure, config.learning_rate, up=fits, down=_fits_not, has_time=functools.partial(has_time, 1.0))
+        steps = walk(step.measure, config.learning_rate, good=fits, has_time=functools.partial(has_time, 1.0))
         print(_table(steps), flush=True)
     rate = max((row.learning_rate for row in steps if fits(row)), default=None)
     if sigma is not None:
@@ -73,44 +72,38 @@ def probe(config: Config, problem: Problem, sampling: Sampling) -> dict[str, Any
 
 
 def walk(
-    measure: Callable[[float], Measured],
-    first: float,
-    *,
-    up: Callable[[Measured], bool],
-    down: Callable[[Measured], bool],
-    has_time: Callable[[float], bool],
+    measure: Callable[[float], Measured], first: float, *, good: Callable[[Measured], bool], has_time: Callable[[float], bool]
 ) -> list[Measured]:
-    """Measure a value, then larger ones while `up(last)`, then smaller ones while `down(last)`, and while there is time.
+    """Measure a value, larger ones while they are good, or smaller ones until one is; then one between the last two.
 
     Args:
         measure: the row of a value.
-        first: is measured in any case; the others are it times `UP` and `DOWN`, rounded to one digit.
-        up, down: whether to go on after a row.
+        first: is measured in any case; the others are it times `UP` or `DOWN`, rounded to one digit.
+        good: whether a row could be recommended.
         has_time: for another measurement, given the seconds that the last one took.
     """
     rows, took = [measure(first)], 0.0  # the first one compiles
-    for factors, goes_on in ((UP, up), (DOWN, down)):
-        last = rows[0]
-        for factor in factors:
-            if not goes_on(last) or not has_time(took):
-                break
-            start = time.perf_counter()
-            last = measure(float(f"{first * factor:.0e}"))
-            took = time.perf_counter() - start
-            rows.append(last)
+    was_good = good(rows[0])
+
+    def next_row(value: float) -> None:
+        nonlocal took
+        start = time.perf_counter()
+        rows.append(measure(value))
+        took = time.perf_counter() - start
+
+    for factor in UP if was_good else DOWN:
+        if not has_time(took):
+            break
+        next_row(float(f"{first * factor:.0e}"))
+        if good(rows[-1]) != was_good:
+            break
+    if good(rows[-1]) != was_good and has_time(took):
+        next_row(float(f"{math.sqrt(rows[-1][0] * rows[-2][0]):.1e}"))
     return sorted(rows)
 
 
-def _fits_not(row: StepRow) -> bool:
-    return not fits(row)
-
-
-def _may_grow(row: SigmaRow) -> bool:
-    return not row.kept < KEPT and row.texts_changed < 0.99
-
-
-def _may_shrink(row: SigmaRow) -> bool:
-    return row.texts_changed > 0.1
+def _keeps_reward(row: SigmaRow) -> bool:
+    return not row.kept < KEPT and row.texts_changed < 0.99  # NaN, of a model without reward, has nothing to lose
 
 
 def _is_measurable(config: Config) -> bool:
@@ -156,7 +149,9 @@ class _Members:
         self.reward = float(found.unperturbed.mean())
         means = fitness.mean(axis=1)
         tied = float((means[0::2] == means[1::2]).mean())
-        return SigmaRow(sigma, found.texts_changed, tied, float(found.members.mean()), found.kept, found.has_signal)
+        return SigmaRow(
+            sigma, found.texts_changed, tied, float(found.members.mean()), found.kept, found.kept_error, found.has_signal
+        )
 
     def step(self, sigma: float) -> tuple[Any, float, float]:
         """Return the parameters after the generation of a sigma that was measured, and its step over sigma and the weights."""

@@ -1,15 +1,17 @@
 """What a probe recommends, given its measurements.
 
 sigma      the largest whose members keep `KEPT` of the unperturbed reward and of whose pairs at most `TIED` are tied
-step size  the largest whose step changes at most `CHANGED` of the held-out texts, is at most a sigma long, and costs no reward
-           beyond two standard errors
+step size  the largest whose step changes at most `CHANGED` of the held-out texts, is at most `LENGTH` sigmas long, because a
+           run makes many, and costs no reward beyond two standard errors
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-KEPT, TIED, CHANGED = 0.8, 0.95, 0.25
+KEPT, TIED = 0.8, 0.95
+CHANGED, LENGTH = 0.25, 0.3
+CERTAIN = 0.1  # two standard errors of what is kept
 SILENT = (
     "No completion scored above the minimum, neither of the unperturbed model nor of a member. Evolution compares rewards, so "
     "there is nothing that it could select: no sigma and no step size changes that. Look at the completions; try a template "
@@ -25,6 +27,7 @@ class SigmaRow(NamedTuple):
     tied_pairs: float
     reward: float  # mean of the members
     kept: float  # share of the unperturbed reward; NaN without one
+    error: float  # standard error of that, over problems
     has_scored: bool  # a member or the unperturbed model scored above the minimum
 
 
@@ -59,9 +62,13 @@ def choose_sigma(rows: Sequence[SigmaRow]) -> tuple[float | None, str]:
     if not untied:
         words += f"; {chosen.tied_pairs:.0%} of its pairs are tied: give members more problems (--prompts), or draw completions"
         words += " (--temperature 1 --samples 4)"
+    if 2 * chosen.error > CERTAIN:
+        words += (
+            f". It is uncertain: they keep {chosen.kept:.0%} +- {2 * chosen.error:.0%}; more --prompts make it more certain"
+        )
     return chosen.sigma, words + "."
 
 
 def fits(row: StepRow) -> bool:
     """Return whether a step is short enough to recommend."""
-    return row.texts_changed <= CHANGED and row.over_sigma <= 1 and not row.is_worse
+    return row.texts_changed <= CHANGED and row.over_sigma <= LENGTH and not row.is_worse

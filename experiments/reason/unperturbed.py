@@ -39,10 +39,11 @@ class Comparison(NamedTuple):
         return (float(self.members.mean()) - self.least) / above if above > 0 else math.nan
 
     @property
-    def standard_error(self) -> float:
-        """Of the mean difference between the two over problems."""
-        lost = (self.unperturbed - self.members).reshape(-1)
-        return float(lost.std(ddof=1)) / math.sqrt(lost.size) if lost.size > 1 else math.inf
+    def kept_error(self) -> float:
+        """The standard error of `kept` over problems: of a ratio of two means, to first order."""
+        own, above = (self.unperturbed - self.least).reshape(-1), float(self.unperturbed.mean()) - self.least
+        residuals = (self.members - self.least).reshape(-1) - self.kept * own
+        return float(residuals.std(ddof=1)) / math.sqrt(own.size) / above if own.size > 1 and above > 0 else math.nan
 
     @property
     def has_signal(self) -> bool:
@@ -51,8 +52,8 @@ class Comparison(NamedTuple):
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether the members lose more than half of the reward, by more than two standard errors."""
-        return self.kept < 0.5 and float((self.unperturbed - self.members).mean()) > 2 * self.standard_error
+        """Whether the members lose more than half of the reward, certain to two standard errors."""
+        return self.kept + 2 * self.kept_error < 0.5
 
     def advice(self, tied_pairs: float, *, pairs: int, sigma: float) -> str:
         """Say what to change if nearly all pairs are tied, or if the members have collapsed; nothing of too few pairs."""

@@ -15,6 +15,7 @@ from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
 from eggroll.experiments.reason.problem import cut_off
+from eggroll.experiments.reason.progress import Progress
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
@@ -45,6 +46,18 @@ def signal(monkeypatch):
     monkeypatch.setattr(sys.modules["eggroll.envs.tasks.arithmetic"], "answer_matches", letters)
 
 
+@pytest.fixture
+def last_is_best(monkeypatch):
+    """Export the parameters of the last check, whatever it finds."""
+    check = Progress.check
+
+    def check_and_keep(self, *given, **options):
+        self.best = -1.0
+        return check(self, *given, **options)
+
+    monkeypatch.setattr(Progress, "check", check_and_keep)
+
+
 def run(capsys, *options):
     reason.main(tiny(*options))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -60,7 +73,11 @@ def equal(one, other):
 
 def test_a_run_leaves_its_files(folder, capsys, signal):
     whole = run(capsys, "--generations", "2", "--folder", "out/whole")
-    assert whole["generations"] == 2 and whole["algorithm"] == "eggroll"
+    assert whole["generations"] == 2 and whole["algorithm"] == "eggroll" and whole["ended"] == "generations"
+    lines = [json.loads(line) for line in (folder / "out/whole/metrics.jsonl").read_text().splitlines()]
+    assert ["texts_changed" in line for line in lines] == [True, False] and lines[0]["unperturbed_reward"] > 0
+    assert set(lines[0]["leaf_norms"]) > {"blocks/q", "resident/embed"} and lines[0]["update_over_weights"] > 0
+    assert "ended after 2 generations" in (folder / "out/whole/log.txt").read_text()
     for name in ("metrics.jsonl", "curves.png", "journal.bin", "summary.json", "model/config.json", "checkpoints"):
         assert (folder / "out/whole" / name).exists(), name
 
@@ -107,7 +124,7 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
 
 
 @pytest.mark.slow
-def test_grpo_in_the_same_frame(folder, capsys, signal):
+def test_grpo_in_the_same_frame(folder, capsys, signal, last_is_best):
     options = ["--algorithm", "grpo", "--grpo.prompts", "2", "--grpo.samples", "2", "--generations", "2", "--seeds", "2"]
     summary = run(capsys, *options, "--folder", "out/grpo")
     assert [row["generations"] for row in summary["seeds"]] == [2, 2] and summary["training_seconds"] > 0
@@ -235,7 +252,7 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
+def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, last_is_best):
     config = parse(TINY)
     source = load(config, prepare(config))
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source.params)
