@@ -3,7 +3,7 @@
     texts_changed  share of the members' completions that are not the unperturbed model's for the same problem
     kept           (mean reward of the members - least) / (reward of the unperturbed model - least)
 
-Some metrics need only rewards; this costs a decode of a member's problems, so a run does it when a check is due.
+It costs as much as one more member of each group that is compared, so a run does it once between two checks.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def test_the_template_of_a_shell_has_line_ends(capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([*GSM8K, "--max-new-tokens", "500"], "do not fit the model's context of 512 tokens."),
+        ([*GSM8K, "--max-new-tokens", "510"], "do not fit the model's context of 512 tokens."),
         ([*GSM8K, "--prompt-length", "3"], "prompt_length must be at least"),
         ([*GSM8K, "--template", "<|user|>{prompt}"], "the model's tokenizer has no special token '<|user|>'"),
         (["--task", "gsm8k", "--task-options", "train=bare.jsonl", "test=test.jsonl"], "line 1: field 'answer' is missing"),
