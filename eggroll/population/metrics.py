@@ -47,6 +47,7 @@ class Metrics(NamedTuple):
     moved: Array
     kept: Array
     update_over_sigma: Array
+    update_over_weights: Array
     weight_norm: Array
     checksums: Array | None  # None: not known
 

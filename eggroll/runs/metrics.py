@@ -68,6 +68,12 @@ def open_metrics(folder: Path, first: int) -> IO[bytes]:
     return open(path, "ab", buffering=0)
 
 
+def append_line(folder: Path, first: int, line: str) -> None:
+    """Append one line, which is of generation `first` or later, to `metrics.jsonl`, as `open_metrics` and `write_line` do."""
+    with open_metrics(folder, first) as file:
+        write_line(file, line)
+
+
 def write_line(file: IO[bytes], line: str) -> None:
     """Append a line; OSError, with the name of the file, where it cannot be written."""
     content = seal(line).encode()

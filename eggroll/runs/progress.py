@@ -1,21 +1,32 @@
-"""The progress line of a long run: how much is done, a bar, a few changing words, time left.
+"""The progress of a long run on standard error: how much is done, a few changing words, time left.
 
-Drawn by rich on standard error; without rich, or when standard error is not a terminal, nothing is drawn.
+A bar drawn by rich where standard error is a terminal; otherwise, for log files, a plain line now and then:
+
+    generations 0 of 50: compiling, or in the first of this run, 0:00:10
+    generations 12 of 50: best 0.41  mean 0.33  4 members/s, 0:05:20, ETA 0:15:08
 """
 
 import contextlib
+import datetime
+import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+
+FIRST_SECONDS = 10.0  # before the first plain line, and between lines
+SHARE = 0.02  # later, the share of the elapsed time that passes between lines
 
 
 @contextlib.contextmanager
 def progress_line(name: str, total: float, *, enabled: bool | None = None) -> Iterator[Callable[[float, str], None]]:
-    """Show a progress line while the context is open.
+    """Show the progress while the context is open.
 
     Args:
         name: what is counted, such as "generations".
         total: the most there can be.
-        enabled: draw the line; None: when standard error is a terminal and rich is installed.
+        enabled: True: draw the bar; False: show nothing; None: draw the bar where standard error is a terminal and rich is
+            installed, and otherwise write plain lines, the first after `FIRST_SECONDS`.
 
     Yields:
         `show(completed, words)`: how many are done, and the words next to the bar.
@@ -23,10 +34,12 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
     Raises:
         ModuleNotFoundError: `enabled` is True and rich is not installed.
     """
-    if enabled is None:
-        enabled = sys.stderr.isatty() and _has_rich()
-    if not enabled:
+    if enabled is False:
         yield lambda completed, words: None
+        return
+    if not (enabled or (sys.stderr.isatty() and _has_rich())):
+        with _PlainLines(name, total) as lines:
+            yield lines.show
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +53,51 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=total, words="")
         yield lambda completed, words: bar.update(task, completed=min(completed, total), words=words)
+
+
+class _PlainLines:
+    """Writes lines in a thread of its own, so that a long compilation or generation shows too."""
+
+    def __init__(self, name: str, total: float):
+        self._name, self._total = name, total
+        self._start = time.monotonic()
+        self._first: tuple[float, float] | None = None  # time and count of the first `show`: what came before compiled
+        self._last: tuple[float, float, str] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+
+    def __enter__(self) -> "_PlainLines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def show(self, completed: float, words: str) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, completed)
+        self._last = now, completed, words
+
+    def _write(self) -> None:
+        while not self._ended.wait(max(FIRST_SECONDS, SHARE * (time.monotonic() - self._start))):
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe does not end the run
+                sys.stderr.write(f"{self._line()}\n")
+                sys.stderr.flush()
+
+    def _line(self) -> str:
+        elapsed, of = _duration(time.monotonic() - self._start), f"of {self._total:,.0f}"
+        if self._first is None or self._last is None:
+            return f"{self._name} 0 {of}: compiling, or in the first of this run, {elapsed}"
+        (began, before), (now, completed, words) = self._first, self._last
+        speed = (completed - before) / (now - began) if now > began else 0.0
+        left = max(0.0, self._total - completed) / speed if speed > 0 else math.inf
+        eta = f", ETA {_duration(left)}" if math.isfinite(left) else ""
+        return f"{self._name} {completed:,.0f} {of}: {words}, {elapsed}{eta}"
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _has_rich() -> bool:

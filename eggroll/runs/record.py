@@ -26,12 +26,13 @@ class Record:
     moved: float
     kept: int
     update_over_sigma: float
+    update_over_weights: float
     weight_norm: float
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written
     coefficients: Any = None  # float32 [P], still on the device, not written
-    leaf_norms: tuple[float, ...] = ()  # gradient norm of every leaf in the order of the plan
+    leaf_norms: dict[str, float] = dataclasses.field(default_factory=dict)  # gradient norm of every parameter, by its path
     checksums: Any = None  # uint32 [2, arrays], of the state before and after, not written
     extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
 
@@ -40,5 +41,5 @@ class Record:
         fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
         fields |= {name: float(value) for name, value in self.extra.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
-        norms = [norm if math.isfinite(norm) else None for norm in self.leaf_norms]
+        norms = {path: norm if math.isfinite(norm) else None for path, norm in self.leaf_norms.items()}
         return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)

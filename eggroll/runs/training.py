@@ -68,9 +68,10 @@ def train(
             run from generation 0 replaces them, a continued run appends.
         durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
             `held_out_fitness` that a callback puts into `record.extra` decides which checkpoint is the best.
-        progress: show the progress line; None: when standard error is a terminal and rich is installed.
-        words: text of the progress line for a generation; None: best and mean fitness, members per second. Not with
-            `progress=False`.
+        progress: True: draw the progress bar; False: be quiet; None: draw it where standard error is a terminal and rich is
+            installed, and otherwise write a plain line every ten seconds, later more rarely (`eggroll.runs.progress`).
+        words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
+            second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
         keep_arrays: keep `aux` and `coefficients` of every generation in the history, on the device; callbacks always get them.
 
@@ -89,6 +90,7 @@ def train(
     next_batch = _batch_source(batches)
     first = int(state.generation)
     history: list[Record] = []
+    held_out: float | None = None  # the last one
     diagnosis = Diagnosis(es.population_size)
     check = (lambda record=None: None) if durable is None else durable.check
     check()
@@ -114,6 +116,7 @@ def train(
             score = next((record.extra[name] for name in SCORES if name in record.extra), None)
             if score is not None:
                 record.extra["held_out_minus_mean"] = score - record.mean_fitness
+                held_out = score
             spent = _is_spent(budget, record)
             if metrics_file is not None:
                 write_line(metrics_file, record.to_json())
@@ -121,7 +124,7 @@ def train(
                 durable.record(state, record, score=score)
             if not keep_arrays:
                 history[-1] = dataclasses.replace(record, aux=None, coefficients=None)
-            show(record.extra[name] if budget else len(history), (words or _progress_words)(record))
+            show(record.extra[name] if budget else len(history), words(record) if words else _progress_words(record, held_out))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
     return state, history
@@ -165,8 +168,8 @@ def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
         scalars, norms, checksums = jax.device_get((metrics.scalars, metrics.leaf_norms, metrics.checksums))
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
-    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": tuple(norms.tolist())}
-    arrays |= {"checksums": checksums}
+    named = {leaf.path: norm for leaf, norm in zip(es.plan(state).leaves, norms.tolist(), strict=True)} if norms.size else {}
+    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": named, "checksums": checksums}
     return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
 
 
@@ -198,6 +201,7 @@ def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: A
             logger.warning("the figure was not drawn: %s", failed)
 
 
-def _progress_words(record: Record) -> str:
+def _progress_words(record: Record, held_out: float | None) -> str:
     fitness = f"best {record.best_fitness:.4g}  mean {record.mean_fitness:.4g}"
+    fitness += "" if held_out is None else f"  held-out {held_out:.4g}"
     return f"generation {record.generation}  {fitness}  {record.members_per_second:,.0f} members/s"

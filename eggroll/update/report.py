@@ -23,6 +23,7 @@ class UpdateReport(NamedTuple):
     moved: Array  # float32 [], share of the stored weights that changed their value
     kept: Array  # int32 [], blocks of parameters that kept their old values, the new ones not being finite
     update_over_sigma: Array  # float32 [], root mean square of the update of a weight, in units of its sigma; NaN: not known
+    update_over_weights: Array  # float32 [], norm of the update over `weight_norm`; NaN: not known
     weight_norm: Array  # float32 [], norm of all perturbed weights after the update; NaN: not known
     checksums: Array  # uint32 [2, arrays], before and after the update: see `checksums`
 
@@ -30,7 +31,17 @@ class UpdateReport(NamedTuple):
 def report_deferred(skipped: Array, checksums: Array) -> UpdateReport:
     """Report of an update that is still to be made: nothing else is known of it."""
     unknown = jnp.float32(jnp.nan)
-    return UpdateReport(skipped, unknown, jnp.zeros(0, jnp.float32), unknown, jnp.int32(0), unknown, unknown, checksums)
+    return UpdateReport(
+        skipped,
+        gradient_norm=unknown,
+        leaf_norms=jnp.zeros(0, jnp.float32),
+        moved=unknown,
+        kept=jnp.int32(0),
+        update_over_sigma=unknown,
+        update_over_weights=unknown,
+        weight_norm=unknown,
+        checksums=checksums,
+    )
 
 
 def summarise(plan: Plan, counts: Sequence[Counts], checksums: Array, skipped: Array | None, sigma: Array | None) -> Any:
@@ -51,6 +62,7 @@ def summarise(plan: Plan, counts: Sequence[Counts], checksums: Array, skipped: A
         moved=moved,
         kept=together.kept.sum(),
         update_over_sigma=jnp.sqrt((together.steps / units**2).sum() / perturbed) / sigma,
+        update_over_weights=jnp.sqrt(together.steps.sum() / together.weights.sum()),
         weight_norm=jnp.sqrt(together.weights.sum()),
         checksums=checksums,
     )

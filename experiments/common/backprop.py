@@ -37,6 +37,7 @@ def gradient_metrics(step: int, *, fitness: float, gradient_norm: float = math.n
         moved=unknown,
         kept=jnp.int32(0),
         update_over_sigma=unknown,
+        update_over_weights=unknown,
         weight_norm=unknown,
         checksums=None,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.log import logged
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.journal.lock import RunLock
@@ -70,7 +71,8 @@ def run_seeds(
         folder = seed_folder(config, seed, default=default)
         prepare_folder(folder, resume=config.resume)
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
-        row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
+        with logged(folder, append=config.resume):
+            row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
         _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row})
         rows.append(row)
     if len(rows) == 1:

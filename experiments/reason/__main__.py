@@ -21,9 +21,11 @@ from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.contents import check_contents, read_contents, recorded_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
-from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
+from eggroll.experiments.reason.figure import draw
+from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
 from eggroll.experiments.reason.outcome import compare, make_report
-from eggroll.experiments.reason.problem import Check, Validation
+from eggroll.experiments.reason.probe import probe
+from eggroll.experiments.reason.problem import Check, Problem, Sampling, Validation
 from eggroll.experiments.reason.progress import Progress
 from eggroll.llm import hf
 
@@ -55,9 +57,8 @@ def _folder_name(config: Config) -> str:
 class Experiment:
     """A problem and an algorithm; every seed is a run of its own."""
 
-    def __init__(self, config: Config, inputs: Inputs):
-        sampling = make_sampling(config, inputs.tokenizer)
-        self.config, self.problem = config, load(config, inputs)
+    def __init__(self, config: Config, problem: Problem, sampling: Sampling):
+        self.config, self.problem = config, problem
         sizes = {"validation": config.validation_size, "test": config.test_size}
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)
@@ -68,7 +69,8 @@ class Experiment:
     def train(self, run: SeedRun, before: dict[str, Check]) -> Row:
         """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
         config, problem, folder = self.config, self.problem, run.folder
-        progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples)
+        accuracy = before["validation"].accuracy
+        progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples, start=accuracy)
         start = time.perf_counter()
         improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
         params = local(improved.params)
@@ -76,15 +78,19 @@ class Experiment:
         result = compare(before["test"], after["test"])
         print(make_report(run.seed, result, before["test"], after["test"]), flush=True)
         print(f"seed {run.seed}: metrics, figure and model are in {folder}", flush=True)
-        if after["validation"].accuracy <= before["validation"].accuracy:
-            print(f"seed {run.seed}: the validation accuracy has not risen. {improved.advice}".rstrip(), flush=True)
+        if not progress.best_generation:
+            words = "no check was above the start, so the model is the one that it started from."
+            print(f"seed {run.seed}: {words} {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
+        first_does(lambda: draw(folder))  # again, with the last check
         first_does(lambda: hf.save(folder / "model", problem.config, params, source=problem.source))
         return {
             **_accuracies(after),
             **_accuracies(before, "_before"),
             **result,
             "generations": improved.generations,
+            "best_generation": progress.best_generation,
+            "ended": improved.ended,
             "training_seconds": round(progress.seconds, 2),
             "tokens": progress.tokens,
             "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
@@ -114,17 +120,17 @@ def _accuracies(checks: dict[str, Check], suffix: str = "") -> dict[str, float]:
 
 
 def run(config: Config, *, reward: Reward | None = None) -> Row:
-    """Run an experiment, or plan its memory; return the summary that `main` prints.
+    """Run an experiment, plan its memory or probe its settings; return the summary that `main` prints.
 
     Args:
         config: the options.
         reward: a function that takes the place of the reward that they name.
     """
     config.check()
-    if start_processes() and config.algorithm == "grpo":
-        raise ValueError("grpo runs in one process; eggroll runs in several.")
+    if start_processes() and (config.algorithm == "grpo" or config.probe):
+        raise ValueError("grpo and a probe run in one process; eggroll runs in several.")
     inputs = prepare(config, reward=reward)
-    make_sampling(config, inputs.tokenizer)  # a plan refuses what a run would
+    sampling = make_sampling(config, inputs.tokenizer)  # a plan refuses what a run would
     if config.resume and not config.accept_change and (contents := config.options()["contents"]):
         for seed in range(config.seed, config.seed + config.seeds):
             folder = seed_folder(config, seed, default=_folder_name(config))
@@ -133,11 +139,11 @@ def run(config: Config, *, reward: Reward | None = None) -> Row:
         needed = plan(config, inputs, optimizer=make_optimizer(config))
         print(needed.table())
         return needed._asdict()
-    experiment = Experiment(config, inputs)
+    problem = load(config, inputs)
     try:
-        return experiment.run()
+        return probe(config, problem, sampling) if config.probe else Experiment(config, problem, sampling).run()
     finally:
-        experiment.problem.scorer.close()
+        problem.scorer.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

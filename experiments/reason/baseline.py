@@ -22,7 +22,7 @@ from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, groups_without_signal, grpo_loss, log_likelihoods
 from eggroll.experiments.reason.problem import Problem, Sampling
-from eggroll.experiments.reason.progress import Improved, Progress, Report
+from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
 from eggroll.llm.decoding import Completions, Prompts
 from eggroll.population.metrics import Metrics
 from eggroll.runs.training import Record, train
@@ -140,7 +140,7 @@ class PolicyGradient:
     """GRPO on a problem; compiled once, run with any number of seeds."""
 
     def __init__(self, config: Config, problem: Problem, sampling: Sampling):
-        self._config, self._rows = config, problem.task.split("train")
+        self._config, self._problem, self._rows = config, problem, problem.task.split("train")
         self._trainer = Trainer(problem, sampling, config.grpo)
 
     def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
@@ -148,7 +148,7 @@ class PolicyGradient:
         config, trainer = self._config, self._trainer
         strategy: Any = trainer  # implements what the loop needs of a strategy and its state
         initial: Any = trainer.init(key=jax.random.key(seed))
-        best: Any = None
+        best: Any = self._problem.params
 
         def keep_best(state: Any, record: Record) -> None:
             nonlocal best
@@ -160,10 +160,14 @@ class PolicyGradient:
             initial,
             tasks.Batches(self._rows, batch_size=config.grpo.prompts, seed=seed),
             generations=config.generations,
-            budget=("seconds_spent", config.seconds),
+            budget=config.budget,
             callbacks=[progress, keep_best],
             run_folder=folder,
             words=progress.words,
             plot=lambda history, path: draw(path),
         )
-        return Improved(state.params if best is None else best, int(state.generation))
+        ended = why_ended(config, int(state.generation), seconds=progress.seconds)
+        progress.finish(state, folder)
+        if progress.best_generation == int(state.generation):
+            best = state.params
+        return Improved(best, int(state.generation), ended)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ _NOT_IDENTITY = (
     "resume",
     "accept_change",
     "plan",
+    "probe",
     "prompt_length",
     "workers",
     "timeout",
@@ -111,11 +113,12 @@ class Config:
     """What the model reads, with {prompt} where the task's prompt goes, such as "User: {prompt}\\n\\nAssistant: <think";
     \\n is the end of a line. chat: the chat template of the checkpoint's tokenizer."""
     prompt_length: int | None = None
-    """Tokens that prompts are padded to. None: a quarter more than the longest held-out prompt."""
+    """Most tokens of a prompt, to which all are padded. None: what the prompts of a batch need, in few different lengths."""
     max_new_tokens: int = 24
     """Most tokens of a completion."""
     stop: tuple[str, ...] | None = None
-    """Texts that end a completion, each a single token, such as "\\n" or "<|im_end|>". None: see stop_token_ids."""
+    """Texts that end a completion, such as "\\n" or "<|im_end|>"; one of several tokens cuts the text once it is whole, which
+    takes until max_new_tokens. None: see stop_token_ids."""
     stop_token_ids: tuple[int, ...] | None = None
     """Ids of stop tokens, instead of stop. None: eos_token_id in generation_config.json; for bytes the end of a line."""
     temperature: float | None = None
@@ -154,8 +157,9 @@ class Config:
     """Settings of grpo."""
     generations: int | None = None
     """Generations, or steps of grpo. None: as many as fit into `seconds`."""
-    seconds: float = 120.0
-    """Seconds of training, compilation included, validation not."""
+    seconds: float | None = None
+    """Seconds of training, compilation included, validation not; with generations, whichever comes first. None: 120, or no
+    limit with generations."""
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
@@ -189,6 +193,9 @@ class Config:
     plan: bool = False
     """Only print the memory of a population and how many members fit memory_budget, by default the free memory of a device;
     read from shapes alone, without weights. Options of the training that it does not need are accepted, as in a dry run."""
+    probe: bool = False
+    """Only measure, in a minute or `seconds`, what members at several sigmas and steps of several sizes do, and recommend
+    values. Options of the training that it does not need are accepted, and nothing is written."""
 
     @property
     def sampling_temperature(self) -> float:
@@ -199,6 +206,16 @@ class Config:
     def task_name(self) -> str:
         """The name of the task, or of the user's data."""
         return self.task if self.data is None else self.data.stem
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds of training; infinite where only generations limit a run."""
+        return self.seconds or (120.0 if self.generations is None else math.inf)
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The time limit as `eggroll.train` takes it."""
+        return None if math.isinf(self.time_limit) else ("seconds_spent", self.time_limit)
 
     @property
     def groups(self) -> int:
@@ -237,8 +254,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
         for name in ("seconds", "sigma", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}.")
         for name in ("generations", "prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -257,6 +275,8 @@ class Config:
             raise ValueError(
                 f"population_size must be a multiple of group, an even number, got {self.population_size} and {group}."
             )
+        if self.plan and self.probe:
+            raise ValueError("give plan or probe, not both: a plan reads no weights.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()

@@ -27,6 +27,7 @@ _OF_EGGROLL = (
     "resume",
     "accept_change",
     "plan",
+    "probe",
 )
 
 

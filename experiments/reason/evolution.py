@@ -21,7 +21,8 @@ from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.problem import Problem, Sampling, key_data
-from eggroll.experiments.reason.progress import Improved, Progress, Report
+from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
+from eggroll.experiments.reason.unperturbed import GROUPS, Compared, compare
 from eggroll.journal import JournalError, Reader, replay
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
@@ -48,34 +49,52 @@ class Evolution:
         rows = problem.task.split("train")
         seeds, count = range(config.seed, config.seed + config.seeds), config.prompts * config.groups
         self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
-        self.strategy = eggroll.External(make_strategy(config), self._answer, self._score)
+        complete, every = jax.jit(self._answer_unperturbed), config.check_every
+        self.strategy = Compared(make_strategy(config), self._answer, self._score, complete=complete, every=every)
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
         return self._problem.complete(params, prompts, key, sampling=self._sampling)
+
+    def _answer_unperturbed(self, params: Any, inputs: Any) -> Completions:
+        """Answer the problems of the first groups without noise: leading axis of groups."""
+        if self._config.groups == 1:
+            return jax.tree.map(lambda array: array[None], self._answer(params, inputs))
+        return jax.vmap(self._answer, in_axes=(None, 0))(params, jax.tree.map(lambda array: array[:GROUPS], inputs))
 
     def questions(self, generation: int, *, seed: int) -> Questions:
         """Return the problems of a generation, a pure function of generation and seed."""
         config, rows = self._config, self._batches[seed](generation)
         size, samples = config.prompts, config.samples
         groups = [rows[first : first + size] for first in range(0, len(rows), size)]
-        prompts = [self._problem.prompts(group, samples=samples) for group in groups]
-        keys = [key_data(seed, generation, index) for index in range(len(groups))]
+        prompts = self._problem.prompts(rows, samples=samples)
+        keys = np.stack([key_data(seed, generation, index) for index in range(len(groups))])
         asked = [[row for row in group for _ in range(samples)] for group in groups]
         if config.groups == 1:
-            return Questions((prompts[0], keys[0]), asked)
-        return Questions(jax.tree.map(lambda *parts: np.stack(parts), *zip(prompts, keys, strict=True)), asked)
+            return Questions((prompts, keys[0]), asked)
+        return Questions((jax.tree.map(lambda array: array.reshape(len(groups), size * samples, -1), prompts), keys), asked)
 
-    def _score(self, outputs: Completions, rows: list[list[tasks.Row]]) -> tuple[np.ndarray, Report]:
+    def _score(
+        self, outputs: Completions, rows: list[list[tasks.Row]], unperturbed: Completions | None = None
+    ) -> tuple[np.ndarray, Report]:
         config, members = self._config, len(outputs.length)
         group_size = members // len(rows)
         asked = [row for member in range(members) for row in rows[member // group_size]]
         texts, scores = self._problem.score(asked, outputs)
-        values = scores.values.reshape(members, config.prompts, config.samples)
-        fitness = values.mean(axis=2) if config.pass_k is None else self._pass_at_k(values, scores, groups=len(rows))
+        fitness, comparison = self._fitness(scores, groups=len(rows)), None
+        if unperturbed is not None:
+            count = len(unperturbed.tokens)
+            own = self._problem.score([row for group in rows[:count] for row in group], unperturbed).scores
+            own_fitness = self._fitness(own, groups=count)
+            comparison = compare(outputs, unperturbed, fitness=fitness, own=own_fitness, groups=len(rows))
         chosen = np.linspace(0, len(asked) - 1, config.examples).astype(int).tolist() if config.examples else []
         examples = [(asked[i].prompt, texts[i], float(scores.values[i])) for i in chosen]
-        return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {})
+        return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {}, comparison)
+
+    def _fitness(self, scores: tasks.Scores, *, groups: int) -> np.ndarray:
+        """Return the fitness of members for every problem of their group [N, prompts]."""
+        values = scores.values.reshape(-1, self._config.prompts, self._config.samples)
+        return values.mean(axis=2) if self._config.pass_k is None else self._pass_at_k(values, scores, groups=groups)
 
     def _pass_at_k(self, values: np.ndarray, scores: tasks.Scores, *, groups: int) -> np.ndarray:
         """Return pass@k [N, prompts]; with too few scores for it, a member takes the mean of its group for the problem."""
@@ -95,7 +114,7 @@ class Evolution:
         """Run the generations, or continue the run in the folder; metrics, figure, journal and checkpoints are written there.
 
         Returns:
-            The parameters with the best validation accuracy; without any check, the last ones.
+            The parameters with the best validation accuracy, those at the start among them.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
@@ -116,13 +135,13 @@ class Evolution:
         with contextlib.closing(durable) as run:
             state, history = run.state, list[Record]()
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
-            if progress.seconds < config.seconds and left != 0:
+            if progress.seconds < config.time_limit and left != 0:
                 state, history = train(
                     es,
                     state,
                     lambda generation: self.questions(generation, seed=seed),
                     generations=left,
-                    budget=("seconds_spent", config.seconds),
+                    budget=config.budget,
                     callbacks=[progress],
                     run_folder=folder,
                     durable=run,
@@ -130,12 +149,23 @@ class Evolution:
                     plot=lambda history, path: draw(path),
                 )
             run.checkpoints.wait()
+            ended = why_ended(config, int(state.generation), seconds=progress.seconds)
+            run.check()
+            progress.finish(state, folder)
             best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
-            rebuilt = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else None
-        if is_first() and rebuilt is not None:
-            print(f"the parameters of generation {best} had the best validation accuracy", flush=True)
-        kept = state if rebuilt is None else rebuilt
-        return Improved(local(kept.params), int(state.generation), advise(history, es.plan(kept)))
+            kept = self._best(state, best, run, folder, seed=seed, progress=progress)
+        return Improved(local(kept), int(state.generation), ended, advise(history, es.plan(state)))
+
+    def _best(self, state: eggroll.ESState, best: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> Any:
+        """Return the parameters of the best generation; of the last one if the best are lost."""
+        if best == int(state.generation):
+            return state.params
+        if is_first():
+            print(f"generation {best}{'' if best else ', the start,'} had the best validation accuracy: it is kept", flush=True)
+        if not best:
+            return self._problem.params
+        rebuilt = self._rebuild(best, run, folder, seed=seed, progress=progress)
+        return state.params if rebuilt is None else rebuilt.params
 
     def _rebuild(
         self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress

@@ -12,6 +12,7 @@ from eggroll.devices.chunking import free_bytes
 from eggroll.envs import tasks
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, encode_prompt
+from eggroll.experiments.reason.prompt_lengths import SAMPLE, Lengths
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
 from eggroll.llm.chat import ChatTemplate
@@ -21,7 +22,6 @@ from eggroll.llm.shards import CONFIG, read_object
 from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 CHAT = "chat"  # names the template of the checkpoint
-MARGIN = 1.25  # prompts of training may be so much longer than the longest held-out one
 
 
 class Inputs(NamedTuple):
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     task: tasks.Task
     template: Template
-    prompt_length: int  # tokens that prompts are padded to
+    lengths: Lengths  # that prompts are padded to
 
 
 def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
@@ -59,12 +59,12 @@ def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
         tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size)
     template = _make_template(config)
     check_template(template, tokenizer)
-    length = config.prompt_length or _prompt_length(template, tokenizer, task)
     context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
-    if context is not None and length + config.max_new_tokens > context:
-        lengths = f"prompt_length {length} and max_new_tokens {config.max_new_tokens}"
-        raise ValueError(f"{lengths} do not fit the model's context of {context} tokens.")
-    return Inputs(model, tokenizer, task, template, length)
+    lengths = _lengths(config, template, tokenizer, task, most=math.inf if context is None else context - config.max_new_tokens)
+    if context is not None and lengths.longest + config.max_new_tokens > context:
+        given = f"prompt_length {lengths.longest} and max_new_tokens {config.max_new_tokens}"
+        raise ValueError(f"{given} do not fit the model's context of {context} tokens.")
+    return Inputs(model, tokenizer, task, template, lengths)
 
 
 def _make_task(config: Config, reward: tasks.Reward | None) -> tasks.Task:
@@ -103,12 +103,17 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def _prompt_length(template: Template, tokenizer: Tokenizer, task: tasks.Task) -> int:
-    def longest(*rows: tasks.Row) -> int:
-        return max(len(encode_prompt(tokenizer, template, row.prompt)) for row in rows)
+def _lengths(config: Config, template: Template, tokenizer: Tokenizer, task: tasks.Task, *, most: float) -> Lengths:
+    if config.prompt_length is not None:
+        return Lengths(config.prompt_length, config.prompt_length, config.prompt_length)
 
-    margin, train = math.ceil(MARGIN * longest(*task.split("validation"), *task.split("test"))), task.split("train")
-    return max(margin, longest(*train)) if isinstance(train, tuple) else margin  # other splits are made while they are read
+    def longest(split: str, size: int) -> int:
+        rows = task.split(split)
+        return max(len(encode_prompt(tokenizer, template, rows[index].prompt)) for index in range(min(size, len(rows))))
+
+    train = task.split("train")  # splits that are no tuple make their rows when they are read
+    of_train = longest("train", len(train) if isinstance(train, tuple) else SAMPLE)
+    return Lengths(of_train, max(longest("validation", config.validation_size), longest("test", config.test_size)), most)
 
 
 def load(config: Config, inputs: Inputs) -> Problem:
@@ -127,7 +132,8 @@ def load(config: Config, inputs: Inputs) -> Problem:
     except BaseException:
         scorer.close()
         raise
-    return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
+    stop = tuple(_unescape(text) for text in config.stop or ())
+    return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.lengths, scorer, stop)
 
 
 def plan(config: Config, inputs: Inputs, *, optimizer: optax.GradientTransformation) -> MemoryPlan:
@@ -136,7 +142,7 @@ def plan(config: Config, inputs: Inputs, *, optimizer: optax.GradientTransformat
         inputs.model,
         dtype=config.dtype if config.model else "float32",
         prompts=config.prompts * config.samples,
-        prompt_length=inputs.prompt_length,
+        prompt_length=inputs.lengths.train,
         max_new_tokens=config.max_new_tokens,
         rank=config.rank,
         budget=config.memory_budget or free_bytes(),
@@ -150,7 +156,7 @@ def make_sampling(config: Config, tokenizer: Tokenizer) -> Sampling:
     """Return how the completions in training are drawn.
 
     Raises:
-        ValueError: a stop text that is not a single token, or a checkpoint that names no end of a text.
+        ValueError: an empty stop text, one of several tokens for grpo, or a checkpoint that names no end of a text.
     """
     stop_token_ids = _stop_token_ids(config, tokenizer)
     return Sampling(config.max_new_tokens, config.sampling_temperature, config.top_p, stop_token_ids)
@@ -158,7 +164,12 @@ def make_sampling(config: Config, tokenizer: Tokenizer) -> Sampling:
 
 def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     if config.stop is not None:
-        return tuple(_encode_stop(text, tokenizer) for text in config.stop)
+        encoded = [tokenizer.encode(_unescape(text)) for text in config.stop]
+        for text, tokens in zip(config.stop, encoded, strict=True):
+            if not tokens or (config.algorithm == "grpo" and len(tokens) > 1):
+                one = "texts of a single token for grpo, whose loss would count what comes after" if tokens else "texts"
+                raise ValueError(f"stop must be {one}, got {text!r}, which has {len(tokens)} tokens here.")
+        return tuple(tokens[0] for tokens in encoded if len(tokens) == 1)  # the others cut texts: `Problem.texts`
     if config.stop_token_ids is not None:
         return config.stop_token_ids
     folder = model_folder(config.model)
@@ -169,10 +180,3 @@ def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     raise ValueError(f"{config.model} names no eos_token_id: give --stop, the texts that end a completion.")
-
-
-def _encode_stop(text: str, tokenizer: Tokenizer) -> int:
-    tokens = tokenizer.encode(_unescape(text))
-    if len(tokens) != 1:
-        raise ValueError(f"stop must be texts of a single token, got {text!r}, which has {len(tokens)} tokens here.")
-    return tokens[0]

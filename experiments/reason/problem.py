@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from eggroll.envs import tasks
+from eggroll.experiments.reason.prompt_lengths import Lengths
 from eggroll.llm import hf
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
@@ -54,8 +55,9 @@ class Problem:
         tokenizer: of the model.
         task: with its splits and reward.
         template: turns the task's prompt into what the model reads.
-        prompt_length: tokens that prompts are padded to.
+        lengths: that prompts are padded to.
         scorer: of the task's reward.
+        stop: texts that completions are cut off at, in addition to stop tokens.
     """
 
     source: Path
@@ -64,8 +66,9 @@ class Problem:
     tokenizer: Tokenizer
     task: tasks.Task
     template: Template
-    prompt_length: int
+    lengths: Lengths
     scorer: tasks.Scorer
+    stop: tuple[str, ...] = ()
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -77,20 +80,21 @@ class Problem:
         """The functions of whole texts."""
         return hf.make_decoder(self.config)
 
-    def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1) -> Prompts:
+    def prompts(self, rows: Sequence[tasks.Row], *, samples: int = 1, held_out: bool = False) -> Prompts:
         """Encode the prompts of rows into a batch, each `samples` times in a row.
 
+        Args:
+            rows: of a batch.
+            samples: of a prompt.
+            held_out: pad as held-out rows are padded, not as those of training.
+
         Raises:
-            ValueError: one is longer than `prompt_length`.
+            ValueError: one is longer than `lengths.most`; the message names the prompt.
         """
         texts = [encode_prompt(self.tokenizer, self.template, row.prompt) for row in rows]
-        for row, text in zip(rows, texts, strict=True):
-            if len(text) > self.prompt_length:
-                raise ValueError(
-                    f"prompt_length must be at least {len(text)}, the tokens of the prompt {row.prompt[:60]!r}, "
-                    f"got {self.prompt_length}."
-                )
-        return pad_prompts([text for text in texts for _ in range(samples)], length=self.prompt_length)
+        longest, row = max(zip(map(len, texts), rows, strict=True), key=lambda pair: pair[0])
+        length = self.lengths.of_batch(longest, held_out=held_out, prompt=row.prompt)
+        return pad_prompts([text for text in texts for _ in range(samples)], length=length)
 
     def complete(self, params: Any, prompts: Prompts, key: Any, *, sampling: Sampling) -> Completions:
         """Continue prompts; `key` is key data (uint32 [2]), so that it can be part of a batch."""
@@ -106,10 +110,11 @@ class Problem:
         )
 
     def texts(self, completions: Completions) -> list[str]:
-        """Decode completions to texts without their stop token, in the order of the flattened leading axes."""
+        """Decode completions to texts without their stop token or text, in the order of the flattened leading axes."""
         tokens = np.asarray(completions.tokens).reshape(-1, completions.tokens.shape[-1])
         ends = np.asarray(completions.length).reshape(-1) - np.asarray(completions.ended).reshape(-1)
-        return [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
+        texts = [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
+        return [cut_off(text, self.stop) for text in texts]
 
     def score(self, rows: Sequence[tasks.Row], completions: Completions) -> Scored:
         """Score completions; `rows` has the problem of each, in the order of the flattened leading axes."""
@@ -147,12 +152,20 @@ class Validation:
     def _complete_greedily(self, params: Any, prompts: Any) -> Any:
         return self._problem.complete(params, prompts, key_data(0), sampling=self._sampling)
 
-    def __call__(self, params: Any, *, examples: int = 0) -> Check:
-        """Check parameters; return `examples` completions with the result."""
+    def complete(self, params: Any) -> Completions:
+        """Complete the problems greedily."""
         firsts = range(0, len(self._rows), BATCH_SIZE)
         parts = [self._complete(params, self._rows[first : first + BATCH_SIZE]) for first in firsts]
-        completions = Completions(*map(np.concatenate, zip(*parts, strict=True)))
-        texts, scores = self._problem.score(self._rows, completions)  # of all batches: a failure is compared with all of them
+        return Completions(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def score(self, completions: Completions) -> Scored:
+        """Score completions of the problems, all batches together: a failure is compared with all of them."""
+        return self._problem.score(self._rows, completions)
+
+    def __call__(self, params: Any, *, examples: int = 0) -> Check:
+        """Check parameters; return `examples` completions with the result."""
+        completions = self.complete(params)
+        texts, scores = self.score(completions)
         given = scores.values[scores.has_score]
         accuracy = float(given.mean()) if given.size else 0.0
         shown = [(self._rows[i].prompt, texts[i], float(scores.values[i])) for i in range(min(examples, len(texts)))]
@@ -161,8 +174,13 @@ class Validation:
 
     def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> Completions:
         padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))  # the last batch has the shape of the others
-        padded = jax.device_get(self._decode(params, self._problem.prompts([*rows, *padding])))
+        padded = jax.device_get(self._decode(params, self._problem.prompts([*rows, *padding], held_out=True)))
         return Completions(*(array[: len(rows)] for array in padded))
+
+
+def cut_off(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first of some stop texts in it."""
+    return text[: min((found for found in map(text.find, stop) if found >= 0), default=len(text))]
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:

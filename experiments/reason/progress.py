@@ -1,17 +1,22 @@
 """Progress of a reasoning run: rewards, tokens, seconds, checks on validation problems, printed completions."""
 
+import json
 import math
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import eggroll
-from eggroll.devices.processes import broadcast_from_first, is_first, local
+from eggroll.devices.processes import broadcast_from_first, first_does, is_first, local
 from eggroll.envs import tasks
-from eggroll.experiments.reason.problem import Check, Validation
+from eggroll.experiments.reason.config import Config
+from eggroll.experiments.reason.problem import Validation
+from eggroll.experiments.reason.unperturbed import Comparison
+from eggroll.runs.metrics import append_line
 from eggroll.runs.training import Record
 
 
@@ -20,6 +25,7 @@ class Improved(NamedTuple):
 
     params: Any
     generations: int  # steps of grpo
+    ended: str  # why: "generations" or "seconds"
     advice: str = ""  # what to change, should nothing have been learned
 
 
@@ -31,6 +37,7 @@ class Report(NamedTuple):
     scores: tasks.Scores
     examples: list[tuple[str, str, float]]  # prompt, completion, score
     extra: Mapping[str, float]  # further metrics of the algorithm
+    comparison: Comparison | None = None  # with the unperturbed model, in generations that have one
 
 
 class Progress:
@@ -40,13 +47,15 @@ class Progress:
         validation: of unperturbed parameters.
         check_every: generations between checks.
         examples: completions that a check prints.
+        start: validation accuracy of the parameters that training starts from, which a check has to beat.
     """
 
-    def __init__(self, validation: Validation, *, check_every: int, examples: int):
-        self._validation, self._every, self._examples = validation, check_every, examples
-        self.seconds, self.best = 0.0, -math.inf  # of training; validation accuracy
-        self.best_generation = 0  # that reached it, the last of equals; 0: no check yet
+    def __init__(self, validation: Validation, *, check_every: int, examples: int, start: float = -math.inf):
+        self._validation, self._every, self._examples, self._start = validation, check_every, examples, start
+        self.seconds, self.best = 0.0, start  # of training; validation accuracy
+        self.best_generation = 0  # that reached it, the last of equals; 0: no check beat the start
         self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether scores ever differed
+        self._compared = False
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Count a generation, or a step of grpo; check when one is due."""
@@ -57,9 +66,13 @@ class Progress:
             self._count(record, tokens=report.tokens, failures=report.scores.errors + report.scores.timeouts)
             record.extra.update(report.extra, ended=report.ended, abstained_rewards=report.scores.abstained)
             self._warn(record, report.scores, due=due)
+            if report.comparison is not None:
+                self._compare(record, report.comparison)
             print_examples(report.examples if due else [])
         if due:
-            record.extra["held_out_fitness"] = self.check(record, local(state.params)).accuracy  # it picks the best checkpoint
+            speed = f"reward {record.mean_fitness:.3f}, {record.extra['tokens_per_second']:,.0f} tokens/s"
+            record.extra.update(self.check(record.generation + 1, local(state.params), words=speed))
+            record.extra["held_out_fitness"] = record.extra["validation_accuracy"]  # it picks the best checkpoint
 
     def _count(self, record: Record, *, tokens: int, failures: int) -> None:
         """Add seconds, tokens and failed rewards of a generation to the totals and to the record.
@@ -84,20 +97,37 @@ class Progress:
                 stacklevel=4,
             )
 
-    def check(self, record: Record, params: Any) -> Check:
-        """Check the unperturbed parameters and print the result."""
+    def _compare(self, record: Record, found: Comparison) -> None:
+        """Add what a comparison found to the metrics; warn of what the first one of a process shows."""
+        record.extra.update(texts_changed=found.texts_changed, unperturbed_reward=float(found.unperturbed.mean()))
+        words = "" if self._compared else found.advice(record.tied_pairs, pairs=len(record.coefficients), sigma=record.sigma)
+        self._compared = True
+        if words:
+            warnings.warn(f"generation {record.generation}: {words}", stacklevel=4)
+
+    def check(self, generation: int, params: Any, *, words: str) -> dict[str, float]:
+        """Check the unperturbed parameters after some generations, print the result and return its numbers for the metrics."""
         start = time.perf_counter()
         result = self._validation(params, examples=self._examples)
-        if result.accuracy >= self.best:
-            self.best, self.best_generation = result.accuracy, record.generation + 1
-        record.extra.update(validation_accuracy=result.accuracy, validation_tokens=result.tokens)
-        record.extra["check_seconds"] = time.perf_counter() - start
+        if result.accuracy > self.best or (self.best_generation and result.accuracy == self.best):
+            self.best, self.best_generation = result.accuracy, generation
         if is_first():
-            speed = f"{self.seconds:.0f} s, {record.extra['tokens_per_second']:,.0f} tokens/s"
-            rewards = f"reward {record.mean_fitness:.3f}, validation {result.accuracy:.3f}"
-            print(f"generation {record.generation + 1}: {rewards}, {speed}", flush=True)
+            print(f"generation {generation}: validation {result.accuracy:.3f}, {self.seconds:.0f} s, {words}", flush=True)
         print_examples(result.examples)
-        return result
+        numbers = {"validation_accuracy": result.accuracy, "validation_tokens": result.tokens}
+        return numbers | {"check_seconds": time.perf_counter() - start}
+
+    def finish(self, state: eggroll.ESState, folder: Path) -> None:
+        """Check the last parameters, unless that was just done; every process calls it.
+
+        The result is a line of its own in `metrics.jsonl`, which a continued run drops, and is not stored with the state: with
+        more generations a run becomes the one that never stopped here.
+        """
+        generation = int(state.generation)
+        if generation % self._every:
+            line = {"generation": generation, "seconds_spent": self.seconds}
+            line |= self.check(generation, local(state.params), words="the last one")
+            first_does(lambda: append_line(folder, generation, json.dumps(line)))
 
     def words(self, record: Record) -> str:
         """Return the changing part of the progress line."""
@@ -121,6 +151,17 @@ class Progress:
         self.seconds, self.best = (float(value) for value in saved["numbers"])
         self.tokens, self.failed, scored, self.best_generation = (int(value) for value in saved["counts"])
         self.scored = bool(scored)
+        if not self.best_generation:
+            self.best = self._start  # which earlier versions did not store
+
+
+def why_ended(config: Config, generation: int, *, seconds: float) -> str:
+    """Return which limit ended a run after some generations and seconds, "generations" or "seconds", and print it."""
+    is_done = config.generations is not None and generation >= config.generations
+    limit = f"--generations {config.generations} are done" if is_done else f"the limit of {config.time_limit:g} s is reached"
+    if is_first():
+        print(f"ended after {generation} generations and {seconds:.0f} s of training: {limit}", flush=True)
+    return "generations" if is_done else "seconds"
 
 
 def print_examples(examples: list[tuple[str, str, float]]) -> None:

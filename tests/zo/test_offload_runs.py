@@ -133,7 +133,10 @@ def test_metrics_have_the_fields_of_a_resident_run(whole, tmp_path):
     here, away = metrics(tmp_path), metrics(whole[0])
     assert here[0].keys() == away[0].keys()
     unknown = [name for name, value in away[0].items() if value is None]
-    assert unknown == ["gradient_norm", "moved", "update_over_sigma", "weight_norm"] and away[0]["leaf_norms"] == []
+    assert (
+        unknown == ["gradient_norm", "moved", "update_over_sigma", "update_over_weights", "weight_norm"]
+        and away[0]["leaf_norms"] == {}
+    )
     for name in ("sigma", "invalid", "skipped", "generation"):
         assert [row[name] for row in here] == [row[name] for row in away[:4]]
     assert here[0]["mean_fitness"] == pytest.approx(away[0]["mean_fitness"], rel=1e-2)  # blocks are rounded to bfloat16

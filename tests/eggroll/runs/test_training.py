@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import optax
 import pytest
 
 import eggroll
+from eggroll.runs import progress
 from eggroll.runs.training import Record, train
 from eggroll.state import copy_state
 
@@ -164,10 +167,18 @@ def test_some_invalid_members_warn_once():
     assert len(caught) == 1 and sum(record.invalid > 0 for record in history) > 1
 
 
-def test_quiet_when_not_a_terminal(capfd):
+def test_plain_lines_when_not_a_terminal(capfd, monkeypatch):
     es, state = make()
-    train(es, state, jnp.float32(1.0), generations=2)
+    state, _ = train(es, state, jnp.float32(1.0), generations=2)
+    assert capfd.readouterr() == ("", "")  # a short run
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.02)
+    wait = lambda state, record: time.sleep(0.05)  # noqa: E731
+    state, _ = train(es, state, jnp.float32(1.0), generations=3, callbacks=[wait], progress=False)
     assert capfd.readouterr() == ("", "")
+    train(es, state, jnp.float32(1.0), generations=3, callbacks=[wait])
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("generations 0 of 3: compiling, or in the first of this run, 0:00:0")
+    assert re.search(r"^generations 2 of 3: generation 6  best .* members/s, 0:00:0\d, ETA 0:00:0\d$", err, re.MULTILINE)
 
 
 def test_progress_line_on_standard_error(capfd):
@@ -208,9 +219,9 @@ def test_bad_arguments(options, error, words):
 
 def test_record_writes_null_for_what_is_not_finite():
     numbers = {field.name: 0.0 for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING}
-    del numbers["extra"]
+    del numbers["extra"], numbers["leaf_norms"]
     numbers |= {"mean_fitness": float("nan"), "best_fitness": float("inf"), "skipped": True}
-    record = Record(**numbers, aux=object(), leaf_norms=(1.0, float("nan")))
+    record = Record(**numbers, aux=object(), leaf_norms={"a": 1.0, "b": float("nan")})
     line = json.loads(record.to_json())
     assert line["mean_fitness"] is None and line["best_fitness"] is None and line["skipped"] is True
-    assert line["leaf_norms"] == [1.0, None]
+    assert line["leaf_norms"] == {"a": 1.0, "b": None}

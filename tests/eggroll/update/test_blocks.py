@@ -257,3 +257,5 @@ def test_an_update_is_measured_in_sigmas(limit, monkeypatch):
     np.testing.assert_allclose(metrics.update_over_sigma, sigmas, rtol=1e-5)
     norm = np.sqrt(sum(float((state.params[name] ** 2).sum()) for name in "vw"))
     np.testing.assert_allclose(metrics.weight_norm, norm, rtol=1e-6)
+    moved = np.sqrt(sum(float(((state.params[name] - params[name]) ** 2).sum()) for name in "vw"))
+    np.testing.assert_allclose(metrics.update_over_weights, moved / norm, rtol=1e-5)

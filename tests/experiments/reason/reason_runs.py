@@ -18,8 +18,9 @@ from eggroll.journal.checkpoint import Checkpoints
 TINY = ["--start.steps", "2", "--start.width", "16", "--start.layers", "1", "--start.batch-size", "4"]
 TINY += ["--population-size", "4", "--prompts", "2", "--max-new-tokens", "4", "--validation-size", "4", "--test-size", "4"]
 TINY += ["--check-every", "2", "--examples", "1", "--task-options", "train=40", "validation=8", "test=8"]
-# Calls of the reward: two checks before training; of the generations one each; a check after every second one.
-IN_GENERATION_2 = 6
+# Calls of the reward: two checks before training; of the generations one each, and in every second one more, of the unperturbed
+# model; a check after every second one.
+IN_GENERATION_2 = 7
 
 
 def tiny(*options):

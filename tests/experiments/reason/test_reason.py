@@ -14,6 +14,8 @@ from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
+from eggroll.experiments.reason.problem import cut_off
+from eggroll.experiments.reason.progress import Progress
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
@@ -44,6 +46,18 @@ def signal(monkeypatch):
     monkeypatch.setattr(sys.modules["eggroll.envs.tasks.arithmetic"], "answer_matches", letters)
 
 
+@pytest.fixture
+def last_is_best(monkeypatch):
+    """Export the parameters of the last check, whatever it finds."""
+    check = Progress.check
+
+    def check_and_keep(self, *given, **options):
+        self.best = -1.0
+        return check(self, *given, **options)
+
+    monkeypatch.setattr(Progress, "check", check_and_keep)
+
+
 def run(capsys, *options):
     reason.main(tiny(*options))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -59,7 +73,11 @@ def equal(one, other):
 
 def test_a_run_leaves_its_files(folder, capsys, signal):
     whole = run(capsys, "--generations", "2", "--folder", "out/whole")
-    assert whole["generations"] == 2 and whole["algorithm"] == "eggroll"
+    assert whole["generations"] == 2 and whole["algorithm"] == "eggroll" and whole["ended"] == "generations"
+    lines = [json.loads(line) for line in (folder / "out/whole/metrics.jsonl").read_text().splitlines()]
+    assert ["texts_changed" in line for line in lines] == [True, False] and lines[0]["unperturbed_reward"] > 0
+    assert set(lines[0]["leaf_norms"]) > {"blocks/q", "resident/embed"} and lines[0]["update_over_weights"] > 0
+    assert "ended after 2 generations" in (folder / "out/whole/log.txt").read_text()
     for name in ("metrics.jsonl", "curves.png", "journal.bin", "summary.json", "model/config.json", "checkpoints"):
         assert (folder / "out/whole" / name).exists(), name
 
@@ -67,7 +85,10 @@ def test_a_run_leaves_its_files(folder, capsys, signal):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(folder, capsys, signal):
     whole = run(capsys, "--generations", "4", "--folder", "out/whole")
-    run(capsys, "--generations", "3", "--folder", "out/parts")
+    first = run(capsys, "--generations", "3", "--folder", "out/parts")
+    assert first["ended"] == "generations" and first["best_generation"] in (0, 2, 3)
+    lines = [json.loads(line) for line in (folder / "out/parts/metrics.jsonl").read_text().splitlines()]
+    assert [(line["generation"], "validation_accuracy" in line) for line in lines[2:]] == [(2, False), (3, True)]
     parts = run(capsys, "--generations", "4", "--folder", "out/parts", "--resume")
     assert whole["generations"] == parts["generations"] == 4
     out = folder / "out"
@@ -76,7 +97,9 @@ def test_a_run_goes_on_bit_for_bit(folder, capsys, signal):
     lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [0, 1, 2, 3]
     assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
-    assert parts["validation_accuracy"] == max(line.get("validation_accuracy", -1) for line in lines)  # the best is exported
+    checks = [parts["validation_accuracy_before"], *(line.get("validation_accuracy", -1) for line in lines)]
+    assert parts["validation_accuracy"] == max(checks)  # the best is exported
+    assert parts["best_generation"] == (0 if checks[0] == max(checks) else 1 + len(lines) - checks[::-1].index(max(checks)) - 1)
     assert all(line["tokens"] > 0 and line["moved"] > 0 for line in lines)
     journal.main(["verify", str(out / "whole")])  # rebuilt from scalars by the recipe in its header
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
@@ -91,7 +114,7 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
     summary = run(capsys, *options, "--generations", "3", "--folder", f"{out}/parts", "--resume")
     assert summary["generations"] == 3 and equal(weights(out / "whole"), weights(out / "parts"))
     lines = [json.loads(line) for line in (out / "parts/metrics.jsonl").read_text().splitlines()]
-    assert [line["generation"] for line in lines] == [0, 1, 2] and all(line["moved"] > 0 for line in lines)
+    assert [line["generation"] for line in lines] == [0, 1, 2, 3] and all(line["moved"] > 0 for line in lines[:3])
     matrices = [leaf for leaf in jax.tree.leaves(weights(out / "whole")["blocks"]) if leaf.ndim == 3]
     assert matrices and all(leaf.dtype == jnp.float32 for leaf in matrices)
     journal.main(["verify", f"{out}/whole"])
@@ -101,7 +124,7 @@ def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys,
 
 
 @pytest.mark.slow
-def test_grpo_in_the_same_frame(folder, capsys, signal):
+def test_grpo_in_the_same_frame(folder, capsys, signal, last_is_best):
     options = ["--algorithm", "grpo", "--grpo.prompts", "2", "--grpo.samples", "2", "--generations", "2", "--seeds", "2"]
     summary = run(capsys, *options, "--folder", "out/grpo")
     assert [row["generations"] for row in summary["seeds"]] == [2, 2] and summary["training_seconds"] > 0
@@ -168,12 +191,28 @@ def test_nothing_ever_scores_says_so(capsys):
         run(capsys, "--generations", "2", "--folder", "out/silent")
 
 
-def test_stops_are_texts_of_one_token():
+def test_stops_are_tokens_or_cut_texts():
     inputs = prepare(parse(TINY))
     sampling = lambda *options: make_sampling(parse([*TINY, *options]), inputs.tokenizer)  # noqa: E731
     assert sampling() == sampling("--stop", "\\n") == sampling("--stop-token-ids", "10")  # as a shell passes the end of a line
     assert sampling("--stop", ";", "\n").stop_token_ids == (59, 10)
     assert sampling("--stop").stop_token_ids == ()
+    assert sampling("--stop", "\\nQ:", ";").stop_token_ids == (59,)
+    assert [cut_off(text, ("\nQ:", ";")) for text in ("4\nQ: 5;", "4;\nQ:", "4\nA:")] == ["4", "4", "4\nA:"]
+
+
+def test_prompts_are_padded_to_what_they_need(folder):
+    config = parse([*TINY, "--template", "Add: {prompt}"])
+    inputs = prepare(config)
+    problem, sampling = load(config, inputs), make_sampling(config, inputs.tokenizer)
+    rows = [tasks.Row("1+1=", {}), tasks.Row("17+25=", {})]
+    assert inputs.lengths[:2] == (12, 12) and problem.prompts(rows).tokens.shape == (2, 12)
+    longer = [*rows, tasks.Row("17+25+17=", {})]
+    assert problem.prompts(longer).tokens.shape == (3, 16) and problem.prompts(rows[:1], samples=2).tokens.shape == (2, 12)
+    short, long = (problem.complete(problem.params, problem.prompts(some), None, sampling=sampling) for some in (rows, longer))
+    assert problem.texts(short) == problem.texts(long)[:2] and not problem.prompts(longer).mask[0, :6].any()
+    with pytest.raises(ValueError, match=r"prompt_length must be at least 16, .* there is room for 12\."):
+        inputs.lengths._replace(most=12).of_batch(16, held_out=False, prompt="17+25+17=")
 
 
 def test_older_journals_have_older_names_of_options():
@@ -213,7 +252,7 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
+def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, last_is_best):
     config = parse(TINY)
     source = load(config, prepare(config))
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source.params)
@@ -239,7 +278,8 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal):
         (["--template", "Q:"], "template must contain {prompt}"),
         (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
         (["--prompt-length", "2"], "prompt_length must be at least"),
-        (["--stop", "\n", "Q:"], "stop must be texts of a single token, got 'Q:', which has 2 tokens here."),
+        (["--stop", "\n", ""], "stop must be texts, got '', which has 0 tokens here."),
+        (["--algorithm", "grpo", "--stop", "Q:"], "stop must be texts of a single token for grpo, whose loss would count"),
         (["--stop", "\n", "--stop-token-ids", "10"], "give stop or stop_token_ids, not both"),
         (["--room", "4"], "option --room is now --max-new-tokens."),
         (["--ending=1"], "option --ending is now --stop-token-ids."),

@@ -67,7 +67,8 @@ def test_gsm8k_from_files_with_scoring_processes_and_the_chat_template(folder, c
     summary, out = run(capsys, *options)
     assert summary["generations"] == 2 and summary["failed_rewards"] == 0 and "What is" in out
     before, after = (jax.tree.leaves(hf.load(folder / name)[2]) for name in ("qwen", "out/gsm8k/model"))
-    assert not all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    equal = all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    assert equal == (summary["best_generation"] == 0)  # the start, if no check beat it
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (folder / "out/gsm8k/model" / name).exists(), name
 
@@ -90,7 +91,7 @@ def test_the_template_of_a_shell_has_line_ends(capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([*GSM8K, "--max-new-tokens", "500"], "do not fit the model's context of 512 tokens."),
+        ([*GSM8K, "--max-new-tokens", "510"], "do not fit the model's context of 512 tokens."),
         ([*GSM8K, "--prompt-length", "3"], "prompt_length must be at least"),
         ([*GSM8K, "--template", "<|user|>{prompt}"], "the model's tokenizer has no special token '<|user|>'"),
         (["--task", "gsm8k", "--task-options", "train=bare.jsonl", "test=test.jsonl"], "line 1: field 'answer' is missing"),
