@@ -25,12 +25,11 @@ _CHAIN = "State the final answer to the following arithmetic problem: 47 - 12 = 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},  # the small warm-started model, with the options' own defaults
-    "smollm2-sums": _SMOLLM2 | {"task_options": ("spaces=true",), "template": "12 + 35 = 47\\n{prompt}", "prompt_length": 18},
+    "smollm2-sums": _SMOLLM2 | {"task_options": ("spaces=true",), "template": "12 + 35 = 47\\n{prompt}"},
     "smollm2-chain": _SMOLLM2
     | {
         "task": "reasoning_gym/chain_sum",
         "task_options": ("min_terms=2", "max_terms=2", "min_digits=2", "max_digits=2", "validation=256", "test=512"),
         "template": _CHAIN,
-        "prompt_length": 40,
     },
 }

@@ -13,6 +13,7 @@ from eggroll.experiments.reason.config import parse
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
 from eggroll.experiments.reason.problem import Problem, Sampling, Validation
+from eggroll.experiments.reason.prompt_lengths import Lengths
 from eggroll.llm.decoding import Completions
 from eggroll.llm.tokenizers import ByteTokenizer
 from tests.experiments.reason.reason_runs import TINY
@@ -127,7 +128,7 @@ def test_the_minimum_is_an_option_and_long_errors_are_cut():
 def test_held_out_problems(monkeypatch, texts, accuracy):
     monkeypatch.setattr(problems, "BATCH_SIZE", 2)
     task = Task("toy", reward=saying, splits={"test": tuple(Row(str(index), {}) for index in range(len(texts)))})
-    problem = Problem(Path(), None, None, ByteTokenizer(), task, "{prompt}", 8, Scorer(saying, workers=0))
+    problem = Problem(Path(), None, None, ByteTokenizer(), task, "{prompt}", Lengths(8, 8, 8), Scorer(saying, workers=0))
     validation = Validation(problem, "test", size=len(texts), sampling=Sampling(8, 0.0, 1.0, (10,)))
     padded = [*texts, "0"][: 2 * -(-len(texts) // 2)]
     batches = iter(completions_of(padded[first : first + 2], 2) for first in range(0, len(padded), 2))
