@@ -223,7 +223,7 @@ class Factors:
         left, right = self.unpack(dtype)
         left = jnp.moveaxis(left, 0, -1)  # [*stack, r, m, P]
         if self.words is not None and self.rank * self.m % WORD == 0:
-            words = jnp.moveaxis(self.words[..., : self.rank * self.m // WORD], 0, -1)
+            words = computed_once(jnp.moveaxis(self.words[..., : self.rank * self.m // WORD], 0, -1))
             left = _signs(words[..., None, :], -2).reshape(left.shape).astype(dtype)
         left, right = jnp.moveaxis(left, -3, -2), jnp.moveaxis(right, 0, -2)
         return jax.lax.collapse(left, left.ndim - 2), jax.lax.collapse(right, right.ndim - 3, right.ndim - 1)
