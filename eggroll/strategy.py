@@ -7,7 +7,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, Self
 
 import jax
@@ -117,8 +117,7 @@ class EvolutionStrategy:
         addresses.check_key(key)
         check_params(params, self.perturbation)
         check_precision(self.precision, params, self.perturbation)
-        start = functools.partial(generation.init_state, self, params, optimizer=self.optimizer)
-        return start(key=key, donate=donate, member_state=member_state)
+        return generation.init_state(self, params, optimizer=self.optimizer, key=key, donate=donate, member_state=member_state)
 
     def plan(self, state: ESState, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Return the plan of the parameters, read from one abstract trace of a function; `print(plan.table())` shows it.
@@ -149,8 +148,7 @@ class EvolutionStrategy:
         one = self.layout.one_member(batch)
         given = (one,) if function else member_arguments(one, state.member_state)
         whole = self.placement is None or self.placement.axis("model") is None  # no weight is sharded
-        make = functools.partial(make_plan, perturbation=self.perturbation, allow_kernels=whole)
-        plan = make(function or self._fitness, state.params, *given)
+        plan = make_plan(function or self._fitness, state.params, *given, perturbation=self.perturbation, allow_kernels=whole)
         estimator.check_sums(plan, num_pairs=self.layout.num_pairs)
         return describe_update(plan, self.optimizer, state.params, self, on_mesh=self.mesh is not None)
 
@@ -164,17 +162,21 @@ class EvolutionStrategy:
         Returns:
             `(state, metrics)`. Compiled at the first call; a later sigma or generation does not recompile.
         """
-        self.layout.check_batch(batch)
-        plan, placement = self._checked_plan(state, batch), self.placement
+        check_not_consumed(state)
         shapes = programs.signature((state, batch))
+        plan, program = programs.remember("step", self, shapes, make=lambda: self._prepare_step(state, batch, shapes))
+        state, batch = shard_inputs(self.placement, state, batch, batch_over="examples")
+        return self._advance(plan, state, *program(state, batch))
+
+    def _prepare_step(self, state: ESState, batch: Any, shapes: Hashable) -> tuple[Plan, Callable]:
+        """Check what only shapes and dtypes decide; return the plan and the program that evaluates and scores."""
+        plan, placement = self._checked_plan(state, batch), self.placement
         if placement is not None:
-            programs.remember("checked", self, shapes, make=lambda: placement.check(self._fitness, state, batch))
+            placement.check(self._fitness, state, batch)
         layout = self.chunked_layout(state, batch)
-        state, batch = shard_inputs(placement, state, batch, batch_over="examples")
         evaluate = functools.partial(generation.evaluate_generation, self, plan, self._fitness, layout)
         key, places = ("score", self, programs.Identity(plan), shapes, layout), report_shardings(placement)
-        program = programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=places)
-        return self._advance(plan, state, *program(state, batch))
+        return plan, programs.compile_once(*key, function=evaluate, counted=(self, self.fitness), out_shardings=places)
 
     def ask(self, state: ESState) -> Population:
         """Return the population of this generation, for fitness that is computed outside JAX."""

@@ -12,8 +12,6 @@ from jax.typing import DTypeLike
 from eggroll.kernels import hopper
 from eggroll.kernels.hopper import ROWS, STEP
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry2x32, Salmon et al. 2011
-
 PROGRAM, WARPGROUP = "program", "warpgroup"  # axes of a kernel
 
 
@@ -47,19 +45,6 @@ def unpack(first: Array, second: Array) -> Array:
     word = jnp.where(in_first, wide[0], wide[1])
     shift = jnp.where(in_first, row, row - jnp.uint32(32))
     return 1.0 - 2.0 * ((word >> shift) & jnp.uint32(1)).astype(jnp.float32)
-
-
-def threefry(key: tuple[Array, Array], counter: Array, *, high: Array | None = None) -> tuple[Array, Array]:
-    """threefry2x32(key, (high, counter)), 20 rounds, elementwise: two words of every address; `high` is 0 by default."""
-    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
-    left, right = key[0] if high is None else high + key[0], counter + key[1]
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            left = left + right
-            right = left ^ ((right << jnp.uint32(rotation)) | (right >> jnp.uint32(32 - rotation)))
-        left = left + keys[(group + 1) % 3]
-        right = right + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return left, right
 
 
 def is_own(shape: tuple[int, ...], *, rows: int, rank: int) -> Array:

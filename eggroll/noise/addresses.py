@@ -24,6 +24,9 @@ from jax import Array
 from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
 
+from eggroll.kernels.threefry import threefry
+from eggroll.noise.once import computed_once
+
 Distribution = Literal["normal", "rademacher"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 WORD = 32  # Rademacher signs packed in one uint32
@@ -129,15 +132,24 @@ def _threefry(requests: Sequence[tuple[Array, Array | int, Array | int]]) -> lis
     for key, high, low in requests:
         counters = [jnp.broadcast_to(jnp.asarray(c).astype(jnp.uint32), key.shape[:-1]) for c in (high, low)]
         columns.append([x.reshape(-1) for x in (key[..., 0], key[..., 1], *counters)])
-    operands = [jnp.concatenate(parts) for parts in zip(*columns, strict=True)]
-    zero = sum((x & jnp.uint32(0) for x in operands), start=jnp.uint32(0))  # the primitive needs all operands vmapped alike
-    mixed = jnp.stack(threefry2x32_p.bind(*(x + zero for x in operands)), axis=-1)
+    mixed = _mix(*(jnp.concatenate(parts) for parts in zip(*columns, strict=True)))
     sizes = [math.prod(key.shape[:-1]) for key, _, _ in requests]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
         mixed[start : start + size].reshape(*key.shape[:-1], 2)
         for start, size, (key, _, _) in zip(starts, sizes, requests, strict=True)
     ]
+
+
+@jax.jit
+def _mix(*operands: Array) -> Array:
+    """F of keys and counters, each uint32 [n] in two halves: uint32 [n, 2]."""
+    if jax.default_backend() != "cpu":
+        zero = sum((x & jnp.uint32(0) for x in operands), start=jnp.uint32(0))  # the primitive needs all vmapped alike
+        return jnp.stack(threefry2x32_p.bind(*(x + zero for x in operands)), axis=-1)
+    *key, high, low = (x[..., None] for x in operands)
+    words = threefry((key[0], key[1]), jnp.broadcast_to(low, (*operands[0].shape, 2)), high=high)
+    return computed_once(jnp.where(jnp.arange(2) == 0, *words))  # each half of a pair draws both: one loop, no interleaving
 
 
 def words_needed(count: int, distribution: str) -> int:
@@ -161,14 +173,19 @@ def decode(words: Array, count: int, *, distribution: str, dtype: DTypeLike) -> 
         [..., count] of `dtype`.
     """
     if distribution == "rademacher":
-        shifts = jnp.arange(WORD - 1, -1, -1, dtype=jnp.uint32)  # brings bit i to the sign bit of a float32
-        sign_bit = (words[..., None] << shifts) & jnp.uint32(0x80000000)
-        signs = jax.lax.bitcast_convert_type(sign_bit | jnp.uint32(0x3F800000), jnp.float32)
-        values = signs.reshape(*words.shape[:-1], -1)[..., :count]
+        values = _signs(words[..., None], -1)[..., :count]
     else:
         uniform = ((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0  # in (-1, 1), symmetric
         values = math.sqrt(2.0) * jax.lax.erf_inv(uniform)
     return values.astype(dtype)
+
+
+def _signs(words: Array, axis: int) -> Array:
+    """Signs of all bits of words: float32, the 1 at `axis` and the axis before it being one of 32 times as many."""
+    shifts = jnp.arange(WORD - 1, -1, -1, dtype=jnp.uint32)  # brings bit i to the sign bit of a float32
+    sign_bit = (words << jnp.expand_dims(shifts, [*range(axis + 1, 0)])) & jnp.uint32(0x80000000)
+    signs = jax.lax.bitcast_convert_type(sign_bit | jnp.uint32(0x3F800000), jnp.float32)
+    return jax.lax.collapse(signs, axis - 1 + signs.ndim, axis + 1 + signs.ndim)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right", "words"], meta_fields=["rank", "m", "n"])
@@ -194,6 +211,22 @@ class Factors:
         parts = (self.words[..., : m // WORD], m), (self.words[..., m // WORD :], n)  # no array of both is made and cut up
         left, right = (decode(words, count, distribution="rademacher", dtype=dtype) for words, count in parts)
         return _by_rank(left, self.rank), _by_rank(right, self.rank)
+
+    def as_matrices(self, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Return the factors [P, *stack, ...] of P pairs as two matrices whose product sums them, the terms ordered (r, P).
+
+        Signs of left are decoded in this order: XLA for CPU is slow to multiply a matrix that it has to transpose.
+
+        Returns:
+            (left [*stack, m, r P], right [*stack, r P, n]) in `dtype`.
+        """
+        left, right = self.unpack(dtype)
+        left = jnp.moveaxis(left, 0, -1)  # [*stack, r, m, P]
+        if self.words is not None and self.rank * self.m % WORD == 0:
+            words = computed_once(jnp.moveaxis(self.words[..., : self.rank * self.m // WORD], 0, -1))
+            left = _signs(words[..., None, :], -2).reshape(left.shape).astype(dtype)
+        left, right = jnp.moveaxis(left, -3, -2), jnp.moveaxis(right, 0, -2)
+        return jax.lax.collapse(left, left.ndim - 2), jax.lax.collapse(right, right.ndim - 3, right.ndim - 1)
 
 
 def decode_factors(words: Array, *, rank: int, m: int, n: int, distribution: str, dtype: DTypeLike) -> Factors:

@@ -12,16 +12,17 @@ from jax import Array
 
 
 def computed_once(array: Array) -> Array:
-    """Return a float array divided by a 1 that XLA cannot see through and LLVM can: equal, and no division is left.
+    """Return an array of floats or words divided by a 1 that XLA cannot see through and LLVM can: equal, no division is left.
 
     Arrays of other dtypes, and those of other backends, are returned as they are.
     """
-    if jax.default_backend() != "cpu" or not jnp.issubdtype(array.dtype, jnp.floating):
+    is_float, is_word = (jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.unsignedinteger))
+    if jax.default_backend() != "cpu" or not (is_float or is_word):
         return array
     word = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
     zero = (jax.lax.bitcast_convert_type(array, word) & 1) >> 1
     one = jax.lax.bitcast_convert_type(jnp.ones((), array.dtype), word)
-    return array / jax.lax.bitcast_convert_type(zero | one, array.dtype)
+    return jax.lax.div(array, jax.lax.bitcast_convert_type(zero | one, array.dtype))
 
 
 def rounded_once(array: Array) -> Array:

@@ -144,7 +144,7 @@ def _sum_squares(moves: Moves, wide: Array, added: Array, stays: Array, leaf: Le
     square = jnp.sum(moves.gradient**2)
     if isinstance(leaf, FrozenLeaf):
         return square, jnp.float32(0), jnp.float32(0)
-    step = jnp.sum(jnp.where(stays, 0, moves.update.astype(jnp.float32)) ** 2)
+    step = jnp.where(stays, 0, jnp.sum(moves.update.astype(jnp.float32) ** 2))
     return square, step, jnp.sum(jnp.where(stays, wide, added).astype(jnp.float32) ** 2)
 
 

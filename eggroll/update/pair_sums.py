@@ -13,7 +13,7 @@ from jax import Array
 
 from eggroll.kernels.factors import Signs, Values
 from eggroll.kernels.lowrank_update import api as update_kernel
-from eggroll.kernels.lowrank_update.reference import integer_lowrank_update, lowrank_update
+from eggroll.kernels.lowrank_update.reference import integer_lowrank_update
 from eggroll.noise import draws
 from eggroll.noise.addresses import Factors
 from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
@@ -112,7 +112,9 @@ def weigh(leaf: PerturbedLeaf, drawn: Factors | Array, coefficients: Array) -> A
     if isinstance(drawn, Factors):
         if _uses_kernel(leaf):
             return sum_by_kernel(coefficients, drawn)
-        return lowrank_update(coefficients, *drawn.unpack(leaf.noise_dtype))
+        left, right = (factor.astype(jnp.float32) for factor in drawn.as_matrices(leaf.noise_dtype))
+        weights = jnp.tile(coefficients, drawn.rank)
+        return jnp.einsum("...mk,...kn->...mn", left * weights, right, precision=jax.lax.Precision.HIGHEST)
     return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
 
 

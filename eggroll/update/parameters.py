@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -251,11 +252,15 @@ def _join_checksums(
         shared: arrays of the optimizer that belong to no parameter, before and after.
         join: makes the optimizer's state of its entries by parameter, and the shared ones.
     """
-    columns = [[*count.checksums.T] for count in counts]
+    others = [jnp.stack([*map(sum_array, pair)])[:, None] for pair in (*shared, (state.key, state.key))]
+    found = [*(count.checksums for count in counts), *others]
+    places = iter(range(sum(sums.shape[1] for sums in found)))
+    columns = [[next(places) for _ in range(count.checksums.shape[1])] for count in counts]
     params = [own.pop(0) for own in columns]
     masters = [own.pop(0) for own, master in zip(columns, state.masters, strict=True) if master is not None]
-    opt_state = jax.tree.leaves(join(columns, [jnp.stack([*map(sum_array, pair)]) for pair in shared]))
-    return jnp.stack([*params, *opt_state, *masters, jnp.broadcast_to(sum_array(state.key), 2)], axis=1)
+    *of_shared, key = places
+    order = [*params, *jax.tree.leaves(join(columns, of_shared)), *masters, key]
+    return jnp.concatenate(found, axis=1)[:, np.array(order)]
 
 
 def _shifted(region: Region, origin: Sequence[Array | int]) -> Region:

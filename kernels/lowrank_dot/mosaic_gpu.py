@@ -25,6 +25,7 @@ from eggroll.kernels.factors import WORD, Noise, Signs, Values, values_of
 from eggroll.kernels.groups import CHUNK, Groups
 from eggroll.kernels.hopper import ROWS, STEP
 from eggroll.kernels.lowrank_dot.config import Config, choose
+from eggroll.kernels.threefry import threefry
 
 BF16 = jnp.bfloat16
 
@@ -307,7 +308,7 @@ class _Tile:
     def drawn(self, call: Array) -> tuple[Array, Array]:
         """The words of 64 rows of every term."""
         words = self.buffers["words"]
-        return mosaic.threefry((words[self.warpgroup, 0], words[self.warpgroup, 1]), call)
+        return threefry((words[self.warpgroup, 0], words[self.warpgroup, 1]), call)
 
     def masked(self, hidden: Array) -> Array:
         """The terms of a row's own pair, scaled; 0 elsewhere."""

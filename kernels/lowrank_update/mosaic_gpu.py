@@ -23,6 +23,7 @@ from eggroll.kernels.factors import WORD, Noise, Values, signs_of
 from eggroll.kernels.hopper import ROWS, STEP
 from eggroll.kernels.lowrank_update.config import Config, choose
 from eggroll.kernels.lowrank_update.reference import rounded
+from eggroll.kernels.threefry import threefry
 
 BF16 = jnp.bfloat16
 PIECE = 32  # columns of the result that are stored at a time
@@ -185,5 +186,5 @@ def _moved(piece: Array, own: dict[str, Any], row: Any, column: Any) -> Array:
         for axis, first in enumerate((row, column))
     )
     key = tuple(lax.broadcast_in_dim(own["key"][half], piece.shape, (1,)) for half in range(2))
-    words, _ = mosaic.threefry(key, low, high=high)
+    words, _ = threefry(key, low, high=high)
     return rounded(own["piece"][...].astype(jnp.float32) + piece, words)

@@ -1,5 +1,6 @@
 """The address contract: golden bits, the same bits however they are drawn, independence of leaves, pairs and generations."""
 
+import functools
 import hashlib
 
 import jax
@@ -116,6 +117,22 @@ def test_factors_split_left_first(distribution, m):
     flat = addresses.decode(own, count, distribution=distribution, dtype=jnp.float32)
     np.testing.assert_array_equal(jnp.concatenate([left.reshape(-1), right.reshape(-1)]), flat)
     assert left.shape == (2, m) and right.shape == (2, 5)
+
+
+@pytest.mark.parametrize("m", [3, 64], ids=["decoded, then turned", "turned, then decoded"])
+def test_factors_as_matrices_sum_the_pairs(m):
+    draw = functools.partial(words, stack=(2,), count=addresses.words_needed(2 * (m + 5), "rademacher"))
+    own = jax.vmap(lambda pair: draw(pair=pair))(jnp.arange(3))
+    factors = addresses.decode_factors(own, rank=2, m=m, n=5, distribution="rademacher", dtype=jnp.float32)
+    expected = jnp.einsum("psrm,psrn->smn", *factors.unpack(jnp.float32))
+    np.testing.assert_array_equal(jnp.matmul(*factors.as_matrices(jnp.float32)), expected)
+
+
+def test_other_backends_draw_the_same_words(monkeypatch):
+    mix, operands = addresses._mix.__wrapped__, jnp.arange(20, dtype=jnp.uint32).reshape(4, 5)
+    here = mix(*operands)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(mix(*operands), here)
 
 
 @pytest.mark.parametrize(

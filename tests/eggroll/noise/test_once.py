@@ -18,9 +18,10 @@ def test_values_are_equal_bit_for_bit(dtype):
     np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(values).view(np.uint8))
 
 
-def test_integers_are_returned_as_they_are():
-    values = jnp.arange(3)
-    assert computed_once(values) is values
+def test_words_are_equal_and_integers_returned_as_they_are():
+    words, integers = jnp.array([0, 1, 2**31, 2**32 - 1], jnp.uint32), jnp.arange(3)
+    np.testing.assert_array_equal(jax.jit(computed_once)(words), words)
+    assert computed_once(integers) is integers
 
 
 @pytest.mark.optimized
