@@ -116,6 +116,10 @@ class LazyArray(quax.ArrayValue):
         """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
         return None
 
+    def is_read_by(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> bool:
+        """Whether a primitive `read`s this value, `operands[place]`, whatever rules there are: then it is read only once."""
+        return False
+
     def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
         """Results of a primitive that is linear in this value, `operands[place]`, made of those of its parts; None: no such."""
         return None
@@ -253,13 +257,25 @@ def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
     """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
     given = set(jaxpr.jaxpr.invars)
 
-    def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
-        if equation.primitive.name == "dot_general" and any(map(is_perturbed, operands)):  # a product reads x twice
-            pairs = zip(equation.invars, operands, strict=True)
-            operands = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
-        return run_rule(equation.primitive, operands, equation.params)
+    def run(leaves: Sequence[Any]) -> list:
+        read: dict[Any, Array] = {}  # values that operations have read, by their variables
 
-    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=bind)
+        def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
+            primitive, atoms, params = equation.primitive, equation.invars, equation.params
+            settled = list(operands)
+            for place, (atom, value) in enumerate(zip(atoms, operands, strict=True)):
+                if is_perturbed(value) and value.is_read_by(primitive, operands, place, params):
+                    if atom not in read:
+                        read[atom] = value.read(f"'{primitive.name}'", "", moves=False)
+                    settled[place] = read[atom]
+            if primitive.name == "dot_general" and any(map(is_perturbed, settled)):  # a product reads x twice
+                pairs = zip(atoms, settled, strict=True)
+                settled = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
+            return run_rule(primitive, settled, params)
+
+        return evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, bind=bind)
+
+    return run
 
 
 def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -12,7 +12,8 @@ from jax import Array
 
 from eggroll import programs
 from eggroll.zo.offload.devices import SAME, SLICES, Devices
-from eggroll.zo.offload.streams import OffloadState, Streams
+from eggroll.zo.offload.state import OffloadState
+from eggroll.zo.offload.streams import Streams
 
 
 def program(streams: Streams, name: str, ins: Any, outs: Any, *, donate_argnums: int | None = None) -> Callable:
@@ -22,7 +23,7 @@ def program(streams: Streams, name: str, ins: Any, outs: Any, *, donate_argnums:
         spread = streams.devices.spread(getattr(streams, name), ins, outs)
         return jax.jit(spread, donate_argnums=donate_argnums)
 
-    return programs.remember(name, programs.Identity(streams), make=make)
+    return programs.remember(name, programs.Identity(streams), donate_argnums, make=make)
 
 
 class Pass:
@@ -33,10 +34,20 @@ class Pass:
         devices: its devices.
         streams: its programs; None where nothing is pending and nothing is summed.
         summed: keep checksums.
+        consumes: the state is not used after the pass, which reuses its memory.
     """
 
-    def __init__(self, state: OffloadState, devices: Devices, streams: Streams | None, *, summed: bool = False):
+    def __init__(
+        self,
+        state: OffloadState,
+        devices: Devices,
+        streams: Streams | None,
+        *,
+        summed: bool = False,
+        consumes: bool = False,
+    ):
         self._state, self._devices, self._streams, self._summed = state, devices, streams, summed
+        self._consumes = consumes
         self._pending = state.is_pending
         self._resident_sums: Any = None  # checksums before and after, uint32 [2, leaves]
         self._block_sums: Any = 0
@@ -49,7 +60,8 @@ class Pass:
         """Return the resident parameters after the pending update."""
         old = self._state.resident
         if self._pending:
-            update = self._program("update_resident", (SAME, SAME, SAME), (SAME, SAME))
+            donated = 2 if self._consumes else None
+            update = self._program("update_resident", (SAME, SAME, SAME), (SAME, SAME), donate_argnums=donated)
             new, self._resident_sums = update(self._state.pending, self._state.key, old)
             return new
         if self._summed:
