@@ -196,7 +196,7 @@ class ZerothOrder:
         if placement is not None:
             programs.remember("checked", self, shapes, make=lambda: placement.check(self._weighted, state, batch))
         state, batch = shard_inputs(placement, state, batch, batch_over="examples")
-        key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self._score, plan)
+        key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self.score, plan)
         score = programs.compile_once(*key, function=evaluate, counted=(self, self.loss))
         report = score(state, batch)
         new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
@@ -255,7 +255,8 @@ class ZerothOrder:
             raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
         return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight).astype(jnp.float32)
 
-    def _score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
+    def score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
+        """Evaluate the losses of a step, and report them with the coefficients; `step` compiles this."""
         estimator, placement = ESTIMATORS[self.estimator], self.placement
         evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
         totals, weights = sharded.evaluate(

@@ -132,7 +132,7 @@ class Devices:
         impl = jax.random.key_impl(leaf) if is_key(leaf) else None
         array = np.asarray(keys_to_words(leaf))
         stored = transfer_dtype if array.dtype == np.float32 and transfer_dtype is not None else array.dtype
-        flat = np.zeros(self.mesh.size * self._slice(array.size), stored)
+        flat = np.zeros(self.mesh.size * self.slice_size(array.size), stored)
         flat[: array.size] = np.ravel(array).astype(stored)
         try:
             values = jax.make_array_from_callback(flat.shape, self.host, lambda index: flat[index].copy())
@@ -143,7 +143,7 @@ class Devices:
             ) from error
         return Sliced(values, array.shape, array.dtype, impl)
 
-    def _slice(self, size: int) -> int:
+    def slice_size(self, size: int) -> int:
         """Values in a slice of a leaf."""
         return -(-size // (self.mesh.size * ALIGNED)) * ALIGNED
 
@@ -166,7 +166,7 @@ class Devices:
         first_index: Array | int,
     ) -> Array:
         """This device's slice of the gradient of one leaf, float32 [slice]; arguments as for `estimator.gradient`."""
-        count = self._slice(math.prod(leaf.shape))
+        count = self.slice_size(math.prod(leaf.shape))
         return part_of_gradient(
             leaf,
             coefficients,

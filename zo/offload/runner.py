@@ -36,7 +36,7 @@ from eggroll.update.report import report_deferred
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.checksums import checksum_names
-from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, is_sliced
+from eggroll.zo.offload.devices import Devices, is_sliced
 from eggroll.zo.offload.passes import Pass, program
 from eggroll.zo.offload.state import OffloadState, Pending
 from eggroll.zo.offload.streams import Streams
@@ -162,12 +162,12 @@ class Offload:
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run = Pass(state, self.devices, streams, summed=True, consumes=True)
         small = state._replace(resident=run.resident(), blocks=())
-        carry, aux = program(streams, "begin", (SAME, BATCH), (OWN, OWN))(small, batch)
-        visit = program(streams, "visit", (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
+        carry, aux = program(streams, "begin")(small, batch)
+        visit = program(streams, "visit")
         blocks: list[Any] = []
         for block in run.replaced_blocks(blocks):
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
-        report: FitnessReport = program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
+        report: FitnessReport = program(streams, "end")(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
         done = report_deferred(skipped, run.checksums(new))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
@@ -229,11 +229,11 @@ class Offload:
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run, key = self._pass(state), self.devices.replicate(key)
         resident = run.resident()
-        x, aux = program(streams, "first", (SAME, BATCH, SAME), OWN)(resident, batch, key)
-        forward = program(streams, "forward", (SLICES, OWN, OWN), OWN)
+        x, aux = program(streams, "first")(resident, batch, key)
+        forward = program(streams, "forward")
         for block in run.blocks():
             x = jax.block_until_ready(forward(block, x, aux))
-        return program(streams, "loss", (SAME, OWN, BATCH), SAME)(resident, x, batch)
+        return program(streams, "loss")(resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
         """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
@@ -250,13 +250,15 @@ class Offload:
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
         shapes = state.shapes
-        return self._streams_of(self.tuner.plan_of(shapes, batch), shapes)
+        return self.streams_of(self.tuner.plan_of(shapes, batch), shapes)
 
     def _known_streams(self, state: OffloadState, needed_by: str) -> Streams:
         shapes = state.shapes
-        return self._streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
+        return self.streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
 
-    def _streams_of(self, plan: Plan, shapes: Any) -> Streams:
+    def streams_of(self, plan: Plan, shapes: Any) -> Streams:
+        """Return the programs of a step, for parameters of these shapes."""
+
         def make() -> Streams:
             loss, options = self.tuner.loss, (self.tuner.directions, self.tuner.chunk_directions)
             assert isinstance(loss, Blocks)
@@ -272,7 +274,7 @@ class Offload:
 
     def _defer(self, streams: Streams, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
         small = state._replace(resident=(), blocks=())
-        new, skipped = program(streams, "defer", (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
+        new, skipped = program(streams, "defer")(*self.devices.replicate((small, coefficients)))
         return new._replace(resident=state.resident, blocks=state.blocks), skipped
 
 
