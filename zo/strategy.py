@@ -51,7 +51,7 @@ class ZerothOrder:
         estimator: a name out of `ESTIMATORS`. "grzo" gives direction k example k of the batch: the leaves of a batch have a
             leading axis of n, of which the loss sees one entry at a time, [1, ...].
         perturbation: noise of the directions: `Dense`, `LowRank`, `Flipout`, or rules on the paths.
-        chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
+        chunk_directions: directions evaluated at a time; None: all. Each holds its activations and perturbed layers.
         precision: how parameters shorter than float32 are updated (`eggroll.precision`).
         mesh: axes "population" (directions over devices; their two forwards, where there are fewer directions than devices)
             and "data" (the batch over devices), any of them.

@@ -31,10 +31,7 @@ import jax.numpy as jnp
 import quax
 from jax import Array
 
-from eggroll.lazy.errors import FailedUse, UnsupportedUse, UseError
-from eggroll.lazy.forward_only import evaluate
-from eggroll.lazy.uses import Observer
-from eggroll.noise.once import computed_once
+from eggroll.lazy.uses import FailedUse, Observer, UnsupportedUse, UseError
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 Operation = Callable[[Array, str], Array]  # what a view does with the component of a name: "base", "left", ...
@@ -251,31 +248,6 @@ class PerturbedArray(LazyArray):
 def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
     """An output as a plain array: what a lazy value gives when it is `read`, with `reason` or that it was returned."""
     return output.read(where, reason or f"returned as {where}", moves=False) if is_perturbed(output) else output
-
-
-def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
-    """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
-    given = set(jaxpr.jaxpr.invars)
-
-    def run(leaves: Sequence[Any]) -> list:
-        read: dict[Any, Array] = {}  # values that operations have read, by their variables
-
-        def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
-            primitive, atoms, params = equation.primitive, equation.invars, equation.params
-            settled = list(operands)
-            for place, (atom, value) in enumerate(zip(atoms, operands, strict=True)):
-                if is_perturbed(value) and value.is_read_by(primitive, operands, place, params):
-                    if atom not in read:
-                        read[atom] = value.read(f"'{primitive.name}'", "", moves=False)
-                    settled[place] = read[atom]
-            if primitive.name == "dot_general" and any(map(is_perturbed, settled)):  # a product reads x twice
-                pairs = zip(atoms, settled, strict=True)
-                settled = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
-            return run_rule(primitive, settled, params)
-
-        return evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, bind=bind)
-
-    return run
 
 
 def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:
