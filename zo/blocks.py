@@ -57,17 +57,16 @@ def whole_loss(blocks: Blocks) -> Callable:
 
 
 def stacked_plan(plan: Plan) -> Plan:
-    """The plan of a model in pieces: dense noise of a stacked parameter has an address for every block too.
-
-    Raises:
-        ValueError: low-rank noise that does not follow the stack of blocks.
+    """The plan of a model in pieces: dense noise of a stacked parameter has an address for every block too, and so has what
+    has low-rank noise across the blocks otherwise.
     """
 
     def stacked(leaf: LeafPlan) -> LeafPlan:
         if not leaf.path.startswith(PREFIX):
             return leaf
-        if isinstance(leaf, FactoredLeaf) and leaf.stack[:1] != (0,):
-            raise ValueError(f"'{leaf.path}' is not used block by block.")
+        if isinstance(leaf, FactoredLeaf) and leaf.stack[:1] != (0,):  # factors over the blocks, of vectors such as norms
+            about = leaf.path, leaf.shape, leaf.dtype, leaf.spec
+            leaf = DenseLeaf(*about, "a vector of every block", leaf.converted)
         return dataclasses.replace(leaf, stack=(0,)) if isinstance(leaf, DenseLeaf) else leaf
 
     return dataclasses.replace(plan, leaves=tuple(stacked(leaf) for leaf in plan.leaves))

@@ -51,7 +51,7 @@ class ZerothOrder:
         estimator: a name out of `ESTIMATORS`. "grzo" gives direction k example k of the batch: the leaves of a batch have a
             leading axis of n, of which the loss sees one entry at a time, [1, ...].
         perturbation: noise of the directions: `Dense`, `LowRank`, `Flipout`, or rules on the paths.
-        chunk_directions: directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each.
+        chunk_directions: directions evaluated at a time; None: all. Each holds its activations and perturbed layers.
         precision: how parameters shorter than float32 are updated (`eggroll.precision`).
         mesh: axes "population" (directions over devices; their two forwards, where there are fewer directions than devices)
             and "data" (the batch over devices), any of them.
@@ -196,7 +196,7 @@ class ZerothOrder:
         if placement is not None:
             programs.remember("checked", self, shapes, make=lambda: placement.check(self._weighted, state, batch))
         state, batch = shard_inputs(placement, state, batch, batch_over="examples")
-        key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self._score, plan)
+        key, evaluate = ("score", self, programs.Identity(plan), shapes), functools.partial(self.score, plan)
         score = programs.compile_once(*key, function=evaluate, counted=(self, self.loss))
         report = score(state, batch)
         new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
@@ -255,7 +255,8 @@ class ZerothOrder:
             raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
         return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight).astype(jnp.float32)
 
-    def _score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
+    def score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
+        """Evaluate the losses of a step, and report them with the coefficients; `step` compiles this."""
         estimator, placement = ESTIMATORS[self.estimator], self.placement
         evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
         totals, weights = sharded.evaluate(

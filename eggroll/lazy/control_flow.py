@@ -17,8 +17,9 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
+from eggroll.lazy.forward_only import run_with_rules
 from eggroll.lazy.hoisting import grouped
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_with_rules, to_plain
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, to_plain
 
 
 @register(jax.lax.scan_p, precedence=1)

@@ -2,7 +2,7 @@
 
 Nothing in an evolution strategy is differentiated, so custom derivative rules and rematerialisation are inlined before the
 function is interpreted with lazy weights: `custom_jvp`, `custom_vjp`, `remat` and nested `jit` become their forward body, at
-the top and inside the bodies of scan, while and cond. The interpreter (`perturbed`) then meets plain primitives only.
+the top and inside the bodies of scan, while and cond. The rules then meet plain primitives only (`run_with_rules`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 import jax.extend.core as jexc
+from jax import Array
 
+from eggroll.lazy.perturbed import is_perturbed, run_rule
 from eggroll.lazy.ragged import ragged_dot_general
+from eggroll.noise.once import computed_once
 
 # Primitive name -> parameter that holds the forward body.
 _INLINED = {
@@ -107,3 +110,28 @@ def _inline(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
     if name in _CONTROL_FLOW:
         params = {key: _rewrite(value) for key, value in params.items()}
     return primitive.bind(*operands, **primitive.get_bind_params(params))
+
+
+def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
+    """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
+    given = set(jaxpr.jaxpr.invars)
+
+    def run(leaves: Sequence[Any]) -> list:
+        read: dict[Any, Array] = {}  # values that operations have read, by their variables
+
+        def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
+            primitive, atoms, params = equation.primitive, equation.invars, equation.params
+            settled = list(operands)
+            for place, (atom, value) in enumerate(zip(atoms, operands, strict=True)):
+                if is_perturbed(value) and value.is_read_by(primitive, operands, place, params):
+                    if atom not in read:
+                        read[atom] = value.read(f"'{primitive.name}'", "", moves=False)
+                    settled[place] = read[atom]
+            if primitive.name == "dot_general" and any(map(is_perturbed, settled)):  # a product reads x twice
+                pairs = zip(atoms, settled, strict=True)
+                settled = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
+            return run_rule(primitive, settled, params)
+
+        return evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, bind=bind)
+
+    return run

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from eggroll.lazy import combined, control_flow, lookups, products, scaled, sums, views  # noqa: F401  (registers the rules)
-from eggroll.lazy.forward_only import forward_only
-from eggroll.lazy.perturbed import is_perturbed, run_with_rules, to_plain
+from eggroll.lazy import combined, control_flow, dense, lookups, products, scaled, sums, views  # noqa: F401  (registers the rules)
+from eggroll.lazy.forward_only import forward_only, run_with_rules
+from eggroll.lazy.perturbed import is_perturbed, to_plain
 
 
 def apply_perturbed(function: Callable, params: Any, *args: Any) -> Any:

@@ -45,7 +45,7 @@ class Lookup(NamedTuple):
 
 @register(jax.lax.gather_p)
 def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Any:
-    axis = _axis_of_lookup(value.base.shape, **params)
+    axis = axis_of_lookup(value.base.shape, **params)
     if axis is None:
         return _entries(value, jnp.asarray(indices), params)
     numbers = params["dimension_numbers"]
@@ -60,13 +60,13 @@ def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Any:
     offsets = [d - (kept_size is not None and d > kept_size) for d in numbers.offset_dims if d != kept_size]
     kept, looked_up = (a for a in range(value.base.ndim) if a != axis), iter(range(chosen.ndim))
     out_axes = [next(kept) if d in offsets else value.base.ndim + next(looked_up) for d in range(out.ndim)]
-    inside = _in_range(chosen, value.base.shape[axis]) if params["mode"] == GatherScatterMode.FILL_OR_DROP else None
+    inside = in_range(chosen, value.base.shape[axis]) if params["mode"] == GatherScatterMode.FILL_OR_DROP else None
     lookup = Lookup(axis, chosen, inside, out_axes)
     found: Any = _rows(value, lookup, out, gather) if value.base.ndim == 2 else _stacked(value, lookup, out)
     return found if kept_size is None else interpret_with_rules(functools.partial(jnp.expand_dims, axis=kept_size))(found)
 
 
-def _axis_of_lookup(
+def axis_of_lookup(
     shape: Sequence[int], *, dimension_numbers: Any, slice_sizes: Sequence[int], mode: Any, **others: Any
 ) -> int | None:
     """The axis of which a gather reads single entries, all others being whole; None for any other gather."""
@@ -80,7 +80,8 @@ def _axis_of_lookup(
     return axis if single and (len(indexed) == 1 or mode != GatherScatterMode.FILL_OR_DROP) else None
 
 
-def _in_range(chosen: Array, size: int) -> Array:
+def in_range(chosen: Array, size: int) -> Array:
+    """Whether indices are of an axis of a size, bool."""
     chosen = chosen.astype(jnp.int32) if chosen.dtype.itemsize < 4 else chosen  # which `size` may not fit
     return (chosen >= 0) & (chosen < size)
 
@@ -178,7 +179,7 @@ def _entries(value: PerturbedArray, indices: Array, params: dict[str, Any]) -> A
     if isinstance(delta, FlipoutDelta):
         term *= jax.lax.gather_p.bind(delta.shared, indices, **params | {"fill_value": 0})
     if params["mode"] == GatherScatterMode.FILL_OR_DROP:
-        inside = functools.reduce(jnp.logical_and, [_in_range(chosen[axis], shape[axis]) for axis in starts])
+        inside = functools.reduce(jnp.logical_and, [in_range(chosen[axis], shape[axis]) for axis in starts])
         sizes = [1 if axis in numbers.offset_dims else size for axis, size in enumerate(out.shape)]
         term *= inside.reshape(sizes).astype(term.dtype)
     return out + term.astype(out.dtype)
@@ -205,7 +206,7 @@ def _replace(value: PerturbedArray, indices: ArrayLike, updates: ArrayLike, **pa
         if component != names[0]:
             return array
         at = (slice(None),) * value.positions(component).index(axis)
-        places = jnp.where(_in_range(rows, value.base.shape[axis]), rows, value.base.shape[axis]) if dropped else rows
+        places = jnp.where(in_range(rows, value.base.shape[axis]), rows, value.base.shape[axis]) if dropped else rows
         return array.at[(*at, jnp.clip(places, 0))].set(0, mode="drop" if dropped else "clip")
 
     return value.view(value.tags, operation)

@@ -31,10 +31,7 @@ import jax.numpy as jnp
 import quax
 from jax import Array
 
-from eggroll.lazy.errors import FailedUse, UnsupportedUse, UseError
-from eggroll.lazy.forward_only import evaluate
-from eggroll.lazy.uses import Observer
-from eggroll.noise.once import computed_once
+from eggroll.lazy.uses import FailedUse, Observer, UnsupportedUse, UseError
 
 Tag = tuple[int, ...]  # source axes of the parameter that an axis came from; () for an inserted axis of size 1
 Operation = Callable[[Array, str], Array]  # what a view does with the component of a name: "base", "left", ...
@@ -115,6 +112,10 @@ class LazyArray(quax.ArrayValue):
     def move(self, primitive: jexc.Primitive, others: Sequence[Any], params: dict[str, Any]) -> Any:
         """The result of a primitive that only rearranges entries, if the value allows any such; None otherwise."""
         return None
+
+    def is_read_by(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> bool:
+        """Whether a primitive `read`s this value, `operands[place]`, whatever rules there are: then it is read only once."""
+        return False
 
     def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
         """Results of a primitive that is linear in this value, `operands[place]`, made of those of its parts; None: no such."""
@@ -247,19 +248,6 @@ class PerturbedArray(LazyArray):
 def to_plain(output: Any, where: str, *, reason: str = "") -> Any:
     """An output as a plain array: what a lazy value gives when it is `read`, with `reason` or that it was returned."""
     return output.read(where, reason or f"returned as {where}", moves=False) if is_perturbed(output) else output
-
-
-def run_with_rules(jaxpr: jexc.ClosedJaxpr) -> Callable[..., list]:
-    """The function of a jaxpr that `forward_only` made, for plain and lazy operands."""
-    given = set(jaxpr.jaxpr.invars)
-
-    def bind(equation: jexc.JaxprEqn, operands: Sequence[Any]) -> Any:
-        if equation.primitive.name == "dot_general" and any(map(is_perturbed, operands)):  # a product reads x twice
-            pairs = zip(equation.invars, operands, strict=True)
-            operands = [value if is_perturbed(value) or atom in given else computed_once(value) for atom, value in pairs]
-        return run_rule(equation.primitive, operands, equation.params)
-
-    return functools.partial(evaluate, jaxpr.jaxpr, jaxpr.consts, bind=bind)
 
 
 def run_rule(primitive: jexc.Primitive, operands: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -22,13 +22,12 @@ from jax import Array
 
 from eggroll.digests import digest
 from eggroll.lazy import kernels
-from eggroll.lazy.errors import UnsupportedUse
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.lazy.low_rank import perturb
 from eggroll.lazy.perturbed import recording_builds
 from eggroll.lazy.probe import probe
 from eggroll.lazy.quantised import OffGrid
-from eggroll.lazy.uses import Observer, Use
+from eggroll.lazy.uses import Observer, UnsupportedUse, Use
 from eggroll.noise.draws import Flipped
 from eggroll.noise.factored import BuiltLeaf, FactoredLeaf, FlipoutLeaf, LowRankLeaf
 from eggroll.noise.leaves import AxesOfNoise, DenseLeaf, FrozenLeaf, LeafPlan, PerturbedLeaf

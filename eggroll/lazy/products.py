@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from eggroll.lazy.errors import UnconvertedUse, UseError
 from eggroll.lazy.kernels import population_product
 from eggroll.lazy.low_rank import Contraction, FlipoutDelta, IntegerDelta, LowRankDelta
 from eggroll.lazy.perturbed import PerturbedArray, register
 from eggroll.lazy.probe import Probe
 from eggroll.lazy.quantised import QuantisedDelta
 from eggroll.lazy.ragged import ragged_p, row_groups
+from eggroll.lazy.uses import UnconvertedUse, UseError
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of x, axes of the parameter
 

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from eggroll.lazy.errors import UnconvertedUse
 from eggroll.lazy.perturbed import Delta, LazyArray, Operation, PerturbedArray, Tag, is_perturbed, register
-from eggroll.lazy.uses import Observer
+from eggroll.lazy.uses import Observer, UnconvertedUse
 
 
 class QuantisedDelta(Delta):

@@ -78,7 +78,14 @@ def _draw_words(
     if not leaves:
         return []
     layers = addresses.address_keys(keys, pair, [leaf.sizes(leaf.stack) for leaf in leaves], first_index=first_index)
-    return addresses.draw_words(layers, [leaf.words for leaf in leaves], first=first_word)
+    together = [place for place, leaf in enumerate(leaves) if not leaf.draws_alone]
+    parts = [layers[place] for place in together], [leaves[place].words for place in together]
+    words = dict(zip(together, addresses.draw_words(*parts, first=first_word) if together else [], strict=True))
+    for place, leaf in enumerate(leaves):
+        if place not in words:
+            index = jnp.asarray(first_word).astype(jnp.uint32) + jnp.arange(leaf.words, dtype=jnp.uint32)
+            words[place] = addresses.words_at(layers[place][..., None, :], index)
+    return [words[place] for place in range(len(leaves))]
 
 
 class Flipped(NamedTuple):
@@ -88,7 +95,13 @@ class Flipped(NamedTuple):
     signs: Factors  # r and s
 
 
-Drawn = Factors | Flipped | Array  # noise of one pair for a leaf
+class Undrawn(NamedTuple):
+    """Dense noise of one pair that is drawn where a member reads the parameter."""
+
+    keys: Array  # uint32 [*stack, 2], of its addresses
+
+
+Drawn = Factors | Flipped | Undrawn | Array  # noise of one pair for a leaf
 
 
 def build_noise(planned: FactoredLeaf, drawn: Factors | Flipped) -> Array:
@@ -126,17 +139,24 @@ def draw_pair(
     *,
     first_index: Array | int = 0,
     shared: list[Array | None] | None = None,
+    late: bool = False,
 ) -> list[Drawn | None]:
     """Noise of one pair for every leaf, None where frozen; `generation` is divided by `noise_reuse` already.
 
     `first_index` is the stack index of the first layer, not 0 where the plan is of one layer out of a stack. `shared` is from
-    `draw_shared`, for a caller that draws it once for several chunks of pairs.
+    `draw_shared`, for a caller that draws it once for several chunks of pairs. With `late`, leaves that are so are `Undrawn`.
     """
     shared = draw_shared(plan, key, generation, first_index=first_index) if shared is None else shared
     perturbed = [leaf for leaf in plan.leaves if isinstance(leaf, PerturbedLeaf)]
-    drawn = iter(draw(perturbed, leaf_keys(perturbed, key, generation), pair, first_index=first_index))
-    own = [next(drawn) if isinstance(leaf, PerturbedLeaf) else None for leaf in plan.leaves]
+    keys = dict(zip((leaf.path for leaf in perturbed), leaf_keys(perturbed, key, generation), strict=True))
+    at_once, undrawn = ([leaf for leaf in perturbed if (late and leaf.is_late) is chosen] for chosen in (False, True))
+    drawn: list[Drawn] = [*draw(at_once, [keys[leaf.path] for leaf in at_once], pair, first_index=first_index)]
+    if undrawn:
+        about = [keys[leaf.path].own for leaf in undrawn], pair, [leaf.sizes(leaf.stack) for leaf in undrawn]
+        drawn += map(Undrawn, addresses.address_keys(*about, first_index=first_index))
+    own = dict(zip((leaf.path for leaf in (*at_once, *undrawn)), drawn, strict=True))
+    found = [own.get(leaf.path) for leaf in plan.leaves]
     return [
         Flipped(u, signs) if u is not None and isinstance(signs, Factors) else signs
-        for u, signs in zip(shared, own, strict=True)
+        for u, signs in zip(shared, found, strict=True)
     ]

@@ -20,9 +20,11 @@ from jax import Array
 from eggroll.noise import addresses, integer
 from eggroll.noise.addresses import Factors
 from eggroll.noise.integer import IntegerNoise
+from eggroll.noise.once import computed_once
 from eggroll.noise.rules import Integer, Noisy, Spec
 from eggroll.noise.variables import Collection
 
+LATE = 1 << 16  # entries of dense noise from which on it is drawn where it is read; smaller ones are drawn in one call
 AxesOfNoise = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stack, rows, columns
 
 
@@ -151,6 +153,16 @@ class PerturbedLeaf(LeafPlan):
         return math.prod(self.sizes(self.stack)) * self.values * self.noise_dtype.itemsize
 
     @property
+    def is_late(self) -> bool:
+        """Whether a member draws the noise where its function reads the parameter, a layer or some rows at a time."""
+        return False
+
+    @property
+    def draws_alone(self) -> bool:
+        """Whether every word is computed as it is decoded: many words, each for one value."""
+        return self.is_late and self.distribution == "normal"
+
+    @property
     def values_per_word(self) -> int:
         """Values that a random word gives."""
         if self.distribution == "rademacher":
@@ -188,6 +200,19 @@ class DenseLeaf(PerturbedLeaf):
         """Random values per address: the size of a layer."""
         return math.prod(self.shape) // math.prod(self.sizes(self.stack))
 
+    @property
+    def is_late(self) -> bool:
+        """Whether a member draws the noise where its function reads the parameter, a layer or some rows at a time."""
+        return math.prod(self.shape) >= LATE and not self.integer and not self.quantised
+
+    def values_at(self, keys: Array, index: Array) -> Array:
+        """Floating values at indices of their addresses, each on its own; arguments as for `addresses.words_at`."""
+        if self.distribution == "rademacher":
+            bit = index % addresses.WORD
+            words = addresses.words_at(keys, index // addresses.WORD) >> bit
+            return (1 - 2 * (words & 1).astype(jnp.int32)).astype(self.noise_dtype)
+        return self.decode_values(addresses.words_at(keys, index)[..., None], 1)[..., 0]
+
     def decode(self, words: Array) -> Array:
         """Turn this leaf's random words into its noise.
 
@@ -197,4 +222,5 @@ class DenseLeaf(PerturbedLeaf):
         Returns:
             An array of the leaf's shape; int8 of integer noise.
         """
-        return self.decode_values(words, self.values).reshape(self.shape)
+        values = self.decode_values(words, self.values).reshape(self.shape)
+        return computed_once(values) if self.is_late else values

@@ -18,6 +18,7 @@ from eggroll.noise.addresses import Factors
 from eggroll.noise.draws import LeafKeys, from_matrix, leaf_keys
 from eggroll.noise.factored import FactoredLeaf, FlipoutLeaf
 from eggroll.noise.leaves import DenseLeaf, LeafPlan, PerturbedLeaf
+from eggroll.noise.once import computed_once
 
 LIMIT = 4 << 20  # weights of a block
 ALIGNMENT = 128  # of the rows of a block where they do not divide: tiles of kernels, whole words of packed signs
@@ -70,7 +71,7 @@ def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> li
         rest //= shape[axis]
         sizes[axis] = 1
         if rest <= limit:
-            sizes[axis] = _length(shape[axis], limit // rest)
+            sizes[axis] = length_of_blocks(shape[axis], limit // rest)
             break
     main = BlockGrid(tuple(sizes), tuple(n // size for n, size in zip(shape, sizes, strict=True)), whole.first)
     left = shape[axis] % sizes[axis]
@@ -89,7 +90,7 @@ def _cut_order(leaf: LeafPlan, shape: Sequence[int]) -> list[int]:
     return [*stack, *longer_first[0], *longer_first[1]]
 
 
-def _length(size: int, most: int) -> int:
+def length_of_blocks(size: int, most: int) -> int:
     """Length of a block along the axis that is cut: one that divides the axis, or an aligned one."""
     count = -(-size // most)
     for parts in range(count, 2 * count + 1):
@@ -160,16 +161,16 @@ def _draw_part(leaf: PerturbedLeaf, keys: Array, region: Region, axes: Sequence[
     sizes, part = leaf.sizes(axes), [region.sizes[axis] for axis in axes]
     starts, size, count = [region.starts[axis] for axis in axes], math.prod(sizes), math.prod(part)
     if size == count:
-        return _draw_values(leaf, keys, first, rank * size).reshape(*keys.shape[:-1], rank, size)
+        return draw_values(leaf, keys, first, rank * size).reshape(*keys.shape[:-1], rank, size)
     if not _is_contiguous(sizes, part):
-        whole = _draw_values(leaf, keys, first, rank * size).reshape(*keys.shape[:-1], rank, *sizes)
+        whole = draw_values(leaf, keys, first, rank * size).reshape(*keys.shape[:-1], rank, *sizes)
         lead = keys.ndim
         cut_out = jax.lax.dynamic_slice(whole, [*[0] * lead, *starts], [*whole.shape[:lead], *part])
         return cut_out.reshape(*keys.shape[:-1], rank, count)
     begin = jnp.uint32(0)
     for start, length in zip(starts, sizes, strict=True):
         begin = begin * jnp.uint32(length) + jnp.asarray(start).astype(jnp.uint32)
-    runs = [_draw_values(leaf, keys, jnp.uint32(first + term * size) + begin, count) for term in range(rank)]
+    runs = [draw_values(leaf, keys, jnp.uint32(first + term * size) + begin, count) for term in range(rank)]
     return jnp.stack(runs, axis=-2)
 
 
@@ -180,8 +181,11 @@ def _is_contiguous(sizes: Sequence[int], part: Sequence[int]) -> bool:
     return all(length == 1 for length in part[: max(0, first)]) and list(part[first + 1 :]) == list(sizes[first + 1 :])
 
 
-def _draw_values(leaf: PerturbedLeaf, keys: Array, first: Array | int, count: int) -> Array:
-    """Values [first, first + count) of every address: [*stack, count]."""
+def draw_values(leaf: PerturbedLeaf, keys: Array, first: Array | int, count: int) -> Array:
+    """Values first ... first + count - 1 of every address: [*stack, count]; keys uint32 [*stack, 2]."""
+    if leaf.draws_alone:
+        index = jnp.asarray(first).astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+        return computed_once(leaf.decode_values(addresses.words_at(keys[..., None, :], index), count))
     per_word = leaf.values_per_word
     unit, before = 2 * per_word, 0  # a call of the generator makes two words
     if not isinstance(first, int) or first % unit:

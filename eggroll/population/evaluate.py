@@ -64,7 +64,7 @@ def evaluate(
         pair, own_signs = first_pair + index, signs
         if layout.apart:
             pair, own_signs = pair // len(signs), signs[pair % len(signs)][None]
-        pair_noise = draw_pair(plan, noise_key, noise_generation, pair, shared=shared)
+        pair_noise = draw_pair(plan, noise_key, noise_generation, pair, shared=shared, late=True)
         key = evaluation_key if layout.same_key else jax.random.fold_in(evaluation_key, pair)
 
         def evaluate_member(sign, member_batch, state):

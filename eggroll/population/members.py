@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll.lazy.dense import dense_sum, perturb_dense
 from eggroll.lazy.low_rank import perturb
 from eggroll.lazy.quantised import OffGrid, perturb_integers
 from eggroll.noise import integer
-from eggroll.noise.draws import Drawn, build_noise, draw_pair
+from eggroll.noise.draws import Drawn, Undrawn, build_noise, draw_pair
 from eggroll.noise.factored import BuiltLeaf, FactoredLeaf
 from eggroll.noise.integer import IntegerNoise
-from eggroll.noise.leaves import LeafPlan, PerturbedLeaf, at_least_float32
+from eggroll.noise.leaves import DenseLeaf, LeafPlan, PerturbedLeaf, at_least_float32
 from eggroll.noise.once import computed_once
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import Scalars
@@ -119,7 +120,11 @@ def member_params(
         assert sigma is not None
         amplitude = sign * sigma * planned.sigma_multiplier
         if not isinstance(planned, FactoredLeaf):
-            total = _dense_sum(leaf, drawn, amplitude, planned.noise_dtype)
+            if isinstance(drawn, Undrawn):
+                assert isinstance(planned, DenseLeaf)
+                return perturb_dense(planned, leaf, drawn.keys, amplitude)
+            total = dense_sum(leaf, drawn, amplitude, planned.noise_dtype)
+            total = computed_once(total) if leaf.ndim == 1 else total  # a vector is read again for every input of the member
             return OffGrid(total, planned.path) if planned.quantised and lazy else total
         scale = amplitude / math.sqrt(planned.rank)
         if not lazy or isinstance(planned, BuiltLeaf):
@@ -143,10 +148,3 @@ def _integer_leaf(planned: PerturbedLeaf, noise: IntegerNoise, leaf: Array, draw
             "use Population.apply."
         )
     return perturb(planned, leaf, drawn, scale=jnp.broadcast_to(sign, planned.sizes(planned.stack)))
-
-
-def _dense_sum(leaf: Array, drawn: Array, amplitude: Array, dtype: Any) -> Array:
-    """Leaf + amplitude * drawn, added in float32, or the leaf's own dtype if that is wider, and rounded to `dtype`."""
-    sums = at_least_float32(leaf.dtype)
-    total = (leaf.astype(sums) + jnp.asarray(amplitude, sums) * drawn.astype(sums)).astype(dtype)
-    return computed_once(total) if leaf.ndim == 1 else total  # a vector is read again for every input of the member

@@ -1,5 +1,6 @@
-"""Zeroth-order steps: offloaded against resident, forwards per second of every recipe, many low-rank directions in one pass.
+"""Zeroth-order steps: planned memory, offloaded against resident, forwards per second, many low-rank directions in one pass.
 
+    memory                   temporaries of a step beyond plain inference, over the parameters (`zo_memory`)
     offload_ratio            resident step / offloaded step, for every number of directions: one upload serves all of them
     forwards_per_second      of every recipe, on the resident model
     lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
@@ -18,6 +19,7 @@ import numpy as np
 import eggroll
 from eggroll import zo
 from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.bench.zo_memory import SIZES, memory_summary
 from eggroll.experiments.common.run import print_summary
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
@@ -43,12 +45,17 @@ class ZO:
     """Inputs of every direction to the large matrix."""
     repeats: int = 10
     """Rounds; medians are reported."""
+    models: tuple[str, ...] = ("smollm2", "1b")
+    """Models whose memory is planned, from shapes: smollm2, 1b, tiny; none: the summary has no memory."""
 
 
 def run(config: ZO) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
+    if unknown := sorted({*config.models} - {*SIZES}):
+        raise SystemExit(f"error: models must be among {', '.join(SIZES)}, got {', '.join(unknown)}.")
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
+    memory = memory_summary(config.models) if config.models else None
     print(f"{'directions':>10}{'resident ms':>13}{'offloaded ms':>14}{'ratio':>8}")
     ratios = {}
     for count in config.directions:
@@ -64,6 +71,7 @@ def run(config: ZO) -> None:
     apart, together = times["separate"], times["batched"]
     print(f"16 low-rank directions: {apart:.1f} ms one by one, {together:.1f} ms in one pass: {speedup:.2f}x")
     summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "forwards_per_second": rates}
+    summary |= {} if memory is None else {"memory": memory}
     print_summary(summary | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about})
 
 

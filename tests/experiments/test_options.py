@@ -91,7 +91,7 @@ COMMANDS = {
     ),
     "bench scale": (scale.Scale, (), "devices members width examples chunk_size growths"),
     "bench populations": (populations.Populations, (), "memory_budget case"),
-    "bench zo": (zo.ZO, (), "blocks width tokens directions matrix rows repeats"),
+    "bench zo": (zo.ZO, (), "blocks width tokens directions matrix rows repeats models"),
     "bench egg": (
         egg.EGG,
         egg.RULES,

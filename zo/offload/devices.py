@@ -132,7 +132,7 @@ class Devices:
         impl = jax.random.key_impl(leaf) if is_key(leaf) else None
         array = np.asarray(keys_to_words(leaf))
         stored = transfer_dtype if array.dtype == np.float32 and transfer_dtype is not None else array.dtype
-        flat = np.zeros(self.mesh.size * self._slice(array.size), stored)
+        flat = np.zeros(self.mesh.size * self.slice_size(array.size), stored)
         flat[: array.size] = np.ravel(array).astype(stored)
         try:
             values = jax.make_array_from_callback(flat.shape, self.host, lambda index: flat[index].copy())
@@ -143,7 +143,7 @@ class Devices:
             ) from error
         return Sliced(values, array.shape, array.dtype, impl)
 
-    def _slice(self, size: int) -> int:
+    def slice_size(self, size: int) -> int:
         """Values in a slice of a leaf."""
         return -(-size // (self.mesh.size * ALIGNED)) * ALIGNED
 
@@ -166,7 +166,7 @@ class Devices:
         first_index: Array | int,
     ) -> Array:
         """This device's slice of the gradient of one leaf, float32 [slice]; arguments as for `estimator.gradient`."""
-        count = self._slice(math.prod(leaf.shape))
+        count = self.slice_size(math.prod(leaf.shape))
         return part_of_gradient(
             leaf,
             coefficients,
@@ -181,9 +181,8 @@ class Devices:
 
     def slice_of_uniform(self, key: Array, count: int) -> Array:
         """This device's slice [count] of uniform numbers in [0, 1) that do not depend on the number of devices."""
-        first = jax.lax.axis_index(AXES) * count
-        words = addresses.draw_words([jax.random.key_data(key)], [count], first=first)[0]
-        return (words >> 8).astype(jnp.float32) * 2.0**-24
+        first = (jax.lax.axis_index(AXES) * count).astype(jnp.uint32)
+        return uniform_at(key, first + jnp.arange(count, dtype=jnp.uint32))
 
     def streams(self, directions: int, signs: tuple[float, ...]) -> tuple[Array, Array]:
         """The streams of this device: directions [a] and their signs [a, b]; b is 1 where devices share a direction.
@@ -211,6 +210,11 @@ class Devices:
         """Loss from the totals and weights of the shards of a batch."""
         total, weight = jax.lax.psum(parts, "data")
         return total / weight
+
+
+def uniform_at(key: Array, places: Array) -> Array:
+    """Uniform numbers in [0, 1) at places of a parameter, uint32 of any shape: the same however it is cut into parts."""
+    return (addresses.words_at(jax.random.key_data(key), places) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def add_device_axes(tree: Any) -> Any:

@@ -36,9 +36,10 @@ from eggroll.update.report import report_deferred
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.checksums import checksum_names
-from eggroll.zo.offload.devices import BATCH, OWN, SAME, SLICES, Devices, is_sliced
+from eggroll.zo.offload.devices import Devices, is_sliced
 from eggroll.zo.offload.passes import Pass, program
-from eggroll.zo.offload.streams import OffloadState, Pending, Streams
+from eggroll.zo.offload.state import OffloadState, Pending
+from eggroll.zo.offload.streams import Streams
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment
 from eggroll.zo.strategy import ZerothOrder
 
@@ -124,16 +125,18 @@ class Offload:
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which are transferred unchanged.")
         store = functools.partial(self.devices.store, transfer_dtype=self.transfer_dtype)
         blocks = tuple(jax.tree.map(lambda x, index=i: store(x[index]), params["blocks"]) for i in range(count))
-        zero, resident = jnp.float32(0), jax.tree.map(jnp.asarray, params["resident"])
-        history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
-        sigma, none = jnp.float32(self.tuner.sigma), jnp.zeros(self.tuner.directions, jnp.float32)
-        pending = Pending(none, jnp.int32(0), sigma, zero, jnp.float32(1), history)
-        moment = ProjectedMoment(jnp.int32(0), zero)
-        state = OffloadState(resident, (), pending, moment, key, jnp.int32(0), sigma)
-        state = self.devices.replicate(state)._replace(blocks=blocks)
+        state = self.devices.replicate(self.without_blocks(params["resident"], key))._replace(blocks=blocks)
         if batch is not None:
             self.plan(state, batch)
         return state
+
+    def without_blocks(self, resident: Any, key: Array) -> OffloadState:
+        """Return the state of a new run, all but its blocks and on no mesh."""
+        zero, resident = jnp.float32(0), jax.tree.map(jnp.array, resident)  # a step reuses their memory
+        history = None if (adam := self.tuner.optimizer.adam) is None else adam.init(self.tuner.directions)
+        sigma, none = jnp.float32(self.tuner.sigma), jnp.zeros(self.tuner.directions, jnp.float32)
+        pending = Pending(none, jnp.int32(0), sigma, zero, jnp.float32(1), history)
+        return OffloadState(resident, (), pending, ProjectedMoment(jnp.int32(0), zero), key, jnp.int32(0), sigma)
 
     def plan(self, state: OffloadState, batch: Any = None) -> Plan:
         """Read the plan, as `ZerothOrder.plan`; `step` and `loss` do so themselves, `replay` and `flush` need it."""
@@ -141,7 +144,7 @@ class Offload:
         return self.tuner.plan_of(state.shapes, batch)
 
     def step(self, state: OffloadState, batch: Any = None) -> tuple[OffloadState, Metrics]:
-        """Run one step; its own update stays pending. The blocks of `state` are consumed, not copied.
+        """Run one step; its own update stays pending. The arrays of `state` are consumed, not copied.
 
         Args:
             state: from `init` or the last `step`.
@@ -157,14 +160,14 @@ class Offload:
         check_not_consumed(state)
         self.tuner.check_batch(batch)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
-        run = Pass(state, self.devices, streams, summed=True)
+        run = Pass(state, self.devices, streams, summed=True, consumes=True)
         small = state._replace(resident=run.resident(), blocks=())
-        carry, aux = program(streams, "begin", (SAME, BATCH), (OWN, OWN))(small, batch)
-        visit = program(streams, "visit", (SAME, SLICES, SAME, OWN, OWN), OWN, donate_argnums=3)
+        carry, aux = program(streams, "begin")(small, batch)
+        visit = program(streams, "visit")
         blocks: list[Any] = []
         for block in run.replaced_blocks(blocks):
             carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
-        report: FitnessReport = program(streams, "end", (SAME, OWN, BATCH), SAME)(small, carry, batch)
+        report: FitnessReport = program(streams, "end")(small, carry, batch)
         new, skipped = self._defer(streams, small, report.coefficients)
         done = report_deferred(skipped, run.checksums(new))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
@@ -172,7 +175,7 @@ class Offload:
     def replay(
         self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None
     ) -> OffloadState:
-        """Repeat a step without evaluating anything; the blocks of `state` are consumed.
+        """Repeat a step without evaluating anything; the arrays of `state` are consumed.
 
         Args:
             state: before the step; the plan is known.
@@ -189,7 +192,7 @@ class Offload:
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
         check_not_consumed(state)
         streams = self._known_streams(state, "replay")
-        run = Pass(state, self.devices, streams, summed=checksums is not None)
+        run = Pass(state, self.devices, streams, summed=checksums is not None, consumes=True)
         new = self._defer(streams, self._apply_pending(run, state), coefficients)[0]
         if checksums is not None:
             compare(checksum_names(new), checksums, run.checksums(new)[1])
@@ -204,12 +207,12 @@ class Offload:
         return dict(zip(checksum_names(state), np.asarray(run.checksums(state)[0]).tolist(), strict=True))
 
     def flush(self, state: OffloadState) -> OffloadState:
-        """Apply the pending update; the blocks of `state` are consumed. Without a pending update the state is unchanged.
+        """Apply the pending update; the arrays of `state` are consumed. Without a pending update the state is unchanged.
 
         The next step starts from the same parameters, but the state is another one: `DurableRun.adopt` it in a durable run.
         """
         check_not_consumed(state)
-        return self._apply_pending(self._pass(state), state) if state.is_pending else state
+        return self._apply_pending(self._pass(state, consumes=True), state) if state.is_pending else state
 
     def _apply_pending(self, run: Pass, state: OffloadState) -> OffloadState:
         resident, blocks = run.resident(), list[Any]()
@@ -226,11 +229,11 @@ class Offload:
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run, key = self._pass(state), self.devices.replicate(key)
         resident = run.resident()
-        x, aux = program(streams, "first", (SAME, BATCH, SAME), OWN)(resident, batch, key)
-        forward = program(streams, "forward", (SLICES, OWN, OWN), OWN)
+        x, aux = program(streams, "first")(resident, batch, key)
+        forward = program(streams, "forward")
         for block in run.blocks():
             x = jax.block_until_ready(forward(block, x, aux))
-        return program(streams, "loss", (SAME, OWN, BATCH), SAME)(resident, x, batch)
+        return program(streams, "loss")(resident, x, batch)
 
     def parameters(self, state: OffloadState) -> Any:
         """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
@@ -247,13 +250,15 @@ class Offload:
 
     def _streams(self, state: OffloadState, batch: Any) -> Streams:
         shapes = state.shapes
-        return self._streams_of(self.tuner.plan_of(shapes, batch), shapes)
+        return self.streams_of(self.tuner.plan_of(shapes, batch), shapes)
 
     def _known_streams(self, state: OffloadState, needed_by: str) -> Streams:
         shapes = state.shapes
-        return self._streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
+        return self.streams_of(plans.known_plan(self.tuner, shapes, needed_by=needed_by), shapes)
 
-    def _streams_of(self, plan: Plan, shapes: Any) -> Streams:
+    def streams_of(self, plan: Plan, shapes: Any) -> Streams:
+        """Return the programs of a step, for parameters of these shapes."""
+
         def make() -> Streams:
             loss, options = self.tuner.loss, (self.tuner.directions, self.tuner.chunk_directions)
             assert isinstance(loss, Blocks)
@@ -262,13 +267,14 @@ class Offload:
 
         return programs.remember("streams", self.tuner, programs.Identity(plan), make=make)
 
-    def _pass(self, state: OffloadState) -> Pass:
+    def _pass(self, state: OffloadState, *, consumes: bool = False) -> Pass:
         """A pass without checksums."""
-        return Pass(state, self.devices, self._known_streams(state, "a pending update") if state.is_pending else None)
+        streams = self._known_streams(state, "a pending update") if state.is_pending else None
+        return Pass(state, self.devices, streams, consumes=consumes)
 
     def _defer(self, streams: Streams, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
         small = state._replace(resident=(), blocks=())
-        new, skipped = program(streams, "defer", (SAME, SAME), SAME)(*self.devices.replicate((small, coefficients)))
+        new, skipped = program(streams, "defer")(*self.devices.replicate((small, coefficients)))
         return new._replace(resident=state.resident, blocks=state.blocks), skipped
 
 

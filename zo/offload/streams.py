@@ -10,9 +10,8 @@ traced and runs on every device of the mesh; `runner` calls it block after block
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,68 +20,17 @@ from jax import Array
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.noise import addresses
 from eggroll.noise.draws import draw_pair, draw_shared
-from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
-from eggroll.noise.rules import Frozen
 from eggroll.population.members import member_params
 from eggroll.population.metrics import FitnessReport
-from eggroll.update.estimator import leaf_gradient
 from eggroll.update.parameters import is_skipped
-from eggroll.update.precision import is_low, stochastic_round
 from eggroll.zo.blocks import Blocks
 from eggroll.zo.estimators import Estimator, report_losses
 from eggroll.zo.offload import checksums
-from eggroll.zo.offload.devices import Devices, Sliced, add_device_axes, drop_device_axes, is_sliced
-from eggroll.zo.optimizers.descent import Descent, ProjectedMoment, next_moment
-from eggroll.zo.optimizers.rebuilt_adam import History
-
-
-class Pending(NamedTuple):
-    """An update not yet applied to the parameters."""
-
-    coefficients: Array  # float32 [n], -d
-    generation: Array  # int32 [], of its noise
-    sigma: Array  # float32 [], standard deviation of its noise
-    rate: Array  # float32 [], learning rate of its step; 0: nothing is pending
-    scale: Array  # float32 [], of the second moment
-    history: History | None = None  # of `Descent(adam=...)`: the steps that were not skipped
-
-
-class OffloadState(NamedTuple):
-    """State of an offloaded run: a pytree."""
-
-    resident: Any  # on every device
-    blocks: tuple[Any, ...]  # a pytree of `Sliced` for each of L blocks, in the host's memory
-    pending: Pending
-    moment: ProjectedMoment
-    key: Array  # typed threefry key of the run
-    generation: Array  # int32 []
-    sigma: Array  # float32 []
-
-    @property
-    def member_state(self) -> None:
-        """Offloaded members carry nothing."""
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Everything that determines the parameters: the stored ones and the update they still lack."""
-        return {"resident": self.resident, "blocks": self.blocks, "pending": self.pending}
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether an update is pending."""
-        return bool(self.pending.rate)
-
-    @property
-    def shapes(self) -> Any:
-        """Shapes of the parameters, in the dtypes of the model's computation."""
-        count = len(self.blocks)
-
-        def stacked(leaf: Sliced) -> Any:
-            return jax.eval_shape(leaf.typed, jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype))
-
-        blocks = jax.tree.map(stacked, self.blocks[0], is_leaf=is_sliced)
-        return {"resident": jax.eval_shape(lambda x: x, self.resident), "blocks": blocks}
+from eggroll.zo.offload.devices import Devices, add_device_axes, drop_device_axes
+from eggroll.zo.offload.state import OffloadState, Pending
+from eggroll.zo.offload.updates import update_block, update_resident
+from eggroll.zo.optimizers.descent import Descent, next_moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +119,7 @@ class Streams:
 
         def of_pair(inputs: Any) -> Any:
             pair, signs, carried = inputs
-            drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index, shared=shared)
+            drawn = draw_pair(plan, state.key, state.generation, pair, first_index=index, shared=shared, late=True)
 
             def of_sign(sign: Array, carried: Any) -> Any:
                 member = member_params(plan, params, drawn, sign=sign, sigma=state.sigma)
@@ -205,33 +153,17 @@ class Streams:
 
     def update_resident(self, pending: Pending, run_key: Array, resident: Any) -> tuple[Any, Array]:
         """Apply the pending update to the resident parameters; also return their checksums, uint32 [2, leaves]."""
-
-        def update(leaf: Array, planned: LeafPlan, ascent: Array, key: Array) -> Array:
-            new = self._updated(leaf, planned, ascent, pending)
-            return stochastic_round(new, leaf.dtype, uniform=jax.random.uniform(key, leaf.shape)) if is_low(leaf) else new
-
-        new = self._update_leaves(update, leaf_gradient, self.resident_plan, resident, pending, run_key, 0)
-        return new, self._sum_resident(resident, new)
+        return update_resident(self.descent, self.resident_plan, resident, pending, run_key)
 
     def update_block(self, pending: Pending, run_key: Array, block: Any, index: Array) -> tuple[Any, Array]:
         """Apply the pending update to this device's slices of a block; also return what it adds to the checksums."""
-
-        def update(leaf: Sliced, planned: LeafPlan, ascent: Array, key: Array) -> Sliced:
-            new = self._updated(leaf.values, planned, ascent, pending)
-            if is_low(leaf.values):
-                uniform = self.devices.slice_of_uniform(key, new.size)
-                new = stochastic_round(new, leaf.values.dtype, uniform=uniform)
-            return dataclasses.replace(leaf, values=new)
-
-        new = self._update_leaves(update, self.devices.slice_of_gradient, self.block_plan, block, pending, run_key, index)
+        new = update_block(self.descent, self.block_plan, block, pending, run_key, index, devices=self.devices)
         return new, self._sum_block(index, block, new)
 
     def sum_resident(self, resident: Any) -> Array:
         """Return the checksums of the resident parameters, twice: before and after no update."""
-        return self._sum_resident(resident, resident)
-
-    def _sum_resident(self, *trees: Any) -> Array:
-        return jnp.stack([checksums.sum_resident(self.resident_plan, tree) for tree in trees])
+        sums = checksums.sum_resident(self.resident_plan, resident)
+        return jnp.stack([sums, sums])
 
     def sum_block(self, block: Any, index: Array) -> Array:
         """Return what a block adds to the checksums of the stacked parameters, twice."""
@@ -243,41 +175,6 @@ class Streams:
     def sum_rest(self, state: OffloadState, new: OffloadState) -> Array:
         """Return the checksums of what is neither resident parameters nor blocks, before and after: uint32 [2, arrays]."""
         return jnp.stack([checksums.sum_rest(state), checksums.sum_rest(new)])
-
-    def _update_leaves(
-        self,
-        update: Callable,
-        estimate: Callable,
-        plan: Plan,
-        tree: Any,
-        pending: Pending,
-        run_key: Array,
-        index: Array | int,
-    ) -> Any:
-        """Call `update(leaf, planned, ascent, rounding key)` for every leaf that is not frozen."""
-        adam = self.descent.adam
-        rounding = jax.random.fold_in(addresses.stream_key(run_key, 2), pending.generation)
-        rounding = jax.random.fold_in(rounding, index)
-
-        def of_leaf(leaf: Any, planned: LeafPlan) -> Any:
-            if isinstance(planned.spec, Frozen):
-                return leaf
-            key = jax.random.fold_in(rounding, zlib.crc32(planned.path.encode()))
-            estimate_leaf = functools.partial(estimate, planned, noise_key=run_key, first_index=index)
-            if adam is None or pending.history is None:
-                ascent = estimate_leaf(pending.coefficients, noise_generation=pending.generation, sigma=pending.sigma)
-            else:
-                ascent = adam.ascent(pending.history, estimate_leaf)
-            return update(leaf, planned, ascent, key)
-
-        leaves = zip(jax.tree.leaves(tree, is_leaf=is_sliced), plan.leaves, strict=True)
-        return jax.tree.unflatten(plan.tree, [of_leaf(*leaf) for leaf in leaves])
-
-    def _updated(self, values: Array, planned: LeafPlan, ascent: Array, pending: Pending) -> Array:
-        """Float32 values after the pending update; the same bits where nothing is pending."""
-        wide = values.astype(jnp.float32)
-        decay = self.descent.weight_decay if self.descent.decays_at(planned.path) else 0.0
-        return jnp.where(pending.rate == 0, wide, wide + pending.rate * (ascent / pending.scale - decay * wide))
 
     def forward(self, block: Any, x: Any, aux: Any) -> Any:
         """One block, unperturbed."""

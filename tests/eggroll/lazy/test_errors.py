@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import eggroll
-from eggroll.lazy import errors, products, views
+from eggroll.lazy import products, views
+from eggroll.lazy import uses as errors
 from eggroll.lazy.interpret import apply_perturbed
 from eggroll.lazy.planning import make_plan
 from tests.eggroll.lazy.oracle import check, weights

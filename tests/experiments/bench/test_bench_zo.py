@@ -11,11 +11,12 @@ from eggroll.experiments.bench import populations, zo
 
 @pytest.mark.slow
 def test_numbers_of_a_small_run(capsys):
-    zo.run(zo.ZO(blocks=2, width=8, tokens=8, directions=(1, 2), matrix=64, repeats=2))
+    zo.run(zo.ZO(blocks=2, width=8, tokens=8, directions=(1, 2), matrix=64, repeats=2, models=("tiny",)))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(summary["offload_ratios"]) == {"1", "2"} and summary["offload_ratio"] == summary["offload_ratios"]["2"]
     assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15", "grzo"}
     assert summary["lowrank_batched_speedup"] > 0
+    assert summary["memory"]["mezo_ratio"] == summary["memory"]["sizes"]["tiny"]["mezo_ratio"]
 
 
 def test_the_forms_of_the_large_matrix_compute_the_same():
@@ -39,3 +40,8 @@ def test_forwards_are_counted():
 def test_unknown_populations_are_refused():
     with pytest.raises(SystemExit, match="case must be one of mlp, toy, got 'huge'"):
         populations.run(populations.Populations(case="huge"))
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(SystemExit, match="models must be among smollm2, 1b, tiny, got huge"):
+        zo.run(zo.ZO(models=("huge",)))

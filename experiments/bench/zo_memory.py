@@ -1,0 +1,132 @@
+"""Memory of zeroth-order steps as the compiler plans it, from shapes alone: nothing is allocated, nothing runs.
+
+    ratio = (largest of a step's programs - plain forward) / parameters
+
+in bytes of temporaries, and of results that do not lie in the memory of donated arguments.
+
+Resident programs are the losses of a step and its update; offloaded ones update the resident parameters, begin, update a block,
+send the streams through it, and end. The models read texts whose answers are single tokens: logits at the last position.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eggroll import generation, zo
+from eggroll.experiments.bench.kernel_generation import ONE_BILLION, SMALL
+from eggroll.experiments.bench.memory.programs import tree_bytes, usage
+from eggroll.llm.models.leaves import init
+from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
+from eggroll.zo.offload.devices import Sliced
+from eggroll.zo.offload.passes import program
+
+SIZES = {
+    "smollm2": TransformerConfig(49152, 576, 1536, 30, 9, 3, 64, model_type="llama", tie_word_embeddings=True),
+    "1b": ONE_BILLION,
+    "tiny": SMALL,
+}
+BATCH, TOKENS = 16, 64
+
+
+def memory_summary(names: tuple[str, ...]) -> dict[str, Any]:
+    """Print a row for every size; return `sizes`, and the worst of every ratio."""
+    print(
+        f"{'float32 model':<14}{'parameters MB':>14}{'plain MB':>10}{'mezo':>8}{'lozo':>8}{'offload':>9}{'two blocks':>12}",
+        flush=True,
+    )
+    sizes = {}
+    for name in names:
+        sizes[name] = row = memory_row(SIZES[name])
+        megabytes = (row["parameter_bytes"] / 1e6, row["plain_bytes"] / 1e6)
+        ratios = [row[f"{key}_ratio"] for key in ("mezo", "lozo", "offload")]
+        print(
+            f"{name:<14}{megabytes[0]:>14.0f}{megabytes[1]:>10.0f}{ratios[0]:>8.3f}{ratios[1]:>8.3f}{ratios[2]:>9.3f}{row['two_blocks_ratio']:>12.3f}",
+            flush=True,
+        )
+    worst = {key: max(row[key] for row in sizes.values()) for key in ("mezo_ratio", "lozo_ratio", "offload_ratio")}
+    return worst | {"sizes": sizes, "batch": [BATCH, TOKENS]}
+
+
+def memory_row(config: TransformerConfig) -> dict[str, Any]:
+    """Compile the programs of a step of MeZO, LOZO and offloaded MeZO of a decoder."""
+    params = jax.eval_shape(functools.partial(init, leaves(config), dtype=jnp.float32), jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    return planned(decoder_pieces(config), params, batch)
+
+
+def planned(pieces: zo.Blocks, params: Any, batch: Any) -> dict[str, Any]:
+    """Return what the compiler plans for a model in pieces; ratios are over the parameters' bytes.
+
+    Args:
+        pieces: the model.
+        params: shapes.
+        batch: shapes.
+    """
+    size, blocks = tree_bytes(params), jax.tree.leaves(params["blocks"])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    plain = _planned_bytes(jax.jit(zo.blocks.whole_loss(pieces)).lower(params, batch, key))
+    tuners = {name: zo.RECIPES[name](pieces, learning_rate=1e-6) for name in ("mezo", "lozo")}
+    lowered = {name: resident_programs(tuner, params, batch) for name, tuner in tuners.items()}
+    lowered["offload"] = offloaded_programs(zo.Offload(tuners["mezo"]), params, batch)
+    found = {name: {step: _planned_bytes(one) for step, one in programs.items()} for name, programs in lowered.items()}
+    row: dict[str, Any] = {f"{name}_ratio": (max(own.values()) - plain) / size for name, own in found.items()}
+    two_blocks = 2 * tree_bytes(blocks) / blocks[0].shape[0]
+    return row | {"two_blocks_ratio": two_blocks / size, "parameter_bytes": size, "plain_bytes": plain, "programs": found}
+
+
+def decoder_pieces(config: TransformerConfig) -> zo.Blocks:
+    """A decoder whose loss is the mean of -log p of a token after a text; batch (int32 [B, T], int32 [B])."""
+    decoder = make_decoder(config)
+
+    def begin(resident: Any, batch: Any, key: jax.Array) -> Any:
+        return decoder.begin(resident, batch[0], jnp.ones(batch[0].shape, bool))
+
+    def end(resident: Any, x: jax.Array, batch: Any) -> jax.Array:
+        logits = decoder.logits(resident, x[:, -1:])[:, 0]
+        chosen = jnp.take_along_axis(logits, batch[1][:, None], axis=-1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+
+    return zo.Blocks(begin, decoder.block, end)
+
+
+def resident_programs(tuner: zo.ZerothOrder, params: Any, batch: Any) -> dict[str, Any]:
+    """Lower the two programs of a resident step."""
+    plan = tuner.plan_of(params, batch)
+    state = jax.eval_shape(lambda params: tuner.init(params, key=jax.random.key(0)), params)
+    coefficients = jax.ShapeDtypeStruct((tuner.directions,), jnp.float32)
+    update: Callable = functools.partial(generation.update_parameters, tuner, plan, optimizer=tuner.optax_optimizer(plan))
+    return {
+        "score": jax.jit(functools.partial(tuner.score, plan)).lower(state, batch),
+        "update": jax.jit(update, donate_argnums=0).lower(state, coefficients),
+    }
+
+
+def offloaded_programs(away: zo.Offload, params: Any, batch: Any) -> dict[str, Any]:
+    """Lower the programs of an offloaded step on one device."""
+    streams = away.streams_of(away.tuner.plan_of(params, batch), params)
+    small = jax.eval_shape(lambda resident: away.without_blocks(resident, jax.random.key(0)), params["resident"])
+
+    def block_leaf(leaf: Any) -> Any:
+        values: Any = jax.ShapeDtypeStruct((away.devices.slice_size(leaf.size // leaf.shape[0]),), leaf.dtype)
+        return Sliced(values, leaf.shape[1:], leaf.dtype)
+
+    block, index = jax.tree.map(block_leaf, params["blocks"]), jax.ShapeDtypeStruct((), jnp.int32)
+    begin = program(streams, "begin")
+    carry, aux = jax.eval_shape(begin, small, batch)
+    update_resident = program(streams, "update_resident", donate_argnums=2)
+    return {
+        "update_resident": update_resident.lower(small.pending, small.key, small.resident),
+        "begin": begin.lower(small, batch),
+        "update_block": program(streams, "update_block").lower(small.pending, small.key, block, index),
+        "visit": program(streams, "visit").lower(small, block, index, carry, aux),
+        "end": program(streams, "end").lower(small, carry, batch),
+    }
+
+
+def _planned_bytes(lowered: Any) -> int:
+    """Temporaries, and results that take memory of their own."""
+    found = usage(lowered.compile())
+    return found.temporaries + found.results - found.aliases
