@@ -30,7 +30,6 @@ from eggroll.noise.once import computed_once
 Distribution = Literal["normal", "rademacher"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 WORD = 32  # Rademacher signs packed in one uint32
-ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)  # of threefry2x32
 
 
 def check_key(key: Array, *, name: str = "key") -> None:
@@ -141,20 +140,8 @@ def words_at(keys: Array, index: Array) -> Array:
     Returns:
         uint32, of the common shape.
     """
-    words = _mix(keys[..., 0], keys[..., 1], jnp.uint32(0), index >> 1)
+    words = threefry((keys[..., 0], keys[..., 1]), index >> 1)
     return jnp.where(index & 1 == 0, *words)
-
-
-def _mix(key0: Array, key1: Array, high: Array, low: Array) -> tuple[Array, Array]:
-    """F in elementwise operations: the 20 rounds of threefry2x32 (Salmon et al., 2011)."""
-    keys = key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA)
-    x, y = high + key0, low + key1
-    for group in range(5):
-        for bits in ROTATIONS[group % 2]:
-            x = x + y
-            y = x ^ (y << jnp.uint32(bits) | y >> jnp.uint32(32 - bits))
-        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x, y
 
 
 def _threefry(requests: Sequence[tuple[Array, Array | int, Array | int]]) -> list[Array]:
