@@ -14,6 +14,7 @@ from jax import Array
 from eggroll.noise.plan import Plan
 from eggroll.population.members import Population
 from eggroll.population.metrics import Metrics
+from eggroll.update.feedback import Feedback
 
 
 class State(Protocol):
@@ -62,7 +63,7 @@ class Strategy(Protocol[S]):
         """Generations that share the same noise."""
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> str | Feedback:
         """How parameters narrower than float32 are updated."""
 
     @property

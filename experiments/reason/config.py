@@ -57,17 +57,23 @@ class Int8:
 
     sigma: float = 3.0
     """Standard deviation of their perturbation, in integers. The paper has 0.4 for 7B parameters; small models need more."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam, or sgd, which keeps no moments: with --precision feedback nothing is kept but the integers."""
     learning_rate: float = 0.3
-    """Step size of Adam, in integers."""
+    """Step size of Adam, in integers; of sgd about that for fitness of unit variance."""
     threshold: float | None = None
     """The paper's rule instead of a step size: Adam's update is standardised over a matrix, and entries of at least this size
     move by one integer. None: use the step size."""
+    window: int = 16
+    """With --precision feedback: steps that rounding errors are carried over. Every update computes half as many again."""
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"int8.{name} must be a finite number > 0, got {getattr(self, name)}.")
+        if self.window < 1:
+            raise ValueError(f"int8.window must be an integer >= 1, got {self.window}.")
         if self.threshold is not None and not 0 <= self.threshold < float("inf"):
             raise ValueError(f"int8.threshold must be a finite number >= 0 or None, got {self.threshold}.")
 
@@ -134,8 +140,9 @@ class Config:
     """Generations that share the same directions."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter paths to keep fixed, such as "resident/.*"."""
-    precision: Literal["master", "stochastic", "nearest"] = "master"
-    """How bfloat16 and int8 parameters are updated; metrics.jsonl reports the share that moved."""
+    precision: Literal["master", "stochastic", "nearest", "feedback"] = "master"
+    """How bfloat16 and int8 parameters are updated; metrics.jsonl reports the share that moved. feedback is for int8 matrices
+    and --int8.optimizer sgd: the rounding errors of a window of steps are rebuilt from their coefficients."""
     grpo: GRPO = dataclasses.field(default_factory=GRPO)
     """Settings of grpo."""
     generations: int | None = None
@@ -237,6 +244,8 @@ class Config:
             raise ValueError(
                 f"population_size must be a multiple of group, an even number, got {self.population_size} and {group}."
             )
+        if self.precision == "feedback" and (self.weights, self.int8.optimizer) != ("int8", "sgd"):
+            raise ValueError("precision feedback rebuilds the steps of int8 matrices: add --weights int8 --int8.optimizer sgd.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()

@@ -46,6 +46,7 @@ RULES = (
     unless(
         lambda config: config.int8.threshold is not None, "with --int8.threshold, which takes its place", "int8.learning_rate"
     ),
+    unless(lambda config: config.precision != "feedback", "without --precision feedback", "int8.window"),
     unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
     unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
     unless(_noise_is_unused, f"without --task {WORKED_TASK}, or with noise among --task-options", "start.noise"),

@@ -27,6 +27,7 @@ from eggroll.noise.rules import Frozen
 from eggroll.population.members import member_params
 from eggroll.population.metrics import FitnessReport
 from eggroll.update.estimator import leaf_gradient
+from eggroll.update.history import History
 from eggroll.update.parameters import is_skipped
 from eggroll.update.precision import is_low, stochastic_round
 from eggroll.zo.blocks import Blocks
@@ -34,7 +35,6 @@ from eggroll.zo.estimators import Estimator, report_losses
 from eggroll.zo.offload import checksums
 from eggroll.zo.offload.devices import Devices, Sliced, add_device_axes, drop_device_axes, is_sliced
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment, next_moment
-from eggroll.zo.optimizers.rebuilt_adam import History
 
 
 class Pending(NamedTuple):
