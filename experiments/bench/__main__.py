@@ -1,7 +1,7 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`, `feedback`. `gpu` runs those that need a
-GPU and writes a report.
+Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`, `feedback`. `gpu` runs those that
+need a GPU and writes a report.
 """
 
 from typing import Any
