@@ -23,7 +23,7 @@ from eggroll.experiments.common.run import print_summary
 class FeedbackBench:
     """Time updates of int8 matrices: float32 masters, stochastic rounding, error feedback."""
 
-    layers: int = 8
+    layers: int = 2
     """Matrices, stacked."""
     width: int = 1024
     """Rows and columns of a matrix."""
