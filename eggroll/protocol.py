@@ -14,7 +14,6 @@ from jax import Array
 from eggroll.noise.plan import Plan
 from eggroll.population.members import Population
 from eggroll.population.metrics import Metrics
-from eggroll.update.feedback import Feedback
 
 
 class State(Protocol):
@@ -63,8 +62,8 @@ class Strategy(Protocol[S]):
         """Generations that share the same noise."""
 
     @property
-    def precision(self) -> str | Feedback:
-        """How parameters narrower than float32 are updated."""
+    def precision(self) -> Any:
+        """How parameters narrower than float32 are updated: a name, or a `Feedback`."""
 
     @property
     def sigma(self) -> Any:

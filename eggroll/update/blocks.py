@@ -127,7 +127,8 @@ def _move_block(old: Held, region: Region, compute: Callable, rules: Storing) ->
         new = param  # frozen integers and keys stay
     else:
         added = wide + moves.update.astype(wide.dtype)
-        added = jnp.clip(added, -LARGEST, LARGEST) if leaf.quantised else added
+        if leaf.quantised:  # computed once: the bits that are stored are those that are summed, whatever is fused with them
+            added = computed_once(jnp.clip(added, -LARGEST, LARGEST))
         new, master = _store(added, region, param.dtype, rules), None if old.master is None else added
     moments = tuple(new.astype(before.dtype) for new, before in zip(moves.moments, old.moments, strict=True))
     made = Held(new, master, moments)

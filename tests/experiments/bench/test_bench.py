@@ -55,7 +55,7 @@ def test_unknown_case_is_refused_by_a_clear_error():
 
 
 @pytest.mark.slow
-def test_feedback_is_timed_over_whole_windows_and_keeps_scalars(capsys):
+def test_feedback_is_timed_over_whole_windows_and_keeps_scalars(capsys, standard_promotion):
     feedback.run(feedback.FeedbackBench(layers=2, width=16, members=4, windows=(2,), rounds=2))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert rows["feedback 2 + sgd"]["state_bytes"] == 4 * (1 + 2 * (2 + 2)) and rows["master + sgd"]["state_bytes"] == 4 * 512
