@@ -11,6 +11,7 @@ from eggroll.state import ESState, copy_state
 from eggroll.strategy import EvolutionStrategy
 from eggroll.update.anchor import anchored_decay
 from eggroll.update.estimator import paper_learning_rate
+from eggroll.update.feedback import Feedback
 from eggroll.update.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.update.sign_steps import standardised_sign
 from eggroll.update.threshold import threshold
@@ -23,6 +24,7 @@ __all__ = [
     "ESState",
     "EvolutionStrategy",
     "External",
+    "Feedback",
     "Flipout",
     "Frozen",
     "Integer",

@@ -168,7 +168,9 @@ def update_parameters(
     sigma = current_sigma(settings, state)
     new_state, done = sharded.update(
         plan,
-        fit_optimizer(optimizer, state.params, settings.perturbation),
+        fit_optimizer(
+            optimizer, state.params, settings.perturbation, settings.precision, num_pairs=settings.population_size // 2
+        ),
         state,
         coefficients,
         placement=settings.placement,
@@ -206,8 +208,13 @@ def init_state(
     """
     check_not_consumed(params)
     params = jax.tree.map(jnp.asarray, params) if donate else copy_state(params)
-    perturbation, precision = settings.perturbation, settings.precision
-    make = functools.partial(init_masters_and_optimizer, optimizer, perturbation=perturbation, precision=precision)
+    make = functools.partial(
+        init_masters_and_optimizer,
+        optimizer,
+        perturbation=settings.perturbation,
+        precision=settings.precision,
+        num_pairs=settings.population_size // 2,
+    )
     if settings.placement is None and sum(leaf.size for leaf in jax.tree.leaves(params)) > LIMIT:
         masters, opt_state = jax.jit(make)(params)  # without float32 copies of short parameters on the way
     else:

@@ -62,8 +62,8 @@ class Strategy(Protocol[S]):
         """Generations that share the same noise."""
 
     @property
-    def precision(self) -> str:
-        """How parameters narrower than float32 are updated."""
+    def precision(self) -> Any:
+        """How parameters narrower than float32 are updated: a name, or a `Feedback`."""
 
     @property
     def sigma(self) -> Any:

@@ -14,6 +14,7 @@ from eggroll.generation import Settings
 from eggroll.noise.rules import Frozen, Integer, Perturbation, is_integer, match_rules
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.metrics import REDUCTIONS
+from eggroll.update.feedback import Feedback
 from eggroll.update.precision import PRECISIONS, is_low
 from eggroll.update.shaping import INTEGER_SHAPINGS, SHAPINGS
 
@@ -71,8 +72,8 @@ def check_settings(es: EvolutionSettings) -> None:
         raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)} or a function, got {es.shaping!r}.")
     if not isinstance(es.noise_reuse, numbers.Integral) or es.noise_reuse < 1:
         raise ValueError(f"noise_reuse must be an integer >= 1, got {es.noise_reuse!r}.")
-    if es.precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {es.precision!r}.")
+    if es.precision not in PRECISIONS and not isinstance(es.precision, Feedback):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, or a Feedback, got {es.precision!r}.")
     for name in jax.tree.leaves(es.aux):
         if name not in REDUCTIONS:
             raise ValueError(f"aux must name reductions out of {', '.join(REDUCTIONS)}, got {name!r}.")
@@ -97,11 +98,14 @@ def _check_integers(es: EvolutionSettings) -> None:
         raise ValueError("mesh axis 'data' averages the fitness, which int8 parameters do not; use 'population' alone.")
 
 
-def check_precision(precision: str, params: Any, perturbation: Perturbation) -> None:
+def check_precision(precision: str | Feedback, params: Any, perturbation: Perturbation) -> None:
     """Raise ValueError if a precision was chosen and no parameter that evolves is rounded in an update."""
     specs = match_rules(perturbation, params)
     evolve = [leaf for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True) if not isinstance(spec, Frozen | Integer)]
-    if precision != PRECISIONS[0] and not any(is_low(leaf) or leaf.dtype == jnp.int8 for leaf in evolve):
+    int8 = any(leaf.dtype == jnp.int8 for leaf in evolve)
+    if isinstance(precision, Feedback) and not int8:
+        raise ValueError(f"precision {precision!r} has no effect: no parameter that evolves is quantised; leave it out.")
+    if precision != PRECISIONS[0] and not int8 and not any(map(is_low, evolve)):
         raise ValueError(
             f"precision {precision!r} has no effect: no parameter that evolves is quantised or shorter than float32; "
             "leave it out."

@@ -32,6 +32,7 @@ from eggroll.protocol import AskTell
 from eggroll.settings import check_precision, check_settings
 from eggroll.state import ESState, check_not_consumed
 from eggroll.update import estimator
+from eggroll.update.feedback import Feedback
 from eggroll.update.optimizer import describe_update
 from eggroll.update.report import UpdateReport, make_report, round_coefficients
 from eggroll.update.shaping import Shaping
@@ -60,8 +61,8 @@ class EvolutionStrategy:
         memory_budget: bytes of temporary memory of an evaluation, or "device": half of what is free; picks the chunk size.
         aux: how the aux of `fitness` is reduced over the population: "sum", "mean", "max", "min" or "all" (stacked, [N, ...]),
             or a tree prefix of those.
-        precision: how parameters narrower than float32, quantised int8 ones among them, are updated: "master", "stochastic" or
-            "nearest" (see `precision`).
+        precision: how parameters narrower than float32, quantised int8 ones among them, are updated: "master", "stochastic",
+            "nearest" (see `precision`) or, for int8 ones, a `Feedback`.
         mesh: devices to run on, axes out of "population", "data", "model" (docs/scaling.md); chunks and budget are per device.
         shard_optimizer: keep the optimizer state in equal shares over the mesh axis "population".
 
@@ -81,7 +82,7 @@ class EvolutionStrategy:
     chunk_size: int | None = None
     memory_budget: int | Literal["device"] | None = None
     aux: Any = None
-    precision: str = "master"
+    precision: str | Feedback = "master"
     mesh: Mesh | None = None
     shard_optimizer: bool = False
 

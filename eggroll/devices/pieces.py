@@ -19,6 +19,7 @@ from eggroll.devices.mesh import Placement
 from eggroll.noise.plan import Plan
 from eggroll.state import ESState
 from eggroll.update.blocks import Counts, carry_over
+from eggroll.update.feedback import Feedback
 from eggroll.update.parameters import Part, update_state
 from eggroll.update.splitting import Reading
 
@@ -48,7 +49,7 @@ def update_pieces(
     *,
     sigma: Array,
     noise_generation: Array,
-    precision: str,
+    precision: str | Feedback,
 ) -> tuple[ESState, Any]:
     """`parameters.update_state` over a mesh.
 

@@ -28,6 +28,7 @@ from eggroll.population import evaluate as population
 from eggroll.population.layout import PopulationLayout, Scalars
 from eggroll.state import ESState
 from eggroll.update import estimator
+from eggroll.update.feedback import Feedback
 from eggroll.update.optimizer import read_update
 from eggroll.update.parameters import update_state, update_state_at_once
 
@@ -212,7 +213,7 @@ def update(
     value: Array | None,
     sigma: Array,
     noise_generation: Array,
-    precision: str,
+    precision: str | Feedback,
 ) -> tuple[ESState, Any]:
     """Update the parameters; on a mesh every device updates the pieces that it holds.
 
@@ -240,6 +241,8 @@ def update(
     if placement is not None and specs is not None and reading.split == "elements":
         update = functools.partial(update_pieces, placement, specs, plan, reading, extra, state, coefficients)
         return update(sigma=sigma, noise_generation=noise_generation, precision=precision)
+    if isinstance(precision, Feedback):
+        raise ValueError("precision Feedback is not for parameters that lie over the mesh axes population or data.")
     sums = gradient(
         plan,
         coefficients,

@@ -49,7 +49,7 @@ class Header:
             accept_change: the fitness and the optimizer may be others.
             replay: nothing is evaluated, so that the fitness may be another.
         """
-        if self.update != other.update and other.config["precision"] == "stochastic":
+        if self.update != other.update and other.config["precision"] not in ("master", "nearest"):
             raise JournalError(
                 f"the journal was written with version {self.update} of the update, whose stochastic rounding this library "
                 f"(version {other.update}) does not repeat: use the version of eggroll that the run began with."
@@ -119,8 +119,8 @@ def _difference_of_plans(stored: list[str], given: list[str]) -> str:
 def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> Header:
     """Make the header of a run from its initial state; `es` must have its plan."""
     plan = es.plan(state)
-    options = {name: getattr(es, name) for name in ("population_size", "noise_reuse", "precision")}
-    options |= {name: _as_json(getattr(es, name)) for name in ("sigma", "shaping", "perturbation")}
+    options = {name: getattr(es, name) for name in ("population_size", "noise_reuse")}
+    options |= {name: _as_json(getattr(es, name)) for name in ("precision", "sigma", "shaping", "perturbation")}
     key = [str(jax.random.key_impl(state.key)), np.asarray(jax.random.key_data(state.key)).tolist()]
     versions = {"jax": jax.__version__, "backend": jax.default_backend()}
     rows = [f"{leaf.path} {list(leaf.shape)} {leaf.dtype} {leaf.role} {leaf.spec} {_axes(leaf)}" for leaf in plan.leaves]

@@ -12,15 +12,18 @@ from jax import Array
 
 
 def computed_once(array: Array) -> Array:
-    """Return an array of floats or words divided by a 1 that XLA cannot see through and LLVM can: equal, no division is left.
+    """Return floats, words or int8 divided by a 1 that XLA cannot see through and LLVM can: equal, and no division is left.
 
     Arrays of other dtypes, and those of other backends, are returned as they are.
     """
     is_float, is_word = (jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.unsignedinteger))
-    if jax.default_backend() != "cpu" or not (is_float or is_word):
+    if jax.default_backend() != "cpu" or not (is_float or is_word or array.dtype == jnp.int8):
         return array
     word = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    zero = (jax.lax.bitcast_convert_type(array, word) & 1) >> 1
+    bits = jax.lax.bitcast_convert_type(array, word)
+    zero = (bits & 1) >> 1
+    if array.dtype == jnp.int8:
+        return jax.lax.bitcast_convert_type(jax.lax.div(bits, zero | jnp.uint8(1)), array.dtype)
     one = jax.lax.bitcast_convert_type(jnp.ones((), array.dtype), word)
     return jax.lax.div(array, jax.lax.bitcast_convert_type(zero | one, array.dtype))
 

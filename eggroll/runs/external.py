@@ -19,6 +19,7 @@ from eggroll.noise.plan import Plan
 from eggroll.population.metrics import Metrics
 from eggroll.protocol import AskTell, Strategy
 from eggroll.state import ESState
+from eggroll.update.feedback import Feedback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class External:
         return self.es.noise_reuse
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> str | Feedback:
         """How parameters shorter than float32 are updated."""
         return self.es.precision
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from eggroll.noise.integer import LARGEST
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan
-from eggroll.noise.once import rounded_once
+from eggroll.noise.once import computed_once, rounded_once
 from eggroll.noise.regions import BlockGrid, Region
 from eggroll.state import is_key
 from eggroll.update.checksums import entry_terms, has_checksum, place_weights, reduce_together, sum_array
@@ -86,6 +86,8 @@ def move(
             region = alike.region(index)
             old = jax.tree.map(lambda x: jax.lax.dynamic_slice(x, region.starts, region.sizes), held)
             old = jax.lax.optimization_barrier(old)  # read once, before it is overwritten; else XLA may copy all of `held`
+            if rules.leaf.quantised:
+                old = jax.tree.map(computed_once, old)  # on CPU, where that barrier does not stop a conversion of integers
             new, own = _move_block(old, region, compute, rules)
             held = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, region.starts), held, new)
             return held, add_counts(counts, own)

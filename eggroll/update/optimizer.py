@@ -20,6 +20,7 @@ from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trai
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, Masters
 from eggroll.update import estimator
+from eggroll.update.feedback import Feedback, is_fed_back, remember
 from eggroll.update.precision import float32_params, init_masters
 from eggroll.update.splitting import Reading
 
@@ -91,12 +92,13 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
         on_mesh: whether it runs on a mesh.
     """
     found: list[Reading] = []
+    how = settings.perturbation, settings.precision
 
     def read(params: Any, key: Array, coefficients: Array, value: Array) -> None:
-        masters, opt_state = init_masters_and_optimizer(optimizer, params, settings.perturbation, settings.precision)
+        masters, opt_state = init_masters_and_optimizer(optimizer, params, *how, num_pairs=coefficients.size)
         state = ESState(params, opt_state, key, jnp.int32(0), jnp.float32(1), masters, None)
         given = coefficients.astype(jnp.int32) if plan.is_integer else coefficients
-        fitted = fit_optimizer(optimizer, params, settings.perturbation)
+        fitted = fit_optimizer(optimizer, params, *how, num_pairs=coefficients.size)
         scalars = {"value": value, "sigma": state.sigma, "noise_generation": state.generation}
         found.append(read_update(plan, fitted, state, given, **scalars)[0])
 
@@ -104,6 +106,9 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
     key, value = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
     jax.eval_shape(read, params, key, coefficients, value)
     split, reason = found[0].split, found[0].reason or "values of one are used for another"
+    fed_back = [index for index, leaf in enumerate(plan.leaves) if is_fed_back(leaf, settings.precision)]
+    if fed_back:
+        _check_feedback(plan, found[0], fed_back, splits=split == "elements" or (split == "leaves" and not on_mesh))
     if split == "elements":
         line = "block by block"
     elif split == "leaves" and not on_mesh:
@@ -113,13 +118,32 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
     return dataclasses.replace(plan, update=line, digests=(plan.digests[0], digest_of_jaxpr(found[0].jaxpr)))
 
 
-def fit_optimizer(optimizer: Any, params: Any, perturbation: Perturbation) -> optax.GradientTransformationExtraArgs:
+def _check_feedback(plan: Plan, reading: Reading, leaves: list[int], *, splits: bool) -> None:
+    """Raise ValueError unless past updates of some int8 parameters can be computed again from their gradients."""
+    needs = "precision Feedback needs an optimizer that"
+    for index in leaves:
+        if not reading.reads_only_gradient(index):
+            raise ValueError(
+                f"{needs} computes updates of int8 parameters from their gradients alone, such as optax.sgd with a constant "
+                f"step size; that of {plan.leaves[index].path!r} also depends on a state (moments, schedule) or on parameters."
+            )
+    if not splits:
+        raise ValueError(
+            f"{needs} updates every parameter on its own, on a mesh every weight; this one does not ({reading.reason})."
+        )
+
+
+def fit_optimizer(
+    optimizer: Any, params: Any, perturbation: Perturbation, precision: str | Feedback = "master", *, num_pairs: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """The user's optimizer as a run calls it: parameters frozen by rule are hidden from it, and its state stays its own.
 
     Args:
         optimizer: any optax transformation.
         params: pytree of parameters.
         perturbation: of them.
+        precision: of the updates; `Feedback` adds the history of the steps to the state.
+        num_pairs: P, coefficients of a step in that history.
 
     Returns:
         The transformation. Its `init` and `update` raise ValueError, naming the part of the optimizer that does not fit.
@@ -150,7 +174,8 @@ def fit_optimizer(optimizer: Any, params: Any, perturbation: Perturbation) -> op
             return moves, new_state
         return jax.tree.map(lambda own, move, leaf: move if own else jnp.zeros_like(leaf), mask, moves, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    fitted = optax.GradientTransformationExtraArgs(init, update)
+    return remember(fitted, precision, num_pairs=num_pairs) if isinstance(precision, Feedback) else fitted
 
 
 @contextlib.contextmanager
@@ -177,13 +202,15 @@ def _shapes(tree: Any) -> Any:
     return structure, [jnp.shape(leaf) for leaf in leaves]
 
 
-def init_masters_and_optimizer(optimizer: Any, params: Any, perturbation: Perturbation, precision: str) -> tuple[Masters, Any]:
-    """Return the masters and the optimizer's state of a new run."""
+def init_masters_and_optimizer(
+    optimizer: Any, params: Any, perturbation: Perturbation, precision: str | Feedback, *, num_pairs: int = 0
+) -> tuple[Masters, Any]:
+    """Return the masters and the optimizer's state of a new run; arguments as for `fit_optimizer`."""
     grid = quantised_leaves(params, perturbation)
     moving = jax.tree.leaves(trainable(params, perturbation))
     masters = init_masters(params, precision, quantised=grid, moving=moving)
     wide = float32_params(params, masters, quantised=grid)
-    return masters, fit_optimizer(optimizer, params, perturbation).init(wide)
+    return masters, fit_optimizer(optimizer, params, perturbation, precision, num_pairs=num_pairs).init(wide)
 
 
 def is_masked(leaf: Any) -> bool:

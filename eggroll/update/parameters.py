@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from eggroll.noise import addresses
-from eggroll.noise.draws import leaf_keys
+from eggroll.noise.draws import LeafKeys, leaf_keys
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.once import rounded_once
 from eggroll.noise.plan import Plan
@@ -26,9 +26,10 @@ from eggroll.state import ESState
 from eggroll.update import estimator
 from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts, sum_held
 from eggroll.update.checksums import sum_array
+from eggroll.update.feedback import Feedback, Window, is_fed_back
 from eggroll.update.optimizer import is_masked
 from eggroll.update.pair_sums import draw_together
-from eggroll.update.precision import are_short, float32_params
+from eggroll.update.precision import are_short, float32_params, rounding_words
 from eggroll.update.report import summarise
 from eggroll.update.splitting import Reading
 
@@ -43,6 +44,12 @@ class Part:
     origins: tuple[tuple[Array | int, ...], ...] | None = None  # where its piece of every parameter begins; None: at zero
     total: Callable[[int, Counts], Counts] = lambda leaf, counts: counts  # joins the counts of the pieces of a parameter
 
+    def own(self, coefficients: Array, count: int) -> Array:
+        """The coefficients of its `count` pairs out of those of the whole population; padding pairs have zero weight."""
+        if self.num_pairs is None:
+            return coefficients
+        return jax.lax.dynamic_slice(jnp.pad(coefficients, (0, count)), (self.first_pair,), (count,))
+
 
 ALL = Part()
 
@@ -56,7 +63,7 @@ def update_state(
     *,
     sigma: Array,
     noise_generation: Array,
-    precision: str,
+    precision: str | Feedback,
     part: Part = ALL,
 ) -> tuple[ESState, Any]:
     """Update the parameters one after the other, those whose optimizer allows it block by block.
@@ -74,33 +81,46 @@ def update_state(
         part: of the update, that this device computes.
 
     Returns:
-        The state with new params, opt_state and masters, and what `make_report` makes a report of.
+        The state with new params, opt_state and masters; what `make_report` makes a report of.
     """
     flat_states = jax.tree.leaves(state.opt_state)
     update = reading.start(flat_states, extra)
 
-    def gradient(index: int, region: Region) -> Array:
+    def gradient(index: int, place: Region, own: Array, generation: Array, sigma: Array, key: LeafKeys, noise: Any) -> Array:
         return estimator.region_gradient(
             plan.leaves[index],
-            region,
-            coefficients,
-            key=keys[index],
+            place,
+            own,
+            key=key,
             noise_key=state.key,
-            noise_generation=noise_generation,
+            noise_generation=generation,
             sigma=sigma,
             first_pair=part.first_pair,
             num_pairs=part.num_pairs,
-            drawn=drawn.get(index),
+            drawn=noise,
             join=part.join,
         )
 
     def compute(index: int, region: Region, old: Held) -> Moves:
-        ascent = gradient(index, _shifted(region, rules[index].origin))
-        return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: the only negation
+        place = _shifted(region, rules[index].origin)
+        ascent = gradient(index, place, coefficients, noise_generation, sigma, keys[index], drawn.get(index))
+        return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: a negation here
+
+    def feed_back(index: int, region: Region, old: Held) -> Moves:
+        leaf, place = plan.leaves[index], _shifted(region, rules[index].origin)
+
+        def compute_step(of_all: Array, generation: Array, sigma: Array) -> tuple[Array, Array]:
+            own, (key,) = part.own(of_all, coefficients.shape[0]), leaf_keys([leaf], state.key, generation)
+            ascent = gradient(index, place, own, generation, sigma, key, None)
+            return ascent, update.of_leaf(index, -ascent, old.param, ())[0]
+
+        words = rounding_words(_rounding_key(state.key, window.begun, index), leaf.shape, place.starts, place.sizes)
+        return window.step(compute_step, words)
 
     keys = leaf_keys(plan.leaves, state.key, noise_generation)
     drawn = draw_together(plan.leaves, keys, coefficients.shape[0], part.first_pair)
     rules = _rules(plan, state, extra, precision, part.origins)
+    window: Any = Window.of_update(state.opt_state, extra) if isinstance(precision, Feedback) else None
     held = _hold(state, [reading.states_of(index, flat_states) for index in range(len(plan.leaves))])
     moved, counts = [], []
     for index, (leaf, old) in enumerate(zip(plan.leaves, held, strict=True)):
@@ -109,7 +129,8 @@ def update_state(
         else:
             limit = None if reading.elementwise[index] else old.param.size
             cuts = cut(leaf, old.param.shape, limit=limit)
-            new, count = move(old, cuts, functools.partial(compute, index), rules[index])
+            step = feed_back if is_fed_back(leaf, precision) else compute
+            new, count = move(old, cuts, functools.partial(step, index), rules[index])
         moved.append(new)
         counts.append(part.total(index, count))
     shared = _keep_finite(update.shared_states(), reading.shared_states(flat_states), rules[0].skipped)
@@ -127,7 +148,7 @@ def update_state_at_once(
     state: ESState,
     ascent: Any,
     *,
-    precision: str,
+    precision: str | Feedback,
 ) -> tuple[ESState, Any]:
     """`update_state` with an optimizer that mixes parameters, or of parameters that lie where the partitioner wants.
 
@@ -212,23 +233,29 @@ def is_skipped(coefficients: Array, sigma: Array) -> Array:
     return ~jnp.isfinite(jnp.square(coefficients / (2 * sigma)).sum())
 
 
-def _rules(plan: Plan, state: ESState, extra: Any, precision: str, origins: Any) -> list[Storing]:
+def _rules(plan: Plan, state: ESState, extra: Any, precision: str | Feedback, origins: Any) -> list[Storing]:
     """How the new values of every parameter are stored, and whether the generation is skipped: decided from its scalars."""
     skipped = None
     if not plan.is_integer:
         skipped = is_skipped(extra["coefficients"], extra["sigma"]) | (state.generation == jnp.iinfo(jnp.int32).max)
     short = are_short(jax.tree.leaves(state.params), plan.quantised)
-    key = jax.random.fold_in(addresses.stream_key(state.key, 2), state.generation) if precision == "stochastic" else None
+    draws = precision == "stochastic" or isinstance(precision, Feedback)
+    rounds = [draws and own and not is_fed_back(leaf, precision) for leaf, own in zip(plan.leaves, short, strict=True)]
     return [
         Storing(
             leaf,
             is_short,
-            jax.random.fold_in(key, index) if key is not None and is_short else None,
+            _rounding_key(state.key, state.generation, index) if rounds[index] else None,
             skipped,
             origins[index] if origins else (0,) * len(leaf.shape),
         )
         for index, (leaf, is_short) in enumerate(zip(plan.leaves, short, strict=True))
     ]
+
+
+def _rounding_key(key: Array, number: Array, index: int) -> Array:
+    """The key of the random bits of a parameter in a generation or, of one that is fed back, in a window."""
+    return jax.random.fold_in(jax.random.fold_in(addresses.stream_key(key, 2), number), index)
 
 
 def _hold(state: ESState, moments: Sequence[Sequence[Array]]) -> list[Held]:

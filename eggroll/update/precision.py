@@ -6,6 +6,8 @@ A bfloat16 weight near 1 moves in steps of 2^-8; an update of 1e-6 rounded to ne
     "stochastic"  round up or down with the probability that keeps the mean (no copy, unbiased)
     "nearest"     round to nearest (plain optax.apply_updates; loses small updates)
 
+and a fourth for quantised parameters, `feedback.Feedback`.
+
 The optimizer always sees float32 parameters and gradients. Float32 parameters are the same under all three. Quantised int8
 parameters (`rules.is_quantised`) move on the integers from -127 to 127 in the same three ways; masters stay in that range.
 """
@@ -30,7 +32,7 @@ def is_low(leaf: Array) -> bool:
 
 
 def init_masters(
-    params: Any, precision: str, *, quantised: Sequence[bool] | None = None, moving: Sequence[bool] | None = None
+    params: Any, precision: Any, *, quantised: Sequence[bool] | None = None, moving: Sequence[bool] | None = None
 ) -> Masters:
     """Float32 copies of the low-precision and quantised leaves, in leaf order.
 
@@ -72,7 +74,7 @@ def store(new: Array, dtype: Any, *, on_grid: bool, words: Array | None) -> Arra
     Returns:
         Array of `dtype`.
     """
-    uniform = None if words is None else (words >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    uniform = None if words is None else uniforms(words)
     if on_grid:
         return integer_round(new, uniform=uniform).astype(dtype)
     if words is None or uniform is None:
@@ -101,6 +103,11 @@ def rounding_words(key: Array, shape: Sequence[int], starts: Sequence[Array | in
         low = low * jnp.uint32(size) + index
     halves = (jnp.broadcast_to(half, tuple(sizes)) for half in (*jax.random.key_data(key), high, low))
     return threefry2x32_p.bind(*halves)[0]
+
+
+def uniforms(words: Array) -> Array:
+    """Turn random words into float32 numbers in [0, 1), multiples of 2^-24."""
+    return (words >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def integer_round(value: Array, *, uniform: Array | None) -> Array:

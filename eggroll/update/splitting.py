@@ -150,6 +150,11 @@ class Reading:
         same = all(var.aval.shape == shape for var in (*states, *ends))
         return same and all(kind.elementwise if isinstance(kind, Owned) else kind.uniform for kind in kinds)
 
+    def reads_only_gradient(self, leaf: int) -> bool:
+        """Whether a parameter's update is a function of its gradient alone: of no parameter, state or extra argument."""
+        constant = {self._gradients[leaf], *self.jaxpr.jaxpr.constvars}
+        return not self._of_leaf[leaf] and self._inputs_of([self._updates[leaf]]) <= constant
+
     @property
     def split(self) -> str:
         """How far the update can be split: "elements", "leaves" or "whole"."""
@@ -242,17 +247,13 @@ class Reading:
         return needed
 
     def _inputs_of(self, ends: Sequence[Any]) -> set:
-        found, waiting = set(), [end for end in ends if not isinstance(end, jexc.Literal)]
-        seen = {*waiting}
+        seen, waiting = set(), [*ends]
         while waiting:
-            var = waiting.pop()
-            if var not in self._makers:
-                found.add(var)
-                continue
-            before = {atom for atom in self._makers[var].invars if not isinstance(atom, jexc.Literal)} - seen
-            seen |= before
-            waiting.extend(before)
-        return found
+            atom = waiting.pop()
+            if not isinstance(atom, jexc.Literal) and atom not in seen:
+                seen.add(atom)
+                waiting.extend(self._makers[atom].invars if atom in self._makers else ())
+        return seen - self._makers.keys()
 
     def _kind_of(self, atom: Any) -> Owned | Shared:
         return Shared(jnp.shape(atom.val) == ()) if isinstance(atom, jexc.Literal) else self._kind[atom]

@@ -1,14 +1,14 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`. `gpu` runs those that need a GPU and
-writes a report.
+Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`, `feedback`. `gpu` runs those that
+need a GPU and writes a report.
 """
 
 from typing import Any
 
 import tyro
 
-from eggroll.experiments.bench import decode, egg, engine, floor, gpu_report, kernels, populations, rl, scale, zo
+from eggroll.experiments.bench import decode, egg, engine, feedback, floor, gpu_report, kernels, populations, rl, scale, zo
 from eggroll.experiments.bench.memory import command as memory
 
 
@@ -25,6 +25,7 @@ def main() -> None:
         "egg": (egg.EGG, egg.run),
         "kernels": (kernels.Kernels, kernels.run),
         "memory": (memory.Memory, memory.run),
+        "feedback": (feedback.FeedbackBench, feedback.run),
         "gpu": (gpu_report.GPU, gpu_report.run),
     }
     config = tyro.extras.subcommand_cli_from_dict(

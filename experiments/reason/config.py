@@ -15,66 +15,18 @@ from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.effects import RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
+from eggroll.experiments.reason.int8 import Int8
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
-_POSITIVE = (
-    "seeds",
-    "prompts",
-    "samples",
-    "rank",
-    "noise_reuse",
-    "check_every",
-    "validation_size",
-    "test_size",
-    "max_new_tokens",
-)
+_POSITIVE = "seeds prompts samples rank noise_reuse check_every validation_size test_size max_new_tokens".split()
 # Options that no bit of the parameters depends on: a run may be resumed with other values.
 _NOT_IDENTITY = (
-    "preset",
-    "seed",
-    "seeds",
-    "folder",
-    "mesh",
-    "chunk_size",
-    "memory_budget",
-    "generations",
-    "seconds",
-    "resume",
-    "accept_change",
-    "plan",
-    "probe",
-    "prompt_length",
-    "workers",
-    "timeout",
-    "validation_size",
-    "test_size",
-    "examples",
-    "check_every",
-)
+    "preset seed seeds folder mesh chunk_size memory_budget generations seconds resume accept_change plan probe "
+    "prompt_length workers timeout validation_size test_size examples check_every"
+).split()
 _RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older commands and journals
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8:
-    """How int8 matrices evolve, if `weights` is int8."""
-
-    sigma: float = 3.0
-    """Standard deviation of their perturbation, in integers. The paper has 0.4 for 7B parameters; small models need more."""
-    learning_rate: float = 0.3
-    """Step size of Adam, in integers."""
-    threshold: float | None = None
-    """The paper's rule instead of a step size: Adam's update is standardised over a matrix, and entries of at least this size
-    move by one integer. None: use the step size."""
-
-    def check(self) -> None:
-        """Raise ValueError for settings out of range."""
-        for name in ("sigma", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"int8.{name} must be a finite number > 0, got {getattr(self, name)}.")
-        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
-            raise ValueError(f"int8.threshold must be a finite number >= 0 or None, got {self.threshold}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +103,9 @@ class Config:
     """Generations that share the same directions."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter paths to keep fixed, such as "resident/.*"."""
-    precision: Literal["master", "stochastic", "nearest"] = "master"
-    """How bfloat16 and int8 parameters are updated; metrics.jsonl reports the share that moved."""
+    precision: Literal["master", "stochastic", "nearest", "feedback"] = "master"
+    """How bfloat16 and int8 parameters are updated; metrics.jsonl reports the share that moved. feedback is for int8 matrices
+    and --int8.optimizer sgd: the rounding errors of a window of steps are rebuilt from their coefficients."""
     grpo: GRPO = dataclasses.field(default_factory=GRPO)
     """Settings of grpo."""
     generations: int | None = None
@@ -277,6 +230,8 @@ class Config:
             )
         if self.plan and self.probe:
             raise ValueError("give plan or probe, not both: a plan reads no weights.")
+        if self.precision == "feedback" and (self.weights, self.int8.optimizer) != ("int8", "sgd"):
+            raise ValueError("precision feedback rebuilds the steps of int8 matrices: add --weights int8 --int8.optimizer sgd.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()

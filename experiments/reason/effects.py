@@ -49,6 +49,7 @@ RULES = (
     unless(
         lambda config: config.int8.threshold is not None, "with --int8.threshold, which takes its place", "int8.learning_rate"
     ),
+    unless(lambda config: config.precision != "feedback", "without --precision feedback", "int8.window"),
     unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
     unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
     unless(lambda config: config.data is not None, "with --data, whose rows are the task", "task", "task_options"),

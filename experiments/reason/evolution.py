@@ -204,7 +204,7 @@ def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
         optimizer=make_optimizer(config),
         perturbation=_perturbation(config),
         shaping=shaping,
-        precision=config.precision,
+        precision=eggroll.Feedback(config.int8.window) if config.precision == "feedback" else config.precision,
         noise_reuse=config.noise_reuse,
         members_per_batch=config.group if config.groups > 1 else None,
         chunk_size=config.chunk_size,
@@ -238,8 +238,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     floats = optax.chain(*first, *anchored, optax.scale_by_learning_rate(rate))
     if config.weights != "int8":
         return floats
-    last = [optax.scale_by_learning_rate(config.int8.learning_rate)]
+    rate, moments = config.int8.learning_rate, [optax.scale_by_adam()]
+    if config.int8.optimizer == "sgd":
+        sigma, moments = config.int8.sigma, []
+        rate = eggroll.paper_learning_rate(rate / sigma, sigma=sigma, population_size=config.population_size)
+    last = [optax.scale_by_learning_rate(rate)]
     if config.int8.threshold is not None:
         last = [eggroll.standardised_sign(config.int8.threshold), optax.scale(-1.0)]
-    integers = optax.chain(optax.scale_by_adam(), *last)
+    integers = optax.chain(*moments, *last)
     return optax.multi_transform({INTEGERS: integers, "float": floats}, optimizer_labels)

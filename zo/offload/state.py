@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from eggroll.update.history import History
 from eggroll.zo.offload.devices import Sliced, is_sliced
 from eggroll.zo.optimizers.descent import ProjectedMoment
-from eggroll.zo.optimizers.rebuilt_adam import History
 
 
 class Pending(NamedTuple):

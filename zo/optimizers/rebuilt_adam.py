@@ -11,7 +11,7 @@ which the paper leaves out. One parameter's moments are there at a time.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,8 @@ import optax
 from jax import Array
 
 from eggroll.update.estimator import leaf_gradient
+from eggroll.update.history import History
 from eggroll.update.optimizer import NoiseSource
-
-
-class History(NamedTuple):
-    """The last h steps, newest first; all that is kept."""
-
-    steps: Array  # int32 [], so many were taken
-    coefficients: Array  # float32 [h, n]
-    generations: Array  # int32 [h], of their noise
-    sigmas: Array  # float32 [h]
-
-    def after(self, coefficients: Array, generation: Array, sigma: Array) -> "History":
-        """The history with one more step [n], [], []; the oldest is forgotten."""
-        push = lambda new, old: jnp.concatenate([jnp.asarray(new, old.dtype)[None], old[:-1]])  # noqa: E731
-        new = push(coefficients, self.coefficients), push(generation, self.generations), push(sigma, self.sigmas)
-        return History(self.steps + 1, *new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +53,7 @@ class RebuiltAdam:
 
     def init(self, directions: int) -> History:
         """The history before the first step, with n coefficients a step."""
-        h = self.history
-        return History(jnp.int32(0), jnp.zeros((h, directions)), jnp.zeros(h, jnp.int32), jnp.ones(h))
+        return History.before_first(self.history, directions)
 
     def ascent(self, history: History, estimate: Callable[..., Array]) -> Array:
         """m / (sqrt(v) + epsilon) of one parameter, or of a part of it.

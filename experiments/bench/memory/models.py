@@ -1,6 +1,6 @@
 """The models whose memory is measured: fitness, parameters and batch, all as shapes.
 
-mlp_603m     16 layers x + relu(x Wup) Wdown of 2048 x 8192, tied embedding 32,768 x 2,048; plain JAX, bfloat16
+mlp_603m     16 layers x + relu(x Wup) Wdown of 2048 x 8192, tied embedding 32,768 x 2,048; plain JAX, bfloat16 or int8
 1b, 7b, 70b  decoders with the sizes of Llama 3.2 1B, Qwen2.5 7B and Llama 3 70B; bfloat16, one text per member
 tiny         a decoder of no size, for tests
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from eggroll.experiments.bench.kernel_generation import ONE_BILLION, SMALL, make_likelihood
 from eggroll.llm.models.leaves import init
@@ -42,20 +43,22 @@ class Workload(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def mlp(*, layers: int = 16, width: int = 2048, hidden: int = 8192, vocab: int = 32768) -> Workload:
+def mlp(
+    *, layers: int = 16, width: int = 2048, hidden: int = 8192, vocab: int = 32768, weights: DTypeLike = jnp.bfloat16
+) -> Workload:
     """Make a deep MLP over tokens whose layers are stacked and scanned; members share a batch of 8 tokens."""
 
     def fitness(params: Any, tokens: Array, key: Array | None = None) -> Array:
         def layer(x: Array, weights: tuple[Array, Array]) -> tuple[Array, None]:
             up, down = weights
-            return x + jax.nn.relu(x @ up) @ down, None
+            return x + jax.nn.relu(x @ up.astype(x.dtype)) @ down.astype(x.dtype), None
 
-        x, _ = jax.lax.scan(layer, params["embed"][tokens[:-1]], (params["up"], params["down"]))
-        log_probabilities = jax.nn.log_softmax((x @ params["embed"].T).astype(jnp.float32))
+        x, _ = jax.lax.scan(layer, params["embed"][tokens[:-1]].astype(jnp.bfloat16), (params["up"], params["down"]))
+        log_probabilities = jax.nn.log_softmax((x @ params["embed"].astype(x.dtype).T).astype(jnp.float32))
         return jnp.take_along_axis(log_probabilities, tokens[1:, None], axis=-1).mean()
 
     shapes = {"embed": (vocab, width), "up": (layers, width, hidden), "down": (layers, hidden, width)}
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    params = {name: jax.ShapeDtypeStruct(shape, weights) for name, shape in shapes.items()}
     return Workload(fitness, params, jax.ShapeDtypeStruct((9,), jnp.int32), None)
 
 

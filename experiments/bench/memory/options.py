@@ -6,11 +6,12 @@ from typing import Literal
 from eggroll.experiments.bench.memory.models import DECODERS
 from eggroll.experiments.bench.memory.optimizers import OPTIMIZERS
 from eggroll.experiments.common.options import ignored_options, only_with, refuse
-from eggroll.update.precision import PRECISIONS
+from eggroll.update.precision import PRECISIONS as OF_FLOATS
 
+PRECISIONS = (*OF_FLOATS, "feedback")
 RULES = (
     only_with("target", ("cpux8", "h100", "h100x8", "gpu"), "models", "layers", "implementation"),
-    only_with("target", ("cpu",), "precisions", "optimizers", "small"),
+    only_with("target", ("cpu",), "weights", "precisions", "optimizers", "small"),
     only_with("target", ("gpu",), "program"),
 )
 DEFAULT_MODELS = {"cpu": (), "cpux8": ("70b",), "h100": ("1b", "7b"), "h100x8": ("70b",), "gpu": ("1b", "7b")}
@@ -25,8 +26,10 @@ class Memory:
     h100x8, cpux8: generations over a mesh of eight; gpu: generations on this machine's GPU, next to what it used."""
     models: tuple[str, ...] = ()
     """Decoders of the targets other than cpu: tiny, 1b, 7b, 70b; default: 1b 7b, over eight devices 70b."""
-    precisions: tuple[str, ...] = PRECISIONS
-    """With cpu: precisions of the update."""
+    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    """With cpu: type of the parameters."""
+    precisions: tuple[str, ...] = OF_FLOATS
+    """With cpu: master, stochastic, nearest; with int8 also feedback, whose optimizer is sgd."""
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     """With cpu: sgd, adam (float32 moments), adam_bfloat16."""
     members: int = 256
@@ -51,6 +54,8 @@ def check(config: Memory) -> None:
     for name, (given, allowed) in choices.items():
         if unknown := sorted({*given} - {*allowed}):
             raise SystemExit(f"error: {name} must be among {', '.join(allowed)}, got {', '.join(unknown)}.")
+    if "feedback" in config.precisions and config.weights != "int8":
+        raise SystemExit("error: precisions feedback is for --weights int8.")
     try:
         refuse(ignored_options(config, RULES, Memory()))
     except ValueError as error:

@@ -110,7 +110,7 @@ def make_generation(
     *,
     members: int,
     optimizer: optax.GradientTransformation,
-    precision: str,
+    precision: str | eggroll.Feedback,
     implementation: str | None = None,
     device: Any = None,
     mesh: Mesh | None = None,

@@ -5,7 +5,9 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+import eggroll
 from eggroll.experiments.bench.collectives import executed_collective_bytes
 from eggroll.experiments.bench.memory import described, models, optimizers, programs
 from eggroll.experiments.bench.memory.options import Memory, chosen_models
@@ -39,15 +41,19 @@ def compile_program(generation: programs.Generation, name: str, *, platform: str
 
 def update_rows(config: Memory) -> dict[str, Any]:
     """Compile the update for the CPU with every precision and optimizer."""
-    work = models.mlp(layers=2, width=64, hidden=128, vocab=256) if config.small else models.mlp()
-    print(f"{work.num_params:,} bfloat16 parameters, {config.members} members; GB of the update")
+    weights = jnp.dtype(config.weights)
+    work = (
+        models.mlp(layers=2, width=64, hidden=128, vocab=256, weights=weights) if config.small else models.mlp(weights=weights)
+    )
+    print(f"{work.num_params:,} {weights} parameters, {config.members} members; GB of the update")
     columns = ("parameters", "state", "temporaries", "peak", "/ parameters", "/ state", "seconds")
     print(f"{'precision and optimizer':<26}" + "".join(f"{column:>14}" for column in columns), flush=True)
     rows: dict[str, Any] = {}
     for precision in config.precisions:
-        for name in config.optimizers:
+        rounding = eggroll.Feedback() if precision == "feedback" else precision
+        for name in config.optimizers if precision != "feedback" else ("sgd",):
             optimizer = optimizers.OPTIMIZERS[name]
-            generation = programs.make_generation(work, members=config.members, optimizer=optimizer, precision=precision)
+            generation = programs.make_generation(work, members=config.members, optimizer=optimizer, precision=rounding)
             compiled = compile_program(generation, "update", platform="cpu")
             rows[f"{precision}_{name}"] = row = _update_row(generation, compiled)
             print(f"{precision + ' + ' + name:<26}" + _update_line(row), flush=True)

@@ -112,6 +112,7 @@ def quantised(params, batch, key):
 
 QUANTISED = {"w": jnp.asarray(np.random.default_rng(0).integers(-99, 100, (4, 8)), jnp.int8), "s": jnp.full(8, 0.02)}
 ON_INTEGERS = dict(sigma=0.4, perturbation=[("s", eggroll.Frozen()), (".*", eggroll.LowRank())])
+FED_BACK = ON_INTEGERS | dict(optimizer=optax.sgd(5.0), precision=eggroll.Feedback(3))
 ON_INTEGERS["optimizer"] = optax.sgd(5.0, momentum=0.9)
 RULES = [("b", eggroll.Frozen()), (".*", eggroll.LowRank(2, "normal"))]
 PROBLEMS = {
@@ -124,6 +125,7 @@ PROBLEMS = {
     "aux": (with_aux, dict(aux={name: name for name in ("sum", "mean", "max", "min", "all")}), X, {}),
     "rules": (fitness, dict(perturbation=RULES), X, {}),
     "quantised": (quantised, ON_INTEGERS, X, {"params": QUANTISED}),
+    "fed back": (quantised, FED_BACK, X, {"params": QUANTISED}),
 }
 EQUAL = {
     "population 1": lambda: against_one_device(mesh(population=1)),
@@ -144,6 +146,10 @@ EQUAL = {
     "population 4, data 2, aux": lambda: against_one_device(mesh(population=4, data=2), "aux"),
     "population 8, rules": lambda: against_one_device(mesh(population=8), "rules"),
     "population 4, data 2, quantised": lambda: against_one_device(mesh(population=4, data=2), "quantised", count=2),
+    "population 2, fed back": lambda: against_one_device(mesh(population=2), "fed back", count=2),
+    "population 4, data 2, fed back, shard_optimizer": lambda: against_one_device(
+        mesh(population=4, data=2), "fed back", count=2, shard_optimizer=True
+    ),
 }
 
 

@@ -217,15 +217,21 @@ def test_integer_noise_of_nine_billion_parameters_lowers():
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "most"),
-    [("stochastic", optax.sgd(0.1), 1.25), slow("stochastic", optax.adam(0.1), 1.15), slow("master", optax.sgd(0.1), 1.15)],
+    ("dtype", "precision", "optimizer", "most"),
+    [
+        (jnp.bfloat16, "stochastic", optax.sgd(0.1), 1.25),
+        slow(jnp.bfloat16, "stochastic", optax.adam(0.1), 1.15),
+        slow(jnp.bfloat16, "master", optax.sgd(0.1), 1.15),
+        slow(jnp.int8, "master", optax.sgd(0.1), 1.15),
+        slow(jnp.int8, eggroll.Feedback(), optax.sgd(0.1), 1.25),
+    ],
 )
 def test_the_peak_of_an_update_is_the_state_and_a_small_working_set(
-    precision, optimizer, most, monkeypatch, standard_promotion
+    dtype, precision, optimizer, most, monkeypatch, standard_promotion
 ):
     monkeypatch.setattr(regions, "LIMIT", 4 << 10)  # a model of 1.4 million parameters instead of a billion
     es = eggroll.EvolutionStrategy(decoder, population_size=16, sigma=1e-3, optimizer=optimizer, precision=precision)
-    shapes = decoder_shapes(4, 128, 8192)
+    shapes = decoder_shapes(4, 128, 8192, dtype)
     memory = update_of(es, shapes, jax.ShapeDtypeStruct((1,), jnp.int32)).compile().memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     state = state_shapes(es, shapes)

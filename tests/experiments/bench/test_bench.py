@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import eggroll
-from eggroll.experiments.bench import cases, egg, engine, floor
+from eggroll.experiments.bench import cases, egg, engine, feedback, floor
 from eggroll.experiments.bench.cases import Case
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.egg.config import Config
@@ -52,6 +52,15 @@ def test_dense_form_can_be_left_out(one_case, capsys, standard_promotion):
 def test_unknown_case_is_refused_by_a_clear_error():
     with pytest.raises(SystemExit, match="error: cases must be among mlp8, mlp128, transformer, policy, got mlp9"):
         engine.run(engine.Engine(cases=("mlp9",)))
+
+
+@pytest.mark.slow
+def test_feedback_is_timed_over_whole_windows_and_keeps_scalars(capsys, standard_promotion):
+    feedback.run(feedback.FeedbackBench(layers=2, width=16, members=4, windows=(2,), rounds=2))
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert rows["feedback 2 + sgd"]["state_bytes"] == 4 * (1 + 2 * (2 + 2)) and rows["master + sgd"]["state_bytes"] == 4 * 512
+    with pytest.raises(SystemExit, match=r"rounds must be a multiple of the windows \(3,\), got 50"):
+        feedback.run(feedback.FeedbackBench(windows=(3,)))
 
 
 def test_floor_times_forms_that_give_the_same_fitness(monkeypatch, capsys, standard_promotion):

@@ -106,7 +106,14 @@ def test_a_run_goes_on_bit_for_bit(folder, capsys, signal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["--int8.threshold", "1", "--precision", "stochastic"], ["--start.architecture", "rwkv7"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--int8.threshold", "1", "--precision", "stochastic"],
+        ["--start.architecture", "rwkv7"],
+        ["--optimizer", "sgd", "--int8.optimizer", "sgd", "--precision", "feedback", "--int8.window", "2"],
+    ],
+)
 def test_int8_matrices_run_go_on_and_are_written_as_floats(more, folder, capsys, signal):
     options, out = ["--weights", "int8", *more], folder / f"out/int8-{len(more)}"
     run(capsys, *options, "--generations", "3", "--folder", f"{out}/whole")
@@ -295,6 +302,8 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, 
         (["--weights", "int8", "--int8.sigma", "0"], "int8.sigma must be a finite number > 0, got 0.0."),
         (["--weights", "int8", "--int8.learning-rate", "inf"], "int8.learning_rate must be a finite number > 0, got inf."),
         (["--weights", "int8", "--int8.threshold", "-1"], "int8.threshold must be a finite number >= 0 or None, got -1.0."),
+        (["--weights", "int8", "--precision", "feedback"], "add --weights int8 --int8.optimizer sgd."),
+        (["--weights", "int8", "--int8.window", "4"], "--int8.window has no effect without --precision feedback"),
         (["--weights", "int8", "--algorithm", "grpo"], "weights int8 are for eggroll, not for grpo"),
         (["--start.width", "17"], "start.width must be a multiple of 16, got 17."),
         (["--reward-minimum", "nan"], "reward_minimum must be a finite number or None, got nan."),
