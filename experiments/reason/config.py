@@ -13,19 +13,24 @@ import tyro
 from eggroll.experiments.common.options import ignored_options, refuse
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.contents import read_contents
-from eggroll.experiments.reason.effects import RULES, WORKED_TASK
+from eggroll.experiments.reason.effects import NOT_IDENTITY, RULES, WORKED_TASK
 from eggroll.experiments.reason.grpo import GRPO
 from eggroll.experiments.reason.int8 import Int8
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
-_POSITIVE = "seeds prompts samples rank noise_reuse check_every validation_size test_size max_new_tokens".split()
-# Options that no bit of the parameters depends on: a run may be resumed with other values.
-_NOT_IDENTITY = (
-    "preset seed seeds folder mesh chunk_size memory_budget generations seconds resume accept_change plan probe "
-    "prompt_length workers timeout validation_size test_size examples check_every"
-).split()
+_POSITIVE = (
+    "seeds",
+    "prompts",
+    "samples",
+    "rank",
+    "noise_reuse",
+    "check_every",
+    "validation_size",
+    "test_size",
+    "max_new_tokens",
+)
 _RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older commands and journals
 
 
@@ -192,7 +197,7 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Return the options that decide the result of a seed, as JSON values."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IDENTITY}
         fields["contents"] = read_contents(self.data, self.reward)
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 

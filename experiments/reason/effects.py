@@ -71,3 +71,27 @@ RULES = (
         "grpo.clip",
     ),
 )
+
+# Options that no bit of the parameters depends on: a run may be resumed with other values.
+NOT_IDENTITY = (
+    "preset",
+    "seed",
+    "seeds",
+    "folder",
+    "mesh",
+    "chunk_size",
+    "memory_budget",
+    "generations",
+    "seconds",
+    "resume",
+    "accept_change",
+    "plan",
+    "probe",
+    "prompt_length",
+    "workers",
+    "timeout",
+    "validation_size",
+    "test_size",
+    "examples",
+    "check_every",
+)
