@@ -7,6 +7,7 @@ Completions are decoded for all members together (`eggroll.llm.decoding`); texts
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 from eggroll.experiments.reason.progress import Improved, Progress, Report
 from eggroll.journal import JournalError, Reader, replay
+from eggroll.journal.stored import describe
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
 from eggroll.runs.diagnosis import advise
@@ -49,6 +51,7 @@ class Evolution:
         seeds, count = range(config.seed, config.seed + config.seeds), config.prompts * config.groups
         self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
         self.strategy = eggroll.External(make_strategy(config), self._answer, self._score)
+        self._await_checkpoint: Callable[[], None] = lambda: None
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
@@ -67,6 +70,7 @@ class Evolution:
         return Questions(jax.tree.map(lambda *parts: np.stack(parts), *zip(prompts, keys, strict=True)), asked)
 
     def _score(self, outputs: Completions, rows: list[list[tasks.Row]]) -> tuple[np.ndarray, Report]:
+        self._await_checkpoint()  # it holds the state that it writes, which the update replaces
         config, members = self._config, len(outputs.length)
         group_size = members // len(rows)
         asked = [row for member in range(members) for row in rows[member // group_size]]
@@ -87,7 +91,7 @@ class Evolution:
 
     def start(self, *, seed: int) -> eggroll.ESState:
         """Return the initial state, and make the plan of the strategy."""
-        state = self.strategy.init(self._problem.params, key=jax.random.key(seed))
+        state = self.strategy.init(self._problem.params, key=jax.random.key(seed), donate=True)
         self.strategy.plan(state, self.questions(0, seed=seed))
         return state
 
@@ -102,11 +106,10 @@ class Evolution:
         """
         config = self._config
         es: Any = self.strategy  # implements what the loop and the journal need of a strategy
-        initial = self.start(seed=seed)
         durable = DurableRun(
             folder,
             es,
-            initial,
+            self.start(seed=seed),
             config=config.options() | {"seed": seed},
             carried=progress,
             checkpoint_every=config.check_every,
@@ -114,6 +117,8 @@ class Evolution:
             recipe=recipe,
         )
         with contextlib.closing(durable) as run:
+            if jax.process_count() == 1:  # otherwise only the first process scores
+                self._await_checkpoint = run.checkpoints.wait
             state, history = run.state, list[Record]()
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.seconds and left != 0:
@@ -131,29 +136,33 @@ class Evolution:
                 )
             run.checkpoints.wait()
             best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
-            rebuilt = self._rebuild(best, run, folder, seed=seed, progress=progress) if best else None
-        if is_first() and rebuilt is not None:
+            generations, params, like = int(state.generation), state.params, describe(state)
+            del state  # before the best one is rebuilt
+            is_kept = best in (0, generations)
+            rebuilt = None if is_kept else self._rebuild(best, like, run, folder, seed=seed, progress=progress)
+            params = params if rebuilt is None else rebuilt.params
+        if best and is_first() and (is_kept or rebuilt is not None):
             print(f"the parameters of generation {best} had the best validation accuracy", flush=True)
-        kept = state if rebuilt is None else rebuilt
-        return Improved(local(kept.params), int(state.generation), advise(history, es.plan(kept)))
+        return Improved(local(params), generations, advise(history, es.plan(like)))
 
     def _rebuild(
-        self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress
+        self, generation: int, like: eggroll.ESState, run: DurableRun, folder: Path, *, seed: int, progress: Progress
     ) -> eggroll.ESState | None:
         """Return the state of a generation from a sound checkpoint and the journal, because its own may be lost or damaged.
 
         None, with a warning: the journal has lost what lies between.
         """
-        state = self.start(seed=seed)
+        state: eggroll.ESState | None = None
         for saved in reversed([saved for saved in run.checkpoints.generations if saved <= generation]):
             try:
-                restored = run.checkpoints.restore(state, progress.save(), generation=saved)
+                restored = run.checkpoints.restore(like, progress.save(), generation=saved)
             except ValueError as error:
                 logger.warning("%s; an earlier one is used.", error)
                 continue
             assert restored is not None
             state = restored[0]
             break
+        state = self.start(seed=seed) if state is None else state
         es: Any = self.strategy
         try:
             return replay(es, state, iter(Reader(folder / "journal.bin", tolerant=True)), until=generation)

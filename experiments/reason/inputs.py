@@ -1,7 +1,7 @@
 """Inputs of `experiments.reason`: the model and the task that the options name."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -83,14 +83,22 @@ def _prompt_length(template: Template, tokenizer: Tokenizer, task: tasks.Task) -
 def load(config: Config, inputs: Inputs) -> Problem:
     """Read the weights, of the warm-started small model if the options name no checkpoint.
 
+    The problem hands them out once, and later reads them again: whoever uses them decides how long they are in memory.
+
     Raises:
         ValueError, OSError, ImportError: as `prepare`.
     """
     source = config.model or warm_start(config.start, inputs.task, template=str(inputs.template))
-    model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
+    dtype = config.dtype if config.model else "float32"
+    model, _, params = hf.load(source, dtype, weights=config.weights)
+    unused = [params]
     timeout = config.timeout if config.workers else None
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=timeout, minimum=config.reward_minimum)
-    return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
+
+    def read() -> Any:
+        return unused.pop() if unused else hf.load(source, dtype, weights=config.weights)[2]
+
+    return Problem(source, model, read, inputs.tokenizer, inputs.task, inputs.template, inputs.prompt_length, scorer)
 
 
 def plan(config: Config, inputs: Inputs, *, optimizer: optax.GradientTransformation) -> MemoryPlan:
