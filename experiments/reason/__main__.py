@@ -19,6 +19,7 @@ from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import Inputs, load, make_sampling, plan, prepare
+from eggroll.experiments.reason.memory import run_memory
 from eggroll.experiments.reason.problem import Validation
 from eggroll.experiments.reason.progress import Progress
 from eggroll.llm import hf
@@ -97,9 +98,9 @@ def run(config: Config) -> Row:
         raise ValueError("grpo runs in one process; eggroll runs in several.")
     inputs = prepare(config)
     if config.plan:
-        needed = plan(config, inputs, optimizer=make_optimizer(config))
+        needed = run_memory(config, inputs, plan(config, inputs, optimizer=make_optimizer(config)))
         print(needed.table())
-        return needed._asdict()
+        return needed.summary()
     experiment = Experiment(config, inputs)
     try:
         return experiment.run()
