@@ -100,8 +100,8 @@ class AskTell(Strategy[S], Protocol[S]):
     def fitness(self) -> Callable | None:
         """Fitness of one member; None where only `ask` and `tell` are used."""
 
-    def init(self, params: Any, *, key: Array) -> S:
-        """Make the state of a new run."""
+    def init(self, params: Any, *, key: Array, donate: bool = False) -> S:
+        """Make the state of a new run; `donate` takes the arrays over."""
 
     def plan(self, state: S, batch: Any = None, *, function: Callable | None = None) -> Plan:
         """Return the plan of `function(params, batch)`; None: of the fitness."""

@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _make_room(self, stored: Any) -> None:
         """Raise the limit to the largest array."""
-        largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
+        largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)), default=0)
         if largest >= self._in_flight:
             self._manager.close()
             self._in_flight = largest + 1
@@ -169,7 +169,7 @@ class Checkpoints:
         """Read a checkpoint. Memory holds `like`, the result, and at most 256 MiB or the largest array while it is decoded.
 
         Args:
-            like: a state with the structure, dtypes and shardings to restore, such as the initial one.
+            like: a state with the structure, dtypes and shardings to restore, such as the initial one, or its description.
             carried: the same for the carried arrays.
             generation: which one; None: the last complete one.
 

@@ -3,13 +3,22 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eggroll.protocol import S
-from eggroll.state import keys_to_words
+from eggroll.state import is_key, keys_to_words
 
 SEPARATOR = "\0"  # of the keys to a leaf
+
+
+def describe(state: S) -> S:
+    """Describe a state, so that one like it can be restored while it is gone: keys, numbers and empty arrays stay arrays."""
+
+    def shape_of(leaf: Any) -> Any:
+        kept = not isinstance(leaf, jax.Array) or is_key(leaf) or leaf.size <= 1
+        return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(shape_of, state)
 
 
 def storable(state: S, carried: Any) -> dict[str, Any]:
@@ -20,7 +29,13 @@ def storable(state: S, carried: Any) -> dict[str, Any]:
     if jax.process_count() == 1:
         return stored
     # orbax takes global arrays or NumPy arrays, but not arrays local to one process.
-    return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, stored)
+    return jax.tree.map(_local, stored)
+
+
+def _local(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return np.empty(leaf.shape, leaf.dtype) if leaf.sharding.is_fully_addressable else leaf
+    return np.asarray(leaf) if getattr(leaf, "is_fully_addressable", True) else leaf
 
 
 def name_of(path: Any) -> str:
@@ -35,7 +50,7 @@ def shapes_of(tree: Any) -> dict[str, tuple[Any, Any]]:
 
 def refill(like: Any, stored: Any) -> Any:
     """What was read, or the empty array whose shape was stored in its place."""
-    if jnp.size(like):
+    if np.size(like):
         return stored
     if tuple(stored) != like.shape:
         raise ValueError(f"it has an empty array of shape {tuple(stored)}, expected {like.shape}")
@@ -49,6 +64,6 @@ def put_like(like: Any, stored: Any) -> Any:
 
 def abstract(leaf: Any) -> Any:
     """Target of a restore: with the sharding of `leaf`, or a NumPy array."""
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.empty_like(leaf)

@@ -62,17 +62,17 @@ class MemoryPlan(NamedTuple):
     def table(self) -> str:
         """Return the plan as a table for people."""
         texts = f"{self.prompts} texts of {self.prompt_length} + {self.max_new_tokens} tokens"
-        pair = f"a pair needs {_format_bytes(self.of_a_pair)}, short by {_format_bytes(self.shortage)}"
+        pair = f"a pair needs {format_bytes(self.of_a_pair)}, short by {format_bytes(self.shortage)}"
         rows = [
             ("model", self.model, ""),
-            ("parameters", _format_bytes(self.parameters), "shared by all members"),
-            ("state", _format_bytes(self.state), "of the optimizer, and masters"),
-            ("cache of a member", _format_bytes(self.cache), texts),
-            ("noise of a member", _format_bytes(self.noise), f"rank {self.rank}, as drawn"),
-            ("factors of a member", _format_bytes(self.factors), "unpacked for decoding"),
-            ("logits of a member", _format_bytes(self.logits), "float32"),
-            ("a member", _format_bytes(self.per_member), "the four above"),
-            ("budget", _format_bytes(self.budget), ""),
+            ("parameters", format_bytes(self.parameters), "shared by all members"),
+            ("state", format_bytes(self.state), "of the optimizer, and masters"),
+            ("cache of a member", format_bytes(self.cache), texts),
+            ("noise of a member", format_bytes(self.noise), f"rank {self.rank}, as drawn"),
+            ("factors of a member", format_bytes(self.factors), "unpacked for decoding"),
+            ("logits of a member", format_bytes(self.logits), "float32"),
+            ("a member", format_bytes(self.per_member), "the four above"),
+            ("budget", format_bytes(self.budget), ""),
             ("members at a time", f"{self.members:,}", "" if self.members else pair),
         ]
         return "\n".join(f"{name:<22}{value:>16}  {note}".rstrip() for name, value, note in rows)
@@ -171,7 +171,7 @@ def _factor_bytes(plan: Plan) -> int:
     )
 
 
-def _format_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format bytes in the largest unit that gives at least 1."""
     power = next((power for power in (3, 2, 1) if count >= 1024**power), 0)
     return f"{count:,} B" if power == 0 else f"{count / 1024**power:,.2f} {' KMG'[power]}iB"

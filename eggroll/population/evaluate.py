@@ -15,6 +15,7 @@ from jax import Array
 
 from eggroll.lazy.hoisting import hoist_transposes
 from eggroll.lazy.interpret import apply_perturbed
+from eggroll.lazy.moves import has_narrow_floats, move_as_integers
 from eggroll.noise.draws import draw_pair, draw_shared
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import PopulationLayout
@@ -85,4 +86,5 @@ def evaluate(
             return jax.lax.map(evaluate_pair, inputs, batch_size=layout.chunk_pairs)
         return jax.vmap(evaluate_pair)(inputs)
 
-    return hoist_transposes(evaluate_all)(inputs)
+    run = hoist_transposes(evaluate_all)
+    return (move_as_integers(run) if has_narrow_floats((params, batch, member_state)) else run)(inputs)

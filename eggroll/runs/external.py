@@ -46,9 +46,9 @@ class External:
         if self.es.fitness is not None:
             raise ValueError("es must have fitness=None: External computes it with function and score.")
 
-    def init(self, params: Any, *, key: Array) -> ESState:
+    def init(self, params: Any, *, key: Array, donate: bool = False) -> ESState:
         """As `EvolutionStrategy.init`."""
-        return self.es.init(params, key=key)
+        return self.es.init(params, key=key, donate=donate)
 
     def plan(self, state: ESState, batch: Any = None) -> Plan:
         """As `EvolutionStrategy.plan`, of `function`; `batch` is `(inputs, known)`."""

@@ -23,6 +23,7 @@ from eggroll.experiments.reason.contents import check_contents, read_contents, r
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
+from eggroll.experiments.reason.memory import run_memory
 from eggroll.experiments.reason.outcome import compare, make_report
 from eggroll.experiments.reason.probe import probe
 from eggroll.experiments.reason.problem import Check, Problem, Sampling, Validation
@@ -136,9 +137,9 @@ def run(config: Config, *, reward: Reward | None = None) -> Row:
             folder = seed_folder(config, seed, default=_folder_name(config))
             check_contents(recorded_contents(folder), contents, advice="restore it, or continue with --accept-change")
     if config.plan:
-        needed = plan(config, inputs, optimizer=make_optimizer(config))
+        needed = run_memory(config, inputs, plan(config, inputs, optimizer=make_optimizer(config)))
         print(needed.table())
-        return needed._asdict()
+        return needed.summary()
     problem = load(config, inputs)
     try:
         return probe(config, problem, sampling) if config.probe else Experiment(config, problem, sampling).run()

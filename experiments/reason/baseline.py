@@ -23,9 +23,11 @@ from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, groups_without_signal, grpo_loss, log_likelihoods
 from eggroll.experiments.reason.problem import Problem, Sampling
 from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
+from eggroll.lazy.moves import move_as_integers
 from eggroll.llm.decoding import Completions, Prompts
 from eggroll.population.metrics import Metrics
 from eggroll.runs.training import Record, train
+from eggroll.state import copy_state
 
 OPTIMIZERS = {"adam": optax.adam, "radam": optax.radam}
 
@@ -33,7 +35,7 @@ OPTIMIZERS = {"adam": optax.adam, "radam": optax.radam}
 class TrainState(NamedTuple):
     """A run of GRPO between two steps."""
 
-    params: Any  # the weights in the dtypes of the model
+    params: Any  # the weights in the dtypes of the model; float32 ones are the weights themselves
     weights: Any  # float32
     opt_state: Any
     reference: Any  # weights that the divergence is measured from; None without a divergence
@@ -62,17 +64,20 @@ class Trainer:
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(settings.max_gradient_norm), OPTIMIZERS[settings.optimizer](settings.learning_rate)
         )
-        self._dtypes = jax.tree.map(lambda leaf: leaf.dtype, problem.params)
-        self._draw, self._learn, self._init = jax.jit(self._draw_completions), jax.jit(self._update), jax.jit(self._start)
+        self._dtypes: Any = None  # of the model
+        self._draw, self._start = jax.jit(move_as_integers(self._draw_completions)), jax.jit(self._optimizer.init)
+        self._learn, self._narrow = jax.jit(self._update, donate_argnums=0), jax.jit(self._round)
 
     def init(self, *, key: Array) -> TrainState:
         """Return the state before the first step; the key is consumed."""
-        weights, opt_state = self._init(self._problem.params)
-        reference = weights if self._settings.kl_coefficient else None
-        return TrainState(self._problem.params, weights, opt_state, reference, jnp.int32(0), key)
+        params = self._problem.params
+        self._dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # the same array if it is float32
+        reference = copy_state(weights) if self._settings.kl_coefficient else None
+        return TrainState(params, weights, self._start(weights), reference, jnp.int32(0), key)
 
     def step(self, state: TrainState, rows: Sequence[tasks.Row]) -> tuple[TrainState, Metrics]:
-        """Draw completions of the rows' problems, score them, learn from them."""
+        """Draw completions of the rows' problems, score them, learn from them; the state is consumed."""
         problem, settings = self._problem, self._settings
         draw_key, order_key = jax.random.split(jax.random.fold_in(state.key, state.generation))
         prompts = problem.prompts(rows, samples=settings.samples)
@@ -81,15 +86,17 @@ class Trainer:
         rewards = scores.values.reshape(settings.prompts, settings.samples)
         relative = advantages(rewards, global_std=settings.global_std).reshape(-1) * scores.has_score
         batch = Batch(prompts, completions, relative, None, None)
-        state, (clipped, norm) = self._learn(state, batch, order_key)
+        run, (clipped, norm) = self._learn((state.weights, state.opt_state), state.reference, batch, order_key)
+        params = run[0] if self._is_float32 else self._narrow(run[0])
+        state = state._replace(params=params, weights=run[0], opt_state=run[1])
         extra = {"silent": float(groups_without_signal(rewards).mean()), "clipped": float(clipped)}
         report = Report(int(np.sum(completions.length)), float(np.mean(completions.ended)), scores, [], extra)
         metrics = gradient_metrics(int(state.generation), fitness=float(rewards.mean()), gradient_norm=float(norm), aux=report)
         return state._replace(generation=state.generation + 1), metrics
 
-    def _start(self, params: Any) -> tuple[Any, Any]:
-        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return weights, self._optimizer.init(weights)
+    @property
+    def _is_float32(self) -> bool:
+        return all(dtype == jnp.float32 for dtype in jax.tree.leaves(self._dtypes))
 
     def _round(self, weights: Any) -> Any:
         return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), weights, self._dtypes)
@@ -101,22 +108,20 @@ class Trainer:
         model, temperature = self._problem.decoder, self._sampling.temperature
         return log_likelihoods(model, self._round(weights), batch.prompts, batch.completions, temperature=temperature)
 
-    def _update(self, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, tuple[Array, Array]]:
+    def _update(self, run: Any, reference: Any, batch: Batch, key: Array) -> tuple[Any, tuple[Array, Array]]:
         """Pass over the minibatches; also return the clipped share and the gradient norm, means over minibatches."""
         settings = self._settings
         if settings.epochs * settings.minibatches > 1:
-            batch = batch._replace(old=self._log_likelihoods(state.weights, batch))
-        if state.reference is not None:
-            batch = batch._replace(reference=self._log_likelihoods(state.reference, batch))
+            batch = batch._replace(old=self._log_likelihoods(run[0], batch))
+        if reference is not None:
+            batch = batch._replace(reference=self._log_likelihoods(reference, batch))
 
         def epoch(run: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
             order = jax.random.permutation(key, len(batch.advantages)).reshape(settings.minibatches, -1)
             return jax.lax.scan(lambda run, rows: self._descend(run, jax.tree.map(lambda leaf: leaf[rows], batch)), run, order)
 
-        run = state.weights, state.opt_state
-        (weights, opt_state), reported = jax.lax.scan(epoch, run, jax.random.split(key, settings.epochs))
-        state = state._replace(params=self._round(weights), weights=weights, opt_state=opt_state)
-        return state, jax.tree.map(jnp.mean, reported)
+        run, reported = jax.lax.scan(epoch, run, jax.random.split(key, settings.epochs))
+        return run, jax.tree.map(jnp.mean, reported)
 
     def _descend(self, run: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
         """Take a gradient step on one minibatch."""
@@ -147,17 +152,16 @@ class PolicyGradient:
         """Run as `Evolution.train`, without checkpoints; the best parameters are kept in memory."""
         config, trainer = self._config, self._trainer
         strategy: Any = trainer  # implements what the loop needs of a strategy and its state
-        initial: Any = trainer.init(key=jax.random.key(seed))
-        best: Any = self._problem.params
+        best: Any = None
 
         def keep_best(state: Any, record: Record) -> None:
             nonlocal best
             if progress.best_generation == record.generation + 1:
-                best = state.params
+                best = copy_state(state.params)
 
         state, _ = train(
             strategy,
-            initial,
+            trainer.init(key=jax.random.key(seed)),
             tasks.Batches(self._rows, batch_size=config.grpo.prompts, seed=seed),
             generations=config.generations,
             budget=config.budget,
@@ -170,4 +174,4 @@ class PolicyGradient:
         progress.finish(state, folder)
         if progress.best_generation == int(state.generation):
             best = state.params
-        return Improved(best, int(state.generation), ended)
+        return Improved(self._problem.params if best is None else best, int(state.generation), ended)

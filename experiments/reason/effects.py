@@ -63,8 +63,7 @@ RULES = (
         "with --chunk-size, which takes its place",
         "memory_budget",
     ),
-    unless(lambda config: config.plan, "with --plan, which says how many members fit one device", "chunk_size", "mesh"),
-    unless(lambda config: config.plan, "with --plan, which counts the state of all parameters", "freeze"),
+    unless(lambda config: config.plan, "with --plan, which is of one device", "mesh"),
     unless(
         lambda config: config.grpo.epochs * config.grpo.minibatches == 1,
         "with --grpo.epochs 1 and --grpo.minibatches 1: the probability ratio is 1 in the only step on a batch",

@@ -7,6 +7,7 @@ Completions are decoded for all members together (`eggroll.llm.decoding`); texts
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
 from eggroll.experiments.reason.unperturbed import GROUPS, Compared, compare
 from eggroll.journal import JournalError, Reader, replay
+from eggroll.journal.stored import describe
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
 from eggroll.runs.diagnosis import advise
@@ -51,6 +53,7 @@ class Evolution:
         self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
         complete, every = jax.jit(self._answer_unperturbed), config.check_every
         self.strategy = Compared(make_strategy(config), self._answer, self._score, complete=complete, every=every)
+        self._await_checkpoint: Callable[[], None] = lambda: None
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
@@ -77,6 +80,7 @@ class Evolution:
     def _score(
         self, outputs: Completions, rows: list[list[tasks.Row]], unperturbed: Completions | None = None
     ) -> tuple[np.ndarray, Report]:
+        self._await_checkpoint()  # it holds the state that it writes, which the update replaces
         config, members = self._config, len(outputs.length)
         group_size = members // len(rows)
         asked = [row for member in range(members) for row in rows[member // group_size]]
@@ -106,7 +110,7 @@ class Evolution:
 
     def start(self, *, seed: int) -> eggroll.ESState:
         """Return the initial state, and make the plan of the strategy."""
-        state = self.strategy.init(self._problem.params, key=jax.random.key(seed))
+        state = self.strategy.init(self._problem.params, key=jax.random.key(seed), donate=True)
         self.strategy.plan(state, self.questions(0, seed=seed))
         return state
 
@@ -121,11 +125,10 @@ class Evolution:
         """
         config = self._config
         es: Any = self.strategy  # implements what the loop and the journal need of a strategy
-        initial = self.start(seed=seed)
         durable = DurableRun(
             folder,
             es,
-            initial,
+            self.start(seed=seed),
             config=config.options() | {"seed": seed, "contents": None},  # these are in the recipe, and checked before
             carried=progress,
             checkpoint_every=config.check_every,
@@ -133,6 +136,8 @@ class Evolution:
             recipe=recipe,
         )
         with contextlib.closing(durable) as run:
+            if jax.process_count() == 1:  # otherwise only the first process scores
+                self._await_checkpoint = run.checkpoints.wait
             state, history = run.state, list[Record]()
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.time_limit and left != 0:
@@ -153,37 +158,38 @@ class Evolution:
             run.check()
             progress.finish(state, folder)
             best = int(broadcast_from_first(lambda: np.asarray(progress.best_generation)))
-            kept = self._best(state, best, run, folder, seed=seed, progress=progress)
-        return Improved(local(kept), int(state.generation), ended, advise(history, es.plan(state)))
+            generations, last, like = int(state.generation), state.params, describe(state)
+            del state  # before the best one is rebuilt
+            found = None if best == generations else self._best(best, like, run, folder, seed=seed, progress=progress)
+        return Improved(local(last if found is None else found), generations, ended, advise(history, es.plan(like)))
 
-    def _best(self, state: eggroll.ESState, best: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> Any:
-        """Return the parameters of the best generation; of the last one if the best are lost."""
-        if best == int(state.generation):
-            return state.params
+    def _best(self, best: int, like: eggroll.ESState, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> Any:
+        """Return the parameters of the best generation, which is not the last one; None if they are lost."""
         if is_first():
             print(f"generation {best}{'' if best else ', the start,'} had the best validation accuracy: it is kept", flush=True)
         if not best:
             return self._problem.params
-        rebuilt = self._rebuild(best, run, folder, seed=seed, progress=progress)
-        return state.params if rebuilt is None else rebuilt.params
+        rebuilt = self._rebuild(best, like, run, folder, seed=seed, progress=progress)
+        return None if rebuilt is None else rebuilt.params
 
     def _rebuild(
-        self, generation: int, run: DurableRun, folder: Path, *, seed: int, progress: Progress
+        self, generation: int, like: eggroll.ESState, run: DurableRun, folder: Path, *, seed: int, progress: Progress
     ) -> eggroll.ESState | None:
         """Return the state of a generation from a sound checkpoint and the journal, because its own may be lost or damaged.
 
         None, with a warning: the journal has lost what lies between.
         """
-        state = self.start(seed=seed)
+        state: eggroll.ESState | None = None
         for saved in reversed([saved for saved in run.checkpoints.generations if saved <= generation]):
             try:
-                restored = run.checkpoints.restore(state, progress.save(), generation=saved)
+                restored = run.checkpoints.restore(like, progress.save(), generation=saved)
             except ValueError as error:
                 logger.warning("%s; an earlier one is used.", error)
                 continue
             assert restored is not None
             state = restored[0]
             break
+        state = self.start(seed=seed) if state is None else state
         es: Any = self.strategy
         try:
             return replay(es, state, iter(Reader(folder / "journal.bin", tolerant=True)), until=generation)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -119,21 +119,28 @@ def _lengths(config: Config, template: Template, tokenizer: Tokenizer, task: tas
 def load(config: Config, inputs: Inputs) -> Problem:
     """Read the weights, of the warm-started small model if the options name no checkpoint.
 
+    The problem hands them out once, and later reads them again: whoever uses them decides how long they are in memory.
+
     Raises:
         ValueError, OSError, ImportError: as `prepare`.
     """
-    timeout = config.timeout if config.workers else None
+    dtype, timeout = config.dtype if config.model else "float32", config.timeout if config.workers else None
     scorer = tasks.Scorer(inputs.task.reward, workers=config.workers, timeout=timeout, minimum=config.reward_minimum)
     try:
         if config.reward is not None:
             tasks.try_reward(scorer, inputs.task.split("train")[:3])
         source = model_folder(config.model) or warm_start(config.start, inputs.task, template=str(inputs.template))
-        model, _, params = hf.load(source, config.dtype if config.model else "float32", weights=config.weights)
+        model, _, params = hf.load(source, dtype, weights=config.weights)
     except BaseException:
         scorer.close()
         raise
+    unused = [params]
+
+    def read() -> Any:
+        return unused.pop() if unused else hf.load(source, dtype, weights=config.weights)[2]
+
     stop = tuple(_unescape(text) for text in config.stop or ())
-    return Problem(source, model, params, inputs.tokenizer, inputs.task, inputs.template, inputs.lengths, scorer, stop)
+    return Problem(source, model, read, inputs.tokenizer, inputs.task, inputs.template, inputs.lengths, scorer, stop)
 
 
 def plan(config: Config, inputs: Inputs, *, optimizer: optax.GradientTransformation) -> MemoryPlan:

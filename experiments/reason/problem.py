@@ -17,6 +17,7 @@ import numpy as np
 
 from eggroll.envs import tasks
 from eggroll.experiments.reason.prompt_lengths import Lengths
+from eggroll.lazy.moves import move_as_integers
 from eggroll.llm import hf
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
@@ -51,7 +52,7 @@ class Problem:
     Args:
         source: folder of the model's checkpoint.
         config: of the model.
-        params: of the model, at the start of a run.
+        read: reads the parameters that a run starts with.
         tokenizer: of the model.
         task: with its splits and reward.
         template: turns the task's prompt into what the model reads.
@@ -62,13 +63,18 @@ class Problem:
 
     source: Path
     config: hf.Config
-    params: Any
+    read: Callable[[], Any]
     tokenizer: Tokenizer
     task: tasks.Task
     template: Template
     lengths: Lengths
     scorer: tasks.Scorer
     stop: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> Any:
+        """The parameters that a run starts with, read again at every use: nothing keeps them while they are trained."""
+        return self.read()
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -147,7 +153,7 @@ class Validation:
         rows = problem.task.split(split)
         self._rows = [rows[index] for index in range(min(size, len(rows)))]
         self._problem, self._sampling = problem, sampling._replace(temperature=0.0, top_p=1.0)
-        self._decode = jax.jit(self._complete_greedily)
+        self._decode = jax.jit(move_as_integers(self._complete_greedily))
 
     def _complete_greedily(self, params: Any, prompts: Any) -> Any:
         return self._problem.complete(params, prompts, key_data(0), sampling=self._sampling)
@@ -172,9 +178,17 @@ class Validation:
         each = np.where(scores.has_score, scores.values, np.float32(np.nan))
         return Check(accuracy, float(completions.ended.mean()), float(completions.length.mean()), shown, each)
 
+    def compile(self, params: Any) -> Any:
+        """Compile the completions for parameters, of which shapes count."""
+        return self._decode.lower(params, self._pad(self._rows[:BATCH_SIZE])).compile()
+
+    def _pad(self, rows: Sequence[tasks.Row]) -> Prompts:
+        """Encode a batch; the last one has the shape of the others."""
+        padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))
+        return self._problem.prompts([*rows, *padding], held_out=True)
+
     def _complete(self, params: Any, rows: Sequence[tasks.Row]) -> Completions:
-        padding = [rows[0]] * (min(BATCH_SIZE, len(self._rows)) - len(rows))  # the last batch has the shape of the others
-        padded = jax.device_get(self._decode(params, self._problem.prompts([*rows, *padding], held_out=True)))
+        padded = jax.device_get(self._decode(params, self._pad(rows)))
         return Completions(*(array[: len(rows)] for array in padded))
 
 

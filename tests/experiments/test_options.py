@@ -177,8 +177,7 @@ REFUSED = [
     ("reason", ["--top-p", "0.5"], "--top-p has no effect on greedy completions; give a --temperature."),
     ("reason", ["--timeout", "1"], "--timeout has no effect with --workers 0: nothing stops a reward in this process."),
     ("reason", ["--chunk-size", "2", "--memory-budget", "9"], "--memory-budget has no effect with --chunk-size, which takes"),
-    ("reason", ["--plan", "--mesh", "population=2"], "--mesh has no effect with --plan, which says how many members fit one"),
-    ("reason", ["--plan", "--freeze", ".*"], "--freeze has no effect with --plan, which counts the state of all parameters."),
+    ("reason", ["--plan", "--mesh", "population=2"], "--mesh has no effect with --plan, which is of one device."),
 ]
 
 

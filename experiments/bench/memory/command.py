@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from eggroll.experiments.bench.memory import described, measured, rows
+from eggroll.experiments.bench.memory import described, measured, rows, runs
 from eggroll.experiments.bench.memory.options import Memory, check
 from eggroll.experiments.bench.timing import machine
 from eggroll.experiments.common.run import print_summary
@@ -35,6 +35,9 @@ def run(config: Memory) -> None:
         _exit_if_failed([row for programs in found.values() for row in programs.values()])
         return
     jax.config.update("jax_platforms", "cpu")
+    if config.target == "run":
+        print_summary({"run": runs.rows(config), "about": machine() | {"members": config.members}})
+        return
     if config.target == "cpux8" and jax.config.values["jax_num_cpu_devices"] != 8:
         jax.config.update("jax_num_cpu_devices", 8)
     about = machine()

@@ -1,6 +1,7 @@
 """Options of `python -m eggroll.experiments.bench memory`."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from eggroll.experiments.bench.memory.models import DECODERS
@@ -11,19 +12,24 @@ from eggroll.update.precision import PRECISIONS as OF_FLOATS
 PRECISIONS = (*OF_FLOATS, "feedback")
 RULES = (
     only_with("target", ("cpux8", "h100", "h100x8", "gpu"), "models", "layers", "implementation"),
-    only_with("target", ("cpu",), "weights", "precisions", "optimizers", "small"),
+    only_with("target", ("cpu",), "weights", "precisions", "small"),
+    only_with("target", ("cpu", "run"), "optimizers"),
+    only_with("target", ("run",), "model"),
     only_with("target", ("gpu",), "program"),
 )
-DEFAULT_MODELS = {"cpu": (), "cpux8": ("70b",), "h100": ("1b", "7b"), "h100x8": ("70b",), "gpu": ("1b", "7b")}
+DEFAULT_MODELS = {"cpu": (), "cpux8": ("70b",), "h100": ("1b", "7b"), "h100x8": ("70b",), "gpu": ("1b", "7b"), "run": ()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Compile the programs of a generation from shapes and report the memory that they need."""
 
-    target: Literal["cpu", "cpux8", "h100", "h100x8", "gpu"] = "cpu"
+    target: Literal["cpu", "cpux8", "h100", "h100x8", "gpu", "run"] = "cpu"
     """cpu: the update of a model of 604 M parameters; h100: generations, compiled for a GPU that need not be there;
-    h100x8, cpux8: generations over a mesh of eight; gpu: generations on this machine's GPU, next to what it used."""
+    h100x8, cpux8: generations over a mesh of eight; gpu: generations on this machine's GPU, next to what it used; run: runs of
+    `experiments.reason` on this machine's CPU, next to their plans."""
+    model: Path | None = None
+    """With run: folder of a checkpoint; None: the small model."""
     models: tuple[str, ...] = ()
     """Decoders of the targets other than cpu: tiny, 1b, 7b, 70b; default: 1b 7b, over eight devices 70b."""
     weights: Literal["bfloat16", "int8"] = "bfloat16"
@@ -31,7 +37,7 @@ class Memory:
     precisions: tuple[str, ...] = OF_FLOATS
     """With cpu: master, stochastic, nearest; with int8 also feedback, whose optimizer is sgd."""
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
-    """With cpu: sgd, adam (float32 moments), adam_bfloat16."""
+    """With cpu: sgd, adam (float32 moments), adam_bfloat16; with run the first two."""
     members: int = 256
     """Members of the population; those of a decoder read one token each."""
     layers: int | None = None

@@ -5,14 +5,18 @@ python -m tests.reason_runs none|score|checkpoint|clock OPTIONS
 score: in the sixth call of the reward; checkpoint: while one is written; clock: it is too slow in process 1.
 """
 
+import gc
 import os
 import signal
 import sys
 import time
 
+import jax
+
 from eggroll.experiments.common.options import drop_options
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse
+from eggroll.experiments.reason.progress import Progress
 from eggroll.journal.checkpoint import Checkpoints
 
 TINY = ["--start.steps", "2", "--start.width", "16", "--start.layers", "1", "--start.batch-size", "4"]
@@ -26,6 +30,23 @@ IN_GENERATION_2 = 7
 def tiny(*options):
     """`TINY` and more options, without those of `TINY` that have no effect with them."""
     return [*drop_options(TINY, parse([*TINY, *options]).ignored()), *options]
+
+
+def measure_copies(monkeypatch):
+    """Measure the bytes of all arrays after every generation, over those of the parameters; what lives now does not count."""
+
+    def live_bytes():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
+
+    found, before, count = [], live_bytes(), Progress.__call__
+
+    def measure(self, state, record):
+        count(self, state, record)
+        found.append((live_bytes() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)))
+
+    monkeypatch.setattr(Progress, "__call__", measure)
+    return found
 
 
 def letters(prompts, completions, **_):

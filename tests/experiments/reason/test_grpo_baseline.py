@@ -44,7 +44,7 @@ def problem(architecture="transformer", reward=mixed, dtype=jnp.float32):
     config = WarmStart(architecture=architecture, layers=1, width=16).model
     splits = {split: tuple(Row(f"{split}{'a' * n}", {}) for n in range(2)) for split in ("train", "validation", "test")}
     task, scorer = Task("toy", reward=reward, splits=splits), Scorer(reward, workers=0)
-    return Problem(None, config, random_params(config, dtype), ByteTokenizer(), task, "{prompt}", 8, scorer)
+    return Problem(None, config, lambda: random_params(config, dtype), ByteTokenizer(), task, "{prompt}", 8, scorer)
 
 
 trainer_of = functools.cache(Trainer)  # compiled once for all tests
@@ -186,7 +186,7 @@ def test_a_completion_without_a_score_changes_nothing(monkeypatch, standard_prom
     trainer, has_score = Trainer(given, SAMPLING, SETTINGS), np.array([True, False, True, True, True, False])
     scores = tasks.Scores(np.array([1.0, 0.5, 0.0, 1.0, 0.0, 0.4]), 0, 0, None, 0.0, has_score)
     monkeypatch.setattr(Problem, "score", lambda *_: Scored([], scores))
-    monkeypatch.setattr(trainer, "_learn", lambda state, batch, key: (learned.append(batch), (state, (0.0, 0.0)))[1])
+    monkeypatch.setattr(trainer, "_learn", lambda run, reference, batch, key: (learned.append(batch), (run, (0.0, 0.0)))[1])
     trainer.step(trainer.init(key=jax.random.key(0)), given.task.split("train"))
     assert learned[0].advantages.dtype == np.float32
     np.testing.assert_array_equal(learned[0].advantages != 0, has_score)

@@ -14,13 +14,14 @@ from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
+from eggroll.experiments.reason.memory import RunMemory
 from eggroll.experiments.reason.problem import cut_off
 from eggroll.experiments.reason.progress import Progress
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
 from eggroll.llm.shards import CONFIG
-from tests.experiments.reason.reason_runs import TINY, letters, tiny
+from tests.experiments.reason.reason_runs import TINY, letters, measure_copies, tiny
 from tests.tables import slow
 
 pytestmark = [
@@ -71,7 +72,8 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
-def test_a_run_leaves_its_files(folder, capsys, signal):
+def test_a_run_leaves_its_files_and_holds_its_state_once(folder, capsys, signal, monkeypatch):
+    copies = measure_copies(monkeypatch)
     whole = run(capsys, "--generations", "2", "--folder", "out/whole")
     assert whole["generations"] == 2 and whole["algorithm"] == "eggroll" and whole["ended"] == "generations"
     lines = [json.loads(line) for line in (folder / "out/whole/metrics.jsonl").read_text().splitlines()]
@@ -80,6 +82,7 @@ def test_a_run_leaves_its_files(folder, capsys, signal):
     assert "ended after 2 generations" in (folder / "out/whole/log.txt").read_text()
     for name in ("metrics.jsonl", "curves.png", "journal.bin", "summary.json", "model/config.json", "checkpoints"):
         assert (folder / "out/whole" / name).exists(), name
+    assert len(copies) == 2 and max(copies) < 3.5, copies  # with Adam: the parameters and two moments
 
 
 @pytest.mark.slow
@@ -254,8 +257,22 @@ def test_a_reward_that_fails_is_told_once_and_counted(capsys, monkeypatch):
 
 def test_plan_reads_no_weights(capsys, monkeypatch):
     monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("weights were read"))
-    summary = run(capsys, "--plan", "--memory-budget", "1000000")
+    summary = run(capsys, "--plan", "--memory-budget", "1000000", "--chunk-size", "2")
     assert summary["members"] % 2 == 0 < summary["members"] and summary["budget"] == 1_000_000
+    assert (summary["population_size"], summary["members_at_a_time"]) == (4, 2)
+    parts = summary["evaluation"] + summary["encoding"], summary["update"], summary["check"]
+    assert summary["peak"] == summary["parameters"] + summary["state"] + max(parts) and min(parts) > 0
+    assert summary["evaluation"] > 2 * summary["cache"] and summary["state"] > 2 * summary["parameters"]
+
+
+def test_members_and_shortage_of_a_plan_are_those_of_its_account():
+    sizes = dict(parameters=100, state=200, evaluation=50, per_member=10, update=30, check=40, encoding=25, runtime=0)
+    plan = RunMemory(shapes=None, population_size=8, members_at_a_time=4, budget=0, **sizes)
+    assert plan.needed(4) == 375 and plan.needed(2) == 355 and plan.needed(20) == 300 + 210 + 25
+    for budget, members, shortage in [(354, 0, 1), (355, 2, 0), (375, 4, 0), (394, 4, 0), (395, 6, 0)]:
+        within = plan._replace(budget=budget)
+        assert (within.members, within.shortage) == (members, shortage)
+    assert plan._replace(update=100).needed(2) == 400
 
 
 @pytest.mark.slow
