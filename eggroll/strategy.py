@@ -154,14 +154,11 @@ class EvolutionStrategy:
         return describe_update(plan, self.optimizer, state.params, self, on_mesh=self.mesh is not None)
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
-        """Run one generation.
+        """Run one generation; return `(state, metrics)`. A later sigma or generation does not compile again.
 
         Args:
             state: from `init` or the last `step`; consumed (`eggroll.copy_state` keeps a copy).
             batch: any pytree the fitness takes; see `members_per_batch`.
-
-        Returns:
-            `(state, metrics)`. Compiled at the first call; a later sigma or generation does not recompile.
         """
         check_not_consumed(state)
         shapes = programs.signature((state, batch))

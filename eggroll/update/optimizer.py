@@ -216,3 +216,30 @@ def init_masters_and_optimizer(
 def is_masked(leaf: Any) -> bool:
     """Whether optax stands in for a leaf that an optimizer does not see."""
     return isinstance(leaf, optax.MaskedNode)
+
+
+def places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:
+    """Entries of a flat optimizer state that belong to every parameter, and the others.
+
+    Parameters own the entries of a tree like theirs, which has no entry where a parameter is hidden from the optimizer.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    structure: Any = jax.tree.structure(params)
+
+    def entries(tree: Any) -> list[Any]:
+        return jax.tree.leaves(tree, is_leaf=is_masked)
+
+    def is_like(tree: Any) -> bool:
+        alike = jax.tree.structure(tree, is_leaf=is_masked) == structure
+        return alike and all(is_masked(own) or own.shape == shape for own, shape in zip(entries(tree), shapes, strict=True))
+
+    places: list[list[int]] = [[] for _ in shapes]
+    others: list[int] = []
+    count = 0
+    for part in jax.tree.leaves(opt_state, is_leaf=is_like):
+        owners = places if is_like(part) else [others]
+        for owner, entry in zip(owners, entries(part), strict=True):
+            if not is_masked(entry):
+                owner.append(count)
+                count += 1
+    return places, others

@@ -27,7 +27,7 @@ from eggroll.update import estimator
 from eggroll.update.blocks import Counts, Held, Moves, Storing, move, no_counts, sum_held
 from eggroll.update.checksums import sum_array
 from eggroll.update.feedback import Feedback, Window, is_fed_back
-from eggroll.update.optimizer import is_masked
+from eggroll.update.optimizer import places_of_moments
 from eggroll.update.pair_sums import draw_together
 from eggroll.update.precision import are_short, float32_params, rounding_words
 from eggroll.update.report import summarise
@@ -164,7 +164,7 @@ def update_state_at_once(
     descent = jax.tree.map(jnp.negative, ascent)  # optax minimises: the only negation
     updates, opt_state = optimizer.update(descent, state.opt_state, wide, **extra)
     rules = _rules(plan, state, extra, precision, None)
-    places, shared = _places_of_moments(state.opt_state, state.params)
+    places, shared = places_of_moments(state.opt_state, state.params)
     states, new_states = jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state)
     moved, counts = [], []
     moments, new_moments = ([[flat[k] for k in own] for own in places] for flat in (states, new_states))
@@ -190,33 +190,6 @@ def update_state_at_once(
     checksums = _join_checksums(state, counts, zip([states[k] for k in shared], kept, strict=True), join)
     opt_state = join([held.moments for held in moved], kept)
     return _release(state, moved, opt_state), summarise(plan, counts, checksums, rules[0].skipped, extra.get("sigma"))
-
-
-def _places_of_moments(opt_state: Any, params: Any) -> tuple[list[list[int]], list[int]]:
-    """Entries of a flat optimizer state that belong to every parameter, and the others.
-
-    Parameters own the entries of a tree like theirs, which has no entry where a parameter is hidden from the optimizer.
-    """
-    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
-    structure: Any = jax.tree.structure(params)
-
-    def entries(tree: Any) -> list[Any]:
-        return jax.tree.leaves(tree, is_leaf=is_masked)
-
-    def is_like(tree: Any) -> bool:
-        alike = jax.tree.structure(tree, is_leaf=is_masked) == structure
-        return alike and all(is_masked(own) or own.shape == shape for own, shape in zip(entries(tree), shapes, strict=True))
-
-    places: list[list[int]] = [[] for _ in shapes]
-    others: list[int] = []
-    count = 0
-    for part in jax.tree.leaves(opt_state, is_leaf=is_like):
-        owners = places if is_like(part) else [others]
-        for owner, entry in zip(owners, entries(part), strict=True):
-            if not is_masked(entry):
-                owner.append(count)
-                count += 1
-    return places, others
 
 
 def _stays(leaf: LeafPlan, held: Held) -> bool:

@@ -1,6 +1,6 @@
 """Zeroth-order steps: planned memory, offloaded against resident, forwards per second, many low-rank directions in one pass.
 
-    memory                   temporaries of a step beyond plain inference, over the parameters (`zo_memory`)
+    memory                   temporaries of a step beyond plain inference, over the parameters (`zeroth_order`)
     offload_ratio            resident step / offloaded step, for every number of directions: one upload serves all of them
     forwards_per_second      of every recipe, on the resident model
     lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
@@ -18,8 +18,8 @@ import numpy as np
 
 import eggroll
 from eggroll import zo
+from eggroll.experiments.bench.memory.zeroth_order import SIZES, memory_summary
 from eggroll.experiments.bench.timing import interleaved_ms, machine
-from eggroll.experiments.bench.zo_memory import SIZES, memory_summary
 from eggroll.experiments.common.run import print_summary
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout

@@ -23,9 +23,9 @@ from eggroll.experiments.reason.contents import check_contents, read_contents, r
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
-from eggroll.experiments.reason.memory import run_memory
-from eggroll.experiments.reason.outcome import compare, make_report
-from eggroll.experiments.reason.probe import probe
+from eggroll.experiments.reason.measure.memory import run_memory
+from eggroll.experiments.reason.measure.outcome import compare, make_report
+from eggroll.experiments.reason.measure.probe import probe
 from eggroll.experiments.reason.problem import Check, Problem, Sampling, Validation
 from eggroll.experiments.reason.progress import Progress
 from eggroll.llm import hf

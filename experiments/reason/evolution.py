@@ -21,9 +21,9 @@ from eggroll.envs import tasks
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
+from eggroll.experiments.reason.measure.unperturbed import GROUPS, Compared, compare
 from eggroll.experiments.reason.problem import Problem, Sampling, key_data
 from eggroll.experiments.reason.progress import Improved, Progress, Report, why_ended
-from eggroll.experiments.reason.unperturbed import GROUPS, Compared, compare
 from eggroll.journal import JournalError, Reader, replay
 from eggroll.journal.stored import describe
 from eggroll.llm.decoding import Completions

@@ -14,8 +14,8 @@ import eggroll
 from eggroll.devices.processes import broadcast_from_first, first_does, is_first, local
 from eggroll.envs import tasks
 from eggroll.experiments.reason.config import Config
+from eggroll.experiments.reason.measure.unperturbed import Comparison
 from eggroll.experiments.reason.problem import Validation
-from eggroll.experiments.reason.unperturbed import Comparison
 from eggroll.runs.metrics import append_line
 from eggroll.runs.training import Record
 

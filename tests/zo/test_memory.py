@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eggroll import zo
-from eggroll.experiments.bench import zo_memory
+from eggroll.experiments.bench.memory import zeroth_order
 from eggroll.lazy import dense
 from eggroll.noise import leaves, regions
 from tests.zo import tiny_blocks
@@ -36,7 +36,7 @@ def test_planned_memory_of_a_stacked_model(small_blocks):
         lambda own, x, aux: x + jnp.tanh(x @ own["w"]) @ own["up"],
         lambda resident, x, batch: jax.nn.logsumexp(jnp.einsum("td,vd->tv", x, resident["embed"]), axis=-1).mean(),
     )
-    check_bounds(zo_memory.planned(pieces, params, jax.ShapeDtypeStruct((8,), jnp.int32)))
+    check_bounds(zeroth_order.planned(pieces, params, jax.ShapeDtypeStruct((8,), jnp.int32)))
 
 
 @pytest.mark.slow

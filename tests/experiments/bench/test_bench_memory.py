@@ -76,7 +76,7 @@ def test_moments_in_bfloat16_take_half_and_give_the_same_first_step(standard_pro
         ({"layers": 2}, "--layers has no effect with --target cpu: it belongs to cpux8, h100, h100x8 and gpu"),
         ({"target": "h100", "program": "plain"}, "--program has no effect with --target h100: it belongs to gpu"),
         ({"target": "h100", "models": ("3b",)}, "models must be among tiny, 1b, 7b, 70b, got 3b"),
-        ({"precisions": ("exact",)}, "precisions must be among master, stochastic, nearest, got exact"),
+        ({"precisions": ("exact",)}, "precisions must be among master, stochastic, nearest, feedback, got exact"),
         ({"optimizers": ("lion",)}, "optimizers must be among sgd, adam, adam_bfloat16, got lion"),
         ({"members": 7}, "members must be an even integer >= 2, got 7"),
         ({"target": "h100", "layers": 0}, "layers must be an integer >= 1, got 0"),

@@ -14,7 +14,7 @@ from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
-from eggroll.experiments.reason.memory import RunMemory
+from eggroll.experiments.reason.measure.memory import RunMemory
 from eggroll.experiments.reason.problem import cut_off
 from eggroll.experiments.reason.progress import Progress
 from eggroll.journal import __main__ as journal

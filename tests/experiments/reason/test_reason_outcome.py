@@ -10,7 +10,7 @@ import pytest
 from eggroll.envs import tasks
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse
-from eggroll.experiments.reason.outcome import compare, make_report, paired_interval
+from eggroll.experiments.reason.measure.outcome import compare, make_report, paired_interval
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.problem import Check
 from tests.experiments.reason.reason_runs import tiny

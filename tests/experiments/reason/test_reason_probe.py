@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from eggroll.experiments.reason import __main__ as reason
-from eggroll.experiments.reason.probe import walk
-from eggroll.experiments.reason.recommendation import SILENT, SigmaRow, StepRow, choose_sigma, fits
-from eggroll.experiments.reason.unperturbed import Comparison, compare
+from eggroll.experiments.reason.measure.probe import walk
+from eggroll.experiments.reason.measure.recommendation import SILENT, SigmaRow, StepRow, choose_sigma, fits
+from eggroll.experiments.reason.measure.unperturbed import Comparison, compare
 from eggroll.llm.decoding import Completions
 from tests.experiments.reason.reason_runs import letters, tiny
 

@@ -21,8 +21,8 @@ import numpy as np
 from eggroll.experiments.common.suite import markdown_table
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.evolution import Evolution
+from eggroll.experiments.reason.measure.recommendation import KEPT, SigmaRow, StepRow, choose_sigma, fits
 from eggroll.experiments.reason.problem import Problem, Sampling, Validation
-from eggroll.experiments.reason.recommendation import KEPT, SigmaRow, StepRow, choose_sigma, fits
 
 SECONDS, FOR_SIGMA = 60.0, 0.6  # of a probe, and the share of them that sigma gets
 MEMBERS, GROUP = 32, 8  # groups have problems of their own
