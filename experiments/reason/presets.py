@@ -16,7 +16,7 @@ _SMOLLM2: dict[str, Any] = {  # two CPU cores
     "int8.sigma": 0.5,
     "grpo.prompts": 16,
     "grpo.learning_rate": 1e-5,
-    "seconds": 600.0,
+    "seconds": 720.0,
     "check_every": 4,
     "validation_size": 256,
     "examples": 3,
