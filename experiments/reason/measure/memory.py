@@ -5,11 +5,13 @@
                                      check of the unperturbed parameters
 
 The programs are compiled as a run compiles them, for the chunk of the population that will run, and nothing else is made. What
-the interpreter, JAX and the compiler take is what this process took.
+the interpreter, JAX, orbax and the compiler take is what this process took.
 """
 
 import dataclasses
 import functools
+import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.inputs import Inputs, make_sampling
 from eggroll.experiments.reason.problem import Problem, Validation
-from eggroll.journal.checkpoint import IN_FLIGHT
+from eggroll.journal.checkpoint import CHUNK, IN_FLIGHT
 from eggroll.llm.int8 import quantise
 from eggroll.llm.memory import MemoryPlan, format_bytes
 from eggroll.llm.models.families import family_of, init_params
@@ -42,8 +44,8 @@ class RunMemory(NamedTuple):
     per_member: int  # of them, for one more member at a time
     update: int  # temporaries of an update: blocks of the gradient and of the new parameters
     check: int  # temporaries of the completions of held-out problems
-    encoding: int  # of a checkpoint, while it is written
-    runtime: int  # interpreter, JAX and the compiler: the resident memory of this process
+    encoding: int  # of a checkpoint, while it is written: copies of chunks, and of those that the cores encode the results
+    runtime: int  # interpreter, JAX, orbax and the compiler: the resident memory of this process
     budget: int  # for everything but the runtime
 
     def needed(self, members: int) -> int:
@@ -91,7 +93,7 @@ class RunMemory(NamedTuple):
             ("check", self.check, "completions of held-out problems"),
             ("checkpoint", self.encoding, "encoded at a time, while it is written during an evaluation"),
             ("a run", self.peak, "parameters, state, and what is largest at a time of the others"),
-            ("runtime", self.runtime, "in addition: Python, JAX and the compiler, measured here"),
+            ("runtime", self.runtime, "in addition: Python, JAX, orbax and the compiler, measured here"),
             ("budget", self.budget, "without the runtime"),
         ]
         lines = [f"{name:<22}{format_bytes(value):>16}  {note}" for name, value, note in rows]
@@ -125,6 +127,7 @@ def run_memory(config: Config, inputs: Inputs, shapes: MemoryPlan) -> RunMemory:
     fewer = max(1, chunk // 2)
     needs = evaluation(chunk), evaluation(fewer) if fewer < chunk else 0
     per_member = max(1, (needs[0] - needs[1]) // (2 * (chunk - fewer)) if fewer < chunk else needs[0] // 2)
+    importlib.import_module("orbax.checkpoint")  # which a run imports, for the runtime
     coefficients = jax.ShapeDtypeStruct((config.population_size // 2,), jnp.float32)
     update = functools.partial(generation.update_parameters, es, plan, optimizer=es.optimizer)
     check = Validation(problem, "validation", size=config.validation_size, sampling=sampling)
@@ -139,7 +142,7 @@ def run_memory(config: Config, inputs: Inputs, shapes: MemoryPlan) -> RunMemory:
         per_member=per_member,
         update=_temporaries(update, state, coefficients, donate_argnums=0),
         check=check.compile(params).memory_analysis().temp_size_in_bytes,
-        encoding=min(whole, IN_FLIGHT),
+        encoding=min(whole, IN_FLIGHT) + min(whole, IN_FLIGHT, CHUNK * (os.cpu_count() or 1)),
         runtime=round(peak_mib() * 2**20),
         budget=shapes.budget,
     )
