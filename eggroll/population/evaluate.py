@@ -15,11 +15,11 @@ from jax import Array
 
 from eggroll.lazy.hoisting import hoist_transposes
 from eggroll.lazy.interpret import apply_perturbed
-from eggroll.lazy.moves import has_narrow_floats, move_as_integers
 from eggroll.noise.draws import draw_pair, draw_shared
 from eggroll.noise.plan import Plan
 from eggroll.population.layout import PopulationLayout
 from eggroll.population.members import member_params
+from eggroll.population.moves import has_narrow_floats, move_as_integers
 
 
 def evaluate(

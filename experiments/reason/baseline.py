@@ -23,9 +23,9 @@ from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, groups_without_signal, grpo_loss, log_likelihoods
 from eggroll.experiments.reason.problem import Problem, Sampling
 from eggroll.experiments.reason.progress import Improved, Progress, Report
-from eggroll.lazy.moves import move_as_integers
 from eggroll.llm.decoding import Completions, Prompts
 from eggroll.population.metrics import Metrics
+from eggroll.population.moves import move_as_integers
 from eggroll.runs.training import Record, train
 from eggroll.state import copy_state
 

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from eggroll.envs import tasks
-from eggroll.lazy.moves import move_as_integers
 from eggroll.llm import hf
 from eggroll.llm.decoder import Decoder
 from eggroll.llm.decoding import Completions, Prompts, complete, pad_prompts
 from eggroll.llm.generator import Generator
 from eggroll.llm.tokenizers import Tokenizer
+from eggroll.population.moves import move_as_integers
 
 Template = str | Callable[[str], str]  # a text with "{prompt}", or a function from a prompt to what the model reads
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")  # such as <|im_end|>, in a template

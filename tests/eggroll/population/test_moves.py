@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.lazy.moves import move_as_integers
+from eggroll.population.moves import move_as_integers
 
 LAYERS, WIDTH, TOKENS = 12, 64, 5
 
