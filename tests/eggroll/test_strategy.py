@@ -237,7 +237,7 @@ BAD_ARGUMENTS = [
     (dict(members_per_batch=3), "members_per_batch must be None, 1 or even and divide population_size 16, got 3"),
     (dict(members_per_batch=6), "members_per_batch must be .* got 6"),
     (dict(chunk_size=3), "chunk_size must be an even integer >= 2 or None, got 3"),
-    (dict(precision="float64"), "precision must be one of master, stochastic, nearest, got 'float64'"),
+    (dict(precision="float64"), "precision must be one of master, stochastic, nearest, or a Feedback, got 'float64'"),
     (dict(aux="median"), "aux must name reductions out of sum, .* got 'median'"),
     (dict(optimizer=0.1), "optimizer must be an optax transformation, got float"),
     (dict(perturbation=eggroll.LowRank(0)), "rank must be an integer >= 1, got 0"),
