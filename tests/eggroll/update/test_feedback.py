@@ -85,6 +85,7 @@ def moved(precision, steps=40):
     return np.asarray(state.params["w"], np.float32)
 
 
+@pytest.mark.slow
 def test_small_updates_add_up_with_less_noise_than_stochastic_rounding():
     feedback, stochastic = moved(eggroll.Feedback(WINDOW)), moved("stochastic")
     for result in (feedback, stochastic):

@@ -58,6 +58,7 @@ def test_the_report_has_numbers_and_completions():
 
 
 @pytest.mark.filterwarnings("ignore:no completion up to generation")
+@pytest.mark.slow
 def test_a_run_has_them_in_its_last_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     reason.main(tiny("--generations", "1", "--seeds", "2"))
