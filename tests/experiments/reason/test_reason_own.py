@@ -203,5 +203,5 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     (source,) = (block for block in code_blocks("docs/reasoning.md", "python") if "improve(" in block)
     assert len(source.splitlines()) <= 10
     names: dict = {}
-    exec(compile(source.replace("generations=20", "generations=1, population_size=4"), "docs/reasoning.md", "exec"), names)
+    exec(compile(source.replace("generations=20", "generations=1"), "docs/reasoning.md", "exec"), names)
     assert Path(names["tuned"].model, "model.safetensors").exists()
