@@ -15,6 +15,7 @@ from eggroll.envs.tasks import Batches, Row, Scorer, Task
 from eggroll.experiments.reason.baseline import Trainer
 from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, grpo_loss, log_likelihoods
 from eggroll.experiments.reason.problem import Problem, Sampling, Scored, encode_prompt
+from eggroll.experiments.reason.prompt_lengths import Lengths
 from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoder import apply
 from eggroll.llm.decoding import Completions
@@ -44,7 +45,9 @@ def problem(architecture="transformer", reward=mixed, dtype=jnp.float32):
     config = WarmStart(architecture=architecture, layers=1, width=16).model
     splits = {split: tuple(Row(f"{split}{'a' * n}", {}) for n in range(2)) for split in ("train", "validation", "test")}
     task, scorer = Task("toy", reward=reward, splits=splits), Scorer(reward, workers=0)
-    return Problem(None, config, lambda: random_params(config, dtype), ByteTokenizer(), task, "{prompt}", 8, scorer)
+    return Problem(
+        None, config, lambda: random_params(config, dtype), ByteTokenizer(), task, "{prompt}", Lengths(8, 8, 8), scorer
+    )
 
 
 trainer_of = functools.cache(Trainer)  # compiled once for all tests
