@@ -67,7 +67,8 @@ def test_a_look_up_out_of_range_stays_nan():
 def test_no_copy_of_the_weights():
     args = inputs()
     weights = sum(leaf.nbytes for leaf in args[0].values())
-    assert temporary_bytes(decode, *args) > weights  # control
+    if jax.__version_info__ < (0, 11):  # whose XLA makes the copies
+        assert temporary_bytes(decode, *args) > weights  # control
     assert temporary_bytes(move_as_integers(decode), *args) < weights / 2
 
 
