@@ -80,11 +80,16 @@ def _tile(value: PerturbedArray, *, reps: Sequence[int]) -> PerturbedArray:
     return value.view(value.tags, operation)
 
 
+def _places(value: PerturbedArray, component: str, axes: Sequence[int]) -> list[int]:
+    """Where a component has those of the axes of a value that it has."""
+    own = value.positions(component)
+    return [own.index(axis) for axis in axes if axis in own]
+
+
 @register(jax.lax.rev_p)
 def _reverse(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
     def operation(array: Array, component: str) -> Array:
-        own = value.positions(component)
-        return jnp.flip(array, [own.index(axis) for axis in dimensions if axis in own])
+        return jnp.flip(array, _places(value, component, dimensions))
 
     return value.view(value.tags, operation)
 
@@ -104,8 +109,7 @@ def _pad(value: PerturbedArray, filling: ArrayLike, *, padding_config: Sequence[
 @register(jax.lax.squeeze_p)
 def _squeeze(value: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
     def operation(array: Array, component: str) -> Array:
-        own = value.positions(component)
-        return jnp.squeeze(array, [own.index(axis) for axis in dimensions if axis in own])
+        return jnp.squeeze(array, _places(value, component, dimensions))
 
     return value.view([tag for axis, tag in enumerate(value.tags) if axis not in dimensions], operation)
 

@@ -93,7 +93,7 @@ class Window(NamedTuple):
 
     history: History  # with the step of this update
     begun: Array  # int32 [], windows before it
-    steps: Array  # int32 [], so many of it are taken with this one
+    steps: Array  # int32 [], steps of the window taken so far, including this one
 
     @classmethod
     def of_update(cls, state: Remembered, extra: Any) -> "Window":

@@ -9,7 +9,7 @@ from jax import Array
 class History(NamedTuple):
     """The last h steps, newest first: h (n + 2) numbers, and how many steps there were."""
 
-    steps: Array  # int32 [], so many were taken
+    steps: Array  # int32 [], number of steps taken
     coefficients: Array  # float32 [h, n]
     generations: Array  # int32 [h], of their noise
     sigmas: Array  # float32 [h]

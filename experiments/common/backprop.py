@@ -17,27 +17,17 @@ def gradient_metrics(step: int, *, fitness: float, gradient_norm: float = math.n
         gradient_norm: before clipping.
         aux: handed to the callbacks.
     """
-    unknown = jnp.float32(jnp.nan)
-    return Metrics(
-        generation=jnp.int32(step),
-        sigma=unknown,
-        mean_fitness=jnp.float32(fitness),
-        best_fitness=unknown,
-        std_fitness=unknown,
-        invalid=jnp.int32(0),
-        tied_pairs=unknown,
-        pair_correlation=unknown,
-        effective_rank=unknown,
-        coefficients=jnp.zeros(0, jnp.float32),
-        fitness=jnp.float32(fitness),
-        aux=aux,
-        skipped=jnp.bool_(False),
-        gradient_norm=jnp.float32(gradient_norm),
-        leaf_norms=jnp.zeros(0, jnp.float32),
-        moved=unknown,
-        kept=jnp.int32(0),
-        update_over_sigma=unknown,
-        update_over_weights=unknown,
-        weight_norm=unknown,
-        checksums=None,
-    )
+    known = {
+        "generation": jnp.int32(step),
+        "mean_fitness": jnp.float32(fitness),
+        "fitness": jnp.float32(fitness),
+        "gradient_norm": jnp.float32(gradient_norm),
+        "invalid": jnp.int32(0),
+        "kept": jnp.int32(0),
+        "skipped": jnp.bool_(False),
+        "coefficients": jnp.zeros(0, jnp.float32),
+        "leaf_norms": jnp.zeros(0, jnp.float32),
+        "aux": aux,
+        "checksums": None,
+    }
+    return Metrics(**dict.fromkeys(Metrics._fields, jnp.float32(jnp.nan)) | known)

@@ -1,4 +1,4 @@
-"""`log.txt` of a run folder: what the run printed, with the time, also where nobody kept its output."""
+"""`log.txt` in the run folder: everything the run printed, with timestamps, even if its output was not saved."""
 
 import contextlib
 import datetime

@@ -49,7 +49,7 @@ class RunMemory(NamedTuple):
     budget: int  # for everything but the runtime
 
     def needed(self, members: int) -> int:
-        """Bytes of a run with so many members at a time, without the runtime."""
+        """Bytes that a run with this many members at a time needs, excluding the runtime."""
         evaluation = self.evaluation + (members - self.members_at_a_time) * self.per_member
         return self.parameters + self.state + max(evaluation + self.encoding, self.update, self.check)
 
