@@ -18,7 +18,7 @@ from eggroll.journal import __main__ as __main__
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
 from eggroll.state import copy_state
-from tests.tables import by_default
+from tests.tables import by_default, slow
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
@@ -259,8 +259,8 @@ def test_another_version_and_a_missing_file_are_refused(tmp_path):
     [
         {},
         {"shaping": "pair_sign", "perturbation": eggroll.LowRank(rank=2), "noise_reuse": 3},
-        pytest.param({"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()}, marks=pytest.mark.slow),
-        {"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))},
+        slow({"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()}),
+        slow({"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}),
     ],
     ids=["default", "sign", "schedule", "plateau"],
 )

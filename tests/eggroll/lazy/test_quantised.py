@@ -93,7 +93,7 @@ def as_floats(params, dtype=jnp.float32):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-@pytest.mark.parametrize("name", by_default(SPECS, "flipout"))
+@pytest.mark.parametrize("name", by_default(SPECS, "rademacher-4"))
 def test_a_member_is_float_of_q_plus_its_noise(name):
     """Against the built members, of both signs, and against the float model of the same values and addresses."""
     es, other = (strategy(perturbation=rules(SPECS[name])) for _ in range(2))

@@ -78,6 +78,7 @@ def test_cubic_objective_shows_the_rank(spec):
     assert np.abs(z_scores(drawn, expected)).max() < Z_LIMIT
 
 
+@pytest.mark.slow
 def test_controls_of_the_cubic_test():
     """Another rank's mean, a perturbation without 1/sqrt(r), and a missing sigma are seen."""
     sigma, spec = 0.7, eggroll.LowRank(2, "normal")

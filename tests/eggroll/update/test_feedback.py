@@ -13,6 +13,7 @@ from eggroll.noise import addresses
 from eggroll.noise.regions import LIMIT
 from eggroll.update import estimator
 from eggroll.update.precision import rounding_words, uniforms
+from tests.tables import slow
 
 WINDOW, SHAPE, PAIRS, RATE = 4, (12, 16), 8, 2.0
 EDGES = jnp.asarray(np.random.default_rng(0).choice([-127, -126, 0, 126, 127], SHAPE), jnp.int8)
@@ -60,7 +61,7 @@ def stored_residuals(steps):
     return history, lost
 
 
-@pytest.mark.parametrize("limit", [LIMIT, 40], ids=["whole", "blocks"])
+@pytest.mark.parametrize("limit", [slow(LIMIT), 40])
 def test_rebuilt_residuals_are_those_that_are_kept(limit, monkeypatch):
     monkeypatch.setattr("eggroll.noise.regions.LIMIT", limit)
     wanted, lost = stored_residuals(2 * WINDOW + 2)

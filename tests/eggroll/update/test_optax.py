@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_by_name(name, standard_promotion):
         es.plan(state, BATCH)
 
 
-SOME = "MultiSteps chain sam"
+SOME = "chain sam"
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")

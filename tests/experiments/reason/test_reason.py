@@ -211,6 +211,7 @@ def test_stops_are_tokens_or_cut_texts():
     assert [cut_off(text, ("\nQ:", ";")) for text in ("4\nQ: 5;", "4;\nQ:", "4\nA:")] == ["4", "4", "4\nA:"]
 
 
+@pytest.mark.slow
 def test_prompts_are_padded_to_what_they_need(folder):
     config = parse([*TINY, "--template", "Add: {prompt}"])
     inputs = prepare(config)
@@ -255,6 +256,7 @@ def test_a_reward_that_fails_is_told_once_and_counted(capsys, monkeypatch):
     assert [(line["failed_rewards"], line["abstained_rewards"]) for line in lines] == [(2, 2)] * 2
 
 
+@pytest.mark.slow
 def test_plan_reads_no_weights(capsys, monkeypatch):
     monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("weights were read"))
     summary = run(capsys, "--plan", "--memory-budget", "1000000", "--chunk-size", "2")
