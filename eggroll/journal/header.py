@@ -74,6 +74,8 @@ class Header:
         environments = [*known, *(own for own in new if own not in known)] or None
         changed = accept_change and self.digests not in (None, other.digests)
         current = dataclasses.replace(self, digests=other.digests, versions=other.versions) if changed else self
+        if accept_change and other.recipe is not None:
+            current = dataclasses.replace(current, recipe=other.recipe)  # what is read from files may have changed
         return dataclasses.replace(current, version=VERSION, environments=environments)
 
     def _changed(self, other: "Header", *, replay: bool) -> str:

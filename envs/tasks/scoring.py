@@ -32,16 +32,30 @@ class Scores(NamedTuple):
     """Scores of a batch."""
 
     values: np.ndarray  # float64 [completions], finite
-    errors: int  # completions whose reward raised, killed its process or gave no finite number
-    timeouts: int  # completions whose reward exceeded the time limit
-    first_error: str | None  # description of the first of either
-    minimum: float  # their score: the scorer's minimum, or the lowest score of the batch if that is lower
     has_score: np.ndarray  # bool [completions], False where the reward abstained and the value is the mean of the prompt
+    failed: np.ndarray  # bool [completions], True where it raised, killed its process or gave no finite number
+    timed_out: np.ndarray  # bool [completions], True where it exceeded the time limit
+    first_error: str | None = None  # description of the first of either
+    minimum: float = MINIMUM  # their score: the scorer's minimum, or the lowest score of the batch if that is lower
+
+    @property
+    def errors(self) -> int:
+        """The number of completions whose reward raised, killed its process or gave no finite number."""
+        return int(self.failed.sum())
+
+    @property
+    def timeouts(self) -> int:
+        """The number of completions whose reward exceeded the time limit."""
+        return int(self.timed_out.sum())
 
     @property
     def abstained(self) -> int:
         """The number of completions from which the reward abstained."""
         return int((~self.has_score).sum())
+
+    def part(self, items: slice) -> "Scores":
+        """Return the scores of some completions, with the first error and the minimum of the batch."""
+        return self._replace(**{name: array[items] for name, array in self._asdict().items() if isinstance(array, np.ndarray)})
 
 
 class _Job(NamedTuple):
@@ -52,9 +66,8 @@ class _Job(NamedTuple):
     columns: dict[str, list]
 
     def part(self, items: slice) -> "_Job":
-        return _Job(
-            self.prompts[items], self.completions[items], {name: column[items] for name, column in self.columns.items()}
-        )
+        columns = {name: column[items] for name, column in self.columns.items()}
+        return _Job(self.prompts[items], self.completions[items], columns)
 
 
 class _Raised(NamedTuple):
@@ -190,8 +203,9 @@ class Scorer:
         has_score = ~np.isnan(values)
         if len(values) and not has_score.any():
             self._warn_of_none(len(values))
-        timeouts = sum(isinstance(outcome, TimedOut) for outcome in failed)
-        return Scores(fill_with_mean(values, job.prompts), len(failed) - timeouts, timeouts, first, minimum, has_score)
+        late = np.array([isinstance(outcome, TimedOut) for outcome in outcomes], bool)
+        raised = np.array([not isinstance(outcome, float | TimedOut) for outcome in outcomes], bool)
+        return Scores(fill_with_mean(values, job.prompts), has_score, raised, late, first, minimum)
 
     def try_one(self, row: Row, completion: str) -> str | None:
         """Return the error of the reward on one completion; None where it gives a score or abstains.

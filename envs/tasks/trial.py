@@ -1,7 +1,8 @@
 """A reward is tried before the model is loaded, so that a bug in it ends a run at once and not after minutes.
 
-It is called with a row each and the completions "", "0" and a text of the row. A reward may fail on odd texts: that is an error
-only where all three calls raise what a text alone hardly causes, such as a NameError.
+It is called with a row each and the completions "", "0" and a text of the row. A reward may fail on odd texts, such as those
+without the tag that it looks for: that is an error only where all three calls raise what no text causes, a NameError or an
+ImportError.
 """
 
 import re
@@ -11,14 +12,14 @@ from collections.abc import Sequence
 from eggroll.envs.tasks.protocol import Row
 from eggroll.envs.tasks.scoring import RewardFailed, Scorer
 
-_BUG = re.compile(r" raised (NameError|UnboundLocalError|ImportError|ModuleNotFoundError|AttributeError|KeyError|TypeError): ")
+_BUG = re.compile(r" raised (NameError|UnboundLocalError|ImportError|ModuleNotFoundError): ")
 
 
 def try_reward(scorer: Scorer, rows: Sequence[Row]) -> None:
     """Call a reward with three completions, of the first rows, until one does not fail.
 
     Raises:
-        RewardFailed: each call raised a NameError, ImportError, AttributeError, KeyError or TypeError.
+        RewardFailed: each call raised a NameError, UnboundLocalError or ImportError.
         ValueError: the reward gives another number of scores than there are completions.
 
     Warns:

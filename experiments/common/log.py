@@ -1,4 +1,4 @@
-"""`log.txt` in the run folder: everything the run printed, with timestamps, even if its output was not saved."""
+"""`log.txt` in the run folder: what a seed printed from its start to its end, with timestamps, even if nobody kept it."""
 
 import contextlib
 import datetime

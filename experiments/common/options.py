@@ -7,8 +7,9 @@ default of 1. Suites pass options to runs of several kinds, each of which gets t
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Rule(NamedTuple):
@@ -46,6 +47,33 @@ def option_values(config: Any, prefix: str = "") -> dict[str, Any]:
         name, value = prefix + field.name, getattr(config, field.name)
         found |= option_values(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return found
+
+
+def option_types(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the types of the options of a configuration, named as `option_values` names them."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        found |= option_types(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
+    return found
+
+
+def replace_options(config: Any, options: Mapping[str, Any]) -> Any:
+    """Return a configuration with other values of some options, named as `option_values` names them."""
+    for name, value in options.items():
+        group, _, option = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, group), **{option: value}) if group else value
+        config = dataclasses.replace(config, **{group or option: part})
+    return config
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for an option of a few values that has another one, as only Python or an old journal can give it."""
+    values = option_values(config)
+    for name, hint in option_types(config).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if choices and values[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {values[name]!r}.")
 
 
 def covers(rule: Rule, option: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import ignored_options, refuse
+from eggroll.experiments.common.options import check_choices, ignored_options, refuse, replace_options
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.effects import NOT_IDENTITY, RULES, WORKED_TASK
@@ -207,6 +207,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for options that have no effect, are out of range or contradict each other."""
+        check_choices(self)
         refuse(self.ignored())
         for name in _POSITIVE:
             if getattr(self, name) < 1:
@@ -269,9 +270,4 @@ def parse(command: Sequence[str] | None) -> Config:
 
 def preset_defaults(preset: str) -> Config:
     """Return the configuration that explicit options change."""
-    config: Any = Config(preset=preset)  # type: ignore[arg-type]
-    for name, value in PRESETS[preset].items():
-        group, _, option = name.rpartition(".")
-        part = dataclasses.replace(getattr(config, group), **{option: value}) if group else value
-        config = dataclasses.replace(config, **{group or option: part})
-    return config
+    return replace_options(Config(preset=preset), PRESETS[preset])  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from eggroll.journal import JournalError, Reader, replay
 from eggroll.journal.stored import describe
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
+from eggroll.population.moves import move_as_integers
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
@@ -51,7 +52,7 @@ class Evolution:
         rows = problem.task.split("train")
         seeds, count = range(config.seed, config.seed + config.seeds), config.prompts * config.groups
         self._batches = {seed: tasks.Batches(rows, batch_size=count, seed=seed) for seed in seeds}
-        complete, every = jax.jit(self._answer_unperturbed), config.check_every
+        complete, every = jax.jit(move_as_integers(self._answer_unperturbed)), config.check_every
         self.strategy = Compared(make_strategy(config), self._answer, self._score, complete=complete, every=every)
         self._await_checkpoint: Callable[[], None] = lambda: None
 
@@ -84,13 +85,15 @@ class Evolution:
         config, members = self._config, len(outputs.length)
         group_size = members // len(rows)
         asked = [row for member in range(members) for row in rows[member // group_size]]
-        texts, scores = self._problem.score(asked, outputs)
+        count = 0 if unperturbed is None else len(unperturbed.tokens)
+        own = [row for group in rows[:count] for row in group]
+        given = outputs if unperturbed is None else Completions(*map(np.concatenate, zip(outputs, unperturbed, strict=True)))
+        texts, every = self._problem.score([*asked, *own], given)  # in one call, for a failure is judged by all of it
+        scores, rest = every.part(slice(len(asked))), every.part(slice(len(asked), None))
         fitness, comparison = self._fitness(scores, groups=len(rows)), None
-        if unperturbed is not None:
-            count = len(unperturbed.tokens)
-            own = self._problem.score([row for group in rows[:count] for row in group], unperturbed).scores
-            own_fitness = self._fitness(own, groups=count)
-            comparison = compare(outputs, unperturbed, fitness=fitness, own=own_fitness, groups=len(rows))
+        if count:
+            own_fitness = self._fitness(rest, groups=count)
+            comparison = compare(texts[: len(asked)], texts[len(asked) :], fitness=fitness, own=own_fitness, groups=len(rows))
         chosen = np.linspace(0, len(asked) - 1, config.examples).astype(int).tolist() if config.examples else []
         examples = [(asked[i].prompt, texts[i], float(scores.values[i])) for i in chosen]
         return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {}, comparison)

@@ -73,8 +73,9 @@ class Config:
             raise ValueError(f"presets must be out of {', '.join(PRESETS)}, got {unknown[0]}.")
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
-        for name in ("architectures", "algorithms"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+        for name in ("architectures", "algorithms", "presets"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given) or (not given and name != "presets"):
                 raise ValueError(f"{name} must be different ones, at least one, got {getattr(self, name)}.")
         allowed = sorted(os.sched_getaffinity(0))
         if self.cores is not None and (not self.cores or not set(self.cores) <= set(allowed)):
@@ -196,7 +197,7 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in row["by_seed"])
         spans = [_span(row[name]) for name in ("generations", "tokens_per_second", "peak_mib")]
         before, mean = f"{row['test_accuracy_before']:.3f}", f"{row['test_accuracy']:.3f}"
-        gains = ", ".join(f"{low:+.3f} to {high:+.3f}" for low, high in row["intervals"])
+        gains = ", ".join("none" if low is None else f"{low:+.3f} to {high:+.3f}" for low, high in row["intervals"])
         cells.append([row["model"], row["algorithm"], before, accuracies, mean, gains, *spans])
     return markdown_table(head, cells)
 

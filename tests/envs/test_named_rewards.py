@@ -6,6 +6,8 @@ from eggroll.envs import tasks
 from eggroll.envs.tasks import InvalidReward, RewardFailed, Row, Scorer, named_reward, reward_file, try_reward
 
 SCORE = """
+import re
+
 from helper import LENGTH
 
 def correct(completions, answer, **kwargs):
@@ -22,6 +24,9 @@ def buggy(completions, **kwargs):
 
 def odd(completions, **kwargs):
     return [float(text.split("####")[1]) for text in completions]
+
+def tagged(completions, **kwargs):
+    return [float(re.search("<answer>(.*)</answer>", text).group(1)) for text in completions]
 
 def silent(completions, **kwargs):
     return [None] * len(completions)
@@ -78,7 +83,7 @@ def test_a_file_that_changes_is_another_reward(folder):
     assert not (folder / "__pycache__").exists() or not list((folder / "__pycache__").glob("one*"))
 
 
-HAS = "which has correct, short, column, buggy, odd, silent."
+HAS = "which has correct, short, column, buggy, odd, tagged, silent."
 WRONG = {
     "score.py:nothing": f"reward 'nothing' is missing in .*score.py, {HAS}",
     "score.py:TABLE": f"reward 'TABLE' is no function in .*score.py, {HAS}",
@@ -125,3 +130,5 @@ def test_a_bug_is_found_before_a_run_and_odd_texts_are_a_warning():
         attempt("score.py:buggy")
     with pytest.warns(UserWarning, match=r"failed on all three texts .*: reward 'odd' raised IndexError"):
         attempt("score.py:odd")
+    with pytest.warns(UserWarning, match=r"failed on all three texts .*: reward 'tagged' raised AttributeError"):
+        attempt("score.py:tagged")

@@ -122,7 +122,7 @@ def test_the_drill_finds_wrong_scores_and_processes_that_are_left(monkeypatch):
 
         def __call__(self, prompts, texts):
             values = np.array([0.0 if text in workers.FAULTS else len(text) for text in texts])
-            return Scores(values + (values == values.max()), 1, 0, None, 0.0, values >= 0)
+            return Scores(values + (values == values.max()), values >= 0, values == values.min(), values < 0)
 
     made = []
     monkeypatch.setattr(workers, "Scorer", lambda *given, **options: made.append(Sloppy()) or made[0])

@@ -3,6 +3,7 @@
     peak = state + the largest of    evaluation + encoding of a checkpoint, which is written meanwhile
                                      update, which waits for the checkpoint
                                      check of the unperturbed parameters
+                                     comparison with them + encoding
 
 The programs are compiled as a run compiles them, for the chunk of the population that will run, and nothing else is made. What
 the interpreter, JAX, orbax and the compiler take is what this process took.
@@ -44,6 +45,7 @@ class RunMemory(NamedTuple):
     per_member: int  # of them, for one more member at a time
     update: int  # temporaries of an update: blocks of the gradient and of the new parameters
     check: int  # temporaries of the completions of held-out problems
+    comparison: int  # temporaries of those of the unperturbed model for the problems of a generation
     encoding: int  # of a checkpoint, while it is written: copies of chunks, and of those that the cores encode the results
     runtime: int  # interpreter, JAX, orbax and the compiler: the resident memory of this process
     budget: int  # for everything but the runtime
@@ -51,7 +53,8 @@ class RunMemory(NamedTuple):
     def needed(self, members: int) -> int:
         """Bytes that a run with this many members at a time needs, excluding the runtime."""
         evaluation = self.evaluation + (members - self.members_at_a_time) * self.per_member
-        return self.parameters + self.state + max(evaluation + self.encoding, self.update, self.check)
+        waiting = max(evaluation, self.comparison) + self.encoding
+        return self.parameters + self.state + max(waiting, self.update, self.check)
 
     @property
     def members(self) -> int:
@@ -91,6 +94,7 @@ class RunMemory(NamedTuple):
             ("  logits", shapes.logits, "float32"),
             ("update", self.update, "blocks of the gradient and of the new parameters"),
             ("check", self.check, "completions of held-out problems"),
+            ("comparison", self.comparison, "completions of the unperturbed model, next to the members'"),
             ("checkpoint", self.encoding, "encoded at a time, while it is written during an evaluation"),
             ("a run", self.peak, "parameters, state, and what is largest at a time of the others"),
             ("runtime", self.runtime, "in addition: Python, JAX, orbax and the compiler, measured here"),
@@ -131,6 +135,7 @@ def run_memory(config: Config, inputs: Inputs, shapes: MemoryPlan) -> RunMemory:
     coefficients = jax.ShapeDtypeStruct((config.population_size // 2,), jnp.float32)
     update = functools.partial(generation.update_parameters, es, plan, optimizer=es.optimizer)
     check = Validation(problem, "validation", size=config.validation_size, sampling=sampling)
+    complete: Any = evolution.strategy.complete
     whole = _bytes(state)
     return RunMemory(
         shapes=shapes,
@@ -142,6 +147,7 @@ def run_memory(config: Config, inputs: Inputs, shapes: MemoryPlan) -> RunMemory:
         per_member=per_member,
         update=_temporaries(update, state, coefficients, donate_argnums=0),
         check=check.compile(params).memory_analysis().temp_size_in_bytes,
+        comparison=complete.lower(params, batch).compile().memory_analysis().temp_size_in_bytes,
         encoding=min(whole, IN_FLIGHT) + min(whole, IN_FLIGHT, CHUNK * (os.cpu_count() or 1)),
         runtime=round(peak_mib() * 2**20),
         budget=shapes.budget,

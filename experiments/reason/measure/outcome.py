@@ -36,7 +36,8 @@ def paired_interval(before: np.ndarray, after: np.ndarray) -> tuple[float, float
 def make_report(seed: int, result: dict[str, Any], before: Check, after: Check) -> str:
     """Return the lines that a run prints at its end: accuracies, and the completions of the first problems."""
     low, high = result["interval"]
-    change = f"{after.accuracy - before.accuracy:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    interval = "no interval of fewer than two problems" if math.isnan(low) else f"95 % interval {low:+.3f} to {high:+.3f}"
+    change = f"{after.accuracy - before.accuracy:+.3f}, {interval}"
     accuracies = f"{before.accuracy:.3f} before, {after.accuracy:.3f} after: {change}"
     lines = [f"seed {seed}: accuracy on {result['problems']} test problems {accuracies}"]
     for (prompt, first, first_score), (_, second, second_score) in zip(before.examples, after.examples, strict=True):

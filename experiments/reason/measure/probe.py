@@ -169,23 +169,23 @@ class _Step:
         self._validation = Validation(problem, "validation", size=size, sampling=sampling)
         self._before, self._after, self._rate = problem.params, after, config.learning_rate
         self._over_sigma, self._over_weights = over_sigma, over_weights
-        self._texts = self._validation.complete(self._before)
-        self._scores = self._validation.score(self._texts).scores.values
+        self._texts, scores = self._validation.score(self._validation.complete(self._before))
+        self._scores = scores.values
         self.reward = float(self._scores.mean())
 
     def measure(self, learning_rate: float) -> StepRow:
         """Make the step with another step size."""
         times = learning_rate / self._rate
         completions = self._validation.complete(_move(self._before, self._after, jnp.float32(times)))
-        scores = self._validation.score(completions).scores.values
-        gained = scores - self._scores
+        texts, scores = self._validation.score(completions)
+        gained = scores.values - self._scores
         error = gained.std(ddof=1) / math.sqrt(len(gained)) if len(gained) > 1 else math.inf
         return StepRow(
             learning_rate,
             times * self._over_sigma,
             times * self._over_weights,
-            float((completions.tokens != self._texts.tokens).any(axis=-1).mean()),
-            float(scores.mean()),
+            float(np.mean([text != before for text, before in zip(texts, self._texts, strict=True)])),
+            float(scores.values.mean()),
             bool(gained.mean() < -2 * error),
         )
 

@@ -8,7 +8,7 @@ It costs as much as one more member of each group that is compared, so a run doe
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,6 @@ import numpy as np
 
 import eggroll
 from eggroll.devices.processes import local
-from eggroll.llm.decoding import Completions
 from eggroll.population.metrics import Metrics
 
 ENOUGH = 16  # pairs to judge the share of tied ones by
@@ -74,20 +73,23 @@ class Comparison(NamedTuple):
         return ""
 
 
-def compare(outputs: Completions, unperturbed: Completions, *, fitness: np.ndarray, own: np.ndarray, groups: int) -> Comparison:
+def compare(
+    texts: Sequence[str], unperturbed: Sequence[str], *, fitness: np.ndarray, own: np.ndarray, groups: int
+) -> Comparison:
     """Compare.
 
     Args:
-        outputs: of N members, leading axis N.
-        unperturbed: of the unperturbed model, leading axis G.
+        texts: of N members, member by member.
+        unperturbed: of the unperturbed model, for the problems of the first G groups.
         fitness: [N, prompts], of the members.
         own: [G, prompts], of the unperturbed model.
         groups: of members, of which the first G are compared.
     """
     count, size = len(own), len(fitness) // groups
-    members = outputs.tokens[: count * size].reshape(count, size, *outputs.tokens.shape[1:])
+    known = np.array(unperturbed, object).reshape(count, 1, -1)
+    members = np.array(texts[: size * len(unperturbed)], object).reshape(count, size, -1)
     of_group = fitness[: count * size].reshape(count, size, -1)
-    changed = (members != np.asarray(unperturbed.tokens)[:, None]).any(axis=-1)
+    changed = members != known
     return Comparison(float(changed.mean()), own, of_group.mean(axis=1), float(min(of_group.min(), own.min())))
 
 

@@ -173,9 +173,14 @@ def test_it_learns_to_say_seven(standard_promotion):
     assert any(record.aux.extra["clipped"] for record in history)
 
 
+def scored(values, has_score):
+    none = np.full(len(values), False)
+    return tasks.Scores(values, has_score, none, none)
+
+
 def test_equal_rewards_change_nothing(monkeypatch, standard_promotion):
     given = problem()
-    trainer, equal = trainer_of(given, SAMPLING, SETTINGS), tasks.Scores(np.full(6, 0.1), 0, 0, None, 0.0, np.full(6, True))
+    trainer, equal = trainer_of(given, SAMPLING, SETTINGS), scored(np.full(6, 0.1), np.full(6, True))
     monkeypatch.setattr(Problem, "score", lambda *_: Scored([], equal))
     state = trainer.init(key=jax.random.key(0))
     for _ in range(3):
@@ -187,7 +192,7 @@ def test_equal_rewards_change_nothing(monkeypatch, standard_promotion):
 def test_a_completion_without_a_score_changes_nothing(monkeypatch, standard_promotion):
     given, learned = problem(), []
     trainer, has_score = Trainer(given, SAMPLING, SETTINGS), np.array([True, False, True, True, True, False])
-    scores = tasks.Scores(np.array([1.0, 0.5, 0.0, 1.0, 0.0, 0.4]), 0, 0, None, 0.0, has_score)
+    scores = scored(np.array([1.0, 0.5, 0.0, 1.0, 0.0, 0.4]), has_score)
     monkeypatch.setattr(Problem, "score", lambda *_: Scored([], scores))
     monkeypatch.setattr(trainer, "_learn", lambda run, reference, batch, key: (learned.append(batch), (run, (0.0, 0.0)))[1])
     trainer.step(trainer.init(key=jax.random.key(0)), given.task.split("train"))

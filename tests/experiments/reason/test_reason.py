@@ -268,13 +268,15 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
 
 
 def test_members_and_shortage_of_a_plan_are_those_of_its_account():
-    sizes = dict(parameters=100, state=200, evaluation=50, per_member=10, update=30, check=40, encoding=25, runtime=0)
+    sizes = dict(
+        parameters=100, state=200, evaluation=50, per_member=10, update=30, check=40, comparison=45, encoding=25, runtime=0
+    )
     plan = RunMemory(shapes=None, population_size=8, members_at_a_time=4, budget=0, **sizes)
     assert plan.needed(4) == 375 and plan.needed(2) == 355 and plan.needed(20) == 300 + 210 + 25
     for budget, members, shortage in [(354, 0, 1), (355, 2, 0), (375, 4, 0), (394, 4, 0), (395, 6, 0)]:
         within = plan._replace(budget=budget)
         assert (within.members, within.shortage) == (members, shortage)
-    assert plan._replace(update=100).needed(2) == 400
+    assert plan._replace(update=100).needed(2) == 400 and plan._replace(comparison=80).needed(4) == 300 + 80 + 25
 
 
 @pytest.mark.slow

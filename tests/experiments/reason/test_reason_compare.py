@@ -22,6 +22,8 @@ def test_rows_and_table():
     gains = "+0.150 to +0.350, -0.100 to +0.100"
     cells = ["rwkv7", "grpo", "0.500", "0.750, 0.500", "0.625", gains, "10", "1,000", "100 to 1,200"]
     assert make_table([row]).splitlines()[2] == f"| {' | '.join(cells)} |"
+    alone = make_row("rwkv7", "grpo", [summary(0.75, interval=[None, None])])  # of one problem
+    assert make_table([alone]).splitlines()[2].split(" | ")[5] == "none"
 
 
 @pytest.mark.slow

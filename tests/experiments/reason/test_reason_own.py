@@ -2,17 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import jax
 import numpy as np
 import pytest
 
+from eggroll.envs import tasks
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
+from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.improve import improve
 from eggroll.experiments.reason.inputs import prepare
+from eggroll.experiments.reason.problem import Scored
 from eggroll.journal import __main__ as journal
+from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.llm import hf
+from eggroll.llm.decoding import Completions
 from tests.eggroll.llm.language_models import QWEN3, random_params, write_checkpoint
 from tests.experiments.reason.reason_runs import tiny
 from tests.tables import slow
@@ -89,7 +95,11 @@ def test_a_changed_reward_is_accepted_on_request(folder, capsys):
     (folder / "score.py").write_text(SCORE + "\n")
     summary, _ = run(capsys, *OWN, "--generations", "2", "--folder", "out/accept", "--resume", "--accept-change")
     assert summary["generations"] == 2
+    summary, _ = run(capsys, *OWN, "--generations", "3", "--folder", "out/accept", "--resume")  # it is recorded
+    assert summary["generations"] == 3
     (folder / "score.py").write_text(SCORE)
+    with pytest.raises(SystemExit, match=r"score.py has changed since the run began"):
+        run(capsys, *OWN, "--generations", "4", "--folder", "out/accept", "--resume")
 
 
 def test_a_reward_takes_the_place_of_a_tasks_own():
@@ -187,12 +197,53 @@ def test_a_call_from_python_is_the_command(folder, capsys):
     [
         ([{"prompt": "a", "answer": object()}], {}, "rows must be of JSON values: Object of type object is not JSON"),
         ([{"prompt": "a"}], {"steps": 3}, "options must be of accept_change, .*, got 'steps'"),
-        ([{"prompt": "a"}], {"plan": True}, "options must be of .*, got 'plan'"),
+        ([{"prompt": "a"}], {"probe": True}, "options must be of .*, got 'probe'"),
+        ([{"prompt": "a"}], {"int8": {"sigmas": 1.0}}, "options must be of .*, got 'int8.sigmas'"),
+        ([{"prompt": "a"}], {"preset": "smol"}, "preset must be one of small, .*, got 'smol'"),
+        ([{"prompt": "a"}], {"optimizer": "adamw"}, "optimizer must be one of adam, sgd, got 'adamw'"),
+        ([{"prompt": "a"}], {"population_size": 3}, "population_size must be a multiple of group"),
     ],
 )
-def test_wrong_arguments_in_python(rows, options, words, tmp_path):
+def test_wrong_arguments_in_python_leave_the_folder_as_it_is(rows, options, words, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("earlier")
     with pytest.raises(ValueError, match=words):
         improve("qwen", rows, letters, out=tmp_path, **options)
+    assert (tmp_path / "rows.jsonl").read_text() == "earlier"
+
+
+def test_rows_of_a_run_that_writes_are_not_replaced(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("earlier")
+    lock = RunLock(tmp_path)
+    with pytest.raises(RunInUse):
+        improve("qwen", [{"prompt": "a"}], letters, out=tmp_path)
+    assert (tmp_path / "rows.jsonl").read_text() == "earlier"
+    lock.release()
+
+
+def test_options_in_python_are_those_of_the_command(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("eggroll.experiments.reason.improve.run", lambda config, reward: given.append(config) or {})
+    options = {"preset": "smollm2-sums", "stop": "END", "freeze": ["resident/.*"], "weights": "int8", "int8": {"sigma": 1.0}}
+    improve("qwen", [{"prompt": "a"}], letters, out=tmp_path, **options)
+    more = ["--weights", "int8", "--int8.sigma", "1.0", "--stop", "END", "--freeze", "resident/.*", "--model", "qwen"]
+    rows = ["--data", str(tmp_path / "rows.jsonl"), "--folder", str(tmp_path), "--reward", *given[0].reward]
+    assert given == [parse(["--preset", "smollm2-sums", *more, *rows])]
+
+
+def test_a_reward_that_fails_on_the_unperturbed_model_alone_ends_nothing(monkeypatch):
+    """Its completions are scored with those of the members: the comparison has the lowest score for them."""
+
+    def odd(completions, **_):
+        return [float(text) if text != "x" else undefined for text in completions]  # noqa: F821
+
+    texts, rows = ["1", "2", "3", "-1"], [tasks.Row("", {})]
+    problem = Namespace(score=lambda asked, outputs: Scored([*texts, "x"], scorer([""] * 5, [*texts, "x"])))
+    scorer, evolution = tasks.Scorer(odd, workers=0), object.__new__(Evolution)
+    evolution.__dict__.update(_config=parse(["--prompts", "1"]), _problem=problem, _await_checkpoint=lambda: None)
+    outputs, own = (Completions(np.ones((n, 1, 1)), np.ones((n, 1)), np.ones((n, 1))) for n in (4, 1))
+    fitness, report = evolution._score(outputs, [rows], own)
+    assert fitness.ravel().tolist() == [1, 2, 3, -1] and report.scores.errors == 0
+    assert report.comparison.unperturbed.tolist() == [[-1]] and report.comparison.texts_changed == 1
 
 
 @pytest.mark.slow

@@ -10,27 +10,21 @@ from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.measure.probe import walk
 from eggroll.experiments.reason.measure.recommendation import SILENT, SigmaRow, StepRow, choose_sigma, fits
 from eggroll.experiments.reason.measure.unperturbed import Comparison, compare
-from eggroll.llm.decoding import Completions
 from tests.experiments.reason.reason_runs import letters, tiny
 
 
-def completions(tokens):
-    tokens = np.array(tokens)
-    return Completions(tokens, np.full(tokens.shape[:-1], tokens.shape[-1]), np.ones(tokens.shape[:-1], bool))
-
-
 def test_members_are_compared_with_the_unperturbed_model_of_their_group():
-    members = completions([[[1], [2]], [[1], [3]], [[5], [5]], [[5], [6]]])  # two groups of two members, two problems
+    members = ["1", "2", "1", "3", "5", "5", "5", "6"]  # two groups of two members, two problems
     found = compare(
         members,
-        completions([[[1], [2]], [[5], [6]]]),
+        ["1", "2", "5", "6"],
         fitness=np.array([[1, 0], [1, 0], [0, 0], [0, 1]]),
         own=np.array([[1, 1], [1, 1]]),
         groups=2,
     )
     assert found.texts_changed == 2 / 8 and found.members.tolist() == [[1, 0], [0, 0.5]]
     assert found.kept == 1.5 / 4 and found.least == 0
-    first = compare(members, completions([[[1], [2]]]), fitness=np.eye(4)[:, :2], own=np.ones((1, 2)), groups=2)
+    first = compare(members, ["1", "2"], fitness=np.eye(4)[:, :2], own=np.ones((1, 2)), groups=2)
     np.testing.assert_allclose(found.kept_error, np.std([0.625, -0.375, -0.375, 0.125], ddof=1) / 2)
     assert first.texts_changed == 1 / 4 and first.members.shape == (1, 2)
 
