@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, register, run_rule, shape_of
+from eggroll.lazy.perturbed import LazyArray, PerturbedArray, is_perturbed, record_build, register, run_rule, shape_of
 from eggroll.lazy.scaled import LINEAR, multiply_smaller
 from eggroll.lazy.sums import Squared
 
@@ -80,7 +80,7 @@ class Sum(Combined):
     def distribute(self, primitive: jexc.Primitive, operands: Sequence[Any], place: int, params: dict[str, Any]) -> Any:
         """Add the results for the parts."""
         is_factor = primitive.name in ("mul", "neg") or (primitive.name == "div" and place == 0)
-        if not (is_factor or primitive.name in LINEAR or primitive.name == "convert_element_type"):
+        if not (is_factor or primitive.name in LINEAR or _is_cast_to_float(primitive, params)):
             return None
         results = [run_rule(primitive, [*operands[:place], part, *operands[place + 1 :]], params) for part in self.parts]
         if not primitive.multiple_results:
@@ -150,6 +150,7 @@ class Product(Combined):
     def read(self, where: str, reason: str, *, moves: bool) -> Array:
         """Return the product, for which members build the smaller factor."""
         a, b = self.parts
+        record_build(self.source(), reason or f"used in {where}, which has no low-rank rule", self.aval().size)
         params = {"dimension_numbers": (((1,), (0,)), ((), ())), **dict(self.options)}
         if is_perturbed(a) and is_perturbed(b):
             return multiply_smaller(a, b, params=params)
@@ -160,7 +161,7 @@ class Product(Combined):
         a, b = self.parts
         if primitive.name == "transpose":
             return self.with_parts([run_rule(primitive, [part], params) for part in (b, a)])
-        if primitive.name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
+        if _is_cast_to_float(primitive, params):
             return self.with_parts([run_rule(primitive, [part], params) for part in self.parts])
         if _is_scaling(primitive, operands, place):
             return self.with_parts([run_rule(primitive, [*operands[:place], a, *operands[place + 1 :]], params), b])
@@ -175,6 +176,11 @@ class Product(Combined):
         hidden = _dot(operands[1 - place], along, first, axis, options)
         out = _dot(hidden.astype(jnp.asarray(operands[1 - place]).dtype), hidden.ndim - 1, second, axis, options)
         return jnp.moveaxis(out, -1, 0) if place == 0 else out
+
+
+def _is_cast_to_float(primitive: jexc.Primitive, params: dict[str, Any]) -> bool:
+    """Whether a primitive converts to floats, which is linear up to rounding; to integers it is not."""
+    return primitive.name == "convert_element_type" and bool(jnp.issubdtype(params["new_dtype"], jnp.floating))
 
 
 def _is_scaling(primitive: jexc.Primitive, operands: Sequence[Any], place: int) -> bool:
@@ -218,16 +224,21 @@ def _subtract(a: LazyArray | ArrayLike, b: LazyArray | ArrayLike, **params: Any)
 
 
 def _added(primitive: Any, a: Any, b: Any, params: dict[str, Any]) -> Any:
-    """The sum, or difference, of weights; an activation is added to what the members build. Squares wait for their sum."""
-    shapes = shape_of(a), shape_of(b)
-    is_lazy = (_is_known(a) and _is_known(b)) or isinstance(a, Squared) or isinstance(b, Squared)
-    if not (is_lazy and _is_floating(a, b) and (shapes[0] == shapes[1] or () in shapes)):
+    """The sum, or difference, of weights; an activation is added to what the members build.
+
+    Squares wait for their sum, and a product of parameters for its own: what is added to it may be a parameter without noise.
+    """
+    value, other = (a, b) if is_perturbed(a) else (b, a)
+    is_product = isinstance(value, Product) and shape_of(other) == shape_of(value)
+    is_lazy = is_product or all(_is_known(own) or isinstance(value, Squared) for own in (a, b))
+    is_sum_of_its_shape = shape_of(other) == shape_of(value) or not (shape_of(other) or is_perturbed(other))
+    if not (is_lazy and _is_floating(a, b) and is_sum_of_its_shape):
         return LazyArray.default(primitive, [a, b], params)
     if primitive is jax.lax.sub_p:
         b = run_rule(jax.lax.neg_p, [b], {}) if is_perturbed(b) else -jnp.asarray(b)
     value, other = (a, b) if is_perturbed(a) else (b, a)
     if is_perturbed(other):
-        return _sum([value, other]) if shapes[0] == shapes[1] else LazyArray.default(jax.lax.add_p, [value, other], params)
+        return _sum([value, other])
     if isinstance(value, PerturbedArray):
         return value.view(value.tags, lambda array, component: array + other if component == "base" else array)
     return _sum([value, jnp.broadcast_to(other, shape_of(value))])

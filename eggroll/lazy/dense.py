@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eggroll.lazy.hoisting import grouped
-from eggroll.lazy.lookups import axis_of_lookup, in_range
+from eggroll.lazy.lookups import axis_of_lookup, in_range, wide_indices
 from eggroll.lazy.perturbed import LazyArray, is_perturbed, register
 from eggroll.noise.leaves import DenseLeaf, at_least_float32
 from eggroll.noise.once import computed_once
@@ -133,7 +133,7 @@ def _lookup(value: DenseArray, indices: ArrayLike, **params: Any) -> Array:
     count, width = value.base.shape
     columns = _found(value.base, params)
     assert columns is not None
-    chosen = jnp.asarray(indices)[..., params["dimension_numbers"].start_index_map.index(0)]
+    chosen = wide_indices(indices)[..., params["dimension_numbers"].start_index_map.index(0)]
     row = jnp.clip(chosen, 0, count - 1).astype(jnp.uint32)[..., None]
     index = value.first + row * jnp.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
     noise = jnp.moveaxis(value.leaf.values_at(value.keys, index), -1, columns)

@@ -47,7 +47,7 @@ class Lookup(NamedTuple):
 def _gather(value: PerturbedArray, indices: ArrayLike, **params: Any) -> Any:
     axis = axis_of_lookup(value.base.shape, **params)
     if axis is None:
-        return _entries(value, jnp.asarray(indices), params)
+        return _entries(value, wide_indices(indices), params)
     numbers = params["dimension_numbers"]
     kept_size = None if numbers.collapsed_slice_dims else numbers.offset_dims[axis]  # where the axis stays, of size 1
 
@@ -80,9 +80,15 @@ def axis_of_lookup(
     return axis if single and (len(indexed) == 1 or mode != GatherScatterMode.FILL_OR_DROP) else None
 
 
+def wide_indices(indices: ArrayLike) -> Array:
+    """Indices that can be compared with the size of an axis, which a narrow integer may not hold."""
+    indices = jnp.asarray(indices)
+    return indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+
+
 def in_range(chosen: Array, size: int) -> Array:
     """Whether indices are of an axis of a size, bool."""
-    chosen = chosen.astype(jnp.int32) if chosen.dtype.itemsize < 4 else chosen  # which `size` may not fit
+    chosen = wide_indices(chosen)
     return (chosen >= 0) & (chosen < size)
 
 
@@ -198,7 +204,7 @@ def _replace(value: PerturbedArray, indices: ArrayLike, updates: ArrayLike, **pa
         return PerturbedArray.default(jax.lax.scatter_p, operands, params)
     if isinstance(value.delta, QuantisedDelta):
         return PerturbedArray.default(jax.lax.scatter_p, operands, params)
-    rows, dropped = jnp.asarray(indices)[..., 0], params["mode"] == GatherScatterMode.FILL_OR_DROP
+    rows, dropped = wide_indices(indices)[..., 0], params["mode"] == GatherScatterMode.FILL_OR_DROP
 
     def operation(array: Array, component: str) -> Array:
         if component == "base":

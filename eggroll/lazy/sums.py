@@ -66,7 +66,7 @@ def _sum(value: PerturbedArray | Squared, *, axes: Sequence[int], **params: Any)
         return LazyArray.default(jax.lax.reduce_sum_p, [value], {"axes": axes, **params})
     base = inner.base
     if isinstance(inner.delta, Probe):
-        inner.delta.note(inner, "only summed")
+        inner.delta.note(inner, "its entries are summed")
         return jnp.sum(base, axes)
     assert isinstance(inner.delta, LowRankDelta)
     return _of_squares(inner, axes) if isinstance(value, Squared) else _of_entries(inner, axes)

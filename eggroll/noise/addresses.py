@@ -8,7 +8,7 @@
 One address names the noise of one layer of one parameter for one antithetic pair in one generation. The words are the same
 whether an address is drawn alone, vmapped, in chunks, inside a scan or together with others, so forward pass, update, another
 device and a replay agree, and adding or renaming a parameter leaves every other parameter's noise untouched. This file is the
-only place that derives noise; `tests/test_noise.py` pins its bits.
+only place that derives noise; `tests/eggroll/noise/test_noise.py` pins its bits.
 """
 
 import dataclasses

@@ -98,11 +98,12 @@ def _while(inputs: list, *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any,
     end = cond_nconsts + body_nconsts
     first = inputs[end:]
     given = body_jaxpr.jaxpr.invars[body_nconsts:]
-    changing = next(i for i, new in enumerate(body_jaxpr.jaxpr.outvars) if new is not given[i])  # or it would never end
+    changing = next((i for i, new in enumerate(body_jaxpr.jaxpr.outvars) if new is not given[i]), None)
 
     def body(*leaves: Any) -> list:
         carry = list(map(_as_float, leaves[body_nconsts:], first))
-        return list(map(_as_integer, _evaluate(body_jaxpr, [*_tie(leaves[:body_nconsts], carry[changing]), *carry])))
+        outside = leaves[:body_nconsts] if changing is None else _tie(leaves[:body_nconsts], carry[changing])
+        return list(map(_as_integer, _evaluate(body_jaxpr, [*outside, *carry])))
 
     def condition(*leaves: Any) -> list:
         return _evaluate(cond_jaxpr, [*leaves[:cond_nconsts], *map(_as_float, leaves[cond_nconsts:], first)])

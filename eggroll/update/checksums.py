@@ -4,8 +4,9 @@
     k_i      = (m xor m >> 16) | 1,  m = 0x9E3779B9 i                             i: its place in the whole array
 
 Sums of integers do not depend on their order: the checksum is the same in blocks, in pieces over devices, and for any number of
-them. One changed entry always changes it, any other change with a probability of about 1 - 2^-32: two entries that are swapped
-and a factor of all entries among them, which a plain sum of words would miss.
+them. One changed entry of at most 32 bits always changes it, any other change with a probability of about 1 - 2^-32: two
+entries that are swapped and a factor of all entries among them, which a plain sum of words would miss. A wider entry has
+several words, of which word j has the weight (2 j + 1) k_i.
 
 The arrays, in this order: parameters, entries of the optimizer's state, masters, the key. Collections that are not parameters
 have the checksum 0.

@@ -55,7 +55,8 @@ class Scores(NamedTuple):
 
     def part(self, items: slice) -> "Scores":
         """Return the scores of some completions, with the first error and the minimum of the batch."""
-        return self._replace(**{name: array[items] for name, array in self._asdict().items() if isinstance(array, np.ndarray)})
+        parts: Any = {name: array[items] for name, array in self._asdict().items() if isinstance(array, np.ndarray)}
+        return self._replace(**parts)
 
 
 class _Job(NamedTuple):

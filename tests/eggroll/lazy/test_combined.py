@@ -119,6 +119,11 @@ READ = {  # what is combined has to be built
     "padded with an activation": lambda p, x: x @ jnp.concatenate([p["w"], x.T], axis=1),
     "squares": lambda p, x: x @ (p["w"] ** 2 + 1.0) + x @ (p["w"] * p["w"]),
     "plus an activation": lambda p, x: x @ (p["w"] + x[0, 0]),
+    "a sum cast to integers": lambda p, x: (
+        (x @ p["w"] - x @ p["u"]).sum() + jnp.sum((p["w"] - p["u"]).astype(int)).astype(x.dtype)
+    ),
+    "an entry plus a constant": lambda p, x: (x @ p["w"]).sum() + ((p["w"][0, 0] + np.asarray(C)) ** 2).sum(),
+    "an entry of a sum plus a constant": lambda p, x: x @ p["w"] + ((p["w"] + p["u"])[0, 0] - np.asarray(C))[0],
 }
 
 
@@ -155,10 +160,18 @@ def test_members_equal_the_oracle_without_copies(use):
 
 
 @pytest.mark.parametrize(
-    "name", by_default(READ, "sum", "product", "plus an activation", "gains between two parameters", "stacked, what is read")
+    "name", by_default(READ, "sum", "plus an activation", "stacked, what is read", *filter(lambda name: "a sum" in name, READ))
 )
 def test_what_has_to_be_built_is_right(name):
     check(READ[name], PARAMS, X)
+
+
+def test_an_adapter_of_a_frozen_matrix_stays_lazy():
+    rules = [("w", eggroll.Frozen()), (".*", eggroll.LowRank(2, "normal"))]
+    plan = check(COMBINED["merged adapter"], {name: PARAMS[name] for name in "wab"}, X, rules)
+    assert {name: (leaf.role, leaf.evaluation) for name, leaf in plan.items() if name != "w"} == dict.fromkeys(
+        "ab", ("low-rank", "lazy")
+    )
 
 
 @pytest.mark.parametrize("name", by_default(["below each other", "symmetric part", "merged adapter"], "merged adapter"))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import eggroll
+from eggroll.noise import leaves
 from tests.eggroll.lazy.oracle import assert_equals_the_oracle, check, evaluated, weights
 from tests.tables import covering
 
@@ -116,18 +117,24 @@ def test_lookups_equal_the_oracle_in_every_mode(name, spec):
     assert plan["w"].role == expected, plan["w"].reason
 
 
+ENTRIES = jax.lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0, 1), start_index_map=(0, 1))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
-def test_indices_of_a_dtype_that_the_axis_does_not_fit(dtype):
+def test_indices_of_a_dtype_that_the_axis_does_not_fit(dtype, monkeypatch):
     """300 rows: a byte cannot hold the size of the axis."""
     params = {"table": weights(300, 3), "experts": weights(300, 4, 3)}
     ids = jnp.array([0, 7, 127, 99], dtype)
 
     def apply(params, ids):
         rows = [jnp.take(params["table"], ids, axis=0, mode=mode) for mode in ("fill", "clip")]
-        return rows, jnp.einsum("td,tdn->tn", X[:4], jnp.take(params["experts"], ids, axis=0))
+        entries = jax.lax.gather(params["table"], jnp.stack([ids, ids % 3], -1), ENTRIES, (1, 1))
+        return rows, entries, jnp.einsum("td,tdn->tn", X[:4], jnp.take(params["experts"], ids, axis=0))
 
     plan = check(apply, params, ids)
     assert {leaf.role for leaf in plan.values()} == {"low-rank"}
+    monkeypatch.setattr(leaves, "LATE", 1)  # dense noise is drawn where the rows are looked up
+    check(apply, params, ids, eggroll.Dense())
 
 
 def test_a_clipped_row_has_the_perturbation_of_the_last_one():

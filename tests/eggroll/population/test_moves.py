@@ -57,6 +57,12 @@ def test_the_same_bits(dtype):
     assert_same_bits(jax.jit(decode)(*args), jax.jit(move_as_integers(decode))(*args))
 
 
+def test_a_loop_that_changes_nothing():
+    x = jnp.ones(3, jnp.bfloat16)
+    idle = lambda x: jax.lax.while_loop(lambda carry: carry.sum() > 9, lambda carry: carry, x)  # noqa: E731
+    assert_same_bits(jax.jit(idle)(x), jax.jit(move_as_integers(idle))(x))
+
+
 def test_a_look_up_out_of_range_stays_nan():
     weights, _ = inputs()
     look = move_as_integers(lambda table, index: jnp.take(table, index, axis=0))
