@@ -158,7 +158,7 @@ def test_the_best_parameters_are_rebuilt_over_a_damaged_checkpoint(capsys, whole
     """Those of generation 2, whose checkpoint is not the one that the run continues from."""
     states = {}
 
-    def rebuild_the_second(self, state, best, *given, **options):
+    def rebuild_the_second(self, best, *given, **options):
         states[name] = self._rebuild(2, *given, **options)
         return states[name].params
 
