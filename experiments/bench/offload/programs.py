@@ -32,9 +32,9 @@ def slice_bytes(step: Step) -> int:
     return tree_bytes(step.block) // step.streams.devices.mesh.size
 
 
-def device_bytes(step: Step, usages: dict[str, Usage]) -> dict[str, int]:
-    """Return the bytes on a device while each program runs."""
-    others = {name: count * slice_bytes(step) for name, count in OTHER_BLOCKS.items()}
-    devices = step.streams.devices.mesh.size
-    others["update_block"] += tree_bytes(step.state.resident) + tree_bytes((step.carry, step.aux)) // devices
-    return {name: usage.peak + others[name] for name, usage in usages.items()}
+def device_bytes(step: Step, name: str, used: Usage) -> int:
+    """Return the bytes on a device while a program runs."""
+    meanwhile = OTHER_BLOCKS[name] * slice_bytes(step)
+    if name == "update_block":
+        meanwhile += tree_bytes(step.state.resident) + tree_bytes((step.carry, step.aux)) // step.streams.devices.mesh.size
+    return used.peak + meanwhile

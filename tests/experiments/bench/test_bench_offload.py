@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -18,10 +17,8 @@ from eggroll.experiments.bench.memory import described
 from eggroll.experiments.bench.memory.programs import Usage, usage
 from eggroll.experiments.bench.offload import command, model, one_program, programs, schedule
 from eggroll.experiments.bench.offload.schedule import Transfer
-from eggroll.llm.models import opt
-from eggroll.llm.models.leaves import init
 from eggroll.zo.offload import passes
-from eggroll.zo.offload.devices import is_sliced
+from tests.zo import tiny_blocks
 
 ROOT = Path(__file__).parents[3]
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -53,7 +50,7 @@ def test_bytes_on_a_device_are_those_of_a_program_and_of_what_lies_there_meanwhi
     step = tiny_step(4)
     resident = 2 * (256 * 64 + 66 * 64 + 2 * 64)  # embedding, positions, final norm
     streams, mask = (1 + 1) * 16 * 64 * 2, 16 * 16
-    found = programs.device_bytes(step, dict.fromkeys(programs.OTHER_BLOCKS, Usage(100, 10, 5, 1000)))
+    found = {name: programs.device_bytes(step, name, Usage(100, 10, 5, 1000)) for name in programs.OTHER_BLOCKS}
     blocks = 2 * ON_FOUR // 4
     assert found["begin"] == found["update_resident"] == 1105 and found["visit"] == found["end"] == 1105 + blocks
     assert found["update_block"] == 1105 + blocks + resident + streams + mask
@@ -127,7 +124,7 @@ def test_compiled_programs_take_and_send_the_bytes_counted_by_hand():
     step = tiny_step(4)
     compiled = {name: function.lower(*shapes).compile() for name, (function, shapes) in programs.programs_of(step).items()}
     sent = {name: executed_collective_bytes(found.as_text()) for name, found in compiled.items()}
-    assert sent["visit"] == {"all-gather": ON_FOUR}
+    assert sent["visit"] in ({"all-gather": ON_FOUR}, {"all-gather": 2 * ON_FOUR}), "CPUs may send bfloat16 as float32"
     assert sum(sent["begin"].values()) == 0 and sum(sent["end"].values()) < 100
     assert sum(sent["update_block"].values()) == 2 * 16 * 4, "checksums of 16 parameters, before and after"
     updated = usage(compiled["update_block"])
@@ -143,32 +140,25 @@ def host_of_cpu(mesh, spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", one_program.FORMS)
 def test_a_step_as_one_program_is_a_step(form):
-    mesh = model.mesh_of(jax.devices()[:1])
-    away = zo.Offload(zo.mezo(model.pieces_of(TINY), learning_rate=0.1, sigma=1e-2, mesh=mesh))
-    batch = jax.random.randint(jax.random.key(2), (1, 16), 0, TINY.vocab_size)
-    params = init(opt.leaves(TINY), jax.random.key(0), dtype=jnp.bfloat16)
-    state, _ = away.step(away.init(params, key=jax.random.key(1)), batch)
+    away = zo.Offload(zo.mezo(tiny_blocks.PIECES, learning_rate=0.1, sigma=1e-2))
+    state, _ = away.step(away.init(tiny_blocks.init(), key=jax.random.key(1)), tiny_blocks.BATCH)
+    batch = away.devices.batch(tiny_blocks.BATCH)
     streams = away.streams_of(away.plan(state, batch), state.shapes)
     resident, _ = passes.program(streams, "update_resident")(state.pending, state.key, state.resident)
-    step = tiny_step(1)._replace(streams=streams)
-    function, shapes = one_program.make_program(step, form, host=host_of_cpu)
+    small, before = state._replace(resident=resident, blocks=()), jax.tree.map(np.asarray, state.blocks)
+    like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
+    step = model.Step(streams, *jax.tree.map(like, (small, state.blocks[0], batch)), carry=(), aux=(), num_blocks=4)
+    function, (_, shapes, _) = one_program.make_program(step, form, host=host_of_cpu)
     count = one_program.FORMS[form]
-
-    def stacked(like, *leaves):
-        values = np.stack([np.asarray(leaf.values) for leaf in leaves])
-        return jax.tree.map(lambda shape: jax.device_put(values, shape.sharding), like)
-
-    stacks = tuple(
-        jax.tree.map(stacked, shapes[1][first], *state.blocks[first::count], is_leaf=is_sliced) for first in range(count)
-    )
-    before = jax.tree.map(np.asarray, state.blocks)
-    new, coefficients = function(state._replace(resident=resident, blocks=()), stacks, batch)
+    stack = lambda shape, *leaves: jax.device_put(np.stack(leaves), shape.sharding)  # noqa: E731
+    stacks = tuple(jax.tree.map(stack, shapes[first], *before[first::count]) for first in range(count))
+    new, coefficients = function(small, stacks, batch)
     after, metrics = away.step(state, batch)
     np.testing.assert_allclose(coefficients, metrics.coefficients, rtol=1e-2)
     for index, block in enumerate(after.blocks):
         found = jax.tree.map(lambda leaf, at=index // count: leaf[at], new[index % count])
         for ours, theirs, old in zip(*map(jax.tree.leaves, (found, block, before[index])), strict=True):
-            np.testing.assert_allclose(*(np.asarray(values, np.float32) for values in (ours, theirs)), rtol=2**-7, atol=1e-6)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
             assert not np.array_equal(ours, old)
 
 
@@ -183,7 +173,7 @@ def test_described_gpus():
     found = json.loads(done.stdout.splitlines()[-1])["offload"]
     assert found["1"]["step_crossing"] == {} and found["4"]["crossing"]["visit"] == {"all-gather": ON_FOUR}
     for count, block in (("1", BLOCK), ("4", ON_FOUR // 4)):
-        rows = found[count]["one_program"]
-        best = rows["two_stacks, 64 copies"]
-        assert best["upload"] == best["download"] == {"bytes": 2 * block, "spanning": 1.0}
-        assert best["host_temporaries"] == 0 and best["host_bytes"] == 4 * block < rows["scan"]["host_bytes"]
+        best = found[count]["one_program"][command.BEST]
+        assert best["transfers"]["upload"] == best["transfers"]["download"] == {"bytes": 2 * block, "spanning": 1.0}
+        assert best["host_temporaries"] == 0 and best["host_bytes"] == 4 * block
+    assert found["1"]["one_program"]["scan"]["host_bytes"] == 8 * BLOCK
