@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import programs
-from eggroll.noise.once import rounded_once
 from eggroll.population.metrics import Metrics
 from eggroll.protocol import S, Strategy
 from eggroll.state import check_not_consumed
@@ -69,23 +68,25 @@ def run_scan(
 def _run(
     es: Strategy[S], length: int, stacked: bool, next_batch: NextBatch | None, state: S, batch: Any, count: Array
 ) -> tuple[S, Any, Metrics]:
-    def advance(state: S, batch: Any) -> tuple[S, Any, Metrics]:
+    def advance(state: S, batch: Any, is_run: Array) -> tuple[S, Any, Metrics]:
         state, metrics = es.step(state, batch)
         metrics = metrics._replace(fitness=None)
-        return state, batch if next_batch is None else follow(next_batch, batch, metrics), metrics
+        if next_batch is None:
+            return state, batch, metrics
+        # A branch is compiled by itself, as it is for `step`: nothing is fused into it.
+        follow_up = functools.partial(follow, next_batch)
+        return state, jax.lax.cond(is_run, follow_up, lambda batch, metrics: batch, batch, metrics), metrics
 
     def generation(index: Array, carry: Any) -> Any:
         state, batch, kept = carry
         own = jax.tree.map(lambda leaf: leaf[index], batch) if stacked else batch
-        state, following, metrics = advance(state, own)
+        state, following, metrics = advance(state, own, index < count)
         found = metrics if next_batch is None else (metrics, following)
         kept = jax.tree.map(lambda all, one: all.at[index].set(one), kept, found)
         return state, batch if next_batch is None else following, kept
 
     one = jax.tree.map(lambda leaf: leaf[0], batch) if stacked else batch
-    _, following, metrics = jax.eval_shape(advance, state, one)
-    if next_batch is not None and programs.signature(following) != programs.signature(batch):
-        raise ValueError("next_batch must return a batch of the structure, shapes and dtypes of the one that it is given.")
+    _, following, metrics = jax.eval_shape(advance, state, one, count >= 0)
     found = metrics if next_batch is None else (metrics, following)
     room = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), found)
     state, batch, kept = jax.lax.fori_loop(0, count, generation, (state, batch, room))
@@ -93,11 +94,8 @@ def _run(
 
 
 def follow(next_batch: NextBatch, batch: Any, metrics: Metrics) -> Any:
-    """Return the batch that follows, the same bits in a scan and in a program of its own."""
-    batch = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype), next_batch(batch, rounded(metrics)), batch)
-    return rounded(batch)
-
-
-def rounded(tree: Any) -> Any:
-    """`rounded_once` of every array."""
-    return jax.tree.map(rounded_once, tree)
+    """Return the batch that follows; ValueError where it has other shapes or dtypes."""
+    following = next_batch(batch, metrics)
+    if programs.signature(following) != programs.signature(batch):
+        raise ValueError("next_batch must return a batch of the structure, shapes and dtypes of the one that it is given.")
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), following)

@@ -131,6 +131,10 @@ class HeldOutChecks:
         self.done = 0  # the number of the last check
         self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
 
+    def steps_to_next(self, env_steps: int) -> float:
+        """Return the environment steps that are left, after `env_steps`, until a check is due."""
+        return (self.done + 1) * self._every - env_steps
+
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Return {"held_out_return": mean return} if a check is due, else {}."""
         due = math.floor(env_steps / self._every)
