@@ -51,6 +51,7 @@ class Advance(Generic[S]):
             )
         self._es, self._length, self._next_batch, self._is_replayed = es, on_device, next_batch, is_replayed
         self._batches, self._changes = batches, changes
+        self._paths: list[str] = []  # of the parameters
 
     def __call__(self, state: S, most: int) -> tuple[S, list[Record]]:
         """Run at most `most` generations, at least one; no records: the batches have ended."""
@@ -148,9 +149,9 @@ class Advance(Generic[S]):
 
     def _named(self, state: S, norms: np.ndarray) -> dict[str, float]:
         """Norms of the parameters by their path."""
-        if not norms.size:
-            return {}
-        return {leaf.path: norm for leaf, norm in zip(self._es.plan(state).leaves, norms.tolist(), strict=True)}
+        if norms.size and not self._paths:
+            self._paths = [leaf.path for leaf in self._es.plan(state).leaves]
+        return dict(zip(self._paths, norms.tolist(), strict=True)) if norms.size else {}
 
     def _compare(self, state: S, records: Sequence[Record]) -> None:
         """Compare the generations of a scan, whose first began with a state, with their replay."""

@@ -22,6 +22,7 @@ from eggroll.journal.records import Writer
 from eggroll.runs.metrics import read_metrics
 from eggroll.state import copy_state
 from eggroll.update.checksums import OtherState
+from tests.test_readme import code_blocks
 
 K = 4
 PARAMS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 10, "b": jnp.zeros(3)}
@@ -195,12 +196,12 @@ def test_batches_of_a_function_or_an_iterator_are_stacked():
 
 
 def test_a_shorter_last_scan_compiles_nothing():
-    es, state = strategy(), initial()
-    state, _ = eggroll.train(es, state, jnp.float32(0.5), generations=8, progress=False, on_device=K)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    go_on = functools.partial(eggroll.train, strategy(), progress=False, on_device=K, next_batch=next_batch)
+    state, _ = go_on(initial(), jnp.float32(1), generations=2 * K)
+    with pytest.MonkeyPatch.context() as patch:
         compiled = []
         patch.setattr(jax._src.compiler, "compile_or_get_cached", lambda *given, **_: compiled.append(given))
-        eggroll.train(es, state, jnp.float32(0.5), generations=2, progress=False, on_device=K)
+        go_on(state, jnp.float32(1), generations=2)
     assert not compiled
 
 
@@ -328,3 +329,12 @@ def test_a_killed_process_loses_at_most_a_scan(tmp_path, scans):
     whole = go(tmp_path.with_name("whole"), end, on_device=1)
     assert_same(resumed.state, whole.state)
     assert_same_run(tmp_path, tmp_path.with_name("whole"))
+
+
+@pytest.mark.slow
+def test_the_page_is_true(standard_promotion, capsys):
+    names: dict = {}
+    for source in code_blocks("docs/on_device.md", "python"):
+        exec(compile(source, "docs/on_device.md", "exec"), names)
+    assert names["history"][-1].mean_fitness > -0.02 and names["metrics"].mean_fitness.shape == (8, 200)
+    assert (names["metrics"].mean_fitness[:, -1] > -0.02).all()
