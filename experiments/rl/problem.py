@@ -59,7 +59,12 @@ class Task:
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
-        return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+        return self._init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+
+    @functools.cached_property
+    def _init(self) -> Callable:
+        """One program: what the layers compute of zeros is not needed."""
+        return jax.jit(self.network.init)
 
 
 class Keys(NamedTuple):
