@@ -108,10 +108,11 @@ def evaluate_generation(
         batch=batch,
         member_state=state.member_state,
     )
-    values = values.reshape(settings.population_size, *values.shape[2:])
+    # What is reported, and what the update reads: the same bits here and in a program of several generations (`scan`).
+    values = rounded_once(values.reshape(settings.population_size, *values.shape[2:]))
     valid = valid_members(values)
-    report = score_generation(settings, plan, values, aux=reduce_aux(settings.aux, aux, valid))
-    # Reported, and read by the update: the same bits where both are in one program (`scan`).
+    aux = jax.tree.map(rounded_once, reduce_aux(settings.aux, aux, valid))
+    report = score_generation(settings, plan, values, aux=aux)
     read = report.coefficients, report.mean_fitness, current_sigma(settings, state)
     coefficients, mean, sigma = map(rounded_once, read)
     report = report._replace(coefficients=coefficients, mean_fitness=mean)
