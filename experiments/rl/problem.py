@@ -59,7 +59,12 @@ class Task:
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
-        return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+        return self._init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+
+    @functools.cached_property
+    def _init(self) -> Callable:
+        """One program: what the layers compute of zeros is not needed."""
+        return jax.jit(self.network.init)
 
 
 class Keys(NamedTuple):
@@ -130,6 +135,10 @@ class HeldOutChecks:
         self.met = False  # whether the last check reached the target
         self.done = 0  # the number of the last check
         self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
+
+    def steps_to_next(self, env_steps: int) -> float:
+        """Return the environment steps that are left, after `env_steps`, until a check is due."""
+        return (self.done + 1) * self._every - env_steps
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Return {"held_out_return": mean return} if a check is due, else {}."""

@@ -100,6 +100,23 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_generations_on_the_device_are_the_same_run(capsys, tmp_path):
+    """Scans end where a check may be due: the same checks, counts, metrics and journal as without them."""
+    options, summaries = [*SMALL, *["--env-steps", "4000", "--checks", "4", "--max-steps", "20", "--generations", "60"]], []
+    for on_device in (1, 4):
+        summaries.append(run(capsys, *options, "--folder", str(tmp_path / f"{on_device}"), "--on-device", f"{on_device}"))
+    measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
+    assert summaries[0] | measured == summaries[1] | measured
+    assert (tmp_path / "1" / "journal.bin").read_bytes() == (tmp_path / "4" / "journal.bin").read_bytes()
+    times = {"seconds": 0, "members_per_second": 0, "crc32": 0}
+    texts = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "14")
+    one, scanned = ([json.loads(line) for line in text] for text in texts)
+    assert [line | times for line in one] == [line | times for line in scanned]
+    assert sum("held_out_return" in line for line in one) == 4 and "held_out_return" in one[-1]
+    assert len({line["seconds"] for line in scanned}) < len(scanned) == len({line["seconds"] for line in one})
+
+
+@pytest.mark.slow
 def test_a_trained_policy_is_drawn(capsys, tmp_path):
     run(capsys, *SMALL, "--folder", str(tmp_path), "--render", "--generations", "1")
     assert (tmp_path / "policy.gif").read_bytes().startswith(b"GIF8")
