@@ -18,8 +18,8 @@ tr H / n bounds its length. So B = (A - E[c]) / 2, and the eta that lowers the l
 
     eta = signal / (A / n + (1 - 1/n) B),        signal = E[p q] / E[p^2],   at most 1
 
-Twice that eta gains nothing, and more makes the loss grow. Small batches and later steps have less signal, so that a run of many
-steps wants less. For noise that is not normal B is approximate, and matters only where n > 1.
+Twice that eta gains nothing, and more makes the loss grow. Small batches and later steps have less signal, so that a run of
+many steps wants less. For noise that is not normal B is approximate, and matters only where n > 1.
 """
 
 import dataclasses
@@ -53,6 +53,9 @@ class Guidance(NamedTuple):
     signal: float  # E[p q] / E[p^2]: the share of p^2 that batches have in common
     learning_rate: float  # NaN where none is suggested; `reason` says why
     reason: str = ""
+
+
+NOTHING = Guidance(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
 def suggest_learning_rate(
@@ -104,11 +107,12 @@ def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float
     """
     plus, minus, base = (np.asarray(losses, np.float64) for losses in (plus, minus, base))
     if not all(np.isfinite(losses).all() for losses in (plus, minus, base)):
-        return Guidance(*[math.nan] * 5, reason="a loss was not finite; lower sigma")
+        return NOTHING._replace(reason="a loss was not finite; lower sigma")
     p, c = (plus - minus) / (2 * sigma), (plus - 2 * base[:, None] + minus) / sigma**2
     square, count = np.mean(p**2), len(p)
     if not square:
-        return Guidance(float(base.mean()), 0.0, *[math.nan] * 3, reason="the losses of all directions were equal; raise sigma")
+        reason = "the losses of all directions were equal; raise sigma"
+        return NOTHING._replace(loss=float(base.mean()), projected_gradient=0.0, reason=reason)
     shared = (p.sum(axis=0) ** 2 - (p**2).sum(axis=0)).mean() / (count * (count - 1))  # E[p q] over pairs of batches
     signal, along = float(shared / square), float(np.mean(p**2 * c) / square)
     across = max(0.0, (along - float(c.mean())) / 2)

@@ -1,4 +1,4 @@
-"""The suggested learning rate: the best one of a quadratic, whatever the recipe, where the model lies, and where none can be."""
+"""The suggested learning rate: the best one of a quadratic, in the units of every recipe; and where none can be suggested."""
 
 import jax
 import jax.numpy as jnp
