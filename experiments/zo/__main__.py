@@ -96,7 +96,7 @@ class Experiment:
         }
 
     def _scores(self, read: Callable[[], Any], parts: Mapping[str, Examples]) -> dict[str, Score]:
-        return score_parts(self.judge, read(), parts)
+        return score_parts(self.runs.judge(read()), parts)
 
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""

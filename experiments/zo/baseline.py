@@ -66,12 +66,16 @@ class Backprop:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.generation + 1, state.key), loss
 
+    def judge(self, params: Any) -> Callable[[Examples], tuple[Any, Any]]:
+        """Return the function from a batch to mean loss and accuracy of parameters."""
+        return functools.partial(self._judge, params)
+
     def train(self, read: Callable[[], Any], *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
         """Run the steps; metrics go to the folder. `read` returns the initial parameters, which the run consumes."""
         config, task = self._config, self._task
 
         def score_validation(state: Any) -> Score:
-            return score(functools.partial(self._judge, state.params), task.validation)
+            return score(self.judge(state.params), task.validation)
 
         progress = Progress(score_validation, Checks(steps=self.steps, checks=config.checks), config=config)
         strategy: Any = self  # implements what the loop needs of a strategy and its state

@@ -43,7 +43,7 @@ def check_capacity(config: Config, model: hf.Config) -> None:
     if config.recipe == BACKPROP and not config.evaluate:
         device, advice = OF_ADAM * device, ["a recipe other than adam", *shorter]
         what = f"adam holds parameters, gradient and moments, {format_bytes(device)}"
-    elif config.offload:
+    elif config.offload and not config.evaluate:
         short = dtype if config.transfer_dtype is None else jnp.dtype(config.transfer_dtype)
         held = min(ON_DEVICE, layers)
         device, host = resident + held * (blocks // layers), _bytes(shapes["blocks"], short)

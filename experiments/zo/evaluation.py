@@ -1,8 +1,9 @@
 """`--evaluate`: scores of a model, or of the last and the best parameters of a finished run, without training."""
 
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from eggroll.runs.metrics import read_metrics
 Row = dict[str, Any]
 
 
-def score_parts(judge: Any, params: Any, parts: Mapping[str, Examples]) -> dict[str, Score]:
-    """Score parameters on the examples of every part."""
-    return {name: score(lambda batch: judge(params, batch), examples) for name, examples in parts.items()}
+def score_parts(judged: Callable[[Examples], tuple[Any, Any]], parts: Mapping[str, Examples]) -> dict[str, Score]:
+    """Score the examples of every part; `judged` maps a batch to its mean loss and accuracy."""
+    return {name: score(judged, examples) for name, examples in parts.items()}
 
 
 def score_fields(scores: Mapping[str, Score], suffix: str = "") -> Row:
@@ -53,7 +54,7 @@ def evaluate(config: Config) -> Row:
     judge, parts = loaded.task.judge(), {"validation": loaded.task.validation, "test": loaded.task.test}
 
     def scores(name: str, params: Any) -> dict[str, Score]:
-        found = score_parts(judge, params, parts)
+        found = score_parts(functools.partial(judge, params), parts)
         if is_first():
             print(f"{name}: {', '.join(f'{part} {words(score)}' for part, score in found.items())}", flush=True)
         return found

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -91,7 +90,7 @@ class Evolution:
 
     def start(self, params: Any, *, key: Array) -> tuple[Strategy[Any], Any]:
         """Return the tuner, with its plan, and the initial state, which takes over resident parameters."""
-        batch = batch_of(self._task.train, 0, size=self._config.batch_size)
+        batch = self._batch(0, seed=self._config.seed)
         self._recipe.check_batch(batch)
         if isinstance(self._tuner, zo.Offload):
             return self._tuner, self._tuner.init(params, key=key, batch=batch)
@@ -156,7 +155,7 @@ class Evolution:
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
         advice, skipped = advise(history, tuner.plan(state)), progress.skipped
-        tuned = jax.tree.map(jnp.asarray, local(tuner.parameters(state)))
+        tuned = local(tuner.parameters(state))
         return Tuned(tuned, steps, steps * self.forwards, skipped, speed, seconds, ended, advice)
 
     def rebuild(self, read: Callable[[], Any], step: int, *, key: Array, folder: Path) -> Any:
@@ -173,12 +172,19 @@ class Evolution:
                 restored = checkpoints.restore(state, np.zeros(1, np.int64), generation=earlier)
                 state = state if restored is None else restored[0]
         state = replay(tuner, state, iter(Reader(folder / "journal.bin", tolerant=True)), until=step)
-        return jax.tree.map(jnp.asarray, local(tuner.parameters(state)))
+        return local(tuner.parameters(state))
+
+    def judge(self, params: Any) -> Callable[[Examples], tuple[Any, Any]]:
+        """Return the function from a batch to mean loss and accuracy of whole parameters, on the device as in training."""
+        if not self._config.offload:
+            return functools.partial(self._judge, params)
+        batch = self._batch(0, seed=0)
+        return functools.partial(self._judge_by_block, self._tuner.init(params, key=jax.random.key(0), batch=batch))
 
     def _score_validation(self, state: Any) -> Score:
         if self._config.offload:
             return score(functools.partial(self._judge_by_block, state), self._task.validation)
-        return score(functools.partial(self._judge, local(state.params)), self._task.validation)
+        return score(self.judge(local(state.params)), self._task.validation)
 
     def _judge_by_block(self, state: Any, batch: Examples) -> tuple[Any, Any]:
         loss, wrong = (judge.loss(state, batch, key=state.key) for judge in self._judges)

@@ -1,10 +1,12 @@
 """Inputs of `experiments.zo`: the model and the task that the options name, read from files."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from eggroll.devices.processes import first_does
@@ -46,7 +48,8 @@ def load(config: Config, folder: Path) -> Loaded:
     records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
     source, dtype = model_folder(config.model) or warm_start(config.start), config.dtype if config.model else "float32"
     check_capacity(config, hf.check(source))
-    model, decoder, params = hf.load(source, dtype)
+    with _where(config):
+        model, decoder, params = hf.load(source, dtype)
     tokenizer = load_tokenizer(source, vocab_size=model.vocab_size)
     everything = [record for split in records for record in split]
     examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
@@ -57,9 +60,17 @@ def load(config: Config, folder: Path) -> Loaded:
     unused = [params]
 
     def read() -> Any:
-        return unused.pop() if unused else hf.load(source, dtype)[2]
+        with _where(config):
+            return unused.pop() if unused else hf.load(source, dtype)[2]
 
     return Loaded(source, model, read, FineTuning(decoder, *parts))
+
+
+def _where(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Where weights are read to: the device, or the host's memory for a model that a device need not hold."""
+    if config.offload and not config.evaluate:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
 
 
 def _shipped(folder: Path, *, short: bool) -> Path:

@@ -19,7 +19,10 @@ from eggroll.experiments.zo.guidance import describe
 from eggroll.experiments.zo.inputs import load
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import GROWING, Progress, projected_gradient, why_ended
+from eggroll.experiments.zo.warm_start import WarmStart, init
+from eggroll.llm import hf
 from tests.experiments.zo.test_zo_experiment import START, write
+from tests.test_readme import code_blocks
 
 
 def test_a_probe_suggests_a_learning_rate_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -122,3 +125,15 @@ def test_a_run_checks_that_its_model_fits(tmp_path, monkeypatch):
     monkeypatch.setattr("eggroll.experiments.zo.inputs.hf.load", None)  # no weight is read
     with pytest.raises(ValueError, match="the model does not fit"):
         load(parse([*START, "--data", str(write(tmp_path / "data", train=12, validation=6, test=6))]), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_learns(tmp_path, monkeypatch, standard_promotion):
+    monkeypatch.chdir(tmp_path)
+    start = WarmStart(layers=1, width=16)
+    hf.save(tmp_path / "checkpoint", start.model, init(start))
+    (source,) = (block for block in code_blocks("docs/zeroth_order.md", "python") if "hf.load(" in block)
+    names: dict = {}
+    exec(compile(source.replace("path/to/checkpoint", str(tmp_path / "checkpoint")), "docs/zeroth_order.md", "exec"), names)
+    assert names["history"][-1].mean_fitness > names["history"][0].mean_fitness
+    assert hf.load(tmp_path / "tuned")[0] == start.model
