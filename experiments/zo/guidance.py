@@ -38,7 +38,8 @@ def describe(found: zo.Guidance, *, directions: int, rate: float | None) -> str:
     if math.isnan(found.learning_rate):
         return f"{measured}; no learning rate is suggested: {found.reason}"
     chosen = "" if rate is None else f"; this run has {rate:g}, {_times(rate / found.learning_rate)}"
-    return f"{measured}; they suggest --learning-rate {found.learning_rate:.1e}{chosen}"
+    tried = f"one step gains most at {found.best_step:.1e}, try --learning-rate {found.learning_rate:.1e}"
+    return f"{measured}; {tried}{chosen}"
 
 
 def _times(ratio: float) -> str:
