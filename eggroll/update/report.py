@@ -1,5 +1,6 @@
 """What an update reports."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from eggroll import programs
 from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.update.blocks import BASE, Counts
@@ -88,8 +90,13 @@ def make_report(plan: Plan, done: Any) -> UpdateReport:
     """Make the report of an update. Norms of int8 parameters are those of the steps: square roots of how many moved."""
     if not plan.is_integer:
         return done
-    counts = _as_float(done.moved)
-    share = counts.sum() / _count([leaf for leaf in plan.leaves if leaf.integer])
-    return report_deferred(jnp.bool_(False), done.checksums)._replace(
-        gradient_norm=jnp.sqrt(counts.sum()), leaf_norms=jnp.sqrt(counts), moved=share
-    )
+    count = _count([leaf for leaf in plan.leaves if leaf.integer])
+    program = programs.compile_once("report of integers", count, function=functools.partial(_norms_of_steps, count))
+    norm, norms, share = program(done.moved)
+    return report_deferred(jnp.bool_(False), done.checksums)._replace(gradient_norm=norm, leaf_norms=norms, moved=share)
+
+
+def _norms_of_steps(count: float, moved: Array) -> tuple[Array, Array, Array]:
+    """Norms of the gradient, whole and by leaf, and the share of `count` weights that moved."""
+    counts = _as_float(moved)
+    return jnp.sqrt(counts.sum()), jnp.sqrt(counts), counts.sum() / count
