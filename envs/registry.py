@@ -32,9 +32,12 @@ _KINETIX = (
     "pygame_widgets==1.1.5 safetensors seaborn wandb zarr==2.18.3 numcodecs==0.13.1"
 )
 
+_BRAX = ("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_pendulum", "inverted_double_pendulum")
+_BRAX += ("pusher", "reacher", "swimmer", "walker2d")
+
 SUITES = {
     "gymnax": Suite("gymnax", "pip install gymnax six", ("CartPole-v1", "Pendulum-v1")),
-    "brax": Suite("brax", "pip install brax", ("ant", "humanoid", "inverted_double_pendulum")),
+    "brax": Suite("brax", "pip install brax", _BRAX),
     "jumanji": Suite("jumanji", "pip install jumanji", ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
     "navix": Suite("navix", "pip install navix", ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
     "craftax": Suite("craftax", "pip install craftax", ("Craftax-Classic-Symbolic-v1", "Craftax-Symbolic-v1")),

@@ -1,7 +1,7 @@
 """Options of `experiments.rl`, their checks, and the presets that give other defaults."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ from eggroll.experiments.common.options import ignored_options, only_with, refus
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.rl.ppo import PPO, RULE
 from eggroll.experiments.rl.presets import SMALL, paper_settings
-from eggroll.update.shaping import SHAPINGS
+from eggroll.update.shaping import SHAPINGS as ALL_SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
+SHAPINGS = [name for name in ALL_SHAPINGS if name != "group_relative"]  # every pair has its own episodes: no groups
 EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
 _OF_EVOLUTION = (
     "population_size",
@@ -54,7 +55,10 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a policy on an environment with evolution strategies or a baseline."""
+    """Train a policy on an environment with evolution strategies or a baseline.
+
+    `--evaluate RUN` and `--render RUN` load a finished run instead; `--evaluate RUN --help` lists their options.
+    """
 
     env: str = "CartPole-v1"
     """Name of an environment: of gymnax, or suite/name, such as brax/ant."""
@@ -85,7 +89,7 @@ class Config:
     learning_rate_decay: float = 1.0
     """Factor of the step size per generation."""
     shaping: str = "centered_ranks"
-    """Fitness shaping: centered_ranks, z_score, group_relative or pair_sign."""
+    """Fitness shaping: centered_ranks, z_score or pair_sign."""
     episodes: int = 1
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
@@ -154,6 +158,18 @@ class Config:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
         if any(size < 1 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
+
+
+def restore_config(options: Mapping[str, Any]) -> Config:
+    """Make the configuration of a run again, from `Config.options` as JSON keeps them.
+
+    Raises:
+        ValueError: an option is missing or unknown: it was stored by another version, or by another experiment.
+    """
+    try:
+        return Config(**{**options, "hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the options are not those of experiments.rl in this version: {error}.") from error
 
 
 def parse(arguments: Sequence[str] | None) -> Config:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,8 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import envs
+from eggroll.envs.drawing.render import render_episode
 from eggroll.envs.rollout import Policy
+from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint
 from eggroll.experiments.rl.uniform import play_uniform
+from eggroll.files import Damaged
+
+BEST, LAST = "best", "checkpoint"  # folders of parameters, in that of the run
 
 
 class MLP(nn.Module):
@@ -61,6 +67,14 @@ class Task:
         """Draw initial parameters of the policy."""
         return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
 
+    def render(self, params: Any, statistics: envs.ObservationStatistics, path: Path, *, key: Array) -> Path:
+        """Draw an episode as an animated GIF; ValueError where the environment cannot be drawn."""
+        known = statistics if self.normalise else None
+        drawn = render_episode(self.environment, self.policy(params), key=key, path=path, statistics=known)
+        if drawn is None:
+            raise ValueError("the environment cannot be drawn.")
+        return drawn
+
 
 class Keys(NamedTuple):
     """The random keys of one seed, by purpose."""
@@ -86,6 +100,7 @@ class Trained(NamedTuple):
     generation_seconds: float  # median
     env_steps: int
     invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+    checks: "HeldOutChecks | None" = None  # None: the random policy
     advice: str = ""  # what to change, should nothing have been learned
 
 
@@ -110,6 +125,31 @@ class Evaluation:
         return self._uniform(key=key).total_reward
 
 
+def save_policy(folder: Path, params: Any, statistics: envs.ObservationStatistics) -> None:
+    """Write the parameters of a policy, and the statistics that normalise its observations."""
+    save_checkpoint(folder, {"params": params, "statistics": statistics._asdict()})
+
+
+def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatistics]:
+    """Read what `save_policy` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the parameters are damaged, or not those of the task's network and observations.
+    """
+    statistics = envs.initial_statistics(task.environment.observation_shape)
+    like = {"params": task.init_params(key=jax.random.key(0)), "statistics": statistics._asdict()}
+    try:
+        saved = load_checkpoint(folder, like)
+    except Damaged as error:
+        raise ValueError(
+            f"{error} If they are sound, the environment or the network is another than that of the run."
+        ) from error
+    if jax.tree.map(jnp.shape, saved) != jax.tree.map(jnp.shape, like):
+        raise ValueError(f"the parameters in {folder} have other shapes than the network for this environment.")
+    return saved["params"], envs.ObservationStatistics(**saved["statistics"])
+
+
 def is_above(returns: Array, others: Array) -> bool:
     """Whether the mean of some returns is above that of others by more than two standard errors of their difference."""
     error = math.sqrt(sum(float(values.var()) / values.size for values in (returns, others)))
@@ -117,19 +157,21 @@ def is_above(returns: Array, others: Array) -> bool:
 
 
 class HeldOutChecks:
-    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps.
+    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps, and keeps the best ones.
 
     Args:
         evaluation: of the task.
+        folder: of the run; its folder `BEST` has the parameters of the best check, the last one of equals.
         key: of all checks.
         every: environment steps between them.
         target: mean return to reach; None: never.
     """
 
-    def __init__(self, evaluation: Evaluation, *, key: Array, every: float, target: float | None):
+    def __init__(self, evaluation: Evaluation, folder: Path, *, key: Array, every: float, target: float | None):
         self.met = False  # whether the last check reached the target
         self.done = 0  # the number of the last check
-        self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
+        self.best, self.best_env_steps = -math.inf, 0  # the highest mean return, and when it was reached; 0: never
+        self._evaluation, self._folder, self._key, self._every, self._target = evaluation, folder, key, every, target
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Return {"held_out_return": mean return} if a check is due, else {}."""
@@ -140,4 +182,7 @@ class HeldOutChecks:
         key = jax.random.fold_in(self._key, due)
         mean_return = self._evaluation.mean_return(params, statistics, key=key)
         self.met = self._target is not None and mean_return >= self._target
+        if mean_return >= self.best:
+            self.best, self.best_env_steps = mean_return, env_steps
+            save_policy(self._folder / BEST, params, statistics)
         return {"held_out_return": mean_return}
