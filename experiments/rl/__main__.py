@@ -21,9 +21,9 @@ from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.inputs import load
+from eggroll.experiments.rl.inputs import load, make_critic
 from eggroll.experiments.rl.ppo import PPO
-from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained, is_above, seed_keys
+from eggroll.experiments.rl.problem import Evaluation, Task, Trained, is_above, seed_keys
 
 Algorithm = Evolution | PolicyGradient | RandomPolicy
 
@@ -33,7 +33,7 @@ def make_algorithm(config: Config, task: Task, evaluation: Evaluation) -> Algori
     if config.algorithm == "random":
         return RandomPolicy()
     if config.algorithm == "ppo":
-        return PolicyGradient(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
+        return PolicyGradient(config, task, evaluation, critic=make_critic(config, task))
     return Evolution(config, task, evaluation)
 
 
@@ -71,13 +71,15 @@ def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: 
 
 def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None:
     statistics = trained.statistics if task.normalise else None
-    drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=statistics)
+    policy, memory = task.policy(trained.params), task.memory
+    drawn = render_episode(task.environment, policy, key=key, path=path, statistics=statistics, memory=memory)
     print(f"an episode is drawn in {drawn}", flush=True)
 
 
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
     """Remake the strategy and the initial state of a run, from the recipe in its journal."""
-    options = options | {"hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])}
+    tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
+    options = options | tuples | {"ppo": PPO(**options["ppo"])}
     config = Config(**options)
     task = load(config)
     return Evolution(config, task, Evaluation(task, episodes=1)).start(seed_keys(config.seed))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ from eggroll.experiments.rl.presets import SMALL, paper_settings
 from eggroll.update.shaping import SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
+NETWORKS = ("mlp", "cnn", "gru")
 EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
 _OF_EVOLUTION = (
     "population_size",
@@ -34,6 +35,7 @@ _OF_EVOLUTION = (
 _OF_POLICIES = (
     "preset",
     "env_steps",
+    "network",
     "hidden_sizes",
     "activation",
     "sampled_actions",
@@ -47,6 +49,7 @@ RULES = (
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
     only_with("algorithm", ("ppo",), "ppo"),
+    unless(lambda config: ":" in (config.network or ""), "with a --network of your own", "hidden_sizes", "activation"),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
@@ -57,7 +60,9 @@ class Config:
     """Train a policy on an environment with evolution strategies or a baseline."""
 
     env: str = "CartPole-v1"
-    """Name of an environment: of gymnax, or suite/name, such as brax/ant."""
+    """Name of an environment: of gymnax, or suite/name, such as brax/ant, or registered by an import."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules or files ending in .py to import first, which register environments by `envs.register`."""
     algorithm: Literal["eggroll", "openes", "ppo", "random"] = "eggroll"
     """Low-rank evolution strategies, dense ones, PPO, or uniformly random actions."""
     preset: Literal["small", "paper"] = "small"
@@ -90,8 +95,11 @@ class Config:
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
     """Members evaluated at a time, even. None: all, or as many as fit half of the free memory, which is logged."""
+    network: str | None = None
+    """The policy: mlp, cnn, gru (recurrent), or module:Class or file.py:Class, a Flax module made with `outputs=n`. None: cnn
+    for images, else mlp."""
     hidden_sizes: tuple[int, ...] = (32, 32)
-    """Widths of the policy's hidden layers, and of PPO's value network."""
+    """Widths of the policy's hidden layers (gru: the last is its memory), and of PPO's value network."""
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
     """Activation of the hidden layers."""
     sampled_actions: bool = False
@@ -152,8 +160,18 @@ class Config:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
+        if not (self.network in (None, *NETWORKS) or _names_class(self.network)):
+            known = ", ".join(NETWORKS)
+            raise ValueError(f"network must be one of {known}, or module:Class or file.py:Class, got {self.network!r}.")
+        if self.network == "gru" and not self.hidden_sizes:
+            raise ValueError("hidden_sizes must not be empty with --network gru: its memory has the last one.")
         if any(size < 1 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
+
+
+def _names_class(network: str | None) -> bool:
+    source, _, name = (network or "").rpartition(":")
+    return bool(source) and name.isidentifier()
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
