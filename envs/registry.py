@@ -105,13 +105,16 @@ def make(name: str, *, max_steps: int | None = None) -> Environment:
 def _make_registered(name: str) -> Environment:
     environment = _registered[name]()
     if not isinstance(environment, Environment):
-        raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}.")
+        numpy = "; envs.Simulator plays an environment of gymnasium" * hasattr(environment, "observation_space")
+        raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}{numpy}.")
     check_environment(environment)
     return environment
 
 
 def _make_from_suite(name: str) -> Environment:
     suite, _, short = name.partition("/")
+    if suite == "gymnasium":
+        raise ValueError(f"env '{name}' is not a JAX function: envs.Simulator plays environments of gymnasium.")
     if suite not in SUITES or not short:
         suite, short = "gymnax", name
     if suite == "gymnax" and "/" in short:

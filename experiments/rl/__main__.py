@@ -23,11 +23,10 @@ from eggroll.experiments.rl import finished
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
 from eggroll.experiments.rl.config import Config, parse, restore_config
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.inputs import load
+from eggroll.experiments.rl.inputs import load, make_critic
 from eggroll.experiments.rl.problem import (
     BEST,
     LAST,
-    MLP,
     Evaluation,
     HeldOutChecks,
     Task,
@@ -48,7 +47,7 @@ def make_algorithm(config: Config, task: Task, evaluation: Evaluation) -> Algori
     if config.algorithm == "random":
         return RandomPolicy()
     if config.algorithm == "ppo":
-        return PolicyGradient(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
+        return PolicyGradient(config, task, evaluation, critic=make_critic(config, task))
     return Evolution(config, task, evaluation)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ from eggroll.update.shaping import SHAPINGS as ALL_SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
 SHAPINGS = [name for name in ALL_SHAPINGS if name != "group_relative"]  # every pair has its own episodes: no groups
+NETWORKS = ("mlp", "cnn", "gru")
 EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
 _OF_EVOLUTION = (
     "population_size",
@@ -35,6 +36,7 @@ _OF_EVOLUTION = (
 _OF_POLICIES = (
     "preset",
     "env_steps",
+    "network",
     "hidden_sizes",
     "activation",
     "sampled_actions",
@@ -48,6 +50,7 @@ RULES = (
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
     only_with("algorithm", ("ppo",), "ppo"),
+    unless(lambda config: ":" in (config.network or ""), "with a --network of your own", "hidden_sizes", "activation"),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
@@ -61,7 +64,9 @@ class Config:
     """
 
     env: str = "CartPole-v1"
-    """Name of an environment: of gymnax, or suite/name, such as brax/ant."""
+    """Name of an environment: of gymnax, or suite/name, such as brax/ant, or registered by an import."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules or files ending in .py to import first, which register environments by `envs.register`."""
     algorithm: Literal["eggroll", "openes", "ppo", "random"] = "eggroll"
     """Low-rank evolution strategies, dense ones, PPO, or uniformly random actions."""
     preset: Literal["small", "paper"] = "small"
@@ -94,8 +99,11 @@ class Config:
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
     """Members evaluated at a time, even. None: all, or as many as fit half of the free memory, which is logged."""
+    network: str | None = None
+    """The policy: mlp, cnn, gru (recurrent), or module:Class or file.py:Class, a Flax module made with `outputs=n`. None: cnn
+    for images, else mlp."""
     hidden_sizes: tuple[int, ...] = (32, 32)
-    """Widths of the policy's hidden layers, and of PPO's value network."""
+    """Widths of the policy's hidden layers (gru: the last is its memory), and of PPO's value network."""
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
     """Activation of the hidden layers."""
     sampled_actions: bool = False
@@ -156,8 +164,18 @@ class Config:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
+        if not (self.network in (None, *NETWORKS) or _names_class(self.network)):
+            known = ", ".join(NETWORKS)
+            raise ValueError(f"network must be one of {known}, or module:Class or file.py:Class, got {self.network!r}.")
+        if self.network == "gru" and not self.hidden_sizes:
+            raise ValueError("hidden_sizes must not be empty with --network gru: its memory has the last one.")
         if any(size < 1 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
+
+
+def _names_class(network: str | None) -> bool:
+    source, _, name = (network or "").rpartition(":")
+    return bool(source) and name.isidentifier()
 
 
 def restore_config(options: Mapping[str, Any]) -> Config:
@@ -167,7 +185,8 @@ def restore_config(options: Mapping[str, Any]) -> Config:
         ValueError: an option is missing or unknown: it was stored by another version, or by another experiment.
     """
     try:
-        return Config(**{**options, "hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])})
+        tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
+        return Config(**{**options, **tuples, "ppo": PPO(**options["ppo"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"the options are not those of experiments.rl in this version: {error}.") from error
 

@@ -3,46 +3,23 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from eggroll import envs
 from eggroll.envs.drawing.render import render_episode
 from eggroll.envs.rollout import Policy
 from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint
+from eggroll.experiments.rl.networks import init_network, initial_memory
 from eggroll.experiments.rl.uniform import play_uniform
 from eggroll.files import Damaged
 
 BEST, LAST = "best", "checkpoint"  # folders of parameters, in that of the run
-
-
-class MLP(nn.Module):
-    """Dense layers with an activation between them.
-
-    Args:
-        hidden_sizes: widths of the hidden layers.
-        outputs: width of the last layer, which is linear.
-        activation: "tanh", or "relu_layer_norm": relu of the layer norm without parameters, as the policies of the EGGROLL
-            paper (arXiv 2511.16652, appendix N.4).
-    """
-
-    hidden_sizes: Sequence[int]
-    outputs: int
-    activation: str = "tanh"
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Map [*batch, features] to [*batch, outputs]."""
-        for size in self.hidden_sizes:
-            x = nn.Dense(size)(x)
-            x = nn.tanh(x) if self.activation == "tanh" else nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(x))
-        return nn.Dense(self.outputs)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +27,36 @@ class Task:
     """A policy network acting in an environment."""
 
     environment: envs.Environment
-    network: nn.Module
+    network: nn.Module  # as `experiments.rl.networks` describes it
     sampled: bool  # whether actions are sampled: by evolution strategies, and in evaluation
     normalise: bool
 
     def policy(self, params: Any) -> Policy:
         """The policy with `params`, as `envs.run_episode` takes it."""
-        return envs.network_policy(self.environment, functools.partial(self.network.apply, params), sampled=self.sampled)
+        network = functools.partial(self.network.apply, params)
+        recurrent = self.memory is not None
+        return envs.network_policy(self.environment, network, sampled=self.sampled, recurrent=recurrent, flatten=False)
+
+    @property
+    def memory(self) -> Any:
+        """What a recurrent policy remembers before the first step, of every agent; None: the policy has no memory."""
+        return initial_memory(self.network, self.environment)
 
     def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int) -> envs.Episode:
         """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
         known = statistics if self.normalise else None
-        return envs.run_episodes(self.environment, self.policy(params), key=key, episodes=episodes, statistics=known)
+        policy, memory = self.policy(params), self.memory
+        return envs.run_episodes(self.environment, policy, key=key, episodes=episodes, statistics=known, memory=memory)
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
-        return self.network.init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+        return init_network(self.network, self.environment, key=key)
 
     def render(self, params: Any, statistics: envs.ObservationStatistics, path: Path, *, key: Array) -> Path:
         """Draw an episode as an animated GIF; ValueError where the environment cannot be drawn."""
         known = statistics if self.normalise else None
-        drawn = render_episode(self.environment, self.policy(params), key=key, path=path, statistics=known)
+        policy, memory = self.policy(params), self.memory
+        drawn = render_episode(self.environment, policy, key=key, path=path, statistics=known, memory=memory)
         if drawn is None:
             raise ValueError("the environment cannot be drawn.")
         return drawn
@@ -145,7 +131,7 @@ def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatisti
         raise ValueError(
             f"{error} If they are sound, the environment or the network is another than that of the run."
         ) from error
-    if jax.tree.map(jnp.shape, saved) != jax.tree.map(jnp.shape, like):
+    if jax.tree.map(jax.numpy.shape, saved) != jax.tree.map(jax.numpy.shape, like):
         raise ValueError(f"the parameters in {folder} have other shapes than the network for this environment.")
     return saved["params"], envs.ObservationStatistics(**saved["statistics"])
 
