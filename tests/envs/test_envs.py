@@ -484,6 +484,7 @@ def test_both_gymnax_signatures(make, values, terminates, length):
         ("ant", "did you mean brax/ant"),
         ("brx/Ant", "did you mean brax/ant"),
         ("snake", "did you mean jumanji/Snake-v1"),
+        ("hopper", "did you mean brax/hopper"),
     ],
 )
 def test_unknown_names_suggest_near_ones(name, words):
