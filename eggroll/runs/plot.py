@@ -16,7 +16,7 @@ PANELS = {
     "gradient_norm": "gradient norm",
     "update_over_sigma": "update / sigma",
     "tied_pairs": "tied pairs",
-    "weight_norm": "norm of the weights",
+    "weight_norm": "weight norm",
     "loss": "loss",
 }
 _FORMATTED_FROM = 10_000  # ticks of the x axis are 20k instead of 20000

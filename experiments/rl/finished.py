@@ -92,11 +92,11 @@ def load_run(folder: str | Path, *, parameters: Which = "best", env: str | None 
         raise ValueError(f"{folder} is a run of {options['env']}, not of {env}; leave --env out, or name another folder.")
     if options["algorithm"] == "random":
         raise ValueError(f"{folder} is a run of random actions, which has no parameters.")
-    config = restore_config(options)
-    task = load(config)
     saved = folder / names.get(parameters, "")
     if parameters not in names or not saved.is_dir():
         raise FileNotFoundError(f"{folder} has no {parameters} parameters: the run was stopped before there were any.")
+    config = restore_config(options)
+    task = load(config)
     return Finished(config, task, *load_policy(saved, task))
 
 

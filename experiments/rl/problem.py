@@ -128,11 +128,7 @@ def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatisti
     try:
         saved = load_checkpoint(folder, like)
     except Damaged as error:
-        raise ValueError(
-            f"{error} If they are sound, the environment or the network is another than that of the run."
-        ) from error
-    if jax.tree.map(jax.numpy.shape, saved) != jax.tree.map(jax.numpy.shape, like):
-        raise ValueError(f"the parameters in {folder} have other shapes than the network for this environment.")
+        raise ValueError(f"the parameters do not fit the environment and the network, or are damaged: {error}") from error
     return saved["params"], envs.ObservationStatistics(**saved["statistics"])
 
 

@@ -15,12 +15,12 @@ import pytest
 from eggroll import copy_state, envs
 from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
-from eggroll.experiments.common.checkpoint import load_checkpoint
 from eggroll.experiments.common.run import print_summary, run_folder
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import make_optimizer, make_strategy
+from eggroll.experiments.rl.finished import load_run
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.presets import PAPER
 from eggroll.experiments.rl.uniform import uniform_action
@@ -103,20 +103,11 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
 
 
-def test_checkpoint_restores_the_policy(small_run):
+def test_the_policy_of_a_run_is_loaded(small_run):
     summary, folder = small_run
-    task = load(Config(hidden_sizes=(8,)))
-    like = {
-        "params": task.init_params(key=jax.random.key(9)),
-        "statistics": envs.initial_statistics((4,))._asdict(),
-    }
-    restored = load_checkpoint(folder / "checkpoint", like)
-    statistics = envs.ObservationStatistics(**restored["statistics"])
-    assert float(statistics.number) == summary["env_steps"]
-    evaluation_key = jax.random.split(jax.random.key(0), 5)[3]
-    play = jax.jit(functools.partial(task.play, episodes=50))
-    played = play(restored["params"], statistics, evaluation_key)
-    assert float(played.total_reward.mean()) == pytest.approx(summary["mean_return"])
+    loaded = load_run(folder, parameters="last", env="CartPole-v1")
+    assert float(loaded.statistics.number) == summary["env_steps"] and loaded.config.hidden_sizes == (8,)
+    assert float(loaded.returns(episodes=50).mean()) == pytest.approx(summary["mean_return"])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from eggroll.experiments.common.run import INTERRUPTED, write_json
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
+from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.finished import is_asked_for, load_run
 from eggroll.experiments.rl.report import interval
 
@@ -39,6 +40,7 @@ def finished(tmp_path_factory):
         return *run(*SMALL, "--folder", str(folder)), folder
 
 
+@pytest.mark.slow
 def test_a_run_says_why_it_ended_and_is_loaded_again(finished):
     lines, summary, folder = finished
     assert re.fullmatch(r"seed 0: ended by --generations 6 after 6 generations, [\d,]+ steps, [\d.]+ s", lines[0])
@@ -74,14 +76,12 @@ def write_run(folder, options, **fields):
     return folder
 
 
-def test_a_folder_that_has_no_such_run_is_a_clear_error(finished, tmp_path):
-    *_, folder = finished
-    options = json.loads((folder / "summary.json").read_text())["options"]
-    several, other, wider = tmp_path / "several", tmp_path / "other", tmp_path / "wider"
+def test_a_folder_that_has_no_such_run_is_a_clear_error(tmp_path):
+    options, folder = Config().options(), tmp_path / "run"
+    several, other = tmp_path / "several", tmp_path / "other"
     (several / "seed-1").mkdir(parents=True)
     write_run(other, {"model": "small"})
-    write_run(wider, options | {"env": "Pendulum-v1"}, parameters={"best": "best"})
-    (wider / "best").symlink_to(folder / "best")
+    write_run(folder, options, parameters={"best": "best"})
     write_run(tmp_path / "random", options | {"algorithm": "random"})
     write_run(tmp_path / "empty", options)
     for given, words in (
@@ -89,10 +89,9 @@ def test_a_folder_that_has_no_such_run_is_a_clear_error(finished, tmp_path):
         ([str(several)], f"error: {several} has the runs of several seeds; name one of seed-1 in it."),
         ([str(other)], f"error: {other} is a run of another experiment than experiments.rl."),
         ([str(folder), "--env", "Acrobot-v1"], f"error: {folder} is a run of CartPole-v1, not of Acrobot-v1; leave --env out"),
-        ([str(wider)], f"error: the parameters in {wider}/best have other shapes than the network for Pendulum-v1"),
         ([str(tmp_path / "random")], f"error: {tmp_path}/random is a run of random actions, which has no parameters."),
         ([str(tmp_path / "empty")], f"error: {tmp_path}/empty has no best parameters"),
-        ([str(folder), "--render", str(wider)], "error: --evaluate and --render must name one run"),
+        ([str(folder), "--render", str(other)], "error: --evaluate and --render must name one run"),
         ([str(folder), "--episodes", "0"], "error: episodes must be an integer >= 1, got 0."),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -100,9 +99,15 @@ def test_a_folder_that_has_no_such_run_is_a_clear_error(finished, tmp_path):
         assert str(ended.value).startswith(words) and "\n" not in str(ended.value), ended.value
 
 
-def test_a_resumed_folder_of_another_environment_is_a_clear_error(finished):
+@pytest.mark.slow
+def test_a_folder_of_another_environment_is_a_clear_error(finished, tmp_path):
     *_, folder = finished
     summary = (folder / "summary.json").read_bytes()
+    options = json.loads(summary)["options"] | {"env": "Pendulum-v1"}
+    write_run(tmp_path / "other", options, parameters={"best": "best"})
+    (tmp_path / "other/best").symlink_to(folder / "best")
+    with pytest.raises(SystemExit, match="error: the parameters do not fit the environment and the network, or are damaged"):
+        rl.main(["--evaluate", str(tmp_path / "other")])
     with pytest.raises(SystemExit, match=r"error: .*other settings: env \(was CartPole-v1, is Acrobot-v1\)"):
         rl.main([*SMALL, "--env", "Acrobot-v1", "--folder", str(folder), "--resume"])
     (folder / "summary.json").write_bytes(summary)
