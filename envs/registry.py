@@ -32,8 +32,10 @@ _KINETIX = (
     "pygame_widgets==1.1.5 safetensors seaborn wandb zarr==2.18.3 numcodecs==0.13.1"
 )
 
-_BRAX = ("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_pendulum", "inverted_double_pendulum")
-_BRAX += ("pusher", "reacher", "swimmer", "walker2d")
+_BRAX = (
+    *("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_double_pendulum", "inverted_pendulum"),
+    *("pusher", "reacher", "swimmer", "walker2d"),
+)
 
 SUITES = {
     "gymnax": Suite("gymnax", "pip install gymnax six", ("CartPole-v1", "Pendulum-v1")),

@@ -47,7 +47,7 @@ def plot_history(
         return
     names = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
     lower = [names[first : first + 2] for first in range(0, len(names), 2)]
-    layout = [["fitness", "fitness"], *([*pair, "."] if len(pair) == 1 else pair for pair in lower)]
+    layout: Any = [["fitness", "fitness"], *([*pair, "."] if len(pair) == 1 else pair for pair in lower)]
     figure = Figure(figsize=(8, 4 + 1.6 * len(lower)), layout="constrained")
     FigureCanvasAgg(figure)  # the Agg canvas by name: no display, and pyplot's state is left alone
     axes: Any = figure.subplot_mosaic(layout, height_ratios=(2.4, *[1] * len(lower)))
