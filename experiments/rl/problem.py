@@ -14,10 +14,9 @@ from jax import Array
 from eggroll import envs
 from eggroll.envs.drawing.render import render_episode
 from eggroll.envs.rollout import Policy
-from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint
+from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint, saved_shapes
 from eggroll.experiments.rl.networks import init_network, initial_memory
 from eggroll.experiments.rl.uniform import play_uniform
-from eggroll.files import Damaged
 
 BEST, LAST = "best", "checkpoint"  # folders of parameters, in that of the run
 
@@ -120,15 +119,13 @@ def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatisti
     """Read what `save_policy` wrote.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the parameters are damaged, or not those of the task's network and observations.
+        ValueError: the parameters are missing or damaged, or not those of the task's network and observations.
     """
     statistics = envs.initial_statistics(task.environment.observation_shape)
     like = {"params": task.init_params(key=jax.random.key(0)), "statistics": statistics._asdict()}
-    try:
-        saved = load_checkpoint(folder, like)
-    except Damaged as error:
-        raise ValueError(f"the parameters do not fit the environment and the network, or are damaged: {error}") from error
+    if saved_shapes(folder) != sorted(array.shape for array in jax.tree.leaves(like)):
+        raise ValueError(f"the parameters in {folder} do not fit the environment and the network: their shapes differ.")
+    saved = load_checkpoint(folder, like)
     return saved["params"], envs.ObservationStatistics(**saved["statistics"])
 
 
