@@ -79,7 +79,7 @@ def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
     """Remake the strategy and the initial state of a run, from the recipe in its journal."""
     tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
-    options = options | tuples | {"ppo": PPO(**options["ppo"])}
+    options = {"network": "mlp"} | options | tuples | {"ppo": PPO(**options["ppo"])}
     config = Config(**options)
     task = load(config)
     return Evolution(config, task, Evaluation(task, episodes=1)).start(seed_keys(config.seed))

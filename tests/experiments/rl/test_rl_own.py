@@ -120,6 +120,9 @@ def test_the_recipe_of_a_journal_imports_what_the_run_did(folder):
     options = parse(["--import", "mine.py", "--env", "mine/flat", "--network", "mine.py:Counter"]).options()
     es, state = rl.remake(json.loads(json.dumps(options)) | {"seed": 3})
     assert es.population_size == 256 and state.params["params"]["Dense_0"]["kernel"].shape == (4, 3)
+    older = parse(["--env", "mine/image"]).options()
+    del older["network"], older["imports"]  # of a journal from before these options, when every network was dense
+    assert rl.remake(json.loads(json.dumps(older)) | {"seed": 3})[1].params["params"]["Dense_0"]["kernel"].shape == (60, 32)
 
 
 IMPORTS = [
