@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eggroll.envs.checks import ONE_FLAG
 from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, MultiDiscrete
 
 RESULT = "(observation, reward, terminated, truncated, info)"
@@ -104,18 +105,14 @@ class Simulator:
     def _reset(self, env: Any, seed: int) -> np.ndarray:
         made = env.reset(seed=seed)
         if not isinstance(made, tuple) or len(made) != 2:
-            raise ValueError(
-                f"env '{self.name}': reset must return (observation, info), as gymnasium's does, got {_kind(made)}."
-            )
+            raise ValueError(f"env '{self.name}': reset must return (observation, info), as in gymnasium, got {_kind(made)}.")
         return self._observation(made[0])
 
     def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
         made = env.step(_native(env.action_space, action))
         if not isinstance(made, tuple) or len(made) != 5:
-            older = " An environment of the older interface, with one flag `done`, needs a wrapper." * (
-                _kind(made)[:4] == "4 va"
-            )
-            raise ValueError(f"env '{self.name}': step must return {RESULT}, as gymnasium's does, got {_kind(made)}.{older}")
+            hint = ONE_FLAG if isinstance(made, tuple) and len(made) == 4 else ""
+            raise ValueError(f"env '{self.name}': step must return {RESULT}, as in gymnasium, got {_kind(made)}.{hint}")
         observation, reward, terminated, truncated, _ = made
         if np.shape(reward) != ():
             raise ValueError(f"env '{self.name}': reward must be a number, got an array of shape {np.shape(reward)}.")

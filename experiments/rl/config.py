@@ -50,7 +50,12 @@ RULES = (
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
     only_with("algorithm", ("ppo",), "ppo"),
-    unless(lambda config: ":" in (config.network or ""), "with a --network of your own", "hidden_sizes", "activation"),
+    unless(
+        lambda config: _own_network(config) and config.algorithm != "ppo",
+        "with a --network of your own",
+        "hidden_sizes",
+        "activation",
+    ),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
@@ -164,7 +169,7 @@ class Config:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
-        if not (self.network in (None, *NETWORKS) or _names_class(self.network)):
+        if not (self.network in (None, *NETWORKS) or _own_network(self)):
             known = ", ".join(NETWORKS)
             raise ValueError(f"network must be one of {known}, or module:Class or file.py:Class, got {self.network!r}.")
         if self.network == "gru" and not self.hidden_sizes:
@@ -173,8 +178,9 @@ class Config:
             raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
 
 
-def _names_class(network: str | None) -> bool:
-    source, _, name = (network or "").rpartition(":")
+def _own_network(config: Config) -> bool:
+    """Whether the network is a class of the user's: "source:Class"."""
+    source, _, name = (config.network or "").rpartition(":")
     return bool(source) and name.isidentifier()
 
 
@@ -186,7 +192,7 @@ def restore_config(options: Mapping[str, Any]) -> Config:
     """
     try:
         tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
-        return Config(**{**options, **tuples, "ppo": PPO(**options["ppo"])})
+        return Config(**{"network": "mlp", **options, **tuples, "ppo": PPO(**options["ppo"])})  # before --network all were
     except (KeyError, TypeError) as error:
         raise ValueError(f"the options are not those of experiments.rl in this version: {error}.") from error
 
