@@ -22,6 +22,7 @@ from eggroll import programs
 from eggroll.devices import sharded
 from eggroll.devices.mesh import Placement, replicated, shard_inputs, update_shardings
 from eggroll.noise import addresses
+from eggroll.noise.once import rounded_once
 from eggroll.noise.plan import Plan
 from eggroll.noise.regions import LIMIT
 from eggroll.population.layout import PopulationLayout, Scalars
@@ -94,8 +95,8 @@ def ignore_key_and_state(function: Callable) -> Callable:
 
 def evaluate_generation(
     settings: Settings, plan: Plan, fitness: Callable, layout: PopulationLayout, state: ESState, batch: Any
-) -> tuple[FitnessReport, Any]:
-    """Evaluate the population with a function from `fitness.normalise_fitness`; score it."""
+) -> tuple[FitnessReport, Any, Array]:
+    """Evaluate the population with a function from `fitness.normalise_fitness`; score it; return the sigma, too."""
     values, aux, member_state = sharded.evaluate_fitness(
         fitness,
         plan,
@@ -107,10 +108,15 @@ def evaluate_generation(
         batch=batch,
         member_state=state.member_state,
     )
-    values = values.reshape(settings.population_size, *values.shape[2:])
+    # What is reported, and what the update reads: the same bits here and in a program of several generations (`scan`).
+    values = rounded_once(values.reshape(settings.population_size, *values.shape[2:]))
     valid = valid_members(values)
-    report = score_generation(settings, plan, values, aux=reduce_aux(settings.aux, aux, valid))
-    return report, keep_valid(valid, member_state, state.member_state)
+    aux = jax.tree.map(rounded_once, reduce_aux(settings.aux, aux, valid))
+    report = score_generation(settings, plan, values, aux=aux)
+    read = report.coefficients, report.mean_fitness, current_sigma(settings, state)
+    coefficients, mean, sigma = map(rounded_once, read)
+    report = report._replace(coefficients=coefficients, mean_fitness=mean)
+    return report, keep_valid(valid, member_state, state.member_state), sigma
 
 
 def score_generation(settings: Settings, plan: Plan, fitness: Array, *, aux: Any, scores: Array | None = None) -> FitnessReport:

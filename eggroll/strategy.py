@@ -199,7 +199,7 @@ class EvolutionStrategy:
         score = functools.partial(generation.score_pairs, self, plan)
         key = ("tell", self, programs.Identity(plan))
         report = programs.compile_once(*key, function=score, out_shardings=replicated(self.placement))(told)
-        return self._advance(plan, state, report, state.member_state)
+        return self._advance(plan, state, report, state.member_state, generation.current_sigma(self, state))
 
     def replay(self, state: ESState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None) -> ESState:
         """Repeat the update of a generation without evaluating anything.
@@ -264,8 +264,10 @@ class EvolutionStrategy:
         key = "layout", self, function, programs.signature((state, batch))
         return programs.remember(*key, make=functools.partial(choose, budget=self.memory_budget))
 
-    def _advance(self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any) -> tuple[ESState, Metrics]:
-        sigma, old = generation.current_sigma(self, state), state.member_state
+    def _advance(
+        self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any, sigma: Array
+    ) -> tuple[ESState, Metrics]:
+        old = state.member_state
         new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, old)
         return new_state._replace(member_state=member_state), Metrics(state.generation, sigma, *report, *done)

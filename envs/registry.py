@@ -15,6 +15,7 @@ from types import ModuleType
 
 from eggroll.envs.checks import check_environment
 from eggroll.envs.protocol import Environment, with_time_limit
+from eggroll.envs.suites.deferred import deferred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Suite:
     package: str  # the module it installs
     install: str  # the command that installs it
     examples: tuple[str, ...]  # names, without the prefix, for suggestions when it is not imported
+    deferred: tuple[str, ...] = ()  # modules that it imports and needs only to draw
 
 
 # The metadata of kinetix-env asks for jax <= 0.9.0 and more than it imports; its extra in pyproject.toml lists the same.
@@ -38,7 +40,12 @@ _BRAX = (
 )
 
 SUITES = {
-    "gymnax": Suite("gymnax", "pip install gymnax six", ("CartPole-v1", "Pendulum-v1")),
+    "gymnax": Suite(
+        "gymnax",
+        "pip install gymnax six",
+        ("CartPole-v1", "Pendulum-v1"),
+        deferred=("matplotlib", "matplotlib.colors", "matplotlib.pyplot", "seaborn"),
+    ),
     "brax": Suite("brax", "pip install brax", _BRAX),
     "jumanji": Suite("jumanji", "pip install jumanji", ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
     "navix": Suite("navix", "pip install navix", ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
@@ -130,7 +137,8 @@ def _make_from_suite(name: str) -> Environment:
 
 def _module(suite: str) -> ModuleType:
     """Import a suite and its adapter."""
-    importlib.import_module(SUITES[suite].package)
+    with deferred(*SUITES[suite].deferred):
+        importlib.import_module(SUITES[suite].package)
     return importlib.import_module(f"eggroll.envs.suites.{suite}")
 
 

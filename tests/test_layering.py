@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BASE = ["checkout", "digests", "signatures", "files"]
 ARRAYS = [*BASE, "programs", "kernels", "noise", "lazy", "state", "population", "protocol", "update", "devices"]
-STRATEGY = ["plans", "generation", "settings", "strategy"]
+STRATEGY = ["plans", "generation", "scan", "settings", "strategy"]
 RUNS = ["journal", "runs", "launch"]  # these know strategies by `eggroll.protocol` only
 LAYERS = [*ARRAYS, *STRATEGY, *RUNS, "eggroll", "llm", "zo", "experiments"]  # each imports from those before it
 ONLY = {"envs": {*BASE}, "kernels": {"checkout"}}  # these know arrays, not populations

@@ -210,8 +210,8 @@ def _compares_batch(placement: Placement, state: ESState) -> bool:
 
 
 def report_shardings(placement: Placement | None) -> Any:
-    """Shardings of an evaluation's results: the report is replicated, the members' state stays with its members."""
-    return None if placement is None else (placement.replicated, placement.per_member)
+    """Shardings of an evaluation's results: report and sigma are replicated, the members' state stays with its members."""
+    return None if placement is None else (placement.replicated, placement.per_member, placement.replicated)
 
 
 def replicated(placement: Placement | None) -> Any:

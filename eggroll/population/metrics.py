@@ -39,7 +39,7 @@ class Metrics(NamedTuple):
     pair_correlation: Array
     effective_rank: Array
     coefficients: Array
-    fitness: Array
+    fitness: Array | None  # None: not kept, as in a scan
     aux: Any
     skipped: Array  # from here: see UpdateReport
     gradient_norm: Array

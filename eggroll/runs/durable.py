@@ -87,6 +87,7 @@ class DurableRun(Generic[S]):
         self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
         self._continuity = Continuity(initial)
         self._journal: Writer | None = None
+        self._is_due = False  # a checkpoint
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = first_does(lambda: RunLock(self._folder))
         try:
@@ -240,11 +241,11 @@ class DurableRun(Generic[S]):
             self.checkpoints.save(state, None if self._carried is None else self._carried.save(), replace=True)
             self.checkpoints.wait()
 
-    def record(self, state: S, metrics: Any, *, score: float | None = None) -> None:
+    def record(self, state: S | None, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.
 
         Args:
-            state: after the generation.
+            state: after the generation; None: only later ones are seen by the host, and a checkpoint that is due waits.
             metrics: `Metrics` or `record.Record` of the generation.
             score: held-out score that decides the best checkpoint; higher is better.
 
@@ -261,7 +262,9 @@ class DurableRun(Generic[S]):
             self._journal.append(entry)
         self._continuity.advance(entry.sums)
         self._next = entry.generation + 1
-        if self._next % self._every == 0:
+        self._is_due = self._is_due or self._next % self._every == 0
+        if self._is_due and state is not None:
+            self._is_due = False
             if self._journal is not None:
                 self._journal.sync()
             self.checkpoints.save(state, carried, score=score)

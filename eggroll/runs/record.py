@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-ARRAYS = ("aux", "coefficients", "leaf_norms", "checksums")  # fields of a record that are not one number
+ARRAYS = ("aux", "coefficients", "leaf_norms", "checksums", "batch")  # fields of a record that are not one number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Record:
     weight_norm: float
     seconds: float  # wall time of the generation, compilation included
     members_per_second: float
-    aux: Any = None  # reduced over the population, still on the device, not written
-    coefficients: Any = None  # float32 [P], still on the device, not written
+    aux: Any = None  # reduced over the population, on the device unless it was part of a scan, not written
+    coefficients: Any = None  # float32 [P], where aux is, not written
     leaf_norms: dict[str, float] = dataclasses.field(default_factory=dict)  # gradient norm of every parameter, by its path
     checksums: Any = None  # uint32 [2, arrays], of the state before and after, not written
+    batch: Any = None  # with `next_batch`: of the next generation, not written
     extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks
 
     def to_json(self) -> str:
-        """One line of JSON, without aux and coefficients; NaN and infinities become null."""
+        """One line of JSON, without the arrays; NaN and infinities become null."""
         fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
         fields |= {name: float(value) for name, value in self.extra.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}

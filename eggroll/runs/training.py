@@ -2,33 +2,30 @@
 
     state, history = train(es, state, batch, generations=200, target=-0.01, run_folder="runs/first")
 
-This file owns the loop; strategies own the mathematics, `record` what a generation reports, `diagnosis` the warnings,
-`progress` the progress line, `plot` the figure.
+This file owns the loop; strategies own the mathematics, `advance` how many generations run before the host looks, `record`
+what a generation reports, `diagnosis` the warnings, `progress` the progress line, `plot` the figure.
 """
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from eggroll.devices.processes import first_does, is_first, report_lost_process
-from eggroll.generation import LAST_GENERATION
+from eggroll.devices.processes import first_does, is_first
 from eggroll.journal.lock import RunLost
 from eggroll.protocol import S, Strategy
+from eggroll.runs.advance import Advance
 from eggroll.runs.diagnosis import Diagnosis
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.metrics import open_metrics, write_line
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
 from eggroll.runs.record import Record
+from eggroll.scan import NextBatch
 
 logger = logging.getLogger(__name__)
 SCORES = ("held_out_return", "held_out_fitness")
@@ -49,6 +46,10 @@ def train(
     words: Callable[[Record], str] | None = None,
     plot: Callable[[Sequence[Record], Path], None] | None = None,
     keep_arrays: bool = False,
+    on_device: int = 1,
+    next_batch: NextBatch | None = None,
+    on_record: Callable[[Record], None] | None = None,
+    quiet: Callable[[], int] | None = None,
 ) -> tuple[S, list[Record]]:
     """Run generations until there are enough, the budget is spent, the target is met, a callback stops or the batches end.
 
@@ -57,8 +58,8 @@ def train(
         state: from `es.init`, or from an earlier `train` to continue it.
         batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
         generations: how many to run at most, counted from here; None: the budget decides.
-        budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback keeps (environment steps, tokens),
-            is at least `amount`. The progress line then counts it.
+        budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback or `on_record` keeps (environment
+            steps, tokens), is at least `amount`. The progress line then counts it.
         target: stop once the mean fitness of the population is at least this.
         callbacks: each is called as `callback(state, record)` after every generation; True stops. The next generation consumes
             the state: keep `eggroll.copy_state(state)`, not its arrays. It may add
@@ -73,7 +74,17 @@ def train(
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
-        keep_arrays: keep `aux` and `coefficients` of every generation in the history, on the device; callbacks always get them.
+        keep_arrays: keep `aux`, `coefficients` and `batch` of every generation in the history; callbacks always get them.
+        on_device: k: run up to k generations in one program on the device (`eggroll.scan`), with the same results, bit for bit.
+            It ends where the number of a generation is a multiple of k. Then, and only then, the host does its part: callbacks
+            are called with the state and the record of the last generation, files and checkpoints are written, and target,
+            budget and a signal are acted on. A kill costs at most these k generations.
+        next_batch: `next_batch(batch, metrics)` makes the batch of the next generation, in JAX code; `batches` is then the
+            first one. `metrics` are those of `step`, without the fitness.
+        on_record: called with the record of every generation, in order and before the callbacks: keeps totals, such as
+            environment steps, and puts them into `record.extra`.
+        quiet: asked before each program of `on_device` for the number of generations in which the callbacks will have nothing
+            to do: no more run at once.
 
     Returns:
         `(state, history)`, one `Record` per generation run.
@@ -87,7 +98,7 @@ def train(
         raise ValueError("plot has no effect without run_folder, where it draws; give one, or leave it out.")
     if words is not None and progress is False:
         raise ValueError("words has no effect with progress=False, without a progress line; leave one of them out.")
-    next_batch = _batch_source(batches)
+    advance = Advance(es, batches, on_device=on_device, next_batch=next_batch, is_replayed=durable is not None)
     first = int(state.generation)
     history: list[Record] = []
     held_out: float | None = None  # the last one
@@ -102,30 +113,34 @@ def train(
             stack.push(functools.partial(_draw_last, check, draw))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
-        for generation in itertools.count(first) if generations is None else range(first, first + generations):
-            try:
-                batch = next_batch(generation)
-            except StopIteration:
-                break
-            state, record = _run_generation(es, state, batch)
-            history.append(record)
-            check(record)  # before the callbacks, and the metrics, write
-            if is_first():
-                diagnosis.look(record)
-            stops = [bool(callback(state, record)) for callback in callbacks]
-            score = next((record.extra[name] for name in SCORES if name in record.extra), None)
-            if score is not None:
-                record.extra["held_out_minus_mean"] = score - record.mean_fitness
-                held_out = score
-            spent = _is_spent(budget, record)
-            if metrics_file is not None:
-                write_line(metrics_file, record.to_json())
-            if durable is not None:
-                durable.record(state, record, score=score)
-            if not keep_arrays:
-                history[-1] = dataclasses.replace(record, aux=None, coefficients=None)
+        while generations is None or len(history) < generations:
+            most = on_device if generations is None else min(on_device, generations - len(history))
+            state, records = advance(state, most if quiet is None else min(most, quiet()))
+            if not records:
+                break  # the batches have ended
+            stops = False
+            for record in records:
+                is_last = record is records[-1]
+                history.append(record)
+                check(record)  # before the callbacks, and the metrics, write
+                if is_first():
+                    diagnosis.look(record)
+                if on_record is not None:
+                    on_record(record)
+                called = [callback(state, record) for callback in callbacks] if is_last else []
+                score = next((record.extra[name] for name in SCORES if name in record.extra), None)
+                if score is not None:
+                    record.extra["held_out_minus_mean"] = score - record.mean_fitness
+                    held_out = score
+                stops |= _is_spent(budget, record) or any(called) or (target is not None and record.mean_fitness >= target)
+                if metrics_file is not None:
+                    write_line(metrics_file, record.to_json())
+                if durable is not None:
+                    durable.record(state if is_last else None, record, score=score)
+                if not keep_arrays:
+                    history[-1] = dataclasses.replace(record, aux=None, coefficients=None, batch=None)
             show(record.extra[name] if budget else len(history), words(record) if words else _progress_words(record, held_out))
-            if any(stops) or spent or (target is not None and record.mean_fitness >= target):
+            if stops:
                 break
     return state, history
 
@@ -150,27 +165,6 @@ def _is_spent(budget: tuple[str, float] | None, record: Record) -> bool:
     if name not in record.extra:
         raise ValueError(f"budget names {name!r}, which no callback put into record.extra.")
     return record.extra[name] >= amount
-
-
-def _batch_source(batches: Any) -> Callable[[int], Any]:
-    if isinstance(batches, Iterator):
-        return lambda generation: next(batches)
-    return batches if callable(batches) else lambda generation: batches
-
-
-def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
-    start = time.perf_counter()
-    if int(state.generation) == LAST_GENERATION:
-        raise OverflowError(f"a run ends at generation {LAST_GENERATION:,}, where its counter does.")
-    with report_lost_process(f"generation {int(state.generation)}"):
-        state, metrics = es.step(state, batch)
-        # One transfer: it is also what waits for the generation to finish.
-        scalars, norms, checksums = jax.device_get((metrics.scalars, metrics.leaf_norms, metrics.checksums))
-    seconds = time.perf_counter() - start
-    numbers = {name: value.item() for name, value in scalars.items()}
-    named = {leaf.path: norm for leaf, norm in zip(es.plan(state).leaves, norms.tolist(), strict=True)} if norms.size else {}
-    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": named, "checksums": checksums}
-    return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
 
 
 def _plot_fitness(history: Sequence[Record], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Reinforcement learning against evosax: seconds and generations to a mean return, members per second, peak memory.
 
-Each seed of each library runs in its own process, ours and theirs alternating: `experiments.bench.rl_sides`.
+Each seed of each library runs in its own process, ours and theirs alternating: `experiments.bench.rl_sides`. Then milliseconds
+a generation of a tiny problem, as one compiled program of many generations.
 """
 
 import dataclasses
@@ -71,7 +72,9 @@ def run(config: RL) -> None:
             row = run_side(config, library=library, seed=seed)
             runs[library].append(row)
             print(f"{seed:<6}{library:<10}" + "".join(f"{_cell(row[column]):>20}" for column in COLUMNS), flush=True)
-    print_summary(summarise(runs) | {"config": dataclasses.asdict(config), "about": about})
+    tiny = run_tiny()
+    print("  ".join(f"{name} {value:.3g}" for name, value in tiny.items()), flush=True)
+    print_summary(summarise(runs) | tiny | {"config": dataclasses.asdict(config), "about": about})
 
 
 def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
@@ -81,13 +84,21 @@ def run_side(config: RL, *, library: str, seed: int) -> dict[str, Any]:
         SystemExit: the process failed; the error quotes its last line.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
-    argument = json.dumps(settings | {"library": library, "seed": seed})
+    return _run_process(json.dumps(settings | {"library": library, "seed": seed}), name=f"seed {seed} of {library}")
+
+
+def run_tiny() -> dict[str, Any]:
+    """Time generations of a tiny problem in a new process: `rl_sides.tiny`."""
+    return _run_process("tiny", name="the tiny problem")
+
+
+def _run_process(argument: str, *, name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "eggroll.experiments.bench.rl_sides", argument]
     cold = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compilation is part of what is timed
     done = subprocess.run(command, capture_output=True, text=True, env=cold)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise SystemExit(f"error: seed {seed} of {library} failed: {lines[-1]}")
+        raise SystemExit(f"error: {name} failed: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

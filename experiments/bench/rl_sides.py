@@ -1,6 +1,7 @@
-"""One run of the reinforcement-learning benchmark, in its own process: ours, or evosax's Open_ES.
+"""One process of the reinforcement-learning benchmark: a run of ours, or of evosax's Open_ES; or both on a tiny problem.
 
     python -m eggroll.experiments.bench.rl_sides '{"library": "ours", "seed": 0, ...}'
+    python -m eggroll.experiments.bench.rl_sides tiny
 
 Both start from the same parameters of the same policy and are evaluated after every generation on the same held-out episodes,
 whose time is not counted. The time includes compilation and generations, not imports.
@@ -19,13 +20,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+import eggroll
 from eggroll import envs
+from eggroll.experiments.bench.timing import advancing, interleaved_ms
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.evolution import make_strategy
 from eggroll.experiments.rl.inputs import load
+from eggroll.experiments.rl.networks import MLP
 from eggroll.experiments.rl.problem import Evaluation, Task
+from eggroll.scan import run_scan
 
 Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation -> mean parameters and statistics after it
 
@@ -148,5 +153,68 @@ def evosax(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
     return advance
 
 
+def tiny(*, scan: int = 100, repeats: int = 20) -> dict[str, float]:
+    """Time a generation of a tiny problem: a policy of 32 x 32 units fits 8 outputs, 256 members, Adam, centred ranks.
+
+    Args:
+        scan: generations of one program.
+        repeats: programs of each form, taking turns.
+
+    Returns:
+        Medians of milliseconds a generation: `scan_ms` and `evosax_scan_ms` of one program, `train_ms` of `train` with
+        `on_device`, without files; their ratios `scan_ratio` (ours over evosax's) and `train_ratio` (`train` over our scan).
+    """
+    network = MLP((32, 32), 2)
+    data_key, init_key, key = jax.random.split(jax.random.key(0), 3)
+    batch = jax.random.normal(data_key, (8, 6))
+    params = network.init(init_key, batch[:, :4])
+
+    def fitness(params: Any, batch: Array, key: Any) -> Array:
+        output: Any = network.apply(params, batch[:, :4])
+        return -jnp.square(output - batch[:, 4:]).mean()
+
+    es = eggroll.EvolutionStrategy(fitness, population_size=256, sigma=0.05, optimizer=optax.adam(0.01))
+    scanned, trained = (es.init(params, key=key) for _ in range(2))
+
+    def scan_ours(state: Any) -> Any:
+        state, _, metrics = run_scan(es, state, batch, count=scan, length=scan)
+        return state, metrics
+
+    def train(state: Any) -> Any:
+        return eggroll.train(es, state, batch, generations=scan, on_device=scan, progress=False)
+
+    step, theirs = _tiny_evosax(fitness, batch, params, key=key, scan=scan)
+    forms = {
+        "scan": advancing(scan_ours, scanned),
+        "train": advancing(lambda state: (train(state)[0], None), trained),
+        "evosax_scan": advancing(step, theirs),
+    }
+    found = {f"{name}_ms": ms / scan for name, ms in interleaved_ms(forms, repeats=repeats).items()}
+    ratios = {"scan_ratio": found["scan_ms"] / found["evosax_scan_ms"], "train_ratio": found["train_ms"] / found["scan_ms"]}
+    return ratios | found
+
+
+def _tiny_evosax(fitness: Callable, batch: Array, params: Any, *, key: Array, scan: int) -> tuple[Callable, Any]:
+    """The same by evosax's Open_ES: a compiled scan of ask, evaluation and tell, and its first state."""
+    from evosax.algorithms import Open_ES
+
+    schedule = optax.constant_schedule(0.05)
+    es = Open_ES(256, params, optimizer=optax.adam(0.01), std_schedule=schedule)
+    es_params = es.default_params
+
+    def generation(state: Any, key: Array) -> tuple[Any, Array]:
+        ask_key, tell_key = jax.random.split(key)
+        population, state = es.ask(ask_key, state, es_params)
+        found = jax.vmap(fitness, (0, None, None))(population, batch, None)
+        state, _ = es.tell(tell_key, population, -found, state, es_params)  # it minimises
+        return state, found.mean()
+
+    @jax.jit
+    def run(state: Any) -> tuple[Any, Array]:
+        return jax.lax.scan(generation, state, jax.random.split(key, scan))
+
+    return run, es.init(key, params, es_params)
+
+
 if __name__ == "__main__":
-    print_summary(run(Side(**json.loads(sys.argv[1]))))
+    print_summary(tiny() if sys.argv[1] == "tiny" else run(Side(**json.loads(sys.argv[1]))))

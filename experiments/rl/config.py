@@ -30,6 +30,7 @@ _OF_EVOLUTION = (
     "chunk_size",
     "mesh",
     "checkpoint_every",
+    "on_device",
     "resume",
     "accept_change",
 )
@@ -131,6 +132,9 @@ class Config:
     """Devices of evolution strategies, such as population=4. None: all where the run has several processes, else one."""
     checkpoint_every: int = 50
     """Generations between checkpoints; the journal has every generation."""
+    on_device: int = 50
+    """Generations that run as one program on the device, with the same results: at most this many, and none beyond the first
+    that may make a held-out check due. On a mesh 1."""
     resume: bool = False
     """Resume the run in the folder; evolution strategies only. Otherwise its files are replaced."""
     accept_change: bool = False
@@ -147,7 +151,18 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
-        apart = ("seed", "seeds", "folder", "preset", "mesh", "checkpoint_every", "resume", "accept_change", "render")
+        apart = (
+            "seed",
+            "seeds",
+            "folder",
+            "preset",
+            "mesh",
+            "checkpoint_every",
+            "on_device",
+            "resume",
+            "accept_change",
+            "render",
+        )
         return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
 
     def ignored(self) -> dict[str, str]:
@@ -157,7 +172,16 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for options that have no effect, or that would not get a clear error later."""
         refuse(self.ignored())
-        for name in ("seeds", "env_steps", "generations", "episodes", "checks", "evaluation_episodes", "checkpoint_every"):
+        for name in (
+            "seeds",
+            "env_steps",
+            "generations",
+            "episodes",
+            "checks",
+            "evaluation_episodes",
+            "checkpoint_every",
+            "on_device",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value}.")

@@ -1,6 +1,7 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
 import contextlib
+import math
 import statistics
 from typing import Any
 
@@ -60,27 +61,40 @@ def _decaying(rate: float, decay: float) -> Any:
     return rate if decay == 1 else optax.exponential_decay(rate, 1, decay)
 
 
+def next_statistics(known: envs.ObservationStatistics, metrics: eggroll.Metrics) -> envs.ObservationStatistics:
+    """Return the batch of the next generation: the statistics of all observations before it."""
+    return envs.merge(known, metrics.aux)
+
+
 class _Progress:
-    """Callback of the training loop: updates the observation statistics, counts, checks the unperturbed parameters.
+    """The training loop's `on_record` and callback: keeps the observation statistics, counts, checks the parameters.
 
     A run saves it with its state (`eggroll.runs.durable.Carried`).
+
+    Args:
+        task: that is trained.
+        checks: of the unperturbed parameters.
+        most_steps: environment steps that a generation can have.
     """
 
-    def __init__(self, task: Task, checks: HeldOutChecks):
+    def __init__(self, task: Task, checks: HeldOutChecks, *, most_steps: int):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps, self.invalid = 0, 0
-        self.checks = checks
+        self.checks, self._most_steps = checks, most_steps
 
-    def batch(self, generation: int) -> envs.ObservationStatistics:
-        """The batch of a generation: statistics of all generations before it."""
-        return self.statistics
-
-    def __call__(self, state: eggroll.ESState, record: Record) -> bool:
-        """Merge the generation's sums, count, check; return whether the target is met."""
-        self.statistics = envs.merge(self.statistics, local(record.aux))
+    def on_record(self, record: Record) -> None:
+        """Keep what follows a generation, and count."""
+        self.statistics = record.batch
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
         record.extra["env_steps"] = self.env_steps
+
+    def quiet(self) -> int:
+        """Return how many generations may run before a check can be due after the last of them."""
+        return max(1, math.ceil(self.checks.steps_to_next(self.env_steps) / self._most_steps))
+
+    def __call__(self, state: eggroll.ESState, record: Record) -> bool:
+        """Check the parameters if that is due; return whether the target is met."""
         record.extra.update(self.checks(local(state.params), self.statistics, env_steps=self.env_steps))
         return self.checks.met
 
@@ -125,7 +139,8 @@ class Evolution:
         es, initial = self.start(keys)
         every = config.env_steps / config.checks
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
-        progress = _Progress(self._task, checks)
+        most_steps = config.population_size * config.episodes * self._task.environment.max_steps
+        progress = _Progress(self._task, checks, most_steps=most_steps)
         run = DurableRun(
             folder,
             es,
@@ -143,10 +158,14 @@ class Evolution:
                 state, history = train(
                     es,
                     state,
-                    progress.batch,
+                    progress.statistics,
                     generations=None if config.generations is None else config.generations - done,
                     budget=("env_steps", config.env_steps),
                     callbacks=[progress],
+                    on_device=config.on_device if es.mesh is None else 1,
+                    next_batch=next_statistics,
+                    on_record=progress.on_record,
+                    quiet=progress.quiet,
                     run_folder=folder,
                     durable=run,
                     plot=lambda history, path: draw(path, random_return=random_return),

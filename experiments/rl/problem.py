@@ -49,7 +49,12 @@ class Task:
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
-        return init_network(self.network, self.environment, key=key)
+        return self._init(key=key)
+
+    @functools.cached_property
+    def _init(self) -> Callable:
+        """One program: what the layers compute of zeros is not needed."""
+        return jax.jit(functools.partial(init_network, self.network, self.environment))
 
     def render(self, params: Any, statistics: envs.ObservationStatistics, path: Path, *, key: Array) -> Path:
         """Draw an episode as an animated GIF; ValueError where the environment cannot be drawn."""
@@ -151,6 +156,10 @@ class HeldOutChecks:
         self.done = 0  # the number of the last check
         self.best, self.best_env_steps = -math.inf, 0  # the highest mean return, and when it was reached; 0: never
         self._evaluation, self._folder, self._key, self._every, self._target = evaluation, folder, key, every, target
+
+    def steps_to_next(self, env_steps: int) -> float:
+        """Return the environment steps that are left, after `env_steps`, until a check is due."""
+        return (self.done + 1) * self._every - env_steps
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Return {"held_out_return": mean return} if a check is due, else {}."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eggroll.experiments.bench import rl
+from eggroll.experiments.bench import rl, rl_sides
 from eggroll.experiments.bench.rl_sides import Side, run
 from eggroll.experiments.common.run import jsonable
 
@@ -48,11 +48,16 @@ def test_every_run_is_printed_and_the_last_line_is_json(monkeypatch, capsys):
         return row(2.0 if library == "ours" else 4.0, 5, None, 100.0)
 
     monkeypatch.setattr(rl, "run_side", side)
+    monkeypatch.setattr(rl, "run_tiny", lambda: {"scan_ratio": 0.5})
     rl.run(rl.RL(seeds=2))
     lines = capsys.readouterr().out.splitlines()
-    assert calls == [(0, "ours"), (0, "evosax"), (1, "ours"), (1, "evosax")] and len(lines) == 7
+    assert calls == [(0, "ours"), (0, "evosax"), (1, "ours"), (1, "evosax")] and len(lines) == 8
     summary = json.loads(lines[-1])
-    assert summary["seconds_ratio"] == 0.5 and len(summary["runs"]["ours"]) == 2 and summary["config"]["seeds"] == 2
+    assert (
+        summary["seconds_ratio"] == summary["scan_ratio"] == 0.5
+        and len(summary["runs"]["ours"]) == 2
+        and summary["config"]["seeds"] == 2
+    )
 
 
 def test_missing_evosax_is_refused_by_a_clear_error(monkeypatch):
@@ -79,6 +84,13 @@ def test_wrong_settings_are_refused_by_a_clear_error(settings, words):
 def test_a_failing_process_is_refused_by_a_clear_error():
     with pytest.raises(SystemExit, match=r"^error: seed 0 of ours failed: .*NoSuch"):
         rl.run_side(rl.RL(env="NoSuch"), library="ours", seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("evosax") is None, reason="evosax is not installed")
+def test_a_tiny_problem_is_timed(standard_promotion):
+    found = rl_sides.tiny(scan=4, repeats=2)
+    assert found["scan_ratio"] == found["scan_ms"] / found["evosax_scan_ms"] and found["train_ratio"] > 0.5
 
 
 @pytest.mark.slow

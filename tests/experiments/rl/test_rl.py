@@ -15,7 +15,6 @@ import pytest
 from eggroll import copy_state, envs
 from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
-from eggroll.experiments.common.run import print_summary, run_folder
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
 from eggroll.experiments.rl.config import Config, parse
@@ -101,6 +100,23 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
     assert again | measured == whole | measured
     journal.main(["verify", str(tmp_path)])
     assert "2 checkpoints are rebuilt bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generations_on_the_device_are_the_same_run(capsys, tmp_path):
+    """Scans end where a check may be due: the same checks, counts, metrics and journal as without them."""
+    options, summaries = [*SMALL, *["--env-steps", "4000", "--checks", "4", "--max-steps", "20", "--generations", "60"]], []
+    for on_device in (1, 4):
+        summaries.append(run(capsys, *options, "--folder", str(tmp_path / f"{on_device}"), "--on-device", f"{on_device}"))
+    measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
+    assert summaries[0] | measured == summaries[1] | measured
+    assert (tmp_path / "1" / "journal.bin").read_bytes() == (tmp_path / "4" / "journal.bin").read_bytes()
+    times = {"seconds": 0, "members_per_second": 0, "crc32": 0}
+    texts = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "14")
+    one, scanned = ([json.loads(line) for line in text] for text in texts)
+    assert [line | times for line in one] == [line | times for line in scanned]
+    assert sum("held_out_return" in line for line in one) == 4 and "held_out_return" in one[-1]
+    assert len({line["seconds"] for line in scanned}) < len(scanned) == len({line["seconds"] for line in one})
 
 
 def test_the_policy_of_a_run_is_loaded(small_run):
@@ -253,18 +269,6 @@ def test_sgd_is_in_the_papers_scale_and_follows_sigma():
     first, state = optimizer.update(gradient, optimizer.init(gradient))
     second, _ = optimizer.update(gradient, state)
     assert float(first["w"][0]) == pytest.approx(-0.032) and float(second["w"][0]) == pytest.approx(-0.032 * 0.405)
-
-
-def test_summary_is_one_line_of_json(capsys):
-    print_summary({"a": float("nan"), "b": np.float32(1.5), "c": jnp.arange(2), "d": [float("inf"), None, True], "e": "x"})
-    assert capsys.readouterr().out == '{"a": null, "b": 1.5, "c": [0, 1], "d": [null, null, true], "e": "x"}\n'
-
-
-def test_run_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_folder("first").resolve() == tmp_path / "runs" / "first"
-    assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
-    assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
 
 
 @pytest.mark.slow
