@@ -35,6 +35,7 @@ from eggroll.update.optimizer import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
 from eggroll.zo.estimators import ESTIMATORS, report_losses
 from eggroll.zo.optimizers.descent import Descent
+from eggroll.zo.room import check_resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +147,14 @@ class ZerothOrder:
             `ESState` at generation (step) 0.
 
         Raises:
-            ValueError: there is momentum, and neither a batch nor a plan; a `precision` without effect on these parameters.
+            ValueError: there is momentum, and neither a batch nor a plan; a `precision` without effect on these parameters; the
+                devices have no room for the parameters.
         """
         addresses.check_key(key)
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
         check_precision(self.precision, params, self.perturbation)
+        check_resident(params, self.mesh, donate=donate)
         planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
         optimizer = self.optax_optimizer(planned)
         return generation.init_state(self, params, optimizer=optimizer, key=key, donate=donate)

@@ -17,13 +17,16 @@ from eggroll.population.layout import PopulationLayout
 logger = logging.getLogger(__name__)
 
 
-def free_bytes() -> int:
-    """Bytes that the default device has free, by its own account; without one, the machine's available memory.
-    Where the system does not report it, half of the installed memory.
-    """
-    account = jax.devices()[0].memory_stats() or {}
+def free_bytes(device: Any = None) -> int:
+    """Bytes that a device has free, by its own account; without one, those of the host. None: the default device."""
+    account = (device or jax.devices()[0]).memory_stats() or {}
     if "bytes_limit" in account:
         return int(account["bytes_limit"] - account["bytes_in_use"])
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """The machine's available memory; where the system does not report it, half of the installed memory."""
     try:
         with open("/proc/meminfo") as file:
             rows = dict(line.split(":") for line in file)

@@ -32,6 +32,7 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
     evaluate = run_with_rules(jaxpr)
 
     def body(consts: list, carry: list, xs: list) -> tuple[list, list]:
+        xs = [x.prepare_slice() if is_perturbed(x) else x for x in xs]
         outputs = evaluate([*consts, *carry, *xs])
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 

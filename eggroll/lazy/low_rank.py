@@ -92,6 +92,13 @@ class LowRankDelta(Delta):
         """The same delta, unpacked unless a kernel will use it: kernels unpack on read."""
         return self if self.implementation != "reference" else self.unpack(value)
 
+    def prepare_slice(self) -> Self:
+        """The same delta, its factors sliced once: XLA slices them again for every entry of what they are added to."""
+        if isinstance(self.factors, Packed):
+            return self
+        factors = Arranged(computed_once(self.factors.left), computed_once(self.factors.right))
+        return dataclasses.replace(self, factors=factors, scale=computed_once(self.scale))
+
     def map(self, operation: Operation) -> Self:
         """Apply `operation` to the factors and the scale."""
         assert isinstance(self.factors, Arranged)

@@ -148,6 +148,10 @@ class LazyArray(quax.ArrayValue):
         """The same value in the form that a loop should read on every iteration."""
         return self
 
+    def prepare_slice(self) -> "LazyArray":
+        """The same value, a layer that a loop has sliced, in the form that its body should read."""
+        return self
+
 
 class Delta(eqx.Module):
     """What a lazy parameter adds to its base; the module docstring lists the classes."""
@@ -167,6 +171,10 @@ class Delta(eqx.Module):
 
     def prepare_for_loops(self, value: "PerturbedArray") -> "Delta":
         """The same delta of `value` in the form that a loop should read on every iteration."""
+        return self
+
+    def prepare_slice(self) -> "Delta":
+        """The delta of a layer that a loop has sliced, in the form that its body should read."""
         return self
 
     def mark_indexed(self, tag: Tag) -> "Delta":
@@ -224,6 +232,10 @@ class PerturbedArray(LazyArray):
     def prepare_for_loops(self) -> "PerturbedArray":
         """The same value in the form that a loop should read on every iteration: unpacked, unless for a kernel."""
         return self.with_delta(self.delta.prepare_for_loops(self))
+
+    def prepare_slice(self) -> "PerturbedArray":
+        """The same value, a layer that a loop has sliced, in the form that its body should read."""
+        return self.with_delta(self.delta.prepare_slice())
 
     def unsupported(self, where: str) -> UnsupportedUse:
         """The error for a use without a rule."""

@@ -48,6 +48,10 @@ class QuantisedDelta(Delta):
         """The same delta in the form that a loop should read on every iteration."""
         return self._with(self.converted.prepare_for_loops(value))
 
+    def prepare_slice(self) -> "QuantisedDelta":
+        """The delta of a layer that a loop has sliced, in the form that its body should read."""
+        return self._with(self.converted.prepare_slice())
+
     def mark_indexed(self, tag: Tag) -> "QuantisedDelta":
         """The same delta, after the axis tagged `tag` was indexed."""
         return self._with(self.converted.mark_indexed(tag))

@@ -17,11 +17,15 @@ from jax import Array
 
 
 class Decoder(NamedTuple):
-    """The three functions, all pure. `aux` depends on tokens and mask only."""
+    """The three functions, all pure: B texts of T tokens, width D, vocabulary V; `x` is in the dtype of the parameters.
 
-    begin: Callable[[Any, Array, Array], tuple[Array, Any]]
-    block: Callable[[Any, Array, Any], Array]
-    logits: Callable[[Any, Array], Array]
+    `begin` takes int32 tokens [B, T] and a bool mask [B, T], False on padding; `aux` depends on these alone. `logits` takes any
+    positions of the last block's output.
+    """
+
+    begin: Callable[[Any, Array, Array], tuple[Array, Any]]  # (resident, tokens, mask) -> (x [B, T, D], aux)
+    block: Callable[[Any, Array, Any], Array]  # (parameters of one block, x [B, T, D], aux) -> x [B, T, D]
+    logits: Callable[[Any, Array], Array]  # (resident, x [B, T, D]) -> float32 [B, T, V], of the token after each position
 
 
 def hidden_states(decoder: Decoder, params: Any, tokens: Array, mask: Array) -> Array:

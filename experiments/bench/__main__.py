@@ -1,7 +1,7 @@
 """Benchmarks: `python -m eggroll.experiments.bench engine --help`.
 
-Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`, `feedback`. `gpu` runs those that
-need a GPU and writes a report.
+Others: `floor`, `decode`, `rl`, `scale`, `populations`, `zo`, `egg`, `kernels`, `memory`, `feedback`, `offload`. `gpu` runs
+those that need a GPU and writes a report.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import tyro
 
 from eggroll.experiments.bench import decode, egg, engine, feedback, floor, gpu_report, kernels, populations, rl, scale, zo
 from eggroll.experiments.bench.memory import command as memory
+from eggroll.experiments.bench.offload import command as offload
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
         "kernels": (kernels.Kernels, kernels.run),
         "memory": (memory.Memory, memory.run),
         "feedback": (feedback.FeedbackBench, feedback.run),
+        "offload": (offload.OffloadBench, offload.run),
         "gpu": (gpu_report.GPU, gpu_report.run),
     }
     config = tyro.extras.subcommand_cli_from_dict(

@@ -24,13 +24,13 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     """
     total: dict[str, int] = {}
     for shapes, kind in _LINE.findall(hlo):
-        total[kind] = total.get(kind, 0) + sum(map(_bytes, _ARRAY.findall(shapes)))
+        total[kind] = total.get(kind, 0) + array_bytes(shapes)
     return total
 
 
 def executed_collective_bytes(hlo: str) -> dict[str, int]:
     """`collective_bytes` with the body of a loop counted as often as it runs; once where the compiler does not know."""
-    texts = {found[2]: found[0] for found in _COMPUTATION.finditer(hlo)}
+    texts = computations(hlo)
     (entry,) = (found[2] for found in _COMPUTATION.finditer(hlo) if found[1])
 
     @functools.cache
@@ -38,12 +38,27 @@ def executed_collective_bytes(hlo: str) -> dict[str, int]:
         total = collections.Counter(collective_bytes(texts[name]))
         for line in texts[name].splitlines():
             trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
-            for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(line))):
+            for called in called_computations(line):
                 for kind, size in of(called).items() if called in texts else ():
                     total[kind] += trips * size
         return total
 
     return dict(of(entry))
+
+
+def computations(hlo: str) -> dict[str, str]:
+    """Return the text of every computation by name."""
+    return {found[2]: found[0] for found in _COMPUTATION.finditer(hlo)}
+
+
+def called_computations(line: str) -> list[str]:
+    """Return the names of the computations that an instruction calls; of a loop its body alone."""
+    return re.findall(r"[\w.-]+", " ".join(_CALLED.findall(line)))
+
+
+def array_bytes(shapes: str) -> int:
+    """Add up the bytes of the arrays that a text of HLO names."""
+    return sum(map(_bytes, _ARRAY.findall(shapes)))
 
 
 def largest_collective(hlo: str, kind: str) -> int:

@@ -1,6 +1,7 @@
-"""Zeroth-order steps: planned memory, offloaded against resident, forwards per second, many low-rank directions in one pass.
+"""Zeroth-order steps: planned memory, plain torch loops, offloaded against resident, forwards per second, many directions.
 
     memory                   temporaries of a step beyond plain inference, over the parameters (`zeroth_order`)
+    torch_ratio              seconds of a step of a real model / those of the same step in torch (`torch_loop`)
     offload_ratio            resident step / offloaded step, for every number of directions: one upload serves all of them
     forwards_per_second      of every recipe, on the resident model
     lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
@@ -9,6 +10,7 @@ Compared forms are interleaved in one process. On CPU an "upload" is a copy in m
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +20,12 @@ import numpy as np
 
 import eggroll
 from eggroll import zo
-from eggroll.experiments.bench.memory.zeroth_order import SIZES, memory_summary
+from eggroll.experiments.bench.memory.zeroth_order import BATCH, SIZES, TOKENS, decoder_pieces, memory_summary
 from eggroll.experiments.bench.timing import interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
+from eggroll.experiments.zo.torch_loop import SIGMA, TorchLoop
+from eggroll.llm.models.leaves import init
+from eggroll.llm.models.transformer import leaves
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
 
@@ -46,7 +51,7 @@ class ZO:
     repeats: int = 10
     """Rounds; medians are reported."""
     models: tuple[str, ...] = ("smollm2", "1b")
-    """Models whose memory is planned, from shapes: smollm2, 1b, tiny; none: the summary has no memory."""
+    """Models whose memory is planned, from shapes: smollm2, 1b, tiny; the first is also timed against torch. None: neither."""
 
 
 def run(config: ZO) -> None:
@@ -55,7 +60,9 @@ def run(config: ZO) -> None:
         raise SystemExit(f"error: models must be among {', '.join(SIZES)}, got {', '.join(unknown)}.")
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
-    memory = memory_summary(config.models) if config.models else None
+    model_parts = {}
+    if config.models:
+        model_parts = {"memory": memory_summary(config.models), "torch_ratio": _torch_ratios(config)}
     print(f"{'directions':>10}{'resident ms':>13}{'offloaded ms':>14}{'ratio':>8}")
     ratios = {}
     for count in config.directions:
@@ -71,8 +78,29 @@ def run(config: ZO) -> None:
     apart, together = times["separate"], times["batched"]
     print(f"16 low-rank directions: {apart:.1f} ms one by one, {together:.1f} ms in one pass: {speedup:.2f}x")
     summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "forwards_per_second": rates}
-    summary |= {} if memory is None else {"memory": memory}
-    print_summary(summary | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about})
+    print_summary(
+        summary | model_parts | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about}
+    )
+
+
+def _torch_ratios(config: ZO) -> dict[str, float] | None:
+    """Seconds of a step of MeZO and LOZO, ours over torch's; None without torch."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        print("torch_ratio needs torch and transformers: make parity", flush=True)
+        return None
+    model, draw = SIZES[config.models[0]], np.random.default_rng(0)
+    batch = draw.integers(model.vocab_size, size=(BATCH, TOKENS), dtype=np.int32), np.arange(BATCH, dtype=np.int32)
+    params = init(leaves(model), jax.random.key(0))
+    loop = TorchLoop(model, *batch)
+    forms: dict[str, Callable[[], object]] = {"mezo torch": loop.mezo, "lozo torch": loop.lozo}
+    for name in ("mezo", "lozo"):
+        forms[name] = _advancing(zo.RECIPES[name](decoder_pieces(model), learning_rate=1e-6, sigma=SIGMA), params, batch)
+    times = interleaved_ms(forms, repeats=config.repeats)
+    ratios = {name: times[name] / times[f"{name} torch"] for name in ("mezo", "lozo")}
+    for name, ratio in ratios.items():
+        ours, theirs = times[name] / 1e3, times[f"{name} torch"] / 1e3
+        print(f"{name}, {config.models[0]}: {ours:.2f} s a step, {theirs:.2f} s in torch: {ratio:.3f}", flush=True)
+    return ratios
 
 
 def _mean_square(resident: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
@@ -94,13 +122,18 @@ def _params(config: ZO) -> Any:
 
 
 def _make_step(tuner: Any, config: ZO) -> Callable[[], Any]:
-    """Make a function that runs one more step on the state it holds."""
+    """Make a function that runs one more step of the stack of blocks."""
     batch = jax.random.normal(jax.random.key(1), (config.tokens, config.width))
     if isinstance(tuner, zo.ZerothOrder):
         if zo.ESTIMATORS[tuner.estimator].per_example:
             batch = batch.reshape(tuner.directions, -1, config.width)
         tuner.plan_of(_params(config), batch)  # the shape of momentum depends on it
-    state = tuner.init(_params(config), key=jax.random.key(0))
+    return _advancing(tuner, _params(config), batch)
+
+
+def _advancing(tuner: Any, params: Any, batch: Any) -> Callable[[], Any]:
+    """Make a function that runs one more step on the state it holds."""
+    state = tuner.init(params, key=jax.random.key(0))
 
     def step() -> Any:
         nonlocal state

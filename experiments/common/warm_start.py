@@ -5,6 +5,7 @@ small transformer. The settings, the text and the loss belong to the front ends.
 """
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from jax import Array
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import run_folder
 from eggroll.files import locked
-from eggroll.llm import hf
+from eggroll.llm import decoder, hf, models, tokenizers
 from eggroll.llm.models.transformer import TransformerConfig
 from eggroll.llm.shards import CONFIG
 from eggroll.llm.sums import find_differing
@@ -62,10 +63,10 @@ def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, se
         cache: holds a folder for every model.
         config: of the model.
         train: returns the parameters; called in the first process only.
-        settings: JSON values that decide the parameters; they, jax and Python name the folder.
+        settings: JSON values that decide the parameters; they, the code of training and models, jax and Python name the folder.
         task: what the model learns, for the message.
     """
-    known = json.dumps([settings, HEAD_DIM, jax.__version__, sys.version])
+    known = json.dumps([settings, _digest_of_code(train), jax.__version__, sys.version])
     folder = run_folder(cache / hashlib.sha256(known.encode()).hexdigest()[:16])
 
     def make() -> None:
@@ -76,6 +77,13 @@ def cached_model(cache: Path, config: hf.Config, train: Callable[[], Any], *, se
 
     first_does(make)
     return folder
+
+
+def _digest_of_code(train: Callable[[], Any]) -> str:
+    """SHA-256 of the files that decide the parameters: of `train`, of this module, of the models and their tokenizers."""
+    files = [inspect.getfile(train), __file__, decoder.__file__, tokenizers.__file__]
+    files += sorted(map(str, Path(models.__path__[0]).glob("*.py")))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def _is_sound(folder: Path) -> bool:

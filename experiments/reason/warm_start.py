@@ -98,7 +98,7 @@ def warm_start(settings: WarmStart, task: Task, *, template: str, cache: Path = 
         cache,
         settings.model,
         lambda: train(settings, encode_examples(texts)),
-        settings=[dataclasses.asdict(settings), LOW_RANK, texts],
+        settings=[dataclasses.asdict(settings), texts],
         task=f"the worked examples of {task.name}",
     )
 

@@ -265,11 +265,18 @@ FAULTS = (
         (LAZY,),
     ),
     Fault(
-        "the update is a product of transposed factors",
+        "the update is transposed",
+        "eggroll/update/pair_sums.py",
+        'return jnp.einsum("...mk,...kn->...mn", left * weights, right, precision=jax.lax.Precision.HIGHEST)',
+        'return jnp.einsum("...mk,...kn->...nm", left * weights, right, precision=jax.lax.Precision.HIGHEST)',
+        (ESTIMATOR,),
+    ),
+    Fault(
+        "the specification of the kernel of the update is transposed",
         "kernels/lowrank_update/reference.py",
         'return jnp.einsum("...km,...kn->...mn", left, right, precision=jax.lax.Precision.HIGHEST)',
         'return jnp.einsum("...km,...kn->...nm", left, right, precision=jax.lax.Precision.HIGHEST)',
-        (ESTIMATOR,),
+        ("tests/kernels/test_kernels.py",),
     ),
     Fault(
         "a one-sided difference lacks its factor 2",

@@ -41,6 +41,7 @@ from eggroll.zo.offload.passes import Pass, program
 from eggroll.zo.offload.state import OffloadState, Pending
 from eggroll.zo.offload.streams import Streams
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment
+from eggroll.zo.room import check_offloaded
 from eggroll.zo.strategy import ZerothOrder
 
 
@@ -115,12 +116,13 @@ class Offload:
             batch: as for `step`, to read the plan too; None: `step` or `plan` does it.
 
         Raises:
-            ValueError: the blocks are not stacked, or are short floats although `transfer_dtype` is given.
+            ValueError: the blocks are not stacked, are short floats although `transfer_dtype` is given, or do not fit.
         """
         addresses.check_key(key)
         count = check_blocks(params)
         check_params(params, self.tuner.perturbation)
         refuse_quantised(params, self.tuner.perturbation)
+        check_offloaded(params, self.devices.mesh, transfer_dtype=self.transfer_dtype)
         if self.transfer_dtype is not None and any(is_low(leaf) for leaf in jax.tree.leaves(params["blocks"])):
             raise ValueError("transfer_dtype is for float32 blocks; these are short floats, which are transferred unchanged.")
         store = functools.partial(self.devices.store, transfer_dtype=self.transfer_dtype)

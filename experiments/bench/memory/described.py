@@ -7,11 +7,12 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from eggroll.kernels import hopper
 
@@ -19,13 +20,13 @@ DESCRIPTION = Path(__file__).with_name("h100.txtpb")
 PACKAGES = ("jax_cuda12_plugin", "nvidia.cuda_nvcc")
 
 
-def check_compiler() -> None:
+def check_compiler(command: str = "bench memory --target h100") -> None:
     """Exit with a clear error where the compiler for CUDA is not installed."""
     missing = [name for name in PACKAGES if not is_installed(name)]
     if missing:
         raise SystemExit(
             f"error: compiling for an H100 needs the packages {' and '.join(missing)}, which are not installed. "
-            "`make cuda-compiler` installs them; then run .venv-cuda/bin/python -m experiments.bench memory --target h100"
+            f"`make cuda-compiler` installs them; then run .venv-cuda/bin/python -m experiments.{command}"
         )
 
 
@@ -43,6 +44,26 @@ def h100s(count: int) -> list[jax.Device]:
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{count}")
     return list(topology.devices)
+
+
+class HostSharding(NamedSharding):
+    """A sharding in the host's memory. A described device knows of no memories, so that `NamedSharding` loses the kind."""
+
+    memory_kind = "pinned_host"
+
+
+def compile_program(function: Any, shapes: tuple[Any, ...], *, options: dict[str, Any] | None = None) -> Any:
+    """Compile a jitted function for the described devices that its shapes lie on.
+
+    Args:
+        function: from `jax.jit`.
+        shapes: of its arguments.
+        options: further options of XLA.
+    """
+    lowered = function.trace(*shapes).lower(lowering_platforms=("cuda",))
+    chosen = {"xla_gpu_autotune_level": 0} | (options or {})  # no device to time candidates on
+    with mock.patch.object(HostSharding, "memory_kind", None):  # what jax expects to be told by the compiler
+        return lowered.compile(compiler_options=chosen)
 
 
 def mesh_of(devices: list[jax.Device], *, population: int, model: int) -> Mesh:

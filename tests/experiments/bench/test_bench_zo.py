@@ -1,5 +1,6 @@
 """The benchmark of zeroth-order steps, in small: it runs and its JSON has what it promises."""
 
+import importlib.util
 import json
 
 import jax
@@ -17,6 +18,7 @@ def test_numbers_of_a_small_run(capsys):
     assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15", "grzo"}
     assert summary["lowrank_batched_speedup"] > 0
     assert summary["memory"]["mezo_ratio"] == summary["memory"]["sizes"]["tiny"]["mezo_ratio"]
+    assert summary["torch_ratio"] is None or set(summary["torch_ratio"]) == {"mezo", "lozo"}
 
 
 def test_the_forms_of_the_large_matrix_compute_the_same():
@@ -45,3 +47,9 @@ def test_unknown_populations_are_refused():
 def test_unknown_models_are_refused():
     with pytest.raises(SystemExit, match="models must be among smollm2, 1b, tiny, got huge"):
         zo.run(zo.ZO(models=("huge",)))
+
+
+def test_a_missing_torch_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert zo._torch_ratios(zo.ZO(models=("tiny",))) is None
+    assert "torch_ratio needs torch and transformers: make parity" in capsys.readouterr().out
