@@ -87,7 +87,8 @@ class Advance(Generic[S]):
         scalars, norms, checksums = jax.device_get((metrics.scalars, metrics.leaf_norms, metrics.checksums))
         seconds = time.perf_counter() - start
         numbers = {name: value.item() for name, value in scalars.items()}
-        arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "checksums": checksums, "batch": follows}
+        arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "fitness": metrics.fitness}
+        arrays |= {"checksums": checksums, "batch": follows}
         record = Record(
             **numbers,
             **arrays,

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-ARRAYS = ("aux", "coefficients", "leaf_norms", "checksums", "batch")  # fields of a record that are not one number
+ARRAYS = ("aux", "coefficients", "fitness", "leaf_norms", "checksums", "batch")  # fields that are not one number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Record:
     members_per_second: float
     aux: Any = None  # reduced over the population, on the device unless it was part of a scan, not written
     coefficients: Any = None  # float32 [P], where aux is, not written
+    fitness: Any = None  # [N] or [N, K], raw, on the device, not written; None for a generation of a scan
     leaf_norms: dict[str, float] = dataclasses.field(default_factory=dict)  # gradient norm of every parameter, by its path
     checksums: Any = None  # uint32 [2, arrays], of the state before and after, not written
     batch: Any = None  # with `next_batch`: of the next generation, not written

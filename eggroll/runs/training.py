@@ -74,7 +74,8 @@ def train(
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
-        keep_arrays: keep `aux`, `coefficients` and `batch` of every generation in the history; callbacks always get them.
+        keep_arrays: keep `aux`, `coefficients`, `fitness` and `batch` of every generation in the history; callbacks always get
+            them.
         on_device: k: run up to k generations in one program on the device (`eggroll.scan`), with the same results, bit for bit.
             It ends where the number of a generation is a multiple of k. Then, and only then, the host does its part: callbacks
             are called with the state and the record of the last generation, files and checkpoints are written, and target,
@@ -138,7 +139,7 @@ def train(
                 if durable is not None:
                     durable.record(state if is_last else None, record, score=score)
                 if not keep_arrays:
-                    history[-1] = dataclasses.replace(record, aux=None, coefficients=None, batch=None)
+                    history[-1] = dataclasses.replace(record, aux=None, coefficients=None, fitness=None, batch=None)
             show(record.extra[name] if budget else len(history), words(record) if words else _progress_words(record, held_out))
             if stops:
                 break

@@ -198,8 +198,7 @@ class Scorer:
         first = self._text(failed[0]) if failed else None
         if failed and len(failed) == len(outcomes):
             raise RewardFailed(f"{self._name} failed on all {len(failed)} completions; the first error: {first}")
-        scored = [outcome for outcome in outcomes if isinstance(outcome, float) and not math.isnan(outcome)]
-        minimum = min([self._minimum, *scored])
+        minimum = min([self._minimum, *(own for own in outcomes if isinstance(own, float) and not math.isnan(own))])
         values = np.array([outcome if isinstance(outcome, float) else minimum for outcome in outcomes], np.float64)
         has_score = ~np.isnan(values)
         if len(values) and not has_score.any():
