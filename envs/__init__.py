@@ -4,6 +4,7 @@ This package knows arrays, not populations.
 """
 
 from eggroll.envs.actions import choose_action, output_size
+from eggroll.envs.checks import check_environment
 from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, initial_statistics, merge, normalise
 from eggroll.envs.policy import input_size, network_policy
 from eggroll.envs.protocol import (
@@ -18,6 +19,7 @@ from eggroll.envs.protocol import (
 )
 from eggroll.envs.registry import is_installed, make, names, register
 from eggroll.envs.rollout import Episode, run_episode, run_episodes
+from eggroll.envs.simulator import Simulator
 
 __all__ = [
     "ActionSpace",
@@ -29,7 +31,9 @@ __all__ = [
     "ObservationStatistics",
     "ObservationSums",
     "PerAgent",
+    "Simulator",
     "Transition",
+    "check_environment",
     "choose_action",
     "initial_statistics",
     "input_size",

@@ -4,6 +4,7 @@ Reset, one step and the mask are traced abstractly, once per environment, with a
 result is an error that names it, not one of the loop that carries it.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment
 from eggroll.signatures import check_signature
 
 _checked: weakref.WeakSet[Environment] = weakref.WeakSet()
+ONE_FLAG = " One flag `done` becomes two: terminated where the task ended, truncated where the time limit was reached."
 
 
 def check_environment(environment: Environment) -> None:
@@ -25,27 +27,28 @@ def check_environment(environment: Environment) -> None:
     if environment in _checked:
         return
     about = f"env '{environment.name}'"
+    _check_declared(environment)
     for name, arguments in (("reset", ("key",)), ("step", ("key", "state", "action"))):
         _check_call(about, name, getattr(environment, name), arguments)
     for name in ("action_mask", "draw"):
         if getattr(environment, name) is not None:
             _check_call(about, name, getattr(environment, name), ("state",))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    start = jax.eval_shape(environment.reset, key)
+    start = _trace(about, "reset", environment.reset, key)
     if not isinstance(start, tuple) or len(start) != 2:
         raise ValueError(f"{about}: reset must return (observation, state), got {_describe(start)}.")
     observation, state = start
     _check_observation(environment, observation, "reset")
     if environment.action_mask is not None:
-        _check_mask(environment, jax.eval_shape(environment.action_mask, state))
-    made = jax.eval_shape(environment.step, key, state, _abstract_action(environment.action_space))
+        _check_mask(environment, _trace(about, "action_mask", environment.action_mask, state))
+    made = _trace(about, "step", environment.step, key, state, _abstract_action(environment.action_space))
     if getattr(made, "_fields", None) != Transition._fields:
-        fields = ", ".join(Transition._fields)
-        raise ValueError(f"{about}: step must return an envs.Transition({fields}), got {_describe(made)}.")
+        fields, hint = ", ".join(Transition._fields), ONE_FLAG if isinstance(made, tuple) and len(made) == 4 else ""
+        raise ValueError(f"{about}: step must return an envs.Transition({fields}), got {_describe(made)}.{hint}")
     _check_observation(environment, made.observation, "step")
-    _check_scalar(about, "reward", made.reward, "a float32 scalar", (jnp.floating, jnp.integer, jnp.bool_))
+    _check_scalar(about, "reward", made.reward, "a float32 scalar", (jnp.floating, jnp.integer, jnp.bool_), "reward.squeeze()")
     for name in ("terminated", "truncated"):
-        _check_scalar(about, name, getattr(made, name), "a bool scalar", (jnp.bool_,))
+        _check_scalar(about, name, getattr(made, name), "a bool scalar", (jnp.bool_,), f"{name}.squeeze().astype(bool)")
     check_carried(f"{about}: step must return the state as reset makes it", state, made.state)
     _checked.add(environment)
 
@@ -84,10 +87,45 @@ def _check_call(about: str, name: str, function: Callable, arguments: tuple[str,
         raise TypeError(f"{about}: {error}") from None
 
 
+def _trace(about: str, name: str, function: Callable, *arguments: Any) -> Any:
+    """Shapes and dtypes of a function's result; TypeError where the function needs values that JAX has not computed yet."""
+    try:
+        return jax.eval_shape(function, *arguments)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            f"{about}: {name} must be a pure JAX function, but it needs the value of an array while it is traced "
+            f"({type(error).__name__}); write jnp for np, and jnp.where or jax.lax.cond for if. A simulator in NumPy is played "
+            "by envs.Simulator."
+        ) from error
+
+
+def _check_declared(environment: Environment) -> None:
+    """Check what an environment declares of itself."""
+    about, shape, space = f"env '{environment.name}'", environment.observation_shape, environment.action_space
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{about}: observation_shape must be a tuple of integers, such as (4,), got {shape!r}.")
+    if not isinstance(space, ActionSpace):
+        names = ", ".join(f"envs.{kind.__name__}" for kind in (Discrete, Continuous, MultiDiscrete, PerAgent))
+        raise TypeError(f"{about}: action_space must be one of {names}, got {type(space).__name__}.")
+    inner = space.space if isinstance(space, PerAgent) else space
+    if isinstance(inner, Continuous) and not tuple(inner.shape) == jnp.shape(inner.low) == jnp.shape(inner.high):
+        raise ValueError(
+            f"{about}: the bounds of continuous actions must be arrays of their shape {tuple(inner.shape)}, "
+            f"got {jnp.shape(inner.low)} and {jnp.shape(inner.high)}."
+        )
+
+
 def _check_observation(environment: Environment, observation: Any, function: str) -> None:
-    declared, shape = tuple(environment.observation_shape), getattr(observation, "shape", type(observation).__name__)
-    if shape != declared:
-        raise ValueError(f"env '{environment.name}' must give observations of its observation_shape {declared}, got {shape}.")
+    declared = tuple(environment.observation_shape)
+    if not hasattr(observation, "shape"):
+        raise ValueError(
+            f"env '{environment.name}': {function} must return the observation as one float32 array {list(declared)}, got "
+            f"{_describe(observation)}; join its parts: jnp.concatenate([x.ravel() for x in jax.tree.leaves(observation)])."
+        )
+    if observation.shape != declared:
+        raise ValueError(
+            f"env '{environment.name}' must give observations of its observation_shape {declared}, got {observation.shape}."
+        )
     if observation.dtype != jnp.float32:
         raise ValueError(
             f"env '{environment.name}' must give observations of dtype float32, got {observation.dtype} from {function}; "
@@ -95,10 +133,12 @@ def _check_observation(environment: Environment, observation: Any, function: str
         )
 
 
-def _check_scalar(about: str, name: str, value: Any, expected: str, kinds: tuple[Any, ...]) -> None:
-    fits = getattr(value, "shape", None) == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    if not fits:
-        raise ValueError(f"{about}: {name} must be {expected}, got {_describe(value)}.")
+def _check_scalar(about: str, name: str, value: Any, expected: str, kinds: tuple[Any, ...], remedy: str) -> None:
+    shape = getattr(value, "shape", None)
+    if shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        return
+    one = shape is not None and math.prod(shape) == 1
+    raise ValueError(f"{about}: {name} must be {expected}, got {_describe(value)}." + f" Convert it: {remedy}." * one)
 
 
 def _check_mask(environment: Environment, mask: Any) -> None:

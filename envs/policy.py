@@ -1,4 +1,4 @@
-"""A network as a policy: it reads flat features, and its outputs become an action of the environment's space.
+"""A network as a policy: it reads flat features or the observation as it is, and its outputs become an action.
 
 Owns the steps between a network and a rollout (flattening, agents, masks, sampling); it knows no network library.
 """
@@ -22,7 +22,12 @@ def input_size(environment: Environment) -> int:
 
 
 def network_policy(
-    environment: Environment, network: Callable[..., Any], *, sampled: bool = False, recurrent: bool = False
+    environment: Environment,
+    network: Callable[..., Any],
+    *,
+    sampled: bool = False,
+    recurrent: bool = False,
+    flatten: bool = True,
 ) -> Policy:
     """Make a policy for `run_episode` from a network.
 
@@ -33,6 +38,7 @@ def network_policy(
             its own memory: the `memory` of a rollout has a leading axis of agents.
         sampled: sample actions; otherwise act deterministically.
         recurrent: the network has a memory; pass the initial one to `run_episode`.
+        flatten: the network reads flat features; otherwise an observation in its shape, with `PerAgent` that of one agent.
 
     Returns:
         The policy.
@@ -41,6 +47,8 @@ def network_policy(
     apply = jax.vmap(network) if isinstance(space, PerAgent) else network
 
     def features(observation: Array) -> Array:
+        if not flatten:
+            return observation
         return observation.reshape((space.agents, -1) if isinstance(space, PerAgent) else (-1,))
 
     def act(output: Array, key: Array, mask: Array | None) -> Array:

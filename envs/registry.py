@@ -34,6 +34,11 @@ _KINETIX = (
     "pygame_widgets==1.1.5 safetensors seaborn wandb zarr==2.18.3 numcodecs==0.13.1"
 )
 
+_BRAX = (
+    *("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_double_pendulum", "inverted_pendulum"),
+    *("pusher", "reacher", "swimmer", "walker2d"),
+)
+
 SUITES = {
     "gymnax": Suite(
         "gymnax",
@@ -41,7 +46,7 @@ SUITES = {
         ("CartPole-v1", "Pendulum-v1"),
         deferred=("matplotlib", "matplotlib.colors", "matplotlib.pyplot", "seaborn"),
     ),
-    "brax": Suite("brax", "pip install brax", ("ant", "humanoid", "inverted_double_pendulum")),
+    "brax": Suite("brax", "pip install brax", _BRAX),
     "jumanji": Suite("jumanji", "pip install jumanji", ("Game2048-v1", "Knapsack-v1", "Snake-v1")),
     "navix": Suite("navix", "pip install navix", ("DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-Random-v0", "FourRooms-v0")),
     "craftax": Suite("craftax", "pip install craftax", ("Craftax-Classic-Symbolic-v1", "Craftax-Symbolic-v1")),
@@ -109,13 +114,16 @@ def make(name: str, *, max_steps: int | None = None) -> Environment:
 def _make_registered(name: str) -> Environment:
     environment = _registered[name]()
     if not isinstance(environment, Environment):
-        raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}.")
+        numpy = "; envs.Simulator plays an environment of gymnasium" * hasattr(environment, "observation_space")
+        raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}{numpy}.")
     check_environment(environment)
     return environment
 
 
 def _make_from_suite(name: str) -> Environment:
     suite, _, short = name.partition("/")
+    if suite == "gymnasium":
+        raise ValueError(f"env '{name}' is not a JAX function: envs.Simulator plays environments of gymnasium.")
     if suite not in SUITES or not short:
         suite, short = "gymnax", name
     if suite == "gymnax" and "/" in short:

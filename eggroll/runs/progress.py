@@ -1,6 +1,7 @@
 """The progress of a long run on standard error: how much is done, a few changing words, time left.
 
-A bar drawn by rich where standard error is a terminal; otherwise, for log files, a plain line now and then:
+A bar drawn by rich where standard error is a terminal, with the words below it, where 80 columns have room for both;
+otherwise, for log files, a plain line every few seconds:
 
     generations 0 of 50: compiling, or in the first of this run, 0:00:10
     generations 12 of 50: best 0.41  mean 0.33  4 members/s, 0:05:20, ETA 0:15:08
@@ -13,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-FIRST_SECONDS = 10.0  # before the first plain line, and between lines
+FIRST_SECONDS = 5.0  # before the first plain line, and between lines
+STARTING = "compiling, or in the first of this run"
 SHARE = 0.02  # later, the share of the elapsed time that passes between lines
 
 
@@ -41,18 +44,31 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
         with _PlainLines(name, total) as lines:
             yield lines.show
         return
+    with _make_bar() as bar:
+        task = bar.add_task(name, total=total, words=STARTING)
+        yield lambda completed, words: bar.update(task, completed=min(completed, total), words=words)
+
+
+def _make_bar() -> Any:
+    """A bar whose words have a line of their own, which is wrapped where it is too long for the terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Bar(Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (Text(f"  {task.fields['words']}") for task in self.tasks)
 
     columns = (
         TextColumn("{task.description} {task.completed:,.0f}/{task.total:,.0f}"),
-        BarColumn(),
-        TextColumn("{task.fields[words]}  ETA"),
+        BarColumn(bar_width=12),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total, words="")
-        yield lambda completed, words: bar.update(task, completed=min(completed, total), words=words)
+    # What is printed meanwhile appears above the bar, unless it goes to a file.
+    return Bar(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
 
 
 class _PlainLines:
@@ -88,7 +104,7 @@ class _PlainLines:
     def _line(self) -> str:
         elapsed, of = _duration(time.monotonic() - self._start), f"of {self._total:,.0f}"
         if self._first is None or self._last is None:
-            return f"{self._name} 0 {of}: compiling, or in the first of this run, {elapsed}"
+            return f"{self._name} 0 {of}: {STARTING}, {elapsed}"
         (began, before), (now, completed, words) = self._first, self._last
         speed = (completed - before) / (now - began) if now > began else 0.0
         left = max(0.0, self._total - completed) / speed if speed > 0 else math.inf

@@ -70,7 +70,7 @@ def train(
         durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
             `held_out_fitness` that a callback puts into `record.extra` decides which checkpoint is the best.
         progress: True: draw the progress bar; False: be quiet; None: draw it where standard error is a terminal and rich is
-            installed, and otherwise write a plain line every ten seconds, later more rarely (`eggroll.runs.progress`).
+            installed, and otherwise write a plain line every five seconds, later more rarely (`eggroll.runs.progress`).
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.

@@ -28,7 +28,8 @@ from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.evolution import make_strategy
 from eggroll.experiments.rl.inputs import load
-from eggroll.experiments.rl.problem import MLP, Evaluation, Task
+from eggroll.experiments.rl.networks import MLP
+from eggroll.experiments.rl.problem import Evaluation, Task
 from eggroll.scan import run_scan
 
 Advance = Callable[[int], tuple[Any, envs.ObservationStatistics]]  # generation -> mean parameters and statistics after it

@@ -27,6 +27,21 @@ def save_checkpoint(folder: str | Path, tree: Any) -> None:
         checkpointer.save(Path(folder).absolute(), args=ocp.args.Composite(**items), force=True)
 
 
+def saved_shapes(folder: str | Path) -> list[tuple[int, ...]]:
+    """Return the shapes of the arrays of a checkpoint, sorted; the arrays themselves are not read.
+
+    Raises:
+        Damaged: the description of the arrays cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata((Path(folder) / TREE).absolute()).tree
+        return sorted(array.shape for array in jax.tree.leaves(tree))
+    except Exception as error:  # as in `load_checkpoint`
+        raise Damaged(f"the checkpoint {folder} cannot be read: {error}") from error
+
+
 def load_checkpoint(folder: str | Path, like: Any) -> Any:
     """Read what `save_checkpoint` wrote; `like` is a pytree of arrays or shapes with its structure.
 

@@ -79,6 +79,16 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(f"error: {words}")
 
 
+@contextlib.contextmanager
+def exit_on_interrupt(words: str) -> Iterator[None]:
+    """Print `words` and exit with `INTERRUPTED` at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(words, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
 def _drop_late_errors() -> None:
     """Keep threads of orbax quiet whose checkpoint could not be written: the error itself is raised by the run."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -12,7 +12,7 @@ from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.journal.lock import RunLock
 
-_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples")
+_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", "best", "metrics.jsonl")
 Row = dict[str, Any]
 
 

@@ -7,7 +7,6 @@ its artefacts, the improved model in the Hugging Face layout among them.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
-from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
+from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
@@ -150,12 +149,8 @@ def run(config: Config, *, reward: Reward | None = None) -> Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
     config = parse(arguments)
-    try:
-        with exit_on_error():
-            summary = run(config)
-    except KeyboardInterrupt:
-        print(STOPPED[config.algorithm], file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    with exit_on_interrupt(STOPPED[config.algorithm]), exit_on_error():
+        summary = run(config)
     print_summary(summary)
 
 

@@ -2,29 +2,43 @@
 
 A plain Flax network is the policy. It is evolved without backpropagation, with low-rank (eggroll) or dense (openes) noise, or
 trained by PPO; `random` ignores its observations. The last line of standard output is a JSON object with the mean return of the
-trained parameters over fresh episodes, and that of random actions. Each seed writes its artefacts to its own run folder.
+trained parameters over fresh episodes, and that of random actions. Each seed writes its artefacts to its own run folder, which
+`--evaluate RUN` and `--render RUN` load again (`experiments.rl.finished`).
 """
 
+import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax import Array
 
 import eggroll
 from eggroll.devices.processes import first_does
-from eggroll.envs.drawing.render import render_episode
-from eggroll.experiments.common.checkpoint import save_checkpoint
-from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
+from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
+from eggroll.experiments.rl import finished
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
-from eggroll.experiments.rl.config import Config, parse
+from eggroll.experiments.rl.config import Config, parse, restore_config
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.inputs import load
-from eggroll.experiments.rl.ppo import PPO
-from eggroll.experiments.rl.problem import MLP, Evaluation, Task, Trained, is_above, seed_keys
+from eggroll.experiments.rl.inputs import load, make_critic
+from eggroll.experiments.rl.problem import (
+    BEST,
+    LAST,
+    Evaluation,
+    HeldOutChecks,
+    Task,
+    Trained,
+    is_above,
+    load_policy,
+    save_policy,
+    seed_keys,
+)
+from eggroll.experiments.rl.report import describe, ending, stopped, why_ended
 
+STOPPED = "stopped; the same command with --resume continues after the last whole generation, ppo from the beginning."
 Algorithm = Evolution | PolicyGradient | RandomPolicy
 
 
@@ -33,52 +47,78 @@ def make_algorithm(config: Config, task: Task, evaluation: Evaluation) -> Algori
     if config.algorithm == "random":
         return RandomPolicy()
     if config.algorithm == "ppo":
-        return PolicyGradient(config, task, evaluation, critic=MLP(config.hidden_sizes, 1, config.activation))
+        return PolicyGradient(config, task, evaluation, critic=make_critic(config, task))
     return Evolution(config, task, evaluation)
 
 
 def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: SeedRun) -> Row:
     """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
-    keys = seed_keys(run.seed)
+    random_returns = evaluation.random_returns(key=seed_keys(run.seed).random)
+    random_return = float(random_returns.mean())
     start = time.perf_counter()
-    trained = algorithm.train(run)
+    try:
+        trained = algorithm.train(run, random_return=random_return)
+    except KeyboardInterrupt:
+        print(f"seed {run.seed}: {stopped(run.folder)}, random {random_return:.4g}; files are in {run.folder}", flush=True)
+        raise
     seconds = time.perf_counter() - start
-    returns = random_returns = evaluation.random_returns(key=keys.random)
-    if trained.params is not None:
-        save_checkpoint(run.folder / "checkpoint", {"params": trained.params, "statistics": trained.statistics._asdict()})
-        returns = evaluation.returns(trained.params, trained.statistics, key=keys.evaluation)
-        print(f"seed {run.seed}: mean return {returns.mean():.4g}; metrics and checkpoint are in {run.folder}", flush=True)
-        if config.render:
-            first_does(lambda: _render(evaluation.task, trained, run.folder / "policy.gif", key=keys.evaluation))
-    if trained.invalid:
-        what = "steps" if config.algorithm == "ppo" else "members"
-        print(f"seed {run.seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
-    above_random = is_above(returns, random_returns)
-    if trained.params is not None and not above_random:
-        means = f"{returns.mean():.4g} is not above that of random actions, {random_returns.mean():.4g}"
-        print(f"seed {run.seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
-    return {
-        "mean_return": float(returns.mean()),
-        "random_return": float(random_returns.mean()),
-        "above_random": above_random,
+    row: Row = {
+        "mean_return": random_return,
+        "random_return": random_return,
+        "above_random": False,
         "generations": trained.generations,
         "env_steps": trained.env_steps,
         "invalid": trained.invalid,
         "seconds": round(seconds, 2),
         "generation_seconds": round(trained.generation_seconds, 5),
     }
+    if trained.checks is None:
+        return row
+    print(f"seed {run.seed}: {ending(config, trained, seconds=seconds)}", flush=True)
+    row["ended"] = why_ended(config, trained)
+    return row | _evaluate(config, trained, trained.checks, evaluation, random_returns, run=run)
 
 
-def _render(task: Task, trained: Trained, path: Path, *, key: jax.Array) -> None:
-    statistics = trained.statistics if task.normalise else None
-    drawn = render_episode(task.environment, task.policy(trained.params), key=key, path=path, statistics=statistics)
-    print(f"an episode is drawn in {drawn}", flush=True)
+def _evaluate(
+    config: Config, trained: Trained, checks: HeldOutChecks, evaluation: Evaluation, random_returns: Array, *, run: SeedRun
+) -> Row:
+    """Save and evaluate the last parameters, and evaluate those of the best check on the same fresh episodes."""
+    key, seed = seed_keys(run.seed).evaluation, f"seed {run.seed}"
+    save_policy(run.folder / LAST, trained.params, trained.statistics)
+    returns = best_returns = evaluation.returns(trained.params, trained.statistics, key=key)
+    if trained.invalid:
+        what = "steps" if config.algorithm == "ppo" else "members"
+        print(f"{seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+    print(f"{seed}: return {describe(returns)} of {len(returns)} episodes, random {random_returns.mean():.4g}", flush=True)
+    if checks.best_env_steps:
+        if checks.best_env_steps != trained.env_steps:
+            best_returns = evaluation.returns(*load_policy(run.folder / BEST, evaluation.task), key=key)
+        best = f"best check {checks.best:.4g} at {checks.best_env_steps:,} steps"
+        print(f"{seed}: {best}, whose parameters return {best_returns.mean():.4g}", flush=True)
+    above_random = is_above(returns, random_returns)
+    if not above_random:
+        means = f"{returns.mean():.4g} is not above that of random actions, {random_returns.mean():.4g}"
+        print(f"{seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
+    print(f"{seed}: metrics, figure, best and last parameters are in {run.folder}", flush=True)
+    if config.render:
+        first_does(lambda: _render(evaluation.task, trained, run.folder / "policy.gif", key=key))
+    return {
+        "mean_return": float(returns.mean()),
+        "above_random": above_random,
+        "best_return": float(best_returns.mean()),
+        "best_check": checks.best if checks.best_env_steps else math.nan,
+        "best_env_steps": checks.best_env_steps,
+        "parameters": {"best": BEST if checks.best_env_steps else LAST, "last": LAST},
+    }
+
+
+def _render(task: Task, trained: Trained, path: Path, *, key: Array) -> None:
+    print(f"an episode is drawn in {task.render(trained.params, trained.statistics, path, key=key)}", flush=True)
 
 
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
     """Remake the strategy and the initial state of a run, from the recipe in its journal."""
-    options = options | {"hidden_sizes": tuple(options["hidden_sizes"]), "ppo": PPO(**options["ppo"])}
-    config = Config(**options)
+    config = restore_config(options)
     task = load(config)
     return Evolution(config, task, Evaluation(task, episodes=1)).start(seed_keys(config.seed))
 
@@ -100,7 +140,11 @@ def run(config: Config) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    with exit_on_error():
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if finished.is_asked_for(arguments):
+        finished.main(arguments)
+        return
+    with exit_on_interrupt(STOPPED), exit_on_error():
         config = parse(arguments)
         config.check()
         start_processes()
@@ -109,4 +153,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

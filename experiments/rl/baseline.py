@@ -14,6 +14,7 @@ from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.ppo import Metrics, make_trainer
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trained, seed_keys
+from eggroll.experiments.rl.report import draw
 from eggroll.runs.metrics import seal
 from eggroll.runs.progress import progress_line
 
@@ -33,13 +34,14 @@ class PolicyGradient:
         self._start, self._advance = jax.jit(self._trainer.start), jax.jit(self._trainer.advance)
         self._config, self._evaluation = config, evaluation
 
-    def train(self, seed_run: SeedRun) -> Trained:
-        """Run PPO; `metrics.jsonl` in the folder of the run gets a line per update."""
+    def train(self, seed_run: SeedRun, *, random_return: float | None = None) -> Trained:
+        """Run PPO; `metrics.jsonl` in the folder of the run gets a line per update, and its figure is drawn."""
         config, keys = self._config, seed_keys(seed_run.seed)
         every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, key=keys.checks, every=every, target=config.known_target)
+        folder, held_out = seed_run.folder, ""
+        checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
         run, rows = self._start(keys.training), []  # it draws the initial parameters too
-        with open(seed_run.folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
+        with open(folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
             for update in range(self._trainer.updates):
                 start = time.perf_counter()
                 run, metrics = self._advance(run)
@@ -47,12 +49,17 @@ class PolicyGradient:
                 rows[-1]["seconds"] = time.perf_counter() - start
                 learner = run.learner
                 actor = learner.params["actor"]
-                rows[-1] |= checks(actor, learner.statistics, env_steps=rows[-1]["env_steps"])
+                found = checks(actor, learner.statistics, env_steps=rows[-1]["env_steps"])
+                rows[-1] |= found
+                held_out = f"  held-out {found['held_out_return']:.4g}" if found else held_out
                 file.write(seal(json.dumps(jsonable(rows[-1]))))
                 file.flush()
-                show(rows[-1]["env_steps"], f"update {update}  mean return {rows[-1]['mean_return']:.4g}")
+                speed = config.ppo.steps_per_update / rows[-1]["seconds"]
+                words = f"update {update}  mean return {rows[-1]['mean_return']:.4g}{held_out}  {speed:,.0f} steps/s"
+                show(rows[-1]["env_steps"], words)
                 if checks.met:
                     break
+        draw(folder, random_return=random_return)
         return Trained(
             actor,
             learner.statistics,
@@ -60,6 +67,7 @@ class PolicyGradient:
             generation_seconds=statistics.median(row["seconds"] for row in rows),
             env_steps=rows[-1]["env_steps"],
             invalid=sum(row["invalid"] for row in rows),
+            checks=checks,
         )
 
 
@@ -72,6 +80,6 @@ def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:
 class RandomPolicy:
     """The random policy, which learns nothing."""
 
-    def train(self, seed_run: SeedRun) -> Trained:
+    def train(self, seed_run: SeedRun, *, random_return: float | None = None) -> Trained:
         """Return a run of no steps, without parameters."""
         return Trained(None, envs.initial_statistics(()), generations=0, generation_seconds=0.0, env_steps=0, invalid=0)

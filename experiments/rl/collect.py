@@ -18,6 +18,7 @@ from jax import Array
 from eggroll import envs
 from eggroll.envs.normalisation import ObservationStatistics
 from eggroll.experiments.rl.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
+from eggroll.experiments.rl.networks import init_network
 
 
 class Lanes(NamedTuple):
@@ -59,10 +60,9 @@ class ActorCritic:
     def init(self, key: Array) -> dict[str, Any]:
         """Draw initial parameters {"actor", "critic", "log_std"}."""
         actor_key, critic_key = jax.random.split(key)
-        observation = jnp.zeros(self.environment.observation_shape, jnp.float32).reshape(-1)
         return {
-            "actor": self.actor.init(actor_key, observation[: envs.input_size(self.environment)]),
-            "critic": self.critic.init(critic_key, observation),
+            "actor": init_network(self.actor, self.environment, key=actor_key),
+            "critic": self.critic.init(critic_key, jnp.zeros(self.environment.observation_shape, jnp.float32)),
             "log_std": jnp.zeros(num_log_stds(self.environment.action_space), jnp.float32),
         }
 
@@ -74,12 +74,12 @@ class ActorCritic:
         """Output of the policy network, [output_size] or [agents, output_size]."""
         space, apply = self.environment.action_space, functools.partial(self.actor.apply, params["actor"])
         if isinstance(space, envs.PerAgent):
-            return jax.vmap(apply)(observation.reshape(space.agents, -1))
-        return apply(observation.reshape(-1))
+            return jax.vmap(apply)(observation)
+        return apply(observation)
 
     def value(self, params: Any, observation: Array) -> Array:
         """Value of an observation, []."""
-        value: Any = self.critic.apply(params["critic"], observation.reshape(-1))
+        value: Any = self.critic.apply(params["critic"], observation)
         return value[0]
 
     def judge(self, params: Any, step: Step) -> tuple[Array, Array, Array]:

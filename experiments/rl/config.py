@@ -1,9 +1,9 @@
 """Options of `experiments.rl`, their checks, and the presets that give other defaults."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -11,9 +11,11 @@ from eggroll.experiments.common.options import ignored_options, only_with, refus
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.rl.ppo import PPO, RULE
 from eggroll.experiments.rl.presets import SMALL, paper_settings
-from eggroll.update.shaping import SHAPINGS
+from eggroll.update.shaping import SHAPINGS as ALL_SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
+SHAPINGS = [name for name in ALL_SHAPINGS if name != "group_relative"]  # every pair has its own episodes: no groups
+NETWORKS = ("mlp", "cnn", "gru")
 EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
 _OF_EVOLUTION = (
     "population_size",
@@ -35,6 +37,7 @@ _OF_EVOLUTION = (
 _OF_POLICIES = (
     "preset",
     "env_steps",
+    "network",
     "hidden_sizes",
     "activation",
     "sampled_actions",
@@ -48,6 +51,12 @@ RULES = (
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
     only_with("algorithm", ("ppo",), "ppo"),
+    unless(
+        lambda config: _own_network(config) and config.algorithm != "ppo",
+        "with a --network of your own",
+        "hidden_sizes",
+        "activation",
+    ),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
@@ -55,10 +64,15 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a policy on an environment with evolution strategies or a baseline."""
+    """Train a policy on an environment with evolution strategies or a baseline.
+
+    `--evaluate RUN` and `--render RUN` load a finished run instead; `--evaluate RUN --help` lists their options.
+    """
 
     env: str = "CartPole-v1"
-    """Name of an environment: of gymnax, or suite/name, such as brax/ant."""
+    """Name of an environment: of gymnax, or suite/name, such as brax/ant, or registered by an import."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules or files ending in .py to import first, which register environments by `envs.register`."""
     algorithm: Literal["eggroll", "openes", "ppo", "random"] = "eggroll"
     """Low-rank evolution strategies, dense ones, PPO, or uniformly random actions."""
     preset: Literal["small", "paper"] = "small"
@@ -86,13 +100,16 @@ class Config:
     learning_rate_decay: float = 1.0
     """Factor of the step size per generation."""
     shaping: str = "centered_ranks"
-    """Fitness shaping: centered_ranks, z_score, group_relative or pair_sign."""
+    """Fitness shaping: centered_ranks, z_score or pair_sign."""
     episodes: int = 1
     """Episodes per member; its fitness is their mean return."""
     chunk_size: int | None = None
     """Members evaluated at a time, even. None: all, or as many as fit half of the free memory, which is logged."""
+    network: str | None = None
+    """The policy: mlp, cnn, gru (recurrent), or module:Class or file.py:Class, a Flax module made with `outputs=n`. None: cnn
+    for images, else mlp."""
     hidden_sizes: tuple[int, ...] = (32, 32)
-    """Widths of the policy's hidden layers, and of PPO's value network."""
+    """Widths of the policy's hidden layers (gru: the last is its memory), and of PPO's value network."""
     activation: Literal["tanh", "relu_layer_norm"] = "tanh"
     """Activation of the hidden layers."""
     sampled_actions: bool = False
@@ -176,8 +193,32 @@ class Config:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
+        if not (self.network in (None, *NETWORKS) or _own_network(self)):
+            known = ", ".join(NETWORKS)
+            raise ValueError(f"network must be one of {known}, or module:Class or file.py:Class, got {self.network!r}.")
+        if self.network == "gru" and not self.hidden_sizes:
+            raise ValueError("hidden_sizes must not be empty with --network gru: its memory has the last one.")
         if any(size < 1 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes must be integers >= 1, got {self.hidden_sizes}.")
+
+
+def _own_network(config: Config) -> bool:
+    """Whether the network is a class of the user's: "source:Class"."""
+    source, _, name = (config.network or "").rpartition(":")
+    return bool(source) and name.isidentifier()
+
+
+def restore_config(options: Mapping[str, Any]) -> Config:
+    """Make the configuration of a run again, from `Config.options` as JSON keeps them.
+
+    Raises:
+        ValueError: an option is missing or unknown: it was stored by another version, or by another experiment.
+    """
+    try:
+        tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
+        return Config(**{"network": "mlp", **options, **tuples, "ppo": PPO(**options["ppo"])})  # before --network all were
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the options are not those of experiments.rl in this version: {error}.") from error
 
 
 def parse(arguments: Sequence[str] | None) -> Config:

@@ -18,6 +18,7 @@ from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
+from eggroll.experiments.rl.report import draw
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
@@ -99,13 +100,15 @@ class _Progress:
 
     def save(self) -> dict[str, Any]:
         """Return the progress as arrays."""
-        counts = np.array([self.env_steps, self.invalid, self.checks.done, self.checks.met], np.int64)
-        return {"counts": counts, "statistics": jax.device_get(self.statistics._asdict())}
+        checks = self.checks
+        counts = np.array([self.env_steps, self.invalid, checks.done, checks.met, checks.best_env_steps], np.int64)
+        return {"counts": counts, "best": np.float64(checks.best), "statistics": jax.device_get(self.statistics._asdict())}
 
     def load(self, saved: Any) -> None:
         """Restore what `save` returned."""
-        self.env_steps, self.invalid, self.checks.done, met = (int(count) for count in saved["counts"])
-        self.checks.met = bool(met)
+        checks = self.checks
+        self.env_steps, self.invalid, checks.done, met, checks.best_env_steps = (int(count) for count in saved["counts"])
+        checks.met, checks.best = bool(met), float(saved["best"])
         self.statistics = envs.ObservationStatistics(**jax.tree.map(jnp.asarray, saved["statistics"]))
 
 
@@ -122,8 +125,12 @@ class Evolution:
         self._es.plan(state, envs.initial_statistics(self._task.environment.observation_shape))
         return self._es, state
 
-    def train(self, seed_run: SeedRun) -> Trained:
+    def train(self, seed_run: SeedRun, *, random_return: float | None = None) -> Trained:
         """Run the generations, resuming the run in the folder if so configured; all files of the run go to the folder.
+
+        Args:
+            seed_run: seed, folder and recipe.
+            random_return: of random actions, a line in the figure.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
@@ -131,7 +138,7 @@ class Evolution:
         config, keys, folder = self._config, seed_keys(seed_run.seed), seed_run.folder
         es, initial = self.start(keys)
         every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, key=keys.checks, every=every, target=config.known_target)
+        checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
         most_steps = config.population_size * config.episodes * self._task.environment.max_steps
         progress = _Progress(self._task, checks, most_steps=most_steps)
         run = DurableRun(
@@ -161,6 +168,7 @@ class Evolution:
                     quiet=progress.quiet,
                     run_folder=folder,
                     durable=run,
+                    plot=lambda history, path: draw(path, random_return=random_return),
                 )
         return Trained(
             local(state.params),
@@ -169,5 +177,6 @@ class Evolution:
             generation_seconds=statistics.median(record.seconds for record in history) if history else 0.0,
             env_steps=progress.env_steps,
             invalid=progress.invalid,
+            checks=checks,
             advice=advise(history, es.plan(state)),
         )

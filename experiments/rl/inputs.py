@@ -1,10 +1,14 @@
 """The environment and the policy network that the options of `experiments.rl` name."""
 
+import flax.linen as nn
+
 from eggroll import envs
 from eggroll.experiments.common.options import refuse
 from eggroll.experiments.rl.config import Config, preset_defaults
 from eggroll.experiments.rl.distributions import num_log_stds
-from eggroll.experiments.rl.problem import MLP, Task
+from eggroll.experiments.rl.imports import find_class, import_code
+from eggroll.experiments.rl.networks import CNN, GRU, MLP, check_network, is_image
+from eggroll.experiments.rl.problem import Task
 
 
 def ignored_in(environment: envs.Environment, config: Config) -> dict[str, str]:
@@ -27,10 +31,49 @@ def _can_sample(environment: envs.Environment, config: Config) -> bool:
     return not (config.algorithm == "ppo" and num_log_stds(environment.action_space))
 
 
+def make_environment(config: Config) -> envs.Environment:
+    """Make the environment that `config` names, after the imports that register it; an error of it is a ValueError."""
+    for source in config.imports:
+        import_code(source, "--import")
+    try:
+        return envs.make(config.env, max_steps=config.max_steps)
+    except TypeError as error:  # of the checks of a registered environment
+        raise ValueError(str(error)) from error
+
+
+def make_network(config: Config, environment: envs.Environment, *, outputs: int) -> nn.Module:
+    """Make the policy network; ValueError where it does not fit the environment or the algorithm."""
+    name = config.network or ("cnn" if is_image(environment) else "mlp")
+    if name == "cnn" and not is_image(environment):
+        shape = environment.observation_shape
+        raise ValueError(f"--network cnn needs images [height, width, channels], env '{config.env}' has observations {shape}.")
+    if ":" in name:
+        found = find_class(name, "--network")
+        try:
+            network = found(outputs=outputs)
+        except TypeError as error:
+            raise ValueError(f"--network {name} is made as {found.__name__}(outputs={outputs}), but {error}.") from error
+    else:
+        network = {"mlp": MLP, "cnn": CNN, "gru": GRU}[name](config.hidden_sizes, outputs, config.activation)
+    if config.algorithm == "ppo" and hasattr(network, "initial_memory"):
+        raise ValueError(f"--network {name} has a memory, which --algorithm ppo does not train; use eggroll or openes.")
+    try:
+        check_network(name, network, environment, outputs=outputs)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return network
+
+
+def make_critic(config: Config, task: Task) -> nn.Module:
+    """Make PPO's value network: convolutional where the policy is, else dense."""
+    kind = CNN if isinstance(task.network, CNN) and not isinstance(task.environment.action_space, envs.PerAgent) else MLP
+    return kind(config.hidden_sizes, 1, config.activation)
+
+
 def load(config: Config) -> Task:
     """Make the environment and the policy that `config` names; ValueError for an option that has no effect there."""
-    environment = envs.make(config.env, max_steps=config.max_steps)
+    environment = make_environment(config)
     refuse(ignored_in(environment, config))
     sampled = config.sampled_actions and _can_sample(environment, config)
     outputs = envs.output_size(environment.action_space, sampled=sampled)
-    return Task(environment, MLP(config.hidden_sizes, outputs, config.activation), sampled, config.normalise)
+    return Task(environment, make_network(config, environment, outputs=outputs), sampled, config.normalise)

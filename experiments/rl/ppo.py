@@ -124,7 +124,7 @@ def make_trainer(
     Args:
         config: settings.
         environment: from `envs.make`.
-        actor: maps [input_size] to [output_size], as `envs.output_size(space)` says; called for every agent of `PerAgent`.
+        actor: maps an observation to [output_size], as `envs.output_size(space)` says; called for every agent of `PerAgent`.
         critic: maps the flat observation to [1].
         env_steps: steps of the run, all environments together; rounded up to whole rollouts.
         normalise: normalise observations.

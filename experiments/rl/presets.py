@@ -72,6 +72,7 @@ def paper_settings(env: str) -> dict[str, Any]:
         "sigma_decay": row.sigma_decay,
         "shaping": "centered_ranks" if row.rank_transform else "z_score",
         "sampled_actions": not row.deterministic,
+        "network": "mlp",
         "hidden_sizes": (256, 256, 256),
         "activation": "relu_layer_norm",
     }
@@ -79,7 +80,12 @@ def paper_settings(env: str) -> dict[str, Any]:
 
 # Settings for two cores, found by a few runs of one seed with EGGROLL; experiments/LOG.md has those that failed. Dense
 # noise and PPO get the same budget, network and actions; PPO's own settings are the defaults of `experiments.rl.ppo`.
-_PAPER_NETWORK: dict[str, Any] = {"hidden_sizes": (256, 256, 256), "activation": "relu_layer_norm", "population_size": 128}
+_PAPER_NETWORK: dict[str, Any] = {
+    "network": "mlp",
+    "hidden_sizes": (256, 256, 256),
+    "activation": "relu_layer_norm",
+    "population_size": 128,
+}
 _MPE = _PAPER_NETWORK | {"hidden_sizes": (64, 64, 64), "learning_rate": 0.01}
 SMALL: dict[str, dict[str, Any]] = {
     "CartPole-v1": {},
@@ -88,6 +94,7 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"learning_rate": 0.01, "sampled_actions": True, "env_steps": 500_000},
     "jumanji/Game2048-v1": _PAPER_NETWORK | {"sigma": 0.05, "learning_rate": 0.01},
     "navix/FourRooms-v0": {
+        "network": "mlp",
         "hidden_sizes": (64,),
         "population_size": 512,
         "learning_rate": 0.01,

@@ -3,40 +3,22 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from eggroll import envs
+from eggroll.envs.drawing.render import render_episode
 from eggroll.envs.rollout import Policy
+from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint, saved_shapes
+from eggroll.experiments.rl.networks import init_network, initial_memory
 from eggroll.experiments.rl.uniform import play_uniform
 
-
-class MLP(nn.Module):
-    """Dense layers with an activation between them.
-
-    Args:
-        hidden_sizes: widths of the hidden layers.
-        outputs: width of the last layer, which is linear.
-        activation: "tanh", or "relu_layer_norm": relu of the layer norm without parameters, as the policies of the EGGROLL
-            paper (arXiv 2511.16652, appendix N.4).
-    """
-
-    hidden_sizes: Sequence[int]
-    outputs: int
-    activation: str = "tanh"
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Map [*batch, features] to [*batch, outputs]."""
-        for size in self.hidden_sizes:
-            x = nn.Dense(size)(x)
-            x = nn.tanh(x) if self.activation == "tanh" else nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(x))
-        return nn.Dense(self.outputs)(x)
+BEST, LAST = "best", "checkpoint"  # folders of parameters, in that of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +26,44 @@ class Task:
     """A policy network acting in an environment."""
 
     environment: envs.Environment
-    network: nn.Module
+    network: nn.Module  # as `experiments.rl.networks` describes it
     sampled: bool  # whether actions are sampled: by evolution strategies, and in evaluation
     normalise: bool
 
     def policy(self, params: Any) -> Policy:
         """The policy with `params`, as `envs.run_episode` takes it."""
-        return envs.network_policy(self.environment, functools.partial(self.network.apply, params), sampled=self.sampled)
+        network = functools.partial(self.network.apply, params)
+        recurrent = self.memory is not None
+        return envs.network_policy(self.environment, network, sampled=self.sampled, recurrent=recurrent, flatten=False)
+
+    @property
+    def memory(self) -> Any:
+        """What a recurrent policy remembers before the first step, of every agent; None: the policy has no memory."""
+        return initial_memory(self.network, self.environment)
 
     def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int) -> envs.Episode:
         """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
         known = statistics if self.normalise else None
-        return envs.run_episodes(self.environment, self.policy(params), key=key, episodes=episodes, statistics=known)
+        policy, memory = self.policy(params), self.memory
+        return envs.run_episodes(self.environment, policy, key=key, episodes=episodes, statistics=known, memory=memory)
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
-        return self._init(key, jnp.zeros(envs.input_size(self.environment), jnp.float32))
+        return self._init(key=key)
 
     @functools.cached_property
     def _init(self) -> Callable:
         """One program: what the layers compute of zeros is not needed."""
-        return jax.jit(self.network.init)
+        return jax.jit(functools.partial(init_network, self.network, self.environment))
+
+    def render(self, params: Any, statistics: envs.ObservationStatistics, path: Path, *, key: Array) -> Path:
+        """Draw an episode as an animated GIF; ValueError where the environment cannot be drawn."""
+        known = statistics if self.normalise else None
+        policy, memory = self.policy(params), self.memory
+        drawn = render_episode(self.environment, policy, key=key, path=path, statistics=known, memory=memory)
+        if drawn is None:
+            raise ValueError("the environment cannot be drawn.")
+        return drawn
 
 
 class Keys(NamedTuple):
@@ -91,6 +90,7 @@ class Trained(NamedTuple):
     generation_seconds: float  # median
     env_steps: int
     invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+    checks: "HeldOutChecks | None" = None  # None: the random policy
     advice: str = ""  # what to change, should nothing have been learned
 
 
@@ -115,6 +115,25 @@ class Evaluation:
         return self._uniform(key=key).total_reward
 
 
+def save_policy(folder: Path, params: Any, statistics: envs.ObservationStatistics) -> None:
+    """Write the parameters of a policy, and the statistics that normalise its observations."""
+    save_checkpoint(folder, {"params": params, "statistics": statistics._asdict()})
+
+
+def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatistics]:
+    """Read what `save_policy` wrote.
+
+    Raises:
+        ValueError: the parameters are missing or damaged, or not those of the task's network and observations.
+    """
+    statistics = envs.initial_statistics(task.environment.observation_shape)
+    like = {"params": task.init_params(key=jax.random.key(0)), "statistics": statistics._asdict()}
+    if saved_shapes(folder) != sorted(array.shape for array in jax.tree.leaves(like)):
+        raise ValueError(f"the parameters in {folder} do not fit the environment and the network: their shapes differ.")
+    saved = load_checkpoint(folder, like)
+    return saved["params"], envs.ObservationStatistics(**saved["statistics"])
+
+
 def is_above(returns: Array, others: Array) -> bool:
     """Whether the mean of some returns is above that of others by more than two standard errors of their difference."""
     error = math.sqrt(sum(float(values.var()) / values.size for values in (returns, others)))
@@ -122,19 +141,21 @@ def is_above(returns: Array, others: Array) -> bool:
 
 
 class HeldOutChecks:
-    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps.
+    """Judges the parameters of one run on held-out episodes, evenly spaced in environment steps, and keeps the best ones.
 
     Args:
         evaluation: of the task.
+        folder: of the run; its folder `BEST` has the parameters of the best check, the last one of equals.
         key: of all checks.
         every: environment steps between them.
         target: mean return to reach; None: never.
     """
 
-    def __init__(self, evaluation: Evaluation, *, key: Array, every: float, target: float | None):
+    def __init__(self, evaluation: Evaluation, folder: Path, *, key: Array, every: float, target: float | None):
         self.met = False  # whether the last check reached the target
         self.done = 0  # the number of the last check
-        self._evaluation, self._key, self._every, self._target = evaluation, key, every, target
+        self.best, self.best_env_steps = -math.inf, 0  # the highest mean return, and when it was reached; 0: never
+        self._evaluation, self._folder, self._key, self._every, self._target = evaluation, folder, key, every, target
 
     def steps_to_next(self, env_steps: int) -> float:
         """Return the environment steps that are left, after `env_steps`, until a check is due."""
@@ -149,4 +170,7 @@ class HeldOutChecks:
         key = jax.random.fold_in(self._key, due)
         mean_return = self._evaluation.mean_return(params, statistics, key=key)
         self.met = self._target is not None and mean_return >= self._target
+        if mean_return >= self.best:
+            self.best, self.best_env_steps = mean_return, env_steps
+            save_policy(self._folder / BEST, params, statistics)
         return {"held_out_return": mean_return}

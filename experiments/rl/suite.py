@@ -20,8 +20,9 @@ from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.rl.config import EVOLUTION, RULES, parse
+from eggroll.experiments.rl.config import Config as RunConfig
 from eggroll.experiments.rl.figure import Curve, draw_curves
-from eggroll.experiments.rl.inputs import ignored_in
+from eggroll.experiments.rl.inputs import ignored_in, make_environment
 from eggroll.experiments.rl.presets import SMALL
 from eggroll.experiments.rl.search import SEED, random_options
 from eggroll.runs.metrics import read_metrics
@@ -121,10 +122,12 @@ def _arguments(env: str, algorithm: str, options: Sequence[str]) -> tuple[str, .
 def _ignored(arguments: Sequence[str]) -> dict[str, str]:
     """Options of a run that have no effect, with the errors that say so."""
     parsed = parse(arguments)
-    return parsed.ignored() | ignored_in(_environment(parsed.env), parsed)
+    return parsed.ignored() | ignored_in(_environment(parsed.env, parsed.imports), parsed)
 
 
-_environment = functools.cache(envs.make)
+@functools.cache
+def _environment(env: str, imports: tuple[str, ...]) -> envs.Environment:
+    return make_environment(RunConfig(env=env, imports=imports))
 
 
 def search_settings(setting: Setting, options: Sequence[str], *, number: int) -> list[Setting]:

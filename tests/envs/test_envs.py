@@ -86,7 +86,7 @@ def test_a_task_that_is_over_at_reset_takes_one_step():
 
 
 @pytest.mark.parametrize(
-    ("observation", "got"), [(jnp.zeros(3), "(3,)"), (jnp.float32(0), "()"), (jnp.zeros((1, 1)), "(1, 1)"), ({}, "dict")]
+    ("observation", "got"), [(jnp.zeros(3), "(3,)"), (jnp.float32(0), "()"), (jnp.zeros((1, 1)), "(1, 1)")]
 )
 @pytest.mark.parametrize("function", ["reset", "step"])
 def test_observations_of_another_shape_are_refused(function, observation, got):
@@ -484,6 +484,7 @@ def test_both_gymnax_signatures(make, values, terminates, length):
         ("ant", "did you mean brax/ant"),
         ("brx/Ant", "did you mean brax/ant"),
         ("snake", "did you mean jumanji/Snake-v1"),
+        ("hopper", "did you mean brax/hopper"),
     ],
 )
 def test_unknown_names_suggest_near_ones(name, words):

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from eggroll import envs
@@ -59,7 +60,7 @@ RESULTS = [
     ({"reset": lambda key: jnp.zeros(2)}, "env 'mine': reset must return (observation, state), got float32[2]."),
     (
         {"step": lambda key, state, action: (jnp.zeros(2), ZERO, FALSE, {})},
-        f"env 'mine': {RETURNS}, got a tuple of 4 values (float32[2], float32[], bool[], a dict).",
+        f"env 'mine': {RETURNS}, got a tuple of 4 values (float32[2], float32[], bool[], a dict). One flag `done` becomes two:",
     ),
     (
         {"step": lambda key, state, action: (jnp.zeros(2), ZERO, FALSE, FALSE, {})},
@@ -68,9 +69,24 @@ RESULTS = [
     (changed(observation=jnp.zeros(3)), "env 'mine' must give observations of its observation_shape (2,), got (3,)."),
     (changed(observation=jnp.zeros(2, jnp.uint8)), "env 'mine' must give observations of dtype float32, got uint8 from step;"),
     ({"reset": lambda key: (jnp.zeros(2, jnp.int32), 0)}, "env 'mine' must give observations of dtype float32, got int32 from"),
-    (changed(reward=jnp.zeros(1)), "env 'mine': reward must be a float32 scalar, got float32[1]."),
+    (
+        {"reset": lambda key: ({"near": jnp.zeros(2)}, 0)},
+        "env 'mine': reset must return the observation as one float32 array [2], got a dict; join its parts: ",
+    ),
+    (
+        changed(observation={"near": jnp.zeros(2)}),
+        "env 'mine': step must return the observation as one float32 array [2], got a",
+    ),
+    (
+        changed(reward=jnp.zeros(1)),
+        "env 'mine': reward must be a float32 scalar, got float32[1]. Convert it: reward.squeeze().",
+    ),
+    (changed(reward=jnp.zeros(3)), "env 'mine': reward must be a float32 scalar, got float32[3]."),
     (changed(reward={}), "env 'mine': reward must be a float32 scalar, got a dict."),
-    (changed(terminated=jnp.int32(0)), "env 'mine': terminated must be a bool scalar, got int32[]."),
+    (
+        changed(terminated=jnp.float32(0)),
+        "env 'mine': terminated must be a bool scalar, got float32[]. Convert it: terminated.squeeze().astype(bool).",
+    ),
     (changed(truncated=jnp.zeros(2, bool)), "env 'mine': truncated must be a bool scalar, got bool[2]."),
     (
         of_state(lambda state: state | {"t": jnp.float32(1)}),
@@ -103,6 +119,44 @@ def test_another_result(fields, words):
         envs.run_episodes(wrong, stay, key=jax.random.key(0), episodes=2)
     with pytest.raises(ValueError, match=re.escape(words)):  # a wrong one is not remembered as checked
         envs.run_episode(wrong, stay, key=jax.random.key(0))
+
+
+DECLARED = [
+    ({"observation_shape": 2}, "env 'mine': observation_shape must be a tuple of integers, such as (4,), got 2."),
+    (
+        {"action_space": 2},
+        "env 'mine': action_space must be one of envs.Discrete, envs.Continuous, envs.MultiDiscrete, ",
+    ),
+    (
+        {"action_space": envs.Continuous((2,), np.float32(-1), np.ones(2, np.float32))},
+        "env 'mine': the bounds of continuous actions must be arrays of their shape (2,), got () and (2,).",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), DECLARED)
+def test_another_declaration(fields, words):
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        envs.check_environment(dataclasses.replace(RIGHT, **fields))
+
+
+def branching(key, state, action):
+    return step(key, state, action)._replace(reward=ZERO if state["t"] > 1 else 1 + ZERO)
+
+
+def in_numpy(key, state, action):
+    return step(key, state, action)._replace(reward=jnp.float32(np.sin(state["x"]).sum()))
+
+
+@pytest.mark.parametrize("wrong", [branching, in_numpy])
+def test_a_step_that_is_not_a_jax_function(wrong):
+    words = "env 'mine': step must be a pure JAX function, but it needs the value of an array while it is traced (Tracer"
+    with pytest.raises(TypeError, match=re.escape(words)):
+        envs.check_environment(dataclasses.replace(RIGHT, step=wrong))
+
+
+def test_one_that_fits():
+    assert envs.check_environment(dataclasses.replace(RIGHT)) is None
 
 
 POLICIES = [

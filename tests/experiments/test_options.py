@@ -29,7 +29,7 @@ OF_A_RUN = "seed seeds folder"
 _EGG = "data cache layers width rounding population_size group bytes_per_update alpha alpha_end shift rank distribution shaping"
 # Command -> its options, its rules, and the options that always take effect; the rest has to be in a rule.
 COMMANDS = {
-    "rl": (rl_config.Config, rl_config.RULES, f"env algorithm max_steps evaluation_episodes {OF_A_RUN}"),
+    "rl": (rl_config.Config, rl_config.RULES, f"env imports algorithm max_steps evaluation_episodes {OF_A_RUN}"),
     "zo": (
         zo_config.Config,
         zo_config.RULES,

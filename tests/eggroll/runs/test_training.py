@@ -181,12 +181,15 @@ def test_plain_lines_when_not_a_terminal(capfd, monkeypatch):
     assert re.search(r"^generations 2 of 3: generation 6  best .* members/s, 0:00:0\d, ETA 0:00:0\d$", err, re.MULTILINE)
 
 
-def test_progress_line_on_standard_error(capfd):
+def test_progress_line_on_standard_error(capfd, monkeypatch):
+    """In 80 columns nothing is cut: the words have a line of their own."""
     pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "80")
     es, state = make()
-    train(es, state, jnp.float32(1.0), generations=2, progress=True)
+    words = " ".join(f"word{number:02}" for number in range(11))
+    train(es, state, jnp.float32(1.0), generations=2, progress=True, words=lambda record: words)
     out, err = capfd.readouterr()
-    assert out == "" and "2/2" in err and "members/s" in err
+    assert out == "" and "2/2" in err and "ETA" in err and words in err and "…" not in err
 
 
 def test_quiet_without_rich_unless_asked(capfd, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 from eggroll import envs
 from eggroll.experiments.rl import distributions
 from eggroll.experiments.rl.collect import ActorCritic, Step, advantages, collect, reset
+from eggroll.experiments.rl.networks import MLP
 from eggroll.experiments.rl.ppo import PPO, make_trainer
-from eggroll.experiments.rl.problem import MLP
 from tests.tables import slow
 
 LOG_STD = jnp.array([-0.5, 0.25])

@@ -15,12 +15,11 @@ import pytest
 from eggroll import copy_state, envs
 from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
-from eggroll.experiments.common.checkpoint import load_checkpoint
-from eggroll.experiments.common.run import print_summary, run_folder
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
 from eggroll.experiments.rl.config import Config, parse
 from eggroll.experiments.rl.evolution import make_optimizer, make_strategy
+from eggroll.experiments.rl.finished import load_run
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.presets import PAPER
 from eggroll.experiments.rl.uniform import uniform_action
@@ -52,7 +51,9 @@ def small_run(tmp_path_factory):
 def test_summary_and_artefacts(small_run):
     summary, folder = small_run
     names = ["env", "algorithm", "mean_return", "random_return", "above_random", "generations", "env_steps", "invalid"]
-    assert list(summary) == [*names, "seconds", "generation_seconds", "peak_mib"] and 15 < summary["random_return"] < 35
+    names += ["seconds", "generation_seconds", "ended", "best_return", "best_check", "best_env_steps", "parameters"]
+    assert list(summary) == [*names, "peak_mib"] and 15 < summary["random_return"] < 35
+    assert summary["ended"] == "generations" and summary["parameters"] == {"best": "best", "last": "checkpoint"}
     assert (summary["env"], summary["algorithm"], summary["generations"]) == ("CartPole-v1", "eggroll", 4)
     assert 1 <= summary["mean_return"] <= 500 and summary["seconds"] > 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -60,6 +61,8 @@ def test_summary_and_artefacts(small_run):
     assert checks == [before // 150 < after // 150 for before, after in itertools.pairwise(steps)] and any(checks)
     # One reward per step in CartPole: the steps of a generation are the sum of its members' returns.
     assert summary["env_steps"] == pytest.approx(sum(16 * line["mean_fitness"] for line in lines))
+    found = {line["held_out_return"]: line["env_steps"] for line in lines if "held_out_return" in line}
+    assert (summary["best_check"], summary["best_env_steps"]) == max(found.items())
     assert (folder / "fitness.png").exists()
 
 
@@ -116,26 +119,11 @@ def test_generations_on_the_device_are_the_same_run(capsys, tmp_path):
     assert len({line["seconds"] for line in scanned}) < len(scanned) == len({line["seconds"] for line in one})
 
 
-@pytest.mark.slow
-def test_a_trained_policy_is_drawn(capsys, tmp_path):
-    run(capsys, *SMALL, "--folder", str(tmp_path), "--render", "--generations", "1")
-    assert (tmp_path / "policy.gif").read_bytes().startswith(b"GIF8")
-
-
-def test_checkpoint_restores_the_policy(small_run):
+def test_the_policy_of_a_run_is_loaded(small_run):
     summary, folder = small_run
-    task = load(Config(hidden_sizes=(8,)))
-    like = {
-        "params": task.init_params(key=jax.random.key(9)),
-        "statistics": envs.initial_statistics((4,))._asdict(),
-    }
-    restored = load_checkpoint(folder / "checkpoint", like)
-    statistics = envs.ObservationStatistics(**restored["statistics"])
-    assert float(statistics.number) == summary["env_steps"]
-    evaluation_key = jax.random.split(jax.random.key(0), 5)[3]
-    play = jax.jit(functools.partial(task.play, episodes=50))
-    played = play(restored["params"], statistics, evaluation_key)
-    assert float(played.total_reward.mean()) == pytest.approx(summary["mean_return"])
+    loaded = load_run(folder, parameters="last", env="CartPole-v1")
+    assert float(loaded.statistics.number) == summary["env_steps"] and loaded.config.hidden_sizes == (8,)
+    assert float(loaded.returns(episodes=50).mean()) == pytest.approx(summary["mean_return"])
 
 
 @pytest.mark.slow
@@ -192,6 +180,10 @@ def test_continuous_sampled_actions_without_normalisation():
         (
             ["--shaping", "ranks"],
             "error: shaping must be one of centered_ranks, z_score, ",
+        ),
+        (
+            ["--shaping", "group_relative"],
+            "error: shaping must be one of centered_ranks, z_score, pair_sign, got 'group_relative'",
         ),
         (["--max-steps", "0"], "error: max_steps must be an integer >= 1, got 0."),
         (["--preset", "paper", "--env", "Acrobot-v1"], "error: preset paper has no row for env 'Acrobot-v1'; it has"),
@@ -277,18 +269,6 @@ def test_sgd_is_in_the_papers_scale_and_follows_sigma():
     first, state = optimizer.update(gradient, optimizer.init(gradient))
     second, _ = optimizer.update(gradient, state)
     assert float(first["w"][0]) == pytest.approx(-0.032) and float(second["w"][0]) == pytest.approx(-0.032 * 0.405)
-
-
-def test_summary_is_one_line_of_json(capsys):
-    print_summary({"a": float("nan"), "b": np.float32(1.5), "c": jnp.arange(2), "d": [float("inf"), None, True], "e": "x"})
-    assert capsys.readouterr().out == '{"a": null, "b": 1.5, "c": [0, 1], "d": [null, null, true], "e": "x"}\n'
-
-
-def test_run_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_folder("first").resolve() == tmp_path / "runs" / "first"
-    assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
-    assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
 
 
 @pytest.mark.slow
