@@ -379,7 +379,7 @@ FAULTS = (
     Fault(
         "a failed reward scores more than a wrong answer",
         "envs/tasks/scoring.py",
-        "minimum = min([self._minimum, *scored])",
+        "minimum = min([self._minimum, *(own for own in outcomes if isinstance(own, float) and not math.isnan(own))])",
         "minimum = self._minimum",
         (REWARDS,),
     ),

@@ -101,7 +101,7 @@ class Generation:
         if "plain" in compiled:
             return compiled["plain"](params, batch)
         state = self.es.init(params, key=jax.random.key(0))
-        report, _ = compiled["evaluate"](state, batch)
+        report, *_ = compiled["evaluate"](state, batch)
         return compiled["update"](state, report.coefficients)
 
 

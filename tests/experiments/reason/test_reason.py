@@ -269,7 +269,7 @@ def test_plan_reads_no_weights(capsys, monkeypatch):
 
 def test_members_and_shortage_of_a_plan_are_those_of_its_account():
     sizes = dict(
-        parameters=100, state=200, evaluation=50, per_member=10, update=30, check=40, comparison=45, encoding=25, runtime=0
+        parameters=100, state=200, evaluation=50, per_member=10, update=30, check=40, comparison=15, encoding=25, runtime=0
     )
     plan = RunMemory(shapes=None, population_size=8, members_at_a_time=4, budget=0, **sizes)
     assert plan.needed(4) == 375 and plan.needed(2) == 355 and plan.needed(20) == 300 + 210 + 25
