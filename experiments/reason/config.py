@@ -118,6 +118,8 @@ class Config:
     seconds: float | None = None
     """Seconds of training, compilation included, validation not; with generations, whichever comes first. None: 120, or no
     limit with generations."""
+    clock: Literal["wall", "processor"] = "wall"
+    """What `seconds` counts: time that passes, or processor time of this process, for a machine with other work."""
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
@@ -174,6 +176,12 @@ class Config:
     def budget(self) -> tuple[str, float] | None:
         """The time limit as `eggroll.train` takes it."""
         return None if math.isinf(self.time_limit) else ("seconds_spent", self.time_limit)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What ends a run, for its summary."""
+        clock = {} if self.clock == "wall" else {"clock": self.clock}
+        return {"generations": self.generations, "seconds": self.seconds} | clock
 
     @property
     def groups(self) -> int:
