@@ -18,7 +18,7 @@ _SMOLLM2: dict[str, Any] = {  # two CPU cores
     "int8.learning_rate": 6.0,
     "grpo.prompts": 16,
     "grpo.microbatches": 8,
-    "grpo.learning_rate": 1e-5,
+    "grpo.learning_rate": 3e-5,
     "seconds": 720.0,
     "check_every": 4,
     "validation_size": 256,
