@@ -9,6 +9,7 @@ from eggroll.envs.tasks.arithmetic import arithmetic
 from eggroll.envs.tasks.files import gsm8k, mathematics
 from eggroll.envs.tasks.protocol import Task
 from eggroll.envs.tasks.reasoning import PREFIX, datasets, reasoning
+from eggroll.envs.tasks.short_countdown import short_countdown
 
 
 def _countdown(**options: Any) -> Task:
@@ -20,6 +21,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "countdown": _countdown,  # with the numbers of the EGGROLL paper
     "gsm8k": gsm8k,
     "math": mathematics,
+    "short_countdown": short_countdown,
 }
 
 
@@ -33,9 +35,10 @@ def load(name: str, *, seed: int = 0, **options: Any) -> Task:
     """Make a task.
 
     Args:
-        name: "arithmetic", "gsm8k", "math", "countdown", or "reasoning_gym/" and the name of one of its data sets.
+        name: "arithmetic", "gsm8k", "math", "countdown", "short_countdown", or "reasoning_gym/" and the name of one of its data
+            sets.
         seed: chooses the problems, or which are held out; the same seed gives the same task.
-        options: of the task: those of `arithmetic`, `gsm8k`, `mathematics` or `reasoning`.
+        options: of the task: those of `arithmetic`, `short_countdown`, `gsm8k`, `mathematics` or `reasoning`.
 
     Returns:
         The task.

@@ -70,7 +70,13 @@ class Experiment:
         """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
         config, problem, folder = self.config, self.problem, run.folder
         accuracy = before["validation"].accuracy
-        progress = Progress(self.checks["validation"], check_every=config.check_every, examples=config.examples, start=accuracy)
+        progress = Progress(
+            self.checks["validation"],
+            check_every=config.check_every,
+            examples=config.examples,
+            start=accuracy,
+            clock=config.clock,
+        )
         start = time.perf_counter()
         improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
         params = local(improved.params)
@@ -109,7 +115,7 @@ class Experiment:
             experiment="reason",
             default=_folder_name(config),
             options=config.options(),
-            recorded={"limits": {"generations": config.generations, "seconds": config.seconds}},
+            recorded={"limits": config.limits},
         )
         model = str(config.model or f"small {config.start.architecture}")
         return {"algorithm": config.algorithm, "model": model, "task": config.task_name} | summary

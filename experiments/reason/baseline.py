@@ -125,20 +125,32 @@ class Trainer:
 
     def _descend(self, run: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
         """Take a gradient step on one minibatch."""
-        (weights, opt_state), settings = run, self._settings
+        weights, opt_state = run
+        gradient, clipped = self._gradient(weights, batch)
+        updates, opt_state = self._optimizer.update(gradient, opt_state, weights)
+        return (optax.apply_updates(weights, updates), opt_state), (clipped, optax.tree.norm(gradient))
 
-        def loss(weights: Any) -> tuple[Array, Array]:
-            return grpo_loss(
-                self._log_likelihoods(weights, batch),
-                batch,
+    def _gradient(self, weights: Any, batch: Batch) -> tuple[Any, Array]:
+        """Add up the gradients of the microbatches; also return the clipped share of the tokens."""
+        settings, tokens = self._settings, batch.completions.length.sum()
+
+        def loss(weights: Any, part: Batch) -> tuple[Array, Array]:
+            share = part.completions.length.sum() / tokens
+            mean, clipped = grpo_loss(
+                self._log_likelihoods(weights, part),
+                part,
                 clip=settings.clip,
                 token_mean=settings.token_mean,
                 kl_coefficient=settings.kl_coefficient,
             )
+            return mean * (share if settings.token_mean else 1 / settings.microbatches), clipped * share
 
-        (_, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
-        updates, opt_state = self._optimizer.update(gradient, opt_state, weights)
-        return (optax.apply_updates(weights, updates), opt_state), (clipped, optax.tree.norm(gradient))
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            (_, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(weights, part)
+            return jax.tree.map(jnp.add, total, (gradient, clipped)), None
+
+        parts = jax.tree.map(lambda leaf: leaf.reshape(settings.microbatches, -1, *leaf.shape[1:]), batch)
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (weights, jnp.float32(0))), parts)[0]
 
 
 class PolicyGradient:

@@ -38,8 +38,9 @@ _RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of 
 class Config:
     """Train a language model on verifiable rewards, with forward passes only, or by GRPO for comparison."""
 
-    preset: Literal["small", "smollm2-sums", "smollm2-chain"] = "small"
-    """Defaults of the other options: SmolLM2-135M on two-digit sums, or on chain_sum of reasoning-gym with two numbers."""
+    preset: Literal["small", "smollm2-sums", "smollm2-chain", "smollm2-countdown"] = "small"
+    """Defaults of the other options: SmolLM2-135M on two-digit sums, on chain_sum of reasoning-gym with two numbers, or on
+    countdown with two numbers."""
     algorithm: Literal["eggroll", "grpo"] = "eggroll"
     """Evolution strategies, or policy gradients by backprop."""
     model: Path | None = None
@@ -54,7 +55,7 @@ class Config:
     start: WarmStart = dataclasses.field(default_factory=WarmStart)
     """The small model and its training, without --model."""
     task: str = "arithmetic"
-    """A task of envs.tasks: arithmetic, countdown, gsm8k, math, or reasoning_gym/<data set>."""
+    """A task of envs.tasks: arithmetic, countdown, short_countdown, gsm8k, math, or reasoning_gym/<data set>."""
     task_options: tuple[str, ...] = ()
     """Options of the task, such as digits=3 train=path."""
     data: Path | None = None
@@ -118,6 +119,8 @@ class Config:
     seconds: float | None = None
     """Seconds of training, compilation included, validation not; with generations, whichever comes first. None: 120, or no
     limit with generations."""
+    clock: Literal["wall", "processor"] = "wall"
+    """What `seconds` counts: time that passes, or processor time of this process, for a machine with other work."""
     chunk_size: int | None = None
     """Members evaluated at a time on a device, even."""
     memory_budget: int | None = None
@@ -174,6 +177,12 @@ class Config:
     def budget(self) -> tuple[str, float] | None:
         """The time limit as `eggroll.train` takes it."""
         return None if math.isinf(self.time_limit) else ("seconds_spent", self.time_limit)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What ends a run, for its summary."""
+        clock = {} if self.clock == "wall" else {"clock": self.clock}
+        return {"generations": self.generations, "seconds": self.seconds} | clock
 
     @property
     def groups(self) -> int:

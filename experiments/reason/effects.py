@@ -82,6 +82,7 @@ NOT_IDENTITY = (
     "memory_budget",
     "generations",
     "seconds",
+    "clock",
     "resume",
     "accept_change",
     "plan",

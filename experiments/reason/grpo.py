@@ -33,6 +33,8 @@ class GRPO:
     """Passes over the completions of a step."""
     minibatches: int = 1
     """Minibatches of a pass; divides prompts * samples."""
+    microbatches: int = 1
+    """Parts of a minibatch whose gradients are added up one after the other: the same step in less memory."""
     optimizer: Literal["adam", "radam"] = "adam"
     """Adam or RAdam."""
     learning_rate: float = 3e-4
@@ -50,13 +52,16 @@ class GRPO:
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
-        for name, least in (("prompts", 1), ("samples", 2), ("epochs", 1), ("minibatches", 1)):
+        for name, least in (("prompts", 1), ("samples", 2), ("epochs", 1), ("minibatches", 1), ("microbatches", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"grpo.{name} must be an integer >= {least}, got {getattr(self, name)}.")
         if self.prompts * self.samples % self.minibatches:
             raise ValueError(
                 f"grpo.minibatches must divide the {self.prompts * self.samples} completions of a step, got {self.minibatches}."
             )
+        size = self.prompts * self.samples // self.minibatches
+        if size % self.microbatches:
+            raise ValueError(f"grpo.microbatches must divide the {size} completions of a minibatch, got {self.microbatches}.")
         if self.optimizer not in ("adam", "radam"):
             raise ValueError(f"grpo.optimizer must be adam or radam, got {self.optimizer!r}.")
         for name in ("learning_rate", "clip", "max_gradient_norm"):

@@ -13,9 +13,12 @@ _SMOLLM2: dict[str, Any] = {  # two CPU cores
     "sigma": 0.003,
     "optimizer": "sgd",
     "learning_rate": 6.0,
-    "int8.sigma": 0.5,
+    "int8.sigma": 1.0,
+    "int8.optimizer": "sgd",
+    "int8.learning_rate": 6.0,
     "grpo.prompts": 16,
-    "grpo.learning_rate": 1e-5,
+    "grpo.microbatches": 8,
+    "grpo.learning_rate": 3e-5,
     "seconds": 720.0,
     "check_every": 4,
     "validation_size": 256,
@@ -32,4 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "task_options": ("min_terms=2", "max_terms=2", "min_digits=2", "max_digits=2", "validation=256", "test=512"),
         "template": _CHAIN,
     },
+    "smollm2-countdown": _SMOLLM2
+    | {"task": "short_countdown", "template": "numbers 24, 5 target 19: 24 - 5\\n{prompt}", "max_new_tokens": 8},
 }

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -48,14 +48,23 @@ class Progress:
         check_every: generations between checks.
         examples: completions that a check prints.
         start: validation accuracy of the parameters that training starts from, which a check has to beat.
+        clock: wall counts the seconds of generations, processor the processor time of all but the checks.
     """
 
-    def __init__(self, validation: Validation, *, check_every: int, examples: int, start: float = -math.inf):
+    def __init__(
+        self,
+        validation: Validation,
+        *,
+        check_every: int,
+        examples: int,
+        start: float = -math.inf,
+        clock: Literal["wall", "processor"] = "wall",
+    ):
         self._validation, self._every, self._examples, self._start = validation, check_every, examples, start
         self.seconds, self.best = 0.0, start  # of training; validation accuracy
         self.best_generation = 0  # that reached it, the last of equals; 0: no check beat the start
         self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether scores ever differed
-        self._compared = False
+        self._compared, self._clock, self._processor_start = False, clock, time.process_time()
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
         """Count a generation, or a step of grpo; check when one is due."""
@@ -73,16 +82,18 @@ class Progress:
             speed = f"reward {record.mean_fitness:.3f}, {record.extra['tokens_per_second']:,.0f} tokens/s"
             record.extra.update(self.check(record.generation + 1, local(state.params), words=speed))
             record.extra["held_out_fitness"] = record.extra["validation_accuracy"]  # it picks the best checkpoint
+        self._processor_start = time.process_time()
 
     def _count(self, record: Record, *, tokens: int, failures: int) -> None:
         """Add seconds, tokens and failed rewards of a generation to the totals and to the record.
 
         All processes use the clock of the first one, so that they end with the same generation.
         """
-        self.seconds += float(broadcast_from_first(lambda: np.asarray(record.seconds)))
+        spent = record.seconds if self._clock == "wall" else time.process_time() - self._processor_start
+        self.seconds += float(broadcast_from_first(lambda: np.asarray(spent)))
         self.tokens, self.failed = self.tokens + tokens, self.failed + failures
         record.extra.update(seconds_spent=self.seconds, tokens=tokens, failed_rewards=failures)
-        record.extra["tokens_per_second"] = tokens / record.seconds
+        record.extra["tokens_per_second"] = tokens / spent
 
     def _warn(self, record: Record, scores: tasks.Scores, *, due: bool) -> None:
         failures = scores.errors + scores.timeouts

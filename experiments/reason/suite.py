@@ -132,8 +132,7 @@ def make_setting(config: Config, model: str, algorithm: str, options: Sequence[s
 
 def check_limits(setting: Setting, found: Summaries) -> Summaries:
     """Return the summaries; ValueError if their runs had other limits."""
-    parsed = reason.parse(setting.arguments)
-    limits = {"generations": parsed.generations, "seconds": parsed.seconds}
+    limits = reason.parse(setting.arguments).limits
     if any(summary.get("limits") != limits for summary in found.values()):
         raise ValueError(f"{setting.folder} has runs with other limits; choose another folder.")
     return found

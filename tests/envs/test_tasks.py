@@ -289,7 +289,7 @@ def task_of(**splits):
 BAD_CALLS = {
     "name": (
         lambda: tasks.load("gsm9k"),
-        "name must be a task, arithmetic, countdown, gsm8k, math or reasoning_gym/<data set>, got",
+        "name must be a task, arithmetic, countdown, gsm8k, math, short_countdown or reasoning_gym/<data set>, got",
     ),
     "split": (
         lambda: tasks.load("arithmetic").split("dev"),
@@ -340,7 +340,7 @@ def test_missing_packages_are_named_with_their_command(monkeypatch, package):
 
 
 def test_names_are_loadable():
-    assert {"arithmetic", "countdown", "gsm8k", "math"} <= set(tasks.names())
+    assert {"arithmetic", "countdown", "gsm8k", "math", "short_countdown"} <= set(tasks.names())
 
 
 @pytest.mark.slow

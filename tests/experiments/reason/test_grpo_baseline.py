@@ -159,6 +159,21 @@ def test_loss_by_hand(options, expected, clipped):
     np.testing.assert_allclose((loss, share), (expected, clipped), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("token_mean", [False, True])
+def test_microbatches_take_the_same_step(token_mean, standard_promotion):
+    given, steps = problem(), []
+    for microbatches in (1, 3):
+        settings = dataclasses.replace(SETTINGS, token_mean=token_mean, microbatches=microbatches)
+        trainer = Trainer(given, SAMPLING, settings)
+        prompts, completions = drawn_by(given, 1)
+        batch = Batch(prompts, completions, np.arange(-2, 4, dtype=np.float32), None, None)
+        assert len(set(np.asarray(completions.length).reshape(3, 2).sum(axis=1).tolist())) > 1  # parts weigh differently
+        trainer.init(key=jax.random.key(0))
+        steps.append(jax.jit(trainer._gradient)(given.params, batch))
+    for whole, parts in zip(*map(jax.tree.leaves, steps), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_it_learns_to_say_seven(standard_promotion):
     given = problem(reward=sevens)
     passes = dict(epochs=2, minibatches=2, optimizer="radam", kl_coefficient=1e-3, global_std=True, token_mean=True)
@@ -217,6 +232,7 @@ def test_low_precision_keeps_full_weights(standard_promotion):
     [
         ({"samples": 1}, "samples must be an integer >= 2"),
         ({"minibatches": 4}, "minibatches must divide the 6 completions"),
+        ({"microbatches": 4}, "microbatches must divide the 6 completions of a minibatch"),
         ({"clip": 0.0}, "clip must be a finite number > 0"),
         ({"optimizer": "sgd"}, "optimizer must be adam or radam"),
         ({"kl_coefficient": -1.0}, "kl_coefficient must be a finite number >= 0"),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from eggroll.experiments.reason.config import parse
 from eggroll.experiments.reason.measure.outcome import compare, make_report, paired_interval
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.problem import Check
+from eggroll.experiments.reason.progress import Progress
 from tests.experiments.reason.reason_runs import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
@@ -55,6 +58,19 @@ def test_the_report_has_numbers_and_completions():
     lines = make_report(3, result, before, after).splitlines()
     assert lines[0] == "seed 3: accuracy on 5 test problems 0.400 before, 0.800 after: +0.400, 95 % interval -0.384 to +1.184"
     assert lines[1].split() == ["'1+1='", "before", "'3'", "(0.00)", "after", "'2'", "(1.00)"]
+
+
+def test_the_clock_counts_time_or_work():
+    record = SimpleNamespace(generation=0, seconds=1000.0, extra={}, aux=None)
+    for clock, least, most in (("wall", 1000, 1000), ("processor", 0.05, 100)):
+        progress = Progress(None, check_every=10, examples=0, clock=clock)
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        progress(None, record)
+        assert least <= progress.seconds <= most and record.extra["seconds_spent"] == progress.seconds
+        progress(None, record)  # which did nothing in between
+        assert least <= progress.seconds <= 2 * most
 
 
 @pytest.mark.filterwarnings("ignore:no completion up to generation")
