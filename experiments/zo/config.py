@@ -25,6 +25,7 @@ _OF_RECIPES = (
     "sigma",
     "directions",
     "options",
+    "perturbation",
     "weight_decay",
     "chunk_directions",
     "offload",
@@ -105,6 +106,8 @@ class Config:
     """Directions a step. None: the recipe's default."""
     sigma: float | None = None
     """Standard deviation of the perturbation of a weight. None: the small model's, or the recipe's default."""
+    perturbation: Literal["normal", "rademacher"] | None = None
+    """Dense noise of that distribution. None: the recipe's default."""
     learning_rate: float | None = None
     """Step size. None: the small model's, or the recipe's default."""
     weight_decay: float = 0.0

@@ -20,6 +20,7 @@ from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.figure import as_row
 from eggroll.experiments.zo.problem import FineTuning, Score, score
+from eggroll.noise.rules import Dense
 from eggroll.protocol import Strategy
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
@@ -40,6 +41,7 @@ def make_tuner(config: Config, task: FineTuning) -> zo.ZerothOrder:
     if config.recipe == PER_EXAMPLE:
         given.setdefault("directions", config.batch_size)
     given |= {"weight_decay": config.weight_decay} if config.weight_decay else {}
+    given |= {"perturbation": Dense(config.perturbation)} if config.perturbation else {}
     refused = [name for name in given if name not in has]
     if refused:
         raise ValueError(f"recipe {config.recipe} has no {refused[0]}.")
