@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from eggroll.experiments.common.options import check_passed, drop_options, effective
+from eggroll.experiments.common.options import check_passed, drop_options, effective, ignored_options, refuse, unless
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, finished_seeds, search
 from eggroll.experiments.common.suite import Job, Suite, one_job_each, run_suite
@@ -33,6 +33,15 @@ OF_STUDIES = ("data", "task", "template", "label_words", "answer", "objective")
 SEARCH_SEED = 100
 FACTORS = (1 / 3, 1.0, 3.0)  # of the middle step size, that the search tries
 SMALL = "small"  # the study of the small model
+OF_SUITE = (
+    unless(
+        lambda config: config.model is None,
+        "without --model: the small model has one task, that of --data",
+        "studies",
+        "validation",
+        "test",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,8 @@ class Config:
     """Folder of all results; an interrupted suite resumes from it."""
 
     def check(self) -> None:
-        """Raise ValueError for an option that is wrong."""
+        """Raise ValueError for an option that is wrong or has no effect."""
+        refuse(ignored_options(self, OF_SUITE, Config()))
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
         for name, among in (("studies", STUDIES), ("recipes", RECIPES)):
@@ -93,9 +103,9 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         setting = by_name[name]
         if not config.search:
             return setting
-        tried, score = search_settings(config, setting, options), functools.partial(_score, setting)
-        best = search(MODULE, list(tried.values()), seed=SEARCH_SEED, score=score)
-        tries[setting.name] = {rate: score(finished_seeds(found, [SEARCH_SEED])[SEARCH_SEED]) for rate, found in tried.items()}
+        tried, goal = search_settings(config, setting, options), functools.partial(score, setting)
+        best = search(MODULE, list(tried.values()), seed=SEARCH_SEED, score=goal)
+        tries[setting.name] = {rate: goal(finished_seeds(found, [SEARCH_SEED])[SEARCH_SEED]) for rate, found in tried.items()}
         return make_setting(config, *setting.labels, options, rate=parse(best.arguments).learning_rate)
 
     seeds = range(config.seeds)
@@ -175,7 +185,7 @@ def search_settings(config: Config, setting: Setting, options: Sequence[str]) ->
     return tries
 
 
-def _score(setting: Setting, summary: Mapping[str, Any]) -> float | None:
+def score(setting: Setting, summary: Mapping[str, Any]) -> float | None:
     """What the search maximises: minus the validation loss, or the accuracy where that is the objective; None: not finite."""
     if summary["validation_loss"] is None:
         return None
