@@ -2,6 +2,7 @@
 
 from eggroll.zo.blocks import Blocks
 from eggroll.zo.estimators import ESTIMATORS, Estimator
+from eggroll.zo.guidance import Guidance, suggest_learning_rate
 from eggroll.zo.offload.runner import Offload
 from eggroll.zo.optimizers.descent import Descent, scale_by_projected_gradient
 from eggroll.zo.optimizers.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
@@ -15,6 +16,7 @@ __all__ = [
     "Blocks",
     "Descent",
     "Estimator",
+    "Guidance",
     "Offload",
     "RebuiltAdam",
     "ZerothOrder",
@@ -28,6 +30,7 @@ __all__ = [
     "scale_by_rebuilt_adam",
     "spsa15",
     "subspace_momentum",
+    "suggest_learning_rate",
 ]
 
 if __name__ == "zo":

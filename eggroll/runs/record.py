@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-ARRAYS = ("aux", "coefficients", "leaf_norms", "checksums")  # fields of a record that are not one number
+ARRAYS = ("aux", "coefficients", "fitness", "leaf_norms", "checksums")  # fields of a record that are not one number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Record:
     members_per_second: float
     aux: Any = None  # reduced over the population, still on the device, not written
     coefficients: Any = None  # float32 [P], still on the device, not written
+    fitness: Any = None  # [N] or [N, K], raw, still on the device, not written
     leaf_norms: dict[str, float] = dataclasses.field(default_factory=dict)  # gradient norm of every parameter, by its path
     checksums: Any = None  # uint32 [2, arrays], of the state before and after, not written
     extra: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out scores and the like from callbacks

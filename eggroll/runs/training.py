@@ -73,7 +73,8 @@ def train(
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
-        keep_arrays: keep `aux` and `coefficients` of every generation in the history, on the device; callbacks always get them.
+        keep_arrays: keep `aux`, `coefficients` and `fitness` of every generation in the history, on the device; callbacks
+            always get them.
 
     Returns:
         `(state, history)`, one `Record` per generation run.
@@ -123,7 +124,7 @@ def train(
             if durable is not None:
                 durable.record(state, record, score=score)
             if not keep_arrays:
-                history[-1] = dataclasses.replace(record, aux=None, coefficients=None)
+                history[-1] = dataclasses.replace(record, aux=None, coefficients=None, fitness=None)
             show(record.extra[name] if budget else len(history), words(record) if words else _progress_words(record, held_out))
             if any(stops) or spent or (target is not None and record.mean_fitness >= target):
                 break
@@ -169,7 +170,8 @@ def _run_generation(es: Strategy[S], state: S, batch: Any) -> tuple[S, Record]:
     seconds = time.perf_counter() - start
     numbers = {name: value.item() for name, value in scalars.items()}
     named = {leaf.path: norm for leaf, norm in zip(es.plan(state).leaves, norms.tolist(), strict=True)} if norms.size else {}
-    arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "leaf_norms": named, "checksums": checksums}
+    arrays = {name: getattr(metrics, name) for name in ("aux", "coefficients", "fitness")}
+    arrays |= {"leaf_norms": named, "checksums": checksums}
     return state, Record(**numbers, **arrays, seconds=seconds, members_per_second=es.population_size / seconds)
 
 

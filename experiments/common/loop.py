@@ -14,6 +14,8 @@ class Tuned(NamedTuple):
     forwards: int  # passes of a batch
     skipped: int  # steps that changed nothing, because no loss was finite
     forwards_per_second: float  # of the median step; NaN where no step was left
+    seconds: float  # of training
+    ended: str  # which limit ended it: "steps" or "forwards"
     advice: str = ""  # what to change, should nothing have been learned
 
 

@@ -1,22 +1,20 @@
 """Inputs of `experiments.reason`: the model and the task that the options name."""
 
 import dataclasses
-import functools
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
 
 from eggroll.devices.chunking import free_bytes
 from eggroll.envs import tasks
+from eggroll.experiments.common.models import model_folder
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.problem import Problem, Sampling, Template, check_template, encode_prompt
 from eggroll.experiments.reason.prompt_lengths import SAMPLE, Lengths
 from eggroll.experiments.reason.warm_start import warm_start
 from eggroll.llm import hf
 from eggroll.llm.chat import ChatTemplate
-from eggroll.llm.fetch import MODELS, fetch
 from eggroll.llm.memory import MemoryPlan, memory_plan
 from eggroll.llm.shards import CONFIG, read_object
 from eggroll.llm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -81,12 +79,6 @@ def _make_task(config: Config, reward: tasks.Reward | None) -> tasks.Task:
     except TypeError as error:
         raise ValueError(f"--task-options: {error}.") from error
     return task if reward is None else dataclasses.replace(task, reward=reward)
-
-
-@functools.cache
-def model_folder(model: Path | None) -> Path | None:
-    """Return the folder of a checkpoint, which is fetched if `model` names one of `fetch.MODELS` and no folder."""
-    return fetch(str(model)) if model is not None and str(model) in MODELS and not model.exists() else model
 
 
 def _make_template(config: Config) -> Template:

@@ -1,31 +1,39 @@
 """Fine-tune a language model with forward passes only: `python -m eggroll.experiments.zo --help`.
 
 The recipes of `zo` tune a Hugging Face checkpoint on a JSONL task, or a small model, trained on the spot, on a task that ships;
-`adam` is backprop on the same loss. The last line of standard output is a JSON object with loss and accuracy before and after.
-Each seed writes its artefacts to its own run folder, including the tuned model in the Hugging Face layout.
+`adam` is backprop on the same loss. `--evaluate` and `--probe` train nothing. The last line of standard output is a JSON object
+with loss and accuracy before and after. Each seed writes its artefacts to its own run folder, including the tuned model in the
+Hugging Face layout.
 """
 
+import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from eggroll.devices.processes import first_does
-from eggroll.experiments.common.run import exit_on_error, print_summary, run_folder, start_processes
+from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, run_folder, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples
+from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
 from eggroll.experiments.zo.inputs import load
-from eggroll.experiments.zo.problem import FineTuning, Score, score
+from eggroll.experiments.zo.problem import FineTuning, Score
+from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
 from eggroll.protocol import Strategy
 from eggroll.runs.metrics import read_metrics
+
+STOPPED = {  # by Ctrl-C
+    "zo": "stopped; the same command with --resume continues after the last whole step.",
+    BACKPROP: "stopped; adam keeps no checkpoints, so the next run starts from the beginning.",
+}
 
 
 def make_runs(config: Config, task: FineTuning, judge: Any) -> Evolution | Backprop:
@@ -53,18 +61,19 @@ class Experiment:
         self.loaded = load(config, root)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
         self.runs = make_runs(config, self.task, self.judge)
+        self._before: dict[str, Score] = {}
 
     def train(self, run: SeedRun) -> Row:
         """Tune with one seed, evaluate, write the artefacts; return the fields of its summary."""
-        task, params, folder = self.task, self.loaded.params, run.folder
-        before = {"validation": self._score(params, task.validation), "test": self._score(params, task.test)}
-        start, key = time.perf_counter(), jax.random.key(run.seed)
-        tuned = self.runs.train(params, key=key, seed=run.seed, folder=folder, recipe=run.recipe)
-        seconds = time.perf_counter() - start
+        task, folder, held_out = self.task, run.folder, {"validation": self.task.validation, "test": self.task.test}
+        sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in {"training": task.train, **held_out}.items())
+        print(f"seed {run.seed}: scoring the model before training; {sizes} examples", flush=True)
+        before = self._before = self._before or self._scores(self.loaded.read, held_out)
+        print(f"zero-shot: {', '.join(f'{name} {words(found)}' for name, found in before.items())}", flush=True)
+        tuned = self.runs.train(self.loaded.read, key=jax.random.key(run.seed), seed=run.seed, folder=folder, recipe=run.recipe)
         some = Examples(*(array[: len(task.validation.labels)] for array in task.train))
-        splits = {"train": some, "validation": task.validation, "test": task.test}
-        after = {name: self._score(tuned.params, examples) for name, examples in splits.items()}
-        print(f"seed {run.seed}: test accuracy {after['test'].accuracy:.3f}; metrics and model are in {folder}", flush=True)
+        after = self._scores(lambda: tuned.params, {"train": some, **held_out})
+        print(f"seed {run.seed}: test {words(after['test'])}; metrics and model are in {folder}", flush=True)
         losses = after["validation"].loss, before["validation"].loss
         if not losses[0] < losses[1]:
             told = f"the validation loss {losses[0]:.4g} is not below that before, {losses[1]:.4g}"
@@ -78,15 +87,16 @@ class Experiment:
         return {
             "steps": tuned.steps,
             "forwards": tuned.forwards,
-            "seconds": round(seconds, 2),
+            "ended": tuned.ended,
+            "seconds": round(tuned.seconds, 2),
             "forwards_per_second": round(tuned.forwards_per_second, 2),
             "skipped": tuned.skipped,
-            **_score_fields(after, ""),
-            **_score_fields(before, "_before"),
+            **score_fields(after),
+            **score_fields(before, "_before"),
         }
 
-    def _score(self, params: Any, examples: Examples) -> Score:
-        return score(lambda batch: self.judge(params, batch), examples)
+    def _scores(self, read: Callable[[], Any], parts: Mapping[str, Examples]) -> dict[str, Score]:
+        return score_parts(self.runs.judge(read()), parts)
 
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
@@ -95,19 +105,35 @@ class Experiment:
         return {"recipe": config.recipe, "objective": config.objective} | summary
 
 
-def _score_fields(scores: Mapping[str, Score], suffix: str) -> Row:
-    return {f"{name}_{what}{suffix}": value for name, found in scores.items() for what, value in found._asdict().items()}
+def measure(config: Config) -> Row:
+    """Measure what suggests a learning rate, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(config, Path(folder))
+    evolution = Evolution(config, loaded.task, loaded.task.judge())
+    found = evolution.guide(evolution.start(loaded.params, key=jax.random.key(config.seed))[1], seed=config.seed)
+    return {"recipe": config.recipe, "objective": config.objective, **found._asdict()}
+
+
+def run(config: Config) -> Row:
+    """Run an experiment, score a model, or measure a learning rate; return the summary that `main` prints."""
+    config.check()
+    start_processes()
+    if config.evaluate:
+        return evaluate(config)
+    return measure(config) if config.probe else Experiment(config).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line; wrong options end it with a one-line error."""
-    with exit_on_error():
-        config = parse(arguments)
-        config.check()
-        start_processes()
-        summary = Experiment(config).run()
+    config = parse(arguments)
+    try:
+        with exit_on_error():
+            summary = run(config)
+    except KeyboardInterrupt:
+        print(STOPPED.get(config.recipe, STOPPED["zo"]), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     print_summary(summary)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

@@ -1,6 +1,8 @@
 """Backprop with Adam on the loss of a fine-tuning task: the ceiling of zeroth-order methods, and the memory that it takes."""
 
 import functools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,10 @@ from eggroll.experiments.common.backprop import gradient_metrics
 from eggroll.experiments.common.loop import Checks, Tuned, rate
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, batch_of
-from eggroll.experiments.zo.figure import as_row
-from eggroll.experiments.zo.problem import FineTuning, score
+from eggroll.experiments.zo.problem import FineTuning, Score, score
+from eggroll.experiments.zo.progress import Progress, why_ended
 from eggroll.population.metrics import Metrics
-from eggroll.runs.training import Record, train
+from eggroll.runs.training import train
 from eggroll.zo.blocks import whole_loss
 
 
@@ -42,7 +44,7 @@ class Backprop:
         self._config, self._task, self._judge = config, task, judge
         self.steps = config.steps or config.forwards
         self._optimizer = optax.adam(config.learning_rate)
-        self.advance = jax.jit(self._descend)
+        self.advance = jax.jit(self._descend, donate_argnums=0)
 
     def init(self, params: Any, *, key: Array) -> TrainState:
         """Return the state before the first step; the key is consumed."""
@@ -64,27 +66,33 @@ class Backprop:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.generation + 1, state.key), loss
 
-    def train(self, params: Any, *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
-        """Run the steps; metrics go to the folder."""
+    def judge(self, params: Any) -> Callable[[Examples], tuple[Any, Any]]:
+        """Return the function from a batch to mean loss and accuracy of parameters."""
+        return functools.partial(self._judge, params)
+
+    def train(self, read: Callable[[], Any], *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
+        """Run the steps; metrics go to the folder. `read` returns the initial parameters, which the run consumes."""
         config, task = self._config, self._task
-        checks = Checks(steps=self.steps, checks=config.checks)
 
-        def check(state: Any, record: Record) -> None:
-            record.extra["loss"] = -record.mean_fitness
-            if checks.due(record.generation + 1):
-                record.extra.update(as_row(score(functools.partial(self._judge, state.params), task.validation)))
+        def score_validation(state: Any) -> Score:
+            return score(self.judge(state.params), task.validation)
 
+        progress = Progress(score_validation, Checks(steps=self.steps, checks=config.checks), config=config)
         strategy: Any = self  # implements what the loop needs of a strategy and its state
-        initial: Any = self.init(params, key=key)
+        initial: Any = self.init(read(), key=key)
+        start = time.perf_counter()
         state, history = train(
             strategy,
             initial,
             lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed),
             generations=self.steps,
-            callbacks=[check],
+            budget=("steps", self.steps),
+            callbacks=[progress],
             run_folder=folder,
-            words=lambda record: f"loss {-record.mean_fitness:.4g}",
+            words=progress.words,
             plot=lambda history, folder: None,  # the run's own figure shows the losses
         )
+        seconds = time.perf_counter() - start
         speed = rate([record.seconds for record in history], forwards=self.forwards)
-        return Tuned(state.params, self.steps, self.steps, 0, speed)
+        ended = why_ended(config, self.steps, forwards=self.forwards, seconds=seconds)
+        return Tuned(state.params, self.steps, self.steps, 0, speed, seconds, ended)

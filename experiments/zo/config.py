@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ RECIPES = (*zo.RECIPES, BACKPROP)
 TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "rte": RTE}
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
 OWN = ("learning_rate", "sigma", "directions", "weight_decay")  # arguments of a recipe that are options of their own
+_DENSE = ("mezo", "adamezo", "fzoo", "spsa15")  # recipes whose noise can be another one
 _OF_RECIPES = (
     "sigma",
     "directions",
@@ -33,10 +34,17 @@ _OF_RECIPES = (
     "checkpoint_every",
     "resume",
     "accept_change",
+    "guidance",
+    "probe",
 )
+_LIMITS = ("steps", "forwards", "checks")  # a run may be resumed with others
+_APART = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume", "accept_change", "guidance", "evaluate", "probe")
 _OWN_TASK = "with --label-words or --answer, which make a task of their own"
 RULES = (
     only_with("recipe", tuple(zo.RECIPES), *_OF_RECIPES),
+    only_with("recipe", _DENSE, "perturbation"),
+    unless(lambda config: not config.offload, "without --offload: it is of blocks in the host's memory", "transfer_dtype"),
+    unless(lambda config: config.probe, "with --probe, which measures in any case", "guidance"),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     unless(lambda config: config.model is None, "without --model: the small model has float32 parameters", "dtype"),
     unless(lambda config: config.model is not None, "with --model: it is of the small model", "start"),
@@ -69,8 +77,8 @@ class Config:
     recipe: str = "mezo"
     """A recipe of zo: mezo, adamezo, lozo, lozo_m, fzoo, spsa15 or grzo; or adam: backprop on the same loss."""
     model: Path | None = None
-    """Folder of a Hugging Face checkpoint (OPT, Llama, Qwen2, Qwen3) with its tokenizer.json. None: a small byte-level model,
-    trained briefly on the text of Python's standard library."""
+    """Folder of a Hugging Face checkpoint (OPT, Llama, Qwen2, Qwen3) with its tokenizer.json; or smollm2, which comes from the
+    package registry. None: a small byte-level model, trained briefly on the text of Python's standard library."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters of such a checkpoint."""
     start: WarmStart = dataclasses.field(default_factory=WarmStart)
@@ -99,17 +107,17 @@ class Config:
     """Forward passes of a batch that training may take, without --steps. A step of adam counts one; its backward pass is not
     counted."""
     steps: int | None = None
-    """Steps. None: as many as `forwards` allows."""
+    """Steps, those before a resume included. None: as many as `forwards` allows."""
     batch_size: int = 16
     """Examples in a batch."""
     directions: int | None = None
     """Directions a step. None: the recipe's default."""
     sigma: float | None = None
     """Standard deviation of the perturbation of a weight. None: the small model's, or the recipe's default."""
-    perturbation: Literal["normal", "rademacher"] | None = None
-    """Dense noise of that distribution. None: the recipe's default."""
+    perturbation: Literal["normal", "rademacher", "lowrank"] | None = None
+    """Noise of the directions: dense of that distribution, or of rank 2. None: the recipe's default."""
     learning_rate: float | None = None
-    """Step size. None: the small model's, or the recipe's default."""
+    """Step size. None: the small model's, or the recipe's default; --probe measures one."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and normalisation are exempt."""
     options: tuple[str, ...] = ()
@@ -118,18 +126,30 @@ class Config:
     """Directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each."""
     offload: bool = False
     """Keep the blocks in the host's memory, and one at a time on the device."""
+    transfer_dtype: Literal["bfloat16", "float16"] | None = None
+    """Type of float32 blocks in the host's memory and on their way, rounded stochastically. None: unchanged."""
     mesh: str | None = None
     """Devices, such as population=2,data=2. None: all along population where the run has several processes, else one."""
     checks: int = 20
     """Scores of the unperturbed parameters on the validation examples while training, spread evenly."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the journal has every step."""
+    guidance: bool = True
+    """Before the first step, measure projected gradient and curvature on two batches and print the learning rate that they
+    suggest; it takes 34 forwards that no budget counts."""
     resume: bool = False
-    """Resume the run in the folder; not for adam. Otherwise its files are replaced."""
+    """Resume the run in the folder, with more --steps or --forwards to extend it; not for adam. Otherwise its files are
+    replaced."""
     accept_change: bool = False
     """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
+    evaluate: bool = False
+    """Only score: the model; or, given the folder of a finished run, its last and its best parameters on its own task. Nothing
+    is trained or written, and options of the training are accepted."""
+    probe: bool = False
+    """Only measure what guidance does, and print the learning rate. Nothing is trained or written, and options of the training
+    are accepted."""
 
     @property
     def language_task(self) -> Task:
@@ -167,9 +187,12 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
-        apart = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume", "accept_change")
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _APART}
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
+
+    def identity(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a run must share with the `stored` ones that it resumes, if any: not its length."""
+        return self.settings() | {name: stored.get(name) for name in _LIMITS}
 
     def ignored(self) -> dict[str, str]:
         """Return the options that are set and have no effect, each with the error that says so."""
@@ -196,8 +219,12 @@ class Config:
             self.given()
         elif self.objective != "loss":
             raise ValueError(f"objective {self.objective} has no gradient: adam needs the objective loss.")
-        if self.learning_rate is None and arguments(self.recipe).get("learning_rate") is inspect.Parameter.empty:
-            raise ValueError(f"learning_rate must be given: none is known for {self.recipe} on this model.")
+        if self.evaluate and self.probe:
+            raise ValueError("give evaluate or probe, not both.")
+        needed = arguments(self.recipe).get("learning_rate") is inspect.Parameter.empty and not (self.evaluate or self.probe)
+        if needed and self.learning_rate is None:
+            known = "" if self.recipe == BACKPROP else "; --probe measures one"
+            raise ValueError(f"learning_rate must be given: none is known for {self.recipe} on this model{known}.")
 
 
 def config_from(settings: dict[str, Any]) -> Config:

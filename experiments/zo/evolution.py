@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -18,15 +18,20 @@ from eggroll.experiments.common.loop import Checks, Tuned, rate
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
-from eggroll.experiments.zo.figure import as_row
+from eggroll.experiments.zo.guidance import guide
 from eggroll.experiments.zo.problem import FineTuning, Score, score
-from eggroll.noise.rules import Dense
+from eggroll.experiments.zo.progress import Progress, why_ended
+from eggroll.files import Damaged, read_object
+from eggroll.journal import Reader, replay
+from eggroll.journal.checkpoint import Checkpoints
+from eggroll.noise.rules import Dense, LowRank
 from eggroll.protocol import Strategy
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
 PER_EXAMPLE = "grzo"  # the recipe with a direction for every example of the batch
+NOISE = {"normal": Dense("normal"), "rademacher": Dense("rademacher"), "lowrank": LowRank(2, "normal")}
 
 
 def make_tuner(config: Config, task: FineTuning) -> zo.ZerothOrder:
@@ -41,7 +46,9 @@ def make_tuner(config: Config, task: FineTuning) -> zo.ZerothOrder:
     if config.recipe == PER_EXAMPLE:
         given.setdefault("directions", config.batch_size)
     given |= {"weight_decay": config.weight_decay} if config.weight_decay else {}
-    given |= {"perturbation": Dense(config.perturbation)} if config.perturbation else {}
+    given |= {"perturbation": NOISE[config.perturbation]} if config.perturbation else {}
+    if config.probe:
+        given.setdefault("learning_rate", 1.0)  # of no consequence
     refused = [name for name in given if name not in has]
     if refused:
         raise ValueError(f"recipe {config.recipe} has no {refused[0]}.")
@@ -68,34 +75,13 @@ def steps_of(config: Config, forwards: int) -> int:
     return config.steps or config.forwards // forwards
 
 
-class _Progress:
-    """Callback of the training loop: scores the unperturbed parameters, counts skipped steps; carried by the run."""
-
-    def __init__(self, score_validation: Callable[[Any], Score], checks: Checks):
-        self.skipped = 0
-        self._score, self._checks = score_validation, checks
-
-    def __call__(self, state: Any, record: Record) -> None:
-        self.skipped += record.skipped
-        if self._checks.due(record.generation + 1):
-            record.extra.update(as_row(self._score(state)))
-
-    def save(self) -> Any:
-        """Return the count as an array."""
-        return np.array([self.skipped], np.int64)
-
-    def load(self, saved: Any) -> None:
-        """Restore."""
-        self.skipped = int(saved[0])
-
-
 class Evolution:
     """Tunes with a recipe of `zo`, offloaded or not; compiled once, run with any number of keys."""
 
     def __init__(self, config: Config, task: FineTuning, judge: Any):
         self._config, self._task, self._judge = config, task, judge
         self._recipe = make_tuner(config, task)
-        self._tuner = zo.Offload(self._recipe) if config.offload else self._recipe
+        self._tuner = zo.Offload(self._recipe, config.transfer_dtype) if config.offload else self._recipe
         # The same parameters under other objectives, block by block.
         judges = ("loss", "accuracy") if config.offload else ()
         self._judges = [zo.Offload(dataclasses.replace(self._recipe, loss=task.pieces(name))) for name in judges]
@@ -103,52 +89,114 @@ class Evolution:
         self.steps = steps_of(config, self.forwards)
 
     def start(self, params: Any, *, key: Array) -> tuple[Strategy[Any], Any]:
-        """Return the tuner, with its plan, and the initial state."""
-        batch = batch_of(self._task.train, 0, size=self._config.batch_size)
+        """Return the tuner, with its plan, and the initial state, which takes over resident parameters."""
+        batch = self._batch(0, seed=self._config.seed)
         self._recipe.check_batch(batch)
-        return self._tuner, self._tuner.init(params, key=key, batch=batch)
+        if isinstance(self._tuner, zo.Offload):
+            return self._tuner, self._tuner.init(params, key=key, batch=batch)
+        return self._tuner, self._tuner.init(params, key=key, batch=batch, donate=True)
 
-    def train(self, params: Any, *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
+    def guide(self, state: Any, *, seed: int) -> zo.Guidance:
+        """Measure gradient and curvature on the first two batches of a run, from its initial state; print what they suggest."""
+        return guide(self._tuner, state, [self._batch(step, seed=seed) for step in range(2)], self._config)
+
+    def _batch(self, step: int, *, seed: int) -> Examples:
+        return batch_of(self._task.train, step, size=self._config.batch_size, seed=seed)
+
+    def train(self, read: Callable[[], Any], *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
         """Run the remaining steps; metrics, figure, journal and checkpoints go to the folder.
+
+        Args:
+            read: returns the initial parameters, which the run consumes.
+            key: of the run.
+            seed: of its batches.
+            folder: of the run.
+            recipe: for its journal.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
         """
-        config, task = self._config, self._task
+        config = self._config
         _refuse_private_checkpoints(folder)
-        tuner, initial = self.start(params, key=key)
-        progress = _Progress(self._score_validation, Checks(steps=self.steps, checks=config.checks))
+        tuner, initial = self.start(read(), key=key)
+        checks = Checks(steps=self.steps, checks=config.checks)
+        signs = len(zo.ESTIMATORS[self._recipe.estimator].signs)
+        progress = Progress(self._score_validation, checks, config=config, signs=signs, forwards=self.forwards)
         durable = DurableRun(
             folder,
             tuner,
             initial,
-            config=config.settings(),
+            config=config.identity(stored_settings(folder)),
             carried=progress,
             checkpoint_every=config.checkpoint_every,
             accept_change=config.accept_change,
             recipe=recipe,
         )
+        del initial
         with contextlib.closing(durable):
             state, history = durable.state, list[Record]()
-            left = self.steps - int(state.generation)
-            if left:
-                batches = lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed)  # noqa: E731
+            done = int(state.generation)
+            if config.guidance and not done:
+                progress.suggested = self.guide(state, seed=seed).learning_rate
+            start = time.perf_counter()
+            if done < self.steps:
                 state, history = train(
-                    tuner, state, batches, generations=left, callbacks=[progress], run_folder=folder, durable=durable
+                    tuner,
+                    state,
+                    lambda step: self._batch(step, seed=seed),
+                    generations=self.steps - done,
+                    budget=("steps", self.steps),
+                    callbacks=[progress],
+                    run_folder=folder,
+                    durable=durable,
+                    words=progress.words,
                 )
-        steps = int(state.generation)
+            seconds, steps = time.perf_counter() - start, int(state.generation)
+            ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
-        tuned = jax.tree.map(jnp.asarray, local(tuner.parameters(state)))
-        return Tuned(tuned, steps, steps * self.forwards, progress.skipped, speed, advise(history, tuner.plan(state)))
+        advice, skipped = advise(history, tuner.plan(state)), progress.skipped
+        tuned = local(tuner.parameters(state))
+        return Tuned(tuned, steps, steps * self.forwards, skipped, speed, seconds, ended, advice)
+
+    def rebuild(self, read: Callable[[], Any], step: int, *, key: Array, folder: Path) -> Any:
+        """Return the parameters of a run after a step, from the last checkpoint before it and the journal.
+
+        Raises:
+            ValueError: the folder has another run, or lost what lies between.
+        """
+        tuner, state = self.start(read(), key=key)
+        checkpoints = Checkpoints(folder / "checkpoints", config=None)
+        with contextlib.closing(checkpoints):
+            earlier = max((saved for saved in checkpoints.generations if saved <= step), default=0)
+            if earlier:
+                restored = checkpoints.restore(state, np.zeros(1, np.int64), generation=earlier)
+                state = state if restored is None else restored[0]
+        state = replay(tuner, state, iter(Reader(folder / "journal.bin", tolerant=True)), until=step)
+        return local(tuner.parameters(state))
+
+    def judge(self, params: Any) -> Callable[[Examples], tuple[Any, Any]]:
+        """Return the function from a batch to mean loss and accuracy of whole parameters, on the device as in training."""
+        if not self._config.offload:
+            return functools.partial(self._judge, params)
+        batch = self._batch(0, seed=0)
+        return functools.partial(self._judge_by_block, self._tuner.init(params, key=jax.random.key(0), batch=batch))
 
     def _score_validation(self, state: Any) -> Score:
         if self._config.offload:
             return score(functools.partial(self._judge_by_block, state), self._task.validation)
-        return score(functools.partial(self._judge, local(state.params)), self._task.validation)
+        return score(self.judge(local(state.params)), self._task.validation)
 
     def _judge_by_block(self, state: Any, batch: Examples) -> tuple[Any, Any]:
         loss, wrong = (judge.loss(state, batch, key=state.key) for judge in self._judges)
         return loss, 1 - float(wrong)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that identify the run in a folder; none where there is no run, or its file is damaged."""
+    try:
+        return read_object(folder / "checkpoints" / "config.json")
+    except (FileNotFoundError, Damaged):
+        return {}
 
 
 def _refuse_private_checkpoints(folder: Path) -> None:

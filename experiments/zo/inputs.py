@@ -1,13 +1,18 @@
 """Inputs of `experiments.zo`: the model and the task that the options name, read from files."""
 
+import contextlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from eggroll.devices.processes import first_does
 from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.common.models import model_folder
+from eggroll.experiments.zo.capacity import check_capacity
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.examples import Examples, encode
@@ -24,19 +29,27 @@ class Loaded(NamedTuple):
 
     source: Path  # the folder of the checkpoint
     config: hf.Config
-    params: Any
+    read: Callable[[], Any]
     task: FineTuning
+
+    @property
+    def params(self) -> Any:
+        """The parameters that a run starts with, read again at every use: nothing keeps them while they are tuned."""
+        return self.read()
 
 
 def load(config: Config, folder: Path) -> Loaded:
     """Read the model and the task; the shipped task is written to `folder`.
 
     Raises:
-        ValueError, OSError: a file is missing, damaged, or does not fit; the message names it.
+        ValueError, OSError: a file is missing, damaged, or does not fit; the message names it. Or the model does not fit into
+            memory.
     """
     records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
-    source = config.model or warm_start(config.start)
-    model, decoder, params = hf.load(source, config.dtype if config.model else "float32")
+    source, dtype = model_folder(config.model) or warm_start(config.start), config.dtype if config.model else "float32"
+    check_capacity(config, hf.check(source))
+    with _where(config):
+        model, decoder, params = hf.load(source, dtype)
     tokenizer = load_tokenizer(source, vocab_size=model.vocab_size)
     everything = [record for split in records for record in split]
     examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
@@ -44,7 +57,20 @@ def load(config: Config, folder: Path) -> Loaded:
     parts = [Examples(*(array[first:end] for array in examples)) for first, end in itertools.pairwise(ends)]
     if config.batch_size > len(records[0]):
         raise ValueError(f"batch_size must be at most the {len(records[0])} training examples, got {config.batch_size}.")
-    return Loaded(source, model, params, FineTuning(decoder, *parts))
+    unused = [params]
+
+    def read() -> Any:
+        with _where(config):
+            return unused.pop() if unused else hf.load(source, dtype)[2]
+
+    return Loaded(source, model, read, FineTuning(decoder, *parts))
+
+
+def _where(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Where weights are read to: the device, or the host's memory for a model that a device need not hold."""
+    if config.offload and not config.evaluate:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
 
 
 def _shipped(folder: Path, *, short: bool) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from eggroll.experiments.common.models import model_folder
 from eggroll.experiments.common.options import check_passed, drop_options, effective, ignored_options, refuse, unless
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, finished_seeds, search
@@ -25,7 +26,6 @@ from eggroll.experiments.zo.config import BACKPROP, RULES, parse
 from eggroll.experiments.zo.studies import RATES, RECIPES, STUDIES, Study, write_splits
 from eggroll.experiments.zo.table import Tries, report
 from eggroll.experiments.zo.warm_start import warm_start
-from eggroll.llm.fetch import MODELS, fetch
 
 MODULE = "eggroll.experiments.zo"
 OWN = ("recipe", "perturbation", "steps", "seed")
@@ -154,7 +154,7 @@ def make_setting(
     task: tuple[str, ...] = ()
     if config.model is not None:
         of_study = STUDIES[study]
-        task = ("--model", str(_model_folder(config.model)), *of_study.arguments(_data(config, of_study, searched=searched)))
+        task = ("--model", str(model_folder(config.model)), *of_study.arguments(_data(config, of_study, searched=searched)))
         rate = RATES[recipe] if rate is None else rate
     learning_rate = () if rate is None else ("--learning-rate", f"{rate:.3g}")
     arguments = (*RECIPES[recipe], *budget, *learning_rate, *task, *options, *_resume(recipe))
@@ -164,13 +164,9 @@ def make_setting(
     return Setting((study, recipe), arguments, effective(parsed.settings(), parsed, RULES), config.folder / study / recipe)
 
 
-def _model_folder(model: Path) -> Path:
-    return fetch(str(model)) if str(model) in MODELS and not model.exists() else model
-
-
 def _resume(recipe: str) -> tuple[str, ...]:
-    """What makes a seed that was killed continue."""
-    return () if recipe == BACKPROP else ("--resume",)
+    """What makes a seed that was killed continue, and keeps forwards that no budget counts out of it."""
+    return () if recipe == BACKPROP else ("--resume", "--no-guidance")
 
 
 def search_settings(config: Config, setting: Setting, options: Sequence[str]) -> dict[float, Setting]:

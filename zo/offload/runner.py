@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -162,15 +163,26 @@ class Offload:
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run = Pass(state, self.devices, streams, summed=True, consumes=True)
         small = state._replace(resident=run.resident(), blocks=())
-        carry, aux = program(streams, "begin")(small, batch)
-        visit = program(streams, "visit")
         blocks: list[Any] = []
-        for block in run.replaced_blocks(blocks):
-            carry = visit(small, block, jnp.int32(len(blocks)), carry, aux)
-        report: FitnessReport = program(streams, "end")(small, carry, batch)
+        report = self._evaluate(streams, small, run.replaced_blocks(blocks), batch)
         new, skipped = self._defer(streams, small, report.coefficients)
         done = report_deferred(skipped, run.checksums(new))
         return new._replace(blocks=tuple(blocks)), Metrics(state.generation, state.sigma, *report, *done)
+
+    def measure(self, state: OffloadState, batch: Any = None) -> FitnessReport:
+        """Evaluate the losses of a step without making it; the state stays as it is."""
+        check_not_consumed(state)
+        streams, batch = self._streams(state, batch), self.devices.batch(batch)
+        run = self._pass(state)
+        return self._evaluate(streams, state._replace(resident=run.resident(), blocks=()), run.blocks(), batch)
+
+    def _evaluate(self, streams: Streams, small: OffloadState, blocks: Iterator[Any], batch: Any) -> FitnessReport:
+        """The losses of all streams through the blocks."""
+        carry, aux = program(streams, "begin")(small, batch)
+        visit = program(streams, "visit")
+        for index, block in enumerate(blocks):
+            carry = visit(small, block, jnp.int32(index), carry, aux)
+        return program(streams, "end")(small, carry, batch)
 
     def replay(
         self, state: OffloadState, coefficients: Any, *, mean_fitness: Any = None, checksums: Any = None

@@ -5,37 +5,28 @@ import dataclasses
 import io
 import itertools
 import json
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eggroll import zo as library
-from eggroll.envs.tasks.records import read_records
 from eggroll.experiments.common.options import drop_options
 from eggroll.experiments.zo import __main__ as zo
-from eggroll.experiments.zo import evolution
+from eggroll.experiments.zo import evaluation, evolution
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, config_from, parse
-from eggroll.experiments.zo.data.examples import Examples, batch_of, encode
-from eggroll.experiments.zo.data.tasks import Classification, Generation
-from eggroll.experiments.zo.inputs import read_splits
-from eggroll.experiments.zo.problem import FineTuning, score
-from eggroll.experiments.zo.warm_start import Text, WarmStart, init, train
+from eggroll.experiments.zo.data.examples import batch_of
+from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
-from eggroll.llm.decoder import Decoder, apply, token_log_likelihood
-from eggroll.llm.models import transformer
-from eggroll.llm.tokenizers import ByteTokenizer
-from eggroll.zo.blocks import whole_loss
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 MEASURED = {"seconds": 0, "forwards_per_second": 0, "peak_mib": 0}
 START = ["--start.steps", "0", "--start.width", "16", "--start.layers", "1"]
 WHOLE = ["--recipe", "mezo", "--steps", "6", "--checks", "3", "--batch-size", "4", "--options", "second_moment=0.9"]
-WHOLE += ["--sigma", "0.001"]
-SHORT = Classification("{text}:", {"0": "-", "1": "++"})
+WHOLE += ["--sigma", "0.001", "--no-guidance"]
 
 
 def write(folder, **sizes):
@@ -88,13 +79,21 @@ def weights(folder):
 def test_summary_and_artefacts(whole):
     _, summary, folder = whole
     scores = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")]
-    names = ["recipe", "objective", "steps", "forwards", "seconds", "forwards_per_second", "skipped", *scores]
+    names = ["recipe", "objective", "steps", "forwards", "ended", "seconds", "forwards_per_second", "skipped", *scores]
     assert list(summary) == [*names, *(f"{name}_before" for name in scores[2:]), "peak_mib"]
     assert (summary["recipe"], summary["steps"], summary["forwards"], summary["skipped"]) == ("mezo", 6, 12, 0)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert ["validation_accuracy" in line for line in lines] == [False, True] * 3
     assert lines[-1]["validation_loss"] == pytest.approx(summary["validation_loss"])
     assert summary["validation_loss"] != summary["validation_loss_before"]
+    assert [line["steps"] for line in lines] == [1, 2, 3, 4, 5, 6] and summary["ended"] == "steps"
+    for line in lines:
+        assert line["loss"] == -line["mean_fitness"]
+        assert line["projected_gradient"] > 0
+    log = (folder / "log.txt").read_text()
+    for words in ("12 training, 6 validation, 6 test examples", "zero-shot: validation loss", "step 2: training loss"):
+        assert words in log, words
+    assert "ended after 6 steps (12 forwards)" in log and "--steps 6 are done" in log
     for name in ("curves.png", "fitness.png", "journal.bin", "summary.json"):
         assert (folder / name).exists(), name
 
@@ -131,7 +130,43 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
     config = config_from(json.loads(json.dumps(options)))
-    assert config == dataclasses.replace(whole[0].config, folder=None)
+    assert config == dataclasses.replace(whole[0].config, folder=None, guidance=True)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_extended(whole, place, capsys):
+    """It becomes the longer run, and its last and its best parameters can be scored."""
+    options, longer, extended = [*place[1], *WHOLE], place[0] / "longer", place[0] / "extended"
+    shutil.copytree(whole[2], extended)
+    more = [*options, "--steps", "9", "--checks", "9", "--checkpoint-every", "2"]
+    first = run(capsys, *more, "--folder", str(longer))
+    again = run(capsys, *more, "--folder", str(extended), "--resume")
+    assert again | MEASURED == first | MEASURED and weights(extended) == weights(longer)
+    unchanged = run(capsys, *more, "--folder", str(extended), "--resume", "--steps", "3")
+    assert unchanged["steps"] == 9 and weights(extended) == weights(longer)
+    with pytest.raises(SystemExit, match="has a run with other settings: batch_size"):
+        zo.main([*more, "--folder", str(extended), "--resume", "--batch-size", "3"])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_scores_of_a_finished_run_and_of_a_model(whole, place, capsys, monkeypatch):
+    _, summary, folder = whole
+    names = [f"{split}_{what}" for split in ("validation", "test") for what in ("loss", "accuracy")]
+    before = sorted(folder.iterdir())
+    found = run(capsys, "--evaluate", "--folder", str(folder))
+    assert [found[name] for name in names] == pytest.approx([summary[name] for name in names])
+    assert found["steps"] == 6 and found["validation_loss_best"] <= found["validation_loss"]
+    for step in (0, 4):  # as if it had been the best
+        monkeypatch.setattr(evaluation, "best_step", lambda *_, step=step, **more: step)
+        best = run(capsys, "--evaluate", "--folder", str(folder))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        loss = rows[step - 1]["validation_loss"] if step else summary["validation_loss_before"]
+        assert best["best_step"] == step and best["validation_loss_best"] == pytest.approx(loss)
+    assert sorted(folder.iterdir()) == before
+    options = [*place[1][len(START) :], "--model", str(folder / "model"), "--evaluate"]
+    model = run(capsys, *options)
+    assert [model[name] for name in names] == pytest.approx([summary[name] for name in names])
 
 
 @pytest.mark.slow
@@ -165,6 +200,7 @@ def test_every_recipe_tunes_a_model_away_from_the_device(recipe, place, capsys, 
         "4",
         "--checkpoint-every",
         "2",
+        "--no-guidance",
     ]
     whole, stopped = (["--offload", "--folder", str(place[0] / f"{name}-{recipe}")] for name in ("away", "back"))
     resident = run(capsys, *options, "--folder", str(place[0] / f"here-{recipe}"))
@@ -212,84 +248,11 @@ def test_checkpoints_bring_a_run_back_bit_for_bit(whole, place, capsys, monkeypa
 
 @pytest.mark.slow
 def test_accuracy_is_an_objective(place, capsys):
-    options = [*place[1], "--recipe", "mezo", "--objective", "accuracy", "--steps", "2", "--batch-size", "12"]
+    options = [*place[1], "--recipe", "mezo", "--objective", "accuracy", "--steps", "2", "--batch-size", "12", "--no-guidance"]
     summary = run(capsys, *options, "--mesh", "population=1", "--folder", str(place[0] / "accuracy"))
     lines = [json.loads(line) for line in (place[0] / "accuracy" / "metrics.jsonl").read_text().splitlines()]
     assert summary["objective"] == "accuracy"
     assert all(float(-line["mean_fitness"] * 24).is_integer() for line in lines)  # wrong ones of 2 forwards of 12
-
-
-@pytest.mark.parametrize("task", [SHORT, Generation("{text}", "={label}!")], ids=["classification", "generation"])
-def test_loss_and_accuracy_are_those_of_whole_logits(task, tmp_path):
-    """Logits at some positions give what logits at all of them give; pieces give what the judge gives."""
-    records = read_records(write(tmp_path / "data", all=7) / "all.jsonl")
-    examples = encode(records, task, ByteTokenizer(), max_length=20)
-    config = WarmStart(layers=1, width=16).model
-    decoder, params = transformer.make_decoder(config), init(WarmStart(layers=1, width=16))
-    params["resident"]["embed"] *= 30  # so that the answers differ
-    tuning = FineTuning(decoder, examples, examples, examples)
-
-    @jax.jit
-    def ways(params):
-        flat = (array.reshape(-1, array.shape[-1]) for array in (examples.tokens, examples.mask))
-        logits = apply(decoder, params, *flat).reshape(*examples.tokens.shape, -1)
-        scores = token_log_likelihood(logits, examples.tokens, examples.targets).sum(axis=-1)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), examples.labels[:, None], axis=1)
-        loss = -chosen.mean() if isinstance(task, Classification) else -scores.sum() / examples.targets.sum()
-        plain = loss, jnp.mean(scores.argmax(axis=1) == examples.labels)
-        pieces = [whole_loss(tuning.pieces(objective))(params, examples, None) for objective in ("loss", "accuracy")]
-        return plain, pieces, tuning.judge()(params, examples)
-
-    plain, ((loss, weight), (wrong, count)), judged = jax.device_get(ways(params))
-    assert judged[0] == pytest.approx(plain[0], rel=1e-5) and loss / weight == pytest.approx(plain[0], rel=1e-5)
-    assert judged[1] == pytest.approx(1 - wrong / count) and count == 7
-    if isinstance(task, Classification):
-        assert judged[1] == pytest.approx(plain[1]) and 0 < plain[1] < 1
-
-
-def test_a_generated_answer_is_right_when_every_token_is_the_likeliest():
-    tokens, targets = np.array([[[1, 2, 3]], [[1, 2, 2]]], np.int32), np.array([[[False, True, True]]] * 2)
-    examples = Examples(tokens, np.ones((2, 1, 3), bool), targets, np.zeros(2, np.int32))
-    decoder = Decoder(
-        lambda resident, tokens, mask: (jax.nn.one_hot(tokens, 4), ()),
-        lambda own, x, aux: x,
-        lambda resident, x: x @ resident["next"],  # the likeliest word after n is n + 1
-    )
-    params = {"resident": {"next": jnp.roll(jnp.eye(4), 1, axis=1)}, "blocks": {"none": jnp.zeros((1, 1))}}
-    judge = FineTuning(decoder, examples, examples, examples).judge()
-    assert score(lambda batch: judge(params, batch), examples).accuracy == 0.5
-
-
-def test_scores_weigh_parts_by_what_is_in_them():
-    """250 examples in parts of 100, 100 and 50; of generation, by their tokens."""
-    targets = np.zeros((250, 1, 4), bool)
-    targets[:, :, 2:], targets[200:, :, 1] = True, True
-    examples = Examples(np.zeros((250, 1, 4), np.int32), targets, targets, np.arange(250))
-    judged = lambda batch: (float(batch.labels[0]), float(batch.labels[0] == 0))  # noqa: E731
-    assert score(judged, examples) == ((100 * 200 + 200 * 150) / 550, 100 / 250)
-
-
-@pytest.mark.slow
-def test_the_small_model_learns_its_text():
-    content = np.frombuffer(b"the cat sat on the mat. " * 200 + b"a dog lay in the sun. " * 200, np.uint8)
-    text = Text(content, np.where(np.arange(content.size) < 24 * 200, ord("c"), ord("d")).astype(np.uint8))
-    settings = WarmStart(layers=1, width=16, steps=300, batch_size=16, length=32, learning_rate=0.02)
-    decoder, params = transformer.make_decoder(settings.model), train(settings, text)
-    pieces = (
-        (b"the cat sat on the ma", "t"),
-        (b"the mat. the cat sat on the mat. t:", "c"),
-        (b"sun. a dog lay in the sun. a dog l:", "d"),
-    )
-    for piece, following in pieces:
-        tokens = jnp.asarray([[*ByteTokenizer.prefix, *piece]])
-        assert int(apply(decoder, params, tokens, jnp.ones(tokens.shape, bool))[0, -1].argmax()) == ord(following)
-
-
-def test_one_file_is_split(tmp_path):
-    write(tmp_path, all=25)
-    parts = read_splits(tmp_path / "all.jsonl")
-    texts = [record.fields["text"] for part in parts for record in part]
-    assert list(map(len, parts)) == [21, 2, 2] and len(set(texts)) == 25
 
 
 def test_batches_differ_by_seed(whole):
@@ -319,8 +282,14 @@ def test_every_recipe_has_settings_that_check():
         (["--recipe", "lozo", "--options", "sigma=4"], "options: recipe lozo has no 'sigma', it has"),
         (["--recipe", "lozo", "--options", "rank=many"], "rank must be an integer >= 1, got 'many'."),
         (["--recipe", "lozo", "--options", "rank=0"], "rank must be an integer >= 1, got 0."),
-        (["--model", "nowhere"], "learning_rate must be given: none is known for mezo on this model."),
+        (["--model", "nowhere"], "learning_rate must be given: none is known for mezo on this model; --probe measures one."),
         (["--model", "nowhere", "--learning-rate", "1"], "model must be a folder with a checkpoint, got nowhere."),
+        (
+            ["--recipe", "lozo", "--perturbation", "normal"],
+            "--perturbation has no effect with --recipe lozo: it belongs to mezo,",
+        ),
+        (["--transfer-dtype", "bfloat16"], "--transfer-dtype has no effect without --offload: it is of blocks in the"),
+        (["--evaluate", "--probe"], "give evaluate or probe, not both."),
         (["--recipe", "adam", "--sigma", "1"], "--sigma has no effect with --recipe adam: it belongs to mezo"),
         (["--recipe", "adam", "--resume"], "--resume has no effect with --recipe adam: it belongs to mezo"),
         (["--recipe", "adam", "--objective", "accuracy"], "objective accuracy has no gradient: adam needs"),

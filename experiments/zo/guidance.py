@@ -1,0 +1,46 @@
+"""The learning rate that gradient and curvature suggest before the first step (`eggroll.zo.guidance`), in words."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from eggroll import zo
+from eggroll.devices.processes import is_first
+from eggroll.experiments.zo.config import Config
+from eggroll.experiments.zo.data.examples import Examples
+
+DIRECTIONS = 8
+
+
+def guide(tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Examples], config: Config) -> zo.Guidance:
+    """Measure, print and return what the loss does along some directions.
+
+    Args:
+        tuner: of the run to come.
+        state: its initial one, which is not consumed.
+        batches: two, of the run.
+        config: its options.
+    """
+    recipe = tuner.tuner if isinstance(tuner, zo.Offload) else tuner
+    sharing = 1 if recipe.mesh is None else recipe.mesh.shape.get("population", 1)
+    directions = sharing * math.ceil(DIRECTIONS / sharing)
+    found = zo.suggest_learning_rate(tuner, state, batches, directions=directions)
+    if is_first():
+        print(describe(found, directions=directions, rate=None if config.probe else config.learning_rate), flush=True)
+    return found
+
+
+def describe(found: zo.Guidance, *, directions: int, rate: float | None) -> str:
+    """Return what was found as text; `rate` is the learning rate of the run."""
+    measured = (
+        f"projected gradient {found.projected_gradient:.3g}, curvature {found.curvature:.3g} along {directions} directions"
+    )
+    if math.isnan(found.learning_rate):
+        return f"{measured}; no learning rate is suggested: {found.reason}"
+    chosen = "" if rate is None else f"; this run has {rate:g}, {_times(rate / found.learning_rate)}"
+    return f"{measured}; they suggest --learning-rate {found.learning_rate:.1e}{chosen}"
+
+
+def _times(ratio: float) -> str:
+    """A ratio in words."""
+    return f"{ratio:.3g} times as much" if ratio >= 1 else f"{1 / ratio:.3g} times less"

@@ -1,0 +1,148 @@
+"""Which learning rate suits a model, a batch and a noise: measured before the first step, with forwards only.
+
+Along a direction z of unit variance the losses at theta, theta + sigma z and theta - sigma z give
+
+    p = (l+ - l-) / (2 sigma) = g z            projected gradient
+    c = (l+ - 2 l_0 + l-) / sigma^2 = z' H z   curvature
+
+up to terms of higher order in sigma. A two-point step theta - eta (1/n) sum_k p_k z_k changes the loss of a quadratic by
+
+    -eta (1/n) sum_k p_k (g* z_k) + eta^2 / 2 (1/n^2) sum_kj p_k p_j z_k' H z_j
+
+where g* is the gradient on other batches than the one that gave p. The mean over directions, with p and q on two batches, is
+
+    -eta E[p q] + eta^2 / 2 (A / n + (1 - 1/n) B) E[p^2],        A = E[p^2 c] / E[p^2],   B = g' H g / |g|^2
+
+For normal noise A = tr H + 2 B, which is where the many dimensions of a model come in: one step moves along n of them only, and
+tr H / n bounds its length. So B = (A - E[c]) / 2, and the eta that lowers the loss most is
+
+    eta = signal / (A / n + (1 - 1/n) B),        signal = E[p q] / E[p^2],   at most 1
+
+Twice that eta gains nothing, and more makes the loss grow. Small batches and later steps have less signal, so that a run of
+many steps wants less. For noise that is not normal B is approximate, and matters only where n > 1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eggroll import programs
+from eggroll.devices.mesh import shard_inputs
+from eggroll.population.metrics import FitnessReport
+from eggroll.state import check_not_consumed
+from eggroll.zo.estimators import ESTIMATORS, Estimator, coefficients
+from eggroll.zo.offload.runner import Offload
+from eggroll.zo.optimizers.descent import Descent
+from eggroll.zo.strategy import ZerothOrder
+
+THREE_POINT = "curvature"  # the estimator that evaluates l+, l- and l_0
+DIRECTIONS = 8
+
+
+class Guidance(NamedTuple):
+    """What the loss does along random directions, and the learning rate that follows."""
+
+    loss: float  # at the unperturbed parameters
+    projected_gradient: float  # root mean square of p
+    curvature: float  # mean of c weighted by p^2, A
+    signal: float  # E[p q] / E[p^2]: the share of p^2 that batches have in common
+    learning_rate: float  # NaN where none is suggested; `reason` says why
+    reason: str = ""
+
+
+NOTHING = Guidance(math.nan, math.nan, math.nan, math.nan, math.nan)
+
+
+def suggest_learning_rate(
+    tuner: ZerothOrder | Offload, state: Any, batches: Sequence[Any], *, directions: int = DIRECTIONS
+) -> Guidance:
+    """Measure gradient and curvature along some directions, and suggest a learning rate for the next steps.
+
+    Args:
+        tuner: of the run to come; its learning rate is of no consequence.
+        state: of the tuner, not consumed; an offloaded one without a pending update, such as that of `init`.
+        batches: two or more of the batches of the run, which have to differ; each takes 2 `directions` + 1 forwards.
+        directions: to measure along, a multiple of the devices that share them.
+
+    Raises:
+        ValueError: fewer than two batches.
+    """
+    if len(batches) < 2:
+        raise ValueError(f"batches must be two or more, whose common gradient counts, got {len(batches)}.")
+    check_not_consumed(state)
+    recipe = tuner.tuner if isinstance(tuner, Offload) else tuner
+    measuring = dataclasses.replace(recipe, estimator=THREE_POINT, directions=directions)
+    offloaded = dataclasses.replace(tuner, tuner=measuring) if isinstance(tuner, Offload) else None
+    reports = [_measure(measuring, state, batch) if offloaded is None else offloaded.measure(state, batch) for batch in batches]
+    losses = -np.stack([jax.device_get(report.fitness) for report in reports]).reshape(len(batches), directions, 2)
+    base = -np.array([jax.device_get(report.mean_fitness) for report in reports])
+    return guide(losses[..., 0], losses[..., 1], base, sigma=float(state.sigma), tuner=recipe)
+
+
+def _measure(tuner: ZerothOrder, state: Any, batch: Any) -> FitnessReport:
+    """The losses of a step, without making it."""
+    plan, shapes = tuner.plan(state, batch), programs.signature((state, batch))
+    state, batch = shard_inputs(tuner.placement, state, batch, batch_over="examples")
+
+    def score(state: Any, batch: Any) -> FitnessReport:
+        return tuner.score(plan, state, batch)
+
+    return programs.compile_once("measure", tuner, programs.Identity(plan), shapes, function=score)(state, batch)
+
+
+def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float, tuner: ZerothOrder) -> Guidance:
+    """Suggest a learning rate from losses.
+
+    Args:
+        plus: float [S, K], l+ of K directions on each of S batches.
+        minus: float [S, K], l-.
+        base: float [S], l_0.
+        sigma: of the perturbation.
+        tuner: of the steps to come: its estimator, its optimizer, and n, its number of directions.
+    """
+    plus, minus, base = (np.asarray(losses, np.float64) for losses in (plus, minus, base))
+    if not all(np.isfinite(losses).all() for losses in (plus, minus, base)):
+        return NOTHING._replace(reason="a loss was not finite; lower sigma")
+    p, c = (plus - minus) / (2 * sigma), (plus - 2 * base[:, None] + minus) / sigma**2
+    square, count = np.mean(p**2), len(p)
+    if not square:
+        reason = "the losses of all directions were equal; raise sigma"
+        return NOTHING._replace(loss=float(base.mean()), projected_gradient=0.0, reason=reason)
+    shared = (p.sum(axis=0) ** 2 - (p**2).sum(axis=0)).mean() / (count * (count - 1))  # E[p q] over pairs of batches
+    signal, along = float(shared / square), float(np.mean(p**2 * c) / square)
+    across = max(0.0, (along - float(c.mean())) / 2)
+    found = Guidance(float(base.mean()), math.sqrt(square), along, signal, math.nan)
+    if not signal > 0:
+        return found._replace(reason="the batches have no gradient in common along these directions; take larger batches")
+    step = along / tuner.directions + (1 - 1 / tuner.directions) * across
+    if not step > 0:
+        return found._replace(reason="the loss does not curve upwards along these directions; raise sigma")
+    scale = _scale(tuner, plus, minus, base, sigma=sigma)
+    if scale is None:
+        return found._replace(reason="the steps of this recipe do not follow the size of the gradient")
+    return found._replace(learning_rate=min(1.0, signal) / step / scale)
+
+
+def _scale(tuner: ZerothOrder, plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float) -> float | None:
+    """By how much the step of a recipe is longer than eta (1/n) sum_k p_k z_k at the same rate; None: not by one factor."""
+    estimator: Estimator = ESTIMATORS[tuner.estimator]
+    optimizer = tuner.optimizer
+    if estimator.per_example or not isinstance(optimizer, Descent) or optimizer.adam is not None:
+        return None
+    scale = 1.0
+    if tuner.estimator != "two_point":
+        own, plain = [], []
+        for up, down, middle in zip(plus, minus, base, strict=True):
+            other = down if len(estimator.signs) == 2 else np.full_like(up, middle)
+            losses = (jnp.asarray(values, jnp.float32) for values in (up, other, middle))
+            own.append(np.asarray(coefficients(estimator, *losses, sigma=jnp.float32(sigma))))
+            plain.append((1 if len(estimator.signs) == 2 else 2) * (up - other))
+        scale = float(np.sqrt(np.mean(np.square(own)) / np.mean(np.square(plain))))
+    if optimizer.second_moment is not None:
+        scale /= math.sqrt(np.mean(((plus - minus) / (2 * sigma)) ** 2))
+    return scale
