@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from eggroll.noise.rules import Dense, LowRank
 from eggroll.protocol import Strategy
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
+from eggroll.runs.plot import plot_history
 from eggroll.runs.training import Record, train
 
 PER_EXAMPLE = "grzo"  # the recipe with a direction for every example of the batch
@@ -150,6 +151,7 @@ class Evolution:
                     run_folder=folder,
                     durable=durable,
                     words=progress.words,
+                    plot=_draw_fitness,
                 )
             seconds, steps = time.perf_counter() - start, int(state.generation)
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
@@ -189,6 +191,14 @@ class Evolution:
     def _judge_by_block(self, state: Any, batch: Examples) -> tuple[Any, Any]:
         loss, wrong = (judge.loss(state, batch, key=state.key) for judge in self._judges)
         return loss, 1 - float(wrong)
+
+
+def _draw_fitness(history: Sequence[Record], folder: Path) -> None:
+    """Draw minus the loss and the validation scores; the other numbers of a step have other scales."""
+    shown = [{name: value for name, value in record.extra.items() if name.startswith("validation")} for record in history]
+    plot_history(
+        [dataclasses.replace(record, extra=extra) for record, extra in zip(history, shown, strict=True)], folder / "fitness.png"
+    )
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def load(config: Config, folder: Path) -> Loaded:
     examples = encode(everything, config.language_task, tokenizer, max_length=config.max_length)
     ends = np.cumsum([0, *map(len, records)])
     parts = [Examples(*(array[first:end] for array in examples)) for first, end in itertools.pairwise(ends)]
-    if config.batch_size > len(records[0]):
+    if config.batch_size > len(records[0]) and not config.evaluate:
         raise ValueError(f"batch_size must be at most the {len(records[0])} training examples, got {config.batch_size}.")
     unused = [params]
 

@@ -96,7 +96,8 @@ def projected_gradient(fitness: Any, *, sigma: float, signs: int) -> float:
         signs: 2 where the other one is l-, 1 where it is l_0.
     """
     losses = np.asarray(fitness, np.float64).reshape(-1, 2)
-    return float(np.sqrt(np.mean(((losses[:, 0] - losses[:, 1]) / (signs * sigma)) ** 2)))
+    with np.errstate(invalid="ignore"):  # of losses that are not finite
+        return float(np.sqrt(np.mean(((losses[:, 0] - losses[:, 1]) / (signs * sigma)) ** 2)))
 
 
 def words(score: Score) -> str:
