@@ -57,7 +57,7 @@ class Config:
     test: int = 500
     """Test examples."""
     recipes: tuple[str, ...] = tuple(RECIPES)
-    """Recipes of experiments.zo, MeZO also with Rademacher noise; the step without training is a row of its own."""
+    """Recipes of experiments.zo, MeZO also with Rademacher noise; the model without training is a row, too."""
     seeds: int = 3
     """Seeds 0, 1, ... of every recipe."""
     forwards: int = 2_000
