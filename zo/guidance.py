@@ -18,8 +18,9 @@ tr H / n bounds its length. So B = (A - E[c]) / 2, and the eta that lowers the l
 
     eta = signal / (A / n + (1 - 1/n) B),        signal = E[p q] / E[p^2],   at most 1
 
-Twice that eta gains nothing, and more makes the loss grow. Small batches and later steps have less signal, so that a run of
-many steps wants less. For noise that is not normal B is approximate, and matters only where n > 1.
+Twice that eta gains nothing, and more makes the loss grow. That is one step: in a run the curvature grows and the signal fades,
+so that a tenth of eta is suggested, at which a step still gains a fifth (2 f - f^2 at the fraction f of eta). For noise that is
+not normal B is approximate, and matters only where n > 1.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ from eggroll.zo.strategy import ZerothOrder
 
 THREE_POINT = "curvature"  # the estimator that evaluates l+, l- and l_0
 DIRECTIONS = 8
+MARGIN = 0.1  # of the best single step, for a run of many
 
 
 class Guidance(NamedTuple):
@@ -51,11 +53,12 @@ class Guidance(NamedTuple):
     projected_gradient: float  # root mean square of p
     curvature: float  # mean of c weighted by p^2, A
     signal: float  # E[p q] / E[p^2]: the share of p^2 that batches have in common
-    learning_rate: float  # NaN where none is suggested; `reason` says why
+    best_step: float  # eta in units of the recipe: the learning rate that lowers the loss most in one step
+    learning_rate: float  # that is suggested, `MARGIN` of it; NaN where none is, and `reason` says why
     reason: str = ""
 
 
-NOTHING = Guidance(math.nan, math.nan, math.nan, math.nan, math.nan)
+NOTHING = Guidance(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
 def suggest_learning_rate(
@@ -116,7 +119,7 @@ def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float
     shared = (p.sum(axis=0) ** 2 - (p**2).sum(axis=0)).mean() / (count * (count - 1))  # E[p q] over pairs of batches
     signal, along = float(shared / square), float(np.mean(p**2 * c) / square)
     across = max(0.0, (along - float(c.mean())) / 2)
-    found = Guidance(float(base.mean()), math.sqrt(square), along, signal, math.nan)
+    found = Guidance(float(base.mean()), math.sqrt(square), along, signal, math.nan, math.nan)
     if not signal > 0:
         return found._replace(reason="the batches have no gradient in common along these directions; take larger batches")
     step = along / tuner.directions + (1 - 1 / tuner.directions) * across
@@ -125,7 +128,8 @@ def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float
     scale = _scale(tuner, plus, minus, base, sigma=sigma)
     if scale is None:
         return found._replace(reason="the steps of this recipe do not follow the size of the gradient")
-    return found._replace(learning_rate=min(1.0, signal) / step / scale)
+    best = min(1.0, signal) / step / scale
+    return found._replace(best_step=best, learning_rate=MARGIN * best)
 
 
 def _scale(tuner: ZerothOrder, plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float) -> float | None:

@@ -24,6 +24,10 @@ def guide(tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Exam
     recipe = tuner.tuner if isinstance(tuner, zo.Offload) else tuner
     sharing = 1 if recipe.mesh is None else recipe.mesh.shape.get("population", 1)
     directions = sharing * math.ceil(DIRECTIONS / sharing)
+    if is_first():
+        print(
+            f"measuring gradient and curvature along {directions} directions, {2 * (2 * directions + 1)} forwards", flush=True
+        )
     found = zo.suggest_learning_rate(tuner, state, batches, directions=directions)
     if is_first():
         print(describe(found, directions=directions, rate=None if config.probe else config.learning_rate), flush=True)
@@ -38,7 +42,8 @@ def describe(found: zo.Guidance, *, directions: int, rate: float | None) -> str:
     if math.isnan(found.learning_rate):
         return f"{measured}; no learning rate is suggested: {found.reason}"
     chosen = "" if rate is None else f"; this run has {rate:g}, {_times(rate / found.learning_rate)}"
-    return f"{measured}; they suggest --learning-rate {found.learning_rate:.1e}{chosen}"
+    tried = f"one step gains most at {found.best_step:.1e}, try --learning-rate {found.learning_rate:.1e}"
+    return f"{measured}; {tried}{chosen}"
 
 
 def _times(ratio: float) -> str:

@@ -33,16 +33,16 @@ def test_a_probe_suggests_a_learning_rate_and_writes_nothing(tmp_path, capsys, m
     summary = json.loads(out[-1])
     assert summary["projected_gradient"] > 0 and summary["recipe"] == "mezo"
     assert out[-2].startswith(f"projected gradient {summary['projected_gradient']:.3g}, curvature ")
-    assert ("they suggest --learning-rate" in out[-2]) == (summary["learning_rate"] is not None)
+    assert ("try --learning-rate" in out[-2]) == (summary["learning_rate"] is not None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["zo-start"]  # the small model
 
 
 def test_what_a_probe_found_in_words():
-    found = library.Guidance(0.7, 24.8, 1900.0, 0.9, 4.7e-4)
+    found = library.Guidance(0.7, 24.8, 1900.0, 0.9, 4.7e-4, 4.7e-5)
     start = "projected gradient 24.8, curvature 1.9e+03 along 8 directions"
-    assert describe(found, directions=8, rate=None) == f"{start}; they suggest --learning-rate 4.7e-04"
-    assert describe(found, directions=8, rate=1e-6).endswith("4.7e-04; this run has 1e-06, 470 times less")
+    assert describe(found, directions=8, rate=None) == f"{start}; one step gains most at 4.7e-04, try --learning-rate 4.7e-05"
+    assert describe(found, directions=8, rate=1e-6).endswith("4.7e-05; this run has 1e-06, 47 times less")
     none = found._replace(learning_rate=math.nan, reason="a loss was not finite; lower sigma")
     assert describe(none, directions=8, rate=1e-6).endswith("no learning rate is suggested: a loss was not finite; lower sigma")
 
