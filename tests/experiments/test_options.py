@@ -33,7 +33,8 @@ COMMANDS = {
     "zo": (
         zo_config.Config,
         zo_config.RULES,
-        "recipe model data template label_words answer max_length objective steps batch_size learning_rate checks " + OF_A_RUN,
+        "recipe model data template label_words answer max_length objective steps batch_size learning_rate checks evaluate "
+        + OF_A_RUN,
     ),
     "egg": (
         egg_config.Config,
