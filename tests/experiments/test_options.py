@@ -55,7 +55,7 @@ COMMANDS = {
         f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
-    "zo_suite": (zo_suite.Config, (), "recipes seeds forwards search folder"),
+    "zo_suite": (zo_suite.Config, zo_suite.OF_SUITE, "model recipes seeds forwards search folder"),
     "egg_scaling": (
         egg_suite.Config,
         (),
@@ -276,7 +276,7 @@ def test_suites_pass_options_to_the_runs_that_they_belong_to(tmp_path):
     assert passed["random"] == {"--env", "--algorithm", "--max-steps"}
     assert "sigma" in rows["eggroll"].options and "sigma" not in rows["ppo"].options  # not compared with earlier runs
     config = zo_suite.Config(folder=tmp_path)
-    recipe, adam = (zo_suite.make_setting(config, name, ["--directions", "2"]) for name in ("mezo", "adam"))
+    recipe, adam = (zo_suite.make_setting(config, "small", name, ["--directions", "2"]) for name in ("mezo", "adam"))
     assert "--directions" in recipe.arguments and "--directions" not in adam.arguments
     config = reason_suite.Config(folder=tmp_path / "reason")
     ours, grpo = (reason_suite.make_setting(config, "rwkv7", name, ["--prompts", "4"]) for name in ("eggroll", "grpo"))
@@ -308,6 +308,8 @@ def test_suites_that_resume_their_runs_accept_a_change(suite, tmp_path, monkeypa
         (rl_suite, ["--env", "Acrobot-v1"], "--env cannot be given to a suite"),
         (zo_suite, ["--recipes", "adam", "--sigma", "1"], "--sigma has no effect with --recipe adam"),
         (zo_suite, ["--steps", "3"], "--steps cannot be given to a suite"),
+        (zo_suite, ["--studies", "sums"], "--studies has no effect without --model"),
+        (zo_suite, ["--model", "x", "--objective", "accuracy"], "--objective cannot be given to a suite"),
         (egg_suite, ["--population-size", "64"], "--population-size cannot be given to a suite"),
         (reason_suite, ["--algorithms", "grpo", "--sigma", "1"], "--sigma has no effect with --algorithm grpo"),
         (reason_suite, ["--presets", "small", "--architectures", "rwkv7"], "--architectures has no effect with --presets"),

