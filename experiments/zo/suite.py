@@ -106,7 +106,8 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         tried, goal = search_settings(config, setting, options), functools.partial(score, setting)
         best = search(MODULE, list(tried.values()), seed=SEARCH_SEED, score=goal)
         tries[setting.name] = {rate: goal(finished_seeds(found, [SEARCH_SEED])[SEARCH_SEED]) for rate, found in tried.items()}
-        return make_setting(config, *setting.labels, options, rate=parse(best.arguments).learning_rate)
+        study, recipe = setting.labels
+        return make_setting(config, study, recipe, options, rate=parse(best.arguments).learning_rate)
 
     seeds = range(config.seeds)
     jobs = [Job(f"{setting.name} seed {seed}", setting, [seed]) for setting in settings for seed in seeds]  # own peak memory
