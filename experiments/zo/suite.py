@@ -91,7 +91,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     check_passed(options, own=OWN if config.model is None else (*OWN, *OF_STUDIES), ignored=ignored)
     config = dataclasses.replace(config, folder=run_folder(config.folder))
     cells = [(study, recipe) for study in _studies(config) for recipe in config.recipes if _runs(study, recipe)]
-    settings = [make_setting(config, *cell, options) for cell in cells]
+    settings = [make_setting(config, study, recipe, options) for study, recipe in cells]
     if config.model is None:
         warm_start(parse(settings[0].arguments).start)  # now, so that no recipe's seconds contain it
     else:
@@ -106,7 +106,8 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         tried, goal = search_settings(config, setting, options), functools.partial(score, setting)
         best = search(MODULE, list(tried.values()), seed=SEARCH_SEED, score=goal)
         tries[setting.name] = {rate: goal(finished_seeds(found, [SEARCH_SEED])[SEARCH_SEED]) for rate, found in tried.items()}
-        return make_setting(config, *setting.labels, options, rate=parse(best.arguments).learning_rate)
+        study, recipe = setting.labels
+        return make_setting(config, study, recipe, options, rate=parse(best.arguments).learning_rate)
 
     seeds = range(config.seeds)
     jobs = [Job(f"{setting.name} seed {seed}", setting, [seed]) for setting in settings for seed in seeds]  # own peak memory
