@@ -91,7 +91,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     check_passed(options, own=OWN if config.model is None else (*OWN, *OF_STUDIES), ignored=ignored)
     config = dataclasses.replace(config, folder=run_folder(config.folder))
     cells = [(study, recipe) for study in _studies(config) for recipe in config.recipes if _runs(study, recipe)]
-    settings = [make_setting(config, *cell, options) for cell in cells]
+    settings = [make_setting(config, study, recipe, options) for study, recipe in cells]
     if config.model is None:
         warm_start(parse(settings[0].arguments).start)  # now, so that no recipe's seconds contain it
     else:

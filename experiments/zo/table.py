@@ -135,7 +135,7 @@ def make_table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         accuracy, loss = _interval(row.test_accuracy, row.accuracy_interval), _interval(row.test_loss, row.loss_interval)
-        cells.append([row.study, row.recipe, row.setting, accuracy, loss, f"{row.below_backprop:.3f}"])
+        cells.append([row.study, row.recipe, row.setting, accuracy, loss, _number(row.below_backprop)])
         if row.recipe == ZERO_SHOT:
             cells[-1] += [""] * 7
             continue
@@ -147,3 +147,7 @@ def make_table(rows: Sequence[Row]) -> str:
 
 def _interval(mean: float, interval: tuple[float, float]) -> str:
     return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval[1] > interval[0] else f"{mean:.3f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else ""
