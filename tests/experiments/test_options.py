@@ -51,7 +51,7 @@ COMMANDS = {
     "reason": (
         reason_config.Config,
         REASON_RULES,
-        "preset algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids "
+        "preset algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids clock "
         f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
@@ -313,7 +313,11 @@ def test_suites_that_resume_their_runs_accept_a_change(suite, tmp_path, monkeypa
         (egg_suite, ["--population-size", "64"], "--population-size cannot be given to a suite"),
         (reason_suite, ["--algorithms", "grpo", "--sigma", "1"], "--sigma has no effect with --algorithm grpo"),
         (reason_suite, ["--presets", "small", "--architectures", "rwkv7"], "--architectures has no effect with --presets"),
-        (reason_suite, ["--presets", "tiny"], "presets must be out of small, smollm2-sums, smollm2-chain, got tiny"),
+        (
+            reason_suite,
+            ["--presets", "tiny"],
+            "presets must be out of small, smollm2-sums, smollm2-chain, smollm2-countdown, got tiny",
+        ),
         (reason_suite, ["--start.architecture", "rwkv7"], "--start.architecture cannot be given to a suite"),
     ],
 )
