@@ -173,6 +173,7 @@ def test_wrong_options_are_refused(option, tmp_path):
         main([option, f"--folder={tmp_path}/run"])
 
 
+@pytest.mark.slow
 def test_command_ends_with_json(tmp_path, capsys):
     main(["--only", "w ? exp(s)", "--members", "4", "--size", "16", "--rows", "4", "--folder", str(tmp_path / "run")])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

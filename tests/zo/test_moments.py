@@ -131,6 +131,7 @@ MIXED = [X] * 4 + [SICK] + [X] * 9  # the step that is skipped is one where the 
 ADAM = zo.RebuiltAdam(0.8, 0.95, history=5)
 
 
+@pytest.mark.slow
 def test_adamezo_is_adam_over_the_last_estimates():
     """14 steps, 5 in the history, one skipped; NumPy that forgets nothing (the control) goes elsewhere."""
     noise = eggroll.LowRank(2, "normal", refresh=4)
@@ -140,6 +141,7 @@ def test_adamezo_is_adam_over_the_last_estimates():
     assert np.abs(found - numpy_run(tuner, draw, MIXED, numpy_adam(0.8, 0.95, 14))).max() > 2e-3
 
 
+@pytest.mark.slow
 def test_lozo_m_is_momentum_in_the_subspace():
     """14 steps, V new at 4 (skipped: the next one projects), 8 and 12; without the projection (the control) elsewhere."""
     tuner = zo.lozo_m(loss, learning_rate=0.1, refresh=4, sigma=SIGMA, directions=2, weight_decay=DECAY)

@@ -75,6 +75,7 @@ def test_updates(use, spec, optimizer, monkeypatch, standard_promotion):
     assert state.params["z"].shape == USES[use][0] and (state.params["w"] != first.params["w"]).any()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_from_its_checkpoint_and_replayed_from_its_journal(tmp_path):
     es = strategy("no layers", optimizer=optax.sgd(0.1, momentum=0.9))
 

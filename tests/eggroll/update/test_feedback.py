@@ -119,6 +119,7 @@ def mixed_strategy(**options):
     return strategy(optimizer, mixed, sigma=0.3, shaping="centered_ranks", **options)
 
 
+@pytest.mark.slow
 def test_a_run_of_mixed_parameters_resumes_and_replays_to_the_bit(tmp_path, standard_promotion):
     """Resumed in the middle of a window, and rebuilt from scalars alone."""
     es, batch = mixed_strategy(), jnp.ones((2, 12))
