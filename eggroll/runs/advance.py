@@ -87,11 +87,13 @@ class Advance(Generic[S]):
         scalars, norms, checksums = jax.device_get((metrics.scalars, metrics.leaf_norms, metrics.checksums))
         seconds = time.perf_counter() - start
         numbers = {name: value.item() for name, value in scalars.items()}
-        arrays = {"aux": metrics.aux, "coefficients": metrics.coefficients, "fitness": metrics.fitness}
-        arrays |= {"checksums": checksums, "batch": follows}
         record = Record(
             **numbers,
-            **arrays,
+            aux=metrics.aux,
+            coefficients=metrics.coefficients,
+            fitness=metrics.fitness,
+            checksums=checksums,
+            batch=follows,
             leaf_norms=self._named(state, norms),
             seconds=seconds,
             members_per_second=self._es.population_size / seconds,

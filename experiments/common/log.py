@@ -1,4 +1,4 @@
-"""`log.txt` in the run folder: what a seed printed from its start to its end, with timestamps, even if nobody kept it."""
+"""`log.txt` in the run folder: a copy of what one seed printed, with timestamps."""
 
 import contextlib
 import datetime

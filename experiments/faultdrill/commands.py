@@ -106,7 +106,7 @@ def zo(scratch: Path, *more: str) -> Train:
     def train(folder: Path, generations: int) -> str:
         recipe = _seed_run("zo", config, folder).recipe
         with _stop_after(zo_evolution, generations):
-            tuned = evolution.train(loaded.params, key=jax.random.key(0), seed=0, folder=folder, recipe=recipe)
+            tuned = evolution.train(loaded.read, key=jax.random.key(0), seed=0, folder=folder, recipe=recipe)
         return fingerprint((tuned.params, _numbers(tuned.steps, tuned.skipped)))
 
     return _quiet(train)
