@@ -1,7 +1,7 @@
 """The progress of a long run on standard error: how much is done, a few changing words, time left.
 
 A bar drawn by rich where standard error is a terminal, with the words below it, where 80 columns have room for both;
-otherwise, for log files, a plain line every few seconds:
+otherwise, and in the log of a run (`eggroll.runs.log`), a plain line every few seconds:
 
     generations 0 of 50: compiling, or in the first of this run, 0:00:10
     generations 12 of 50: best 0.41  mean 0.33  4 members/s, 0:05:20, ETA 0:15:08
@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from eggroll.runs.log import Copied
 
 FIRST_SECONDS = 5.0  # before the first plain line, and between lines
 STARTING = "compiling, or in the first of this run"
@@ -41,12 +43,25 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
         yield lambda completed, words: None
         return
     if not (enabled or (sys.stderr.isatty() and _has_rich())):
-        with _PlainLines(name, total) as lines:
-            yield lines.show
+        with _PlainLines(name, total, _write_error) as plain:
+            yield plain.show
         return
-    with _make_bar() as bar:
+    printed = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_make_bar())
         task = bar.add_task(name, total=total, words=STARTING)
-        yield lambda completed, words: bar.update(task, completed=min(completed, total), words=words)
+        lines = stack.enter_context(_PlainLines(name, total, printed[1].log)) if isinstance(printed[1], Copied) else None
+        redirects = contextlib.redirect_stdout, contextlib.redirect_stderr
+        for stream, above, redirect in zip(printed, (sys.stdout, sys.stderr), redirects, strict=True):
+            if isinstance(stream, Copied) and above is not stream:  # rich shows above the bar what is printed
+                stack.enter_context(redirect(stream.over(above)))
+
+        def show(completed: float, words: str) -> None:
+            bar.update(task, completed=min(completed, total), words=words)
+            if lines is not None:
+                lines.show(completed, words)
+
+        yield show
 
 
 def _make_bar() -> Any:
@@ -67,15 +82,16 @@ def _make_bar() -> Any:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
+    file = sys.stderr.stream if isinstance(sys.stderr, Copied) else None  # a log has no bars
     # What is printed meanwhile appears above the bar, unless it goes to a file.
-    return Bar(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
+    return Bar(*columns, console=Console(stderr=True, file=file), redirect_stdout=sys.stdout.isatty())
 
 
 class _PlainLines:
     """Writes lines in a thread of its own, so that a long compilation or generation shows too."""
 
-    def __init__(self, name: str, total: float):
-        self._name, self._total = name, total
+    def __init__(self, name: str, total: float, write: Callable[[str], object]):
+        self._name, self._total, self._write_text = name, total, write
         self._start = time.monotonic()
         self._first: tuple[float, float] | None = None  # time and count of the first `show`: what came before compiled
         self._last: tuple[float, float, str] | None = None
@@ -98,8 +114,7 @@ class _PlainLines:
     def _write(self) -> None:
         while not self._ended.wait(max(FIRST_SECONDS, SHARE * (time.monotonic() - self._start))):
             with contextlib.suppress(OSError, ValueError):  # a closed pipe does not end the run
-                sys.stderr.write(f"{self._line()}\n")
-                sys.stderr.flush()
+                self._write_text(f"{self._line()}\n")
 
     def _line(self) -> str:
         elapsed, of = _duration(time.monotonic() - self._start), f"of {self._total:,.0f}"
@@ -110,6 +125,11 @@ class _PlainLines:
         left = max(0.0, self._total - completed) / speed if speed > 0 else math.inf
         eta = f", ETA {_duration(left)}" if math.isfinite(left) else ""
         return f"{self._name} {completed:,.0f} {of}: {words}, {elapsed}{eta}"
+
+
+def _write_error(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _duration(seconds: float) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import first_does
-from eggroll.experiments.common.log import logged
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.journal.lock import RunLock
+from eggroll.runs.log import logged
 
 _KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", "best", "metrics.jsonl")
 Row = dict[str, Any]

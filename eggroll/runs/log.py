@@ -1,4 +1,4 @@
-"""`log.txt` in the run folder: a copy of what one seed printed, with timestamps."""
+"""`log.txt` in a run folder: a copy of what one seed printed, with timestamps, and its progress as plain lines."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ NAME = "log.txt"
 
 @contextlib.contextmanager
 def logged(folder: Path, *, append: bool) -> Iterator[None]:
-    """Copy standard output, and standard error unless it is a terminal with a progress bar, to the log of a folder.
+    """Copy standard output and standard error to the log of a folder, which gets plain lines in place of a progress bar.
 
     Args:
         folder: of the run.
@@ -25,9 +25,8 @@ def logged(folder: Path, *, append: bool) -> Iterator[None]:
         yield
         return
     with open(folder / NAME, "a" if append else "w") as file, contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(_Copied(sys.stdout, file)))
-        if not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(_Copied(sys.stderr, file)))
+        stack.enter_context(contextlib.redirect_stdout(Copied(sys.stdout, file)))
+        stack.enter_context(contextlib.redirect_stderr(Copied(sys.stderr, file)))
         _write(file, f"{_now()} start: {' '.join(sys.argv)}\n")
         try:
             yield
@@ -36,26 +35,42 @@ def logged(folder: Path, *, append: bool) -> Iterator[None]:
             raise
 
 
-class _Copied(io.TextIOBase):
-    """A stream whose lines a file gets too, each with the time."""
+class Copied(io.TextIOBase):
+    """A stream whose lines a log gets too, each with the time.
+
+    Attributes:
+        stream: where the text goes.
+    """
 
     def __init__(self, stream: Any, file: IO[str]):
-        self._stream, self._file, self._is_new = stream, file, True
+        self.stream, self._file, self._is_new = stream, file, True
 
-    def write(self, text: str) -> int:
+    def over(self, stream: Any) -> "Copied":
+        """Another stream with the same log."""
+        return Copied(stream, self._file)
+
+    def log(self, text: str) -> None:
+        """Write to the log alone."""
         for line in text.splitlines(keepends=True):
             _write(self._file, f"{_now()} {line}" if self._is_new else line)
             self._is_new = line.endswith("\n")
-        return self._stream.write(text)
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        self.log(text)
+        return self.stream.write(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        """Flush the stream."""
+        self.stream.flush()
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        """Whether the stream is a terminal."""
+        return self.stream.isatty()
 
     def fileno(self) -> int:
-        return self._stream.fileno()
+        """Of the stream."""
+        return self.stream.fileno()
 
 
 def _write(file: IO[str], text: str) -> None:

@@ -1,0 +1,46 @@
+"""The log of a run has what was printed and its progress, with a terminal or without."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from eggroll.runs import progress
+from eggroll.runs.log import NAME, logged
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_the_log_gets_what_is_printed_and_plain_lines_of_progress(tmp_path, monkeypatch, stream):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.02)
+    monkeypatch.setenv("TERM", "xterm")
+    out, error = stream(), stream()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", error)
+    with logged(tmp_path, append=False):
+        print("before")
+        with progress.progress_line("generations", 7.0) as show:
+            show(3, "mean 0.25")
+            print("a check")
+            print("a warning", file=sys.stderr)
+            time.sleep(0.1)
+        print("after")
+    assert (sys.stdout, sys.stderr) == (out, error)
+    log = (tmp_path / NAME).read_text()
+    assert [log.count(text) for text in ("before", "a check", "a warning", "after")] == [1, 1, 1, 1]
+    assert "generations 3 of 7: mean 0.25" in log and "\x1b" not in log and "\r" not in log
+    shown = out.getvalue() + error.getvalue()
+    assert [shown.count(text) for text in ("before", "a check", "a warning", "after")] == [1, 1, 1, 1]
+    assert ("\x1b" in shown) == (stream is Terminal)
+
+
+def test_the_log_says_which_error_ended_the_run(tmp_path):
+    with pytest.raises(ValueError, match="seven"), logged(tmp_path, append=False):
+        raise ValueError("seven")
+    assert (tmp_path / NAME).read_text().endswith("ended by ValueError seven\n")
