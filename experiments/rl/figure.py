@@ -1,7 +1,8 @@
-"""The figure: one panel per task, held-out return against environment steps, mean over seeds with its interval."""
+"""The figure of a suite: for every task held-out return against environment steps, and below against seconds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,15 @@ from eggroll.experiments.common.bootstrap import mean_interval
 
 COLORS = {"eggroll": "#0072b2", "openes": "#d55e00", "ppo": "#009e73", "random": "#555555"}  # told apart by the colour-blind
 COLUMNS = 4
-Curve = tuple[Sequence[float], Sequence[float]]  # environment steps and returns of a seed
+AXES: dict[Literal["env_steps", "seconds"], str] = {"env_steps": "environment steps", "seconds": "seconds of training"}
+
+
+class Curve(NamedTuple):
+    """The held-out checks of a seed, in order."""
+
+    env_steps: Sequence[float]
+    seconds: Sequence[float]  # of training until the check
+    returns: Sequence[float]
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], random_returns: Mapping[str, float], path: Path) -> None:
@@ -25,30 +34,34 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], random_retu
     """
     columns = min(COLUMNS, len(curves))
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (env, of_algorithms) in zip(panels, curves.items(), strict=False):
-        for algorithm, of_seeds in of_algorithms.items():
-            _draw(panel, algorithm, of_seeds)
-        panel.axhline(random_returns[env], color="#555555", linestyle=":", linewidth=1, label="random")
-        panel.set_title(env, fontsize=9)
-        panel.grid(alpha=0.3)
-    for panel in panels[len(curves) :]:
+    panels = figure.subplots(2 * rows, columns, squeeze=False)
+    for panel in panels.flat:
         panel.set_axis_off()
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("environment steps")
+    for index, (env, of_algorithms) in enumerate(curves.items()):
+        row, column = divmod(index, columns)
+        for panel, (axis, label) in zip(panels[2 * row : 2 * row + 2, column], AXES.items(), strict=True):
+            panel.set_axis_on()
+            for algorithm, of_seeds in of_algorithms.items():
+                _draw(panel, algorithm, of_seeds, axis)
+            panel.axhline(random_returns[env], color="#555555", linestyle=":", linewidth=1, label="random")
+            panel.set_xlabel(label, fontsize=8)
+            panel.grid(alpha=0.3)
+        panels[2 * row, column].set_title(env, fontsize=9)
+    panels[0, 0].legend(frameon=False, fontsize=8)
     figure.supylabel("held-out mean return, 95 % interval over seeds")
     figure.savefig(path, dpi=110)
 
 
-def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve]) -> None:
-    curves = [curve for curve in curves if len(curve[0])]
+def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve], axis: Literal["env_steps", "seconds"]) -> None:
+    curves = [curve for curve in curves if curve.returns]
     if not curves:
         return
-    start, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    along = [getattr(curve, axis) for curve in curves]
+    start, end = max(at[0] for at in along), min(at[-1] for at in along)
     grid = np.linspace(start, max(start, end), 25)
-    returns = np.array([np.interp(grid, steps, values) for steps, values in curves])  # [seeds, grid]
+    returns = np.array([np.interp(grid, at, curve.returns) for at, curve in zip(along, curves, strict=True)])  # [seeds, grid]
     low, high = np.array([mean_interval(at) for at in returns.T]).T
     panel.plot(grid, returns.mean(axis=0), color=COLORS[algorithm], label=algorithm)
     panel.fill_between(grid, low, high, color=COLORS[algorithm], alpha=0.2)

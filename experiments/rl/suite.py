@@ -1,13 +1,17 @@
 """Compare algorithms over tasks and seeds at equal budgets: `python -m eggroll.experiments.rl_suite --help`.
 
-Each task and algorithm runs `experiments.rl` (`experiments.common.suite`). The figure, `curves.png`, has the learning curves.
+Each task and algorithm runs `experiments.rl` (`experiments.common.suite`). The table compares at equal environment steps, and
+at equal seconds of training: those of the task's quickest run. The figure, `curves.png`, has the learning curves against both.
 The last line of standard output is a JSON object.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +45,8 @@ class Config:
     """Algorithms of experiments.rl."""
     seeds: int = 5
     """Seeds 0, 1, ... of every task and algorithm."""
+    budget: float = 1.0
+    """Multiple of the environment steps that experiments.rl gives to a task."""
     search: int = 0
     """Number of settings from the paper's ranges to try first for each task and evolution strategy, one run each; the best is
     used."""
@@ -65,6 +71,10 @@ class Row(NamedTuple):
     generation_seconds: float  # median over seeds of the medians over generations; PPO: updates
     peak_mib: int  # of the process that ran the seeds
     returns: tuple[float, ...]  # of the seeds
+    equal_seconds: float = math.nan  # of training, of the task's quickest run
+    return_then: float = math.nan  # mean over seeds at the last held-out check until then
+    low_then: float = math.nan
+    high_then: float = math.nan
 
 
 def make_suite(config: Config, options: Sequence[str]) -> Suite:
@@ -80,17 +90,19 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         raise ValueError(
             f"--search has no effect with --algorithms {' '.join(config.algorithms)}: it belongs to eggroll and openes."
         )
+    if not (math.isfinite(config.budget) and config.budget > 0):
+        raise ValueError(f"budget must be a finite number > 0, got {config.budget}.")
     pairs = [(env, algorithm) for env in config.envs for algorithm in config.algorithms]
     check_passed(options, own=OWN, ignored=[_ignored(_arguments(env, name, options)) for env, name in pairs])
     folder, options = run_folder(config.folder), ("--target", "inf", *options)
-    settings = [make_setting(folder, env, algorithm, options) for env, algorithm in pairs]
+    settings = [make_setting(folder, env, algorithm, options, budget=config.budget) for env, algorithm in pairs]
     for setting in settings:
         parse(setting.arguments).check()
 
     def choose(setting: Setting) -> Setting:
         if not config.search or setting.labels[1] not in EVOLUTION:
             return setting
-        tries = search_settings(setting, options, number=config.search)
+        tries = search_settings(setting, options, number=config.search, budget=config.budget)
         best = search(MODULE, tries, seed=SEED, score=lambda summary: summary["mean_return"])
         return dataclasses.replace(best, labels=setting.labels, folder=setting.folder)
 
@@ -104,9 +116,11 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     )
 
 
-def make_setting(folder: Path, env: str, algorithm: str, options: Sequence[str]) -> Setting:
+def make_setting(folder: Path, env: str, algorithm: str, options: Sequence[str], *, budget: float = 1.0) -> Setting:
     """Make the setting of a task and algorithm, without the options that have no effect in it."""
     arguments = _arguments(env, algorithm, options)
+    if budget != 1:
+        arguments = (*arguments, "--env-steps", str(round(budget * parse(arguments).env_steps)))
     ignored = _ignored(arguments)
     arguments = drop_options(arguments, ignored)
     parsed = parse(arguments)
@@ -130,11 +144,11 @@ def _environment(env: str, imports: tuple[str, ...]) -> envs.Environment:
     return make_environment(RunConfig(env=env, imports=imports))
 
 
-def search_settings(setting: Setting, options: Sequence[str], *, number: int) -> list[Setting]:
+def search_settings(setting: Setting, options: Sequence[str], *, number: int, budget: float = 1.0) -> list[Setting]:
     """Return settings to try; `options` of the user take precedence over what is drawn."""
     (env, algorithm), settings = setting.labels, []
     for index in range(number):
-        drawn = make_setting(setting.folder, env, algorithm, (*random_options(env, index), *options))
+        drawn = make_setting(setting.folder, env, algorithm, (*random_options(env, index), *options), budget=budget)
         settings.append(dataclasses.replace(drawn, folder=setting.folder / f"search-{index}"))
     return settings
 
@@ -147,15 +161,36 @@ def report(folder: Path, results: Sequence[Result]) -> Report:
         env, algorithm = setting.labels
         rows.append(make_row(env, algorithm, list(found.values())))
         curves.setdefault(env, {})[algorithm] = [read_curve(setting.folder / f"seed-{seed}") for seed in found]
+    rows = [add_equal_seconds(row, curves[row.env]) for row in rows]
     if rows:
         draw_curves(curves, {row.env: row.random_return for row in rows}, folder / "curves.png")
     return Report(make_table(rows), compare(rows) | {"rows": [row._asdict() for row in rows]})
 
 
 def read_curve(folder: Path) -> Curve:
-    """Read the held-out checks of a run: environment steps and mean returns."""
-    checks = [row for row in read_metrics(folder) if row.get("held_out_return") is not None]
-    return [row["env_steps"] for row in checks], [row["held_out_return"] for row in checks]
+    """Read the held-out checks of a run."""
+    rows = list(read_metrics(folder))
+    elapsed = itertools.accumulate(row["seconds"] for row in rows)
+    checks = [(row, seconds) for row, seconds in zip(rows, elapsed, strict=True) if row.get("held_out_return") is not None]
+    steps, returns = ([row[name] for row, _ in checks] for name in ("env_steps", "held_out_return"))
+    return Curve(steps, [seconds for _, seconds in checks], returns)
+
+
+def add_equal_seconds(row: Row, curves: Mapping[str, Sequence[Curve]]) -> Row:
+    """Add the returns at the seconds of the quickest run of a task; nan where a seed had no check by then."""
+    ends = [curve.seconds[-1] for of_seeds in curves.values() for curve in of_seeds if curve.returns]
+    if not ends or not all(curve.returns for curve in curves[row.algorithm]):
+        return row
+    until = min(ends)
+    returns = [_at(curve, until) for curve in curves[row.algorithm]]
+    low, high = mean_interval(returns) if all(map(math.isfinite, returns)) else (math.nan, math.nan)
+    return row._replace(equal_seconds=until, return_then=statistics.fmean(returns), low_then=low, high_then=high)
+
+
+def _at(curve: Curve, seconds: float) -> float:
+    """The return at the last check until then."""
+    count = bisect.bisect_right(curve.seconds, seconds)
+    return curve.returns[count - 1] if count else math.nan
 
 
 def make_row(env: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> Row:
@@ -205,13 +240,15 @@ def compare(rows: Sequence[Row]) -> dict[str, Any]:
 
 def make_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["task", "algorithm", "mean return [95 % interval]", "random", "seeds", "env steps", "seconds", "s / generation"]
+    head = ["task", "algorithm", "mean return [95 % interval]", "random", "seeds", "env steps", "seconds", "at equal seconds"]
     cells = []
     for row in rows:
         returns = f"{row.mean_return:.4g} [{row.low:.4g}, {row.high:.4g}]"
         cells.append([row.env, row.algorithm, returns, f"{row.random_return:.4g}", str(row.seeds), f"{row.env_steps:,}"])
-        cells[-1] += [f"{row.seconds:.1f}", f"{row.generation_seconds:.3g}", f"{row.peak_mib:,}"]
-    return markdown_table([*head, "peak MiB"], cells)
+        then = f"{row.return_then:.4g} [{row.low_then:.4g}, {row.high_then:.4g}] at {row.equal_seconds:.1f}"
+        then = then if math.isfinite(row.return_then) else "-"
+        cells[-1] += [f"{row.seconds:.1f}", then, f"{row.generation_seconds:.3g}", f"{row.peak_mib:,}"]
+    return markdown_table([*head, "s / generation", "peak MiB"], cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,9 @@ import pytest
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
 from eggroll.experiments.common.seed_runs import search
 from eggroll.experiments.rl import suite as rl_suite
+from eggroll.experiments.rl.figure import Curve
 from eggroll.experiments.rl.search import SEED
-from eggroll.experiments.rl.suite import compare, make_row, make_setting, make_table, search_settings
+from eggroll.experiments.rl.suite import add_equal_seconds, compare, make_row, make_setting, make_table, search_settings
 
 SHORT = ["--evaluation-episodes", "4", "--max-steps", "20"]
 TINY = ["--population-size", "4", "--hidden-sizes", "4", "--env-steps", "100", *SHORT]
@@ -57,7 +58,29 @@ def test_compare_and_table():
         "c": {"ppo": True},
     }
     lines = make_table(rows).splitlines()
-    assert lines[2] == "| a | eggroll | 5.5 [5, 6] | 0 | 2 | 10 | 2.0 | 0.5 | 100 |" and len(lines) == 7
+    assert lines[2] == "| a | eggroll | 5.5 [5, 6] | 0 | 2 | 10 | 2.0 | - | 0.5 | 100 |" and len(lines) == 7
+
+
+def test_returns_at_equal_seconds_are_those_of_the_last_checks_until_the_quickest_run_ended():
+    quick = [Curve([5, 10], [1.0, 2.0], [3.0, 7.0]), Curve([5, 10], [1.0, 3.0], [4.0, 9.0])]
+    slow = [Curve([5, 10], [1.9, 8.0], [30.0, 70.0]), Curve([5, 10], [1.5, 9.0], [40.0, 90.0])]
+    late, curves = [Curve([5], [2.1], [1.0])], {"eggroll": quick, "ppo": slow}
+    rows = [add_equal_seconds(make_row("a", name, [summary(0.0)] * 2), curves) for name in curves]
+    assert [(row.equal_seconds, row.return_then, row.low_then, row.high_then) for row in rows] == [
+        (2.0, 5.5, 4.0, 7.0),  # the second seed's last check came a second later
+        (2.0, 35.0, 30.0, 40.0),
+    ]
+    assert " 5.5 [4, 7] at 2.0 " in make_table(rows)
+    row = add_equal_seconds(make_row("a", "openes", [summary(0.0)]), curves | {"openes": late})
+    assert row.equal_seconds == 2.0 and np.isnan(row.return_then)
+    untrained = make_row("a", "random", [summary(0.0)])
+    assert np.isnan(add_equal_seconds(untrained, curves | {"random": [Curve([], [], [])]}).equal_seconds)
+
+
+def test_a_budget_multiplies_the_steps_of_each_task(tmp_path):
+    tasks = ("Pendulum-v1", "CartPole-v1")
+    found = [make_setting(tmp_path, env, "eggroll", [], budget=5.0).options["env_steps"] for env in tasks]
+    assert found == [10_000_000, 5_000_000]
 
 
 @pytest.mark.slow
