@@ -55,9 +55,16 @@ def run_scan(
         without the fitness. With `next_batch` the batch is stacked, too: [length, ...], after each generation.
 
     Raises:
-        ValueError: the strategy cannot be scanned; `next_batch` returns a batch of other shapes.
+        ValueError: the strategy cannot be scanned; `count` or a stacked batch does not fit `length`; `next_batch` comes with
+            stacked batches, or returns a batch of other shapes.
     """
     check_scannable(es)
+    if not 1 <= count <= length:
+        raise ValueError(f"count must be from 1 to length, {length}, got {count}.")
+    if stacked and next_batch is not None:
+        raise ValueError("next_batch makes all batches but the first, which batch must then be: leave stacked out.")
+    if stacked and any(jnp.shape(leaf)[:1] != (length,) for leaf in jax.tree.leaves(batch)):
+        raise ValueError(f"a stacked batch needs an entry for each generation: leaves with a leading axis of length, {length}.")
     check_not_consumed(state)
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), batch)  # no weak types in the carry of the loop
     key = ("scan", es, length, stacked, next_batch, programs.signature((state, batch)))

@@ -269,6 +269,11 @@ class DurableRun(Generic[S]):
                 self._journal.sync()
             self.checkpoints.save(state, carried, score=score)
 
+    @property
+    def generations_to_checkpoint(self) -> int:
+        """Generations until a checkpoint is due."""
+        return self._every - self._next % self._every
+
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
         try:

@@ -58,13 +58,13 @@ def train(
         state: from `es.init`, or from an earlier `train` to continue it.
         batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
         generations: how many to run at most, counted from here; None: the budget decides.
-        budget: `(name, amount)`: stop once `record.extra[name]`, a total that a callback or `on_record` keeps (environment
-            steps, tokens), is at least `amount`. The progress line then counts it.
+        budget: `(name, amount)`: stop once `record.extra[name]` is at least `amount`: a total (environment steps, tokens) that
+            `on_record` keeps or, without `on_device`, a callback. The progress line then counts it.
         target: stop once the mean fitness of the population is at least this.
-        callbacks: each is called as `callback(state, record)` after every generation; True stops. The next generation consumes
-            the state: keep `eggroll.copy_state(state)`, not its arrays. It may add
-            held-out scores of the unperturbed parameters to `record.extra`; next to `held_out_return` or `held_out_fitness`
-            the loop puts `held_out_minus_mean`, what they are above the mean of the population.
+        callbacks: each is called as `callback(state, record)` after every generation, with `on_device` after the last of each
+            program; True stops. The next generation consumes the state: keep `eggroll.copy_state(state)`, not its arrays. It
+            may add held-out scores of the unperturbed parameters to `record.extra`; next to `held_out_return` or
+            `held_out_fitness` the loop puts `held_out_minus_mean`, what they are above the mean of the population.
         run_folder: where to write `metrics.jsonl` (a line per generation, flushed) and `fitness.png`; created if missing. A
             run from generation 0 replaces them, a continued run appends.
         durable: records every generation in a journal and writes checkpoints; the caller closes it. The `held_out_return` or
@@ -74,12 +74,12 @@ def train(
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
         plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
-        keep_arrays: keep `aux`, `coefficients`, `fitness` and `batch` of every generation in the history; callbacks always get
-            them.
+        keep_arrays: keep `aux`, `coefficients`, `fitness` and `batch` of every generation in the history; callbacks and
+            `on_record` always get them, but for the fitness of generations that ran in one program.
         on_device: k: run up to k generations in one program on the device (`eggroll.scan`), with the same results, bit for bit.
-            It ends where the number of a generation is a multiple of k. Then, and only then, the host does its part: callbacks
-            are called with the state and the record of the last generation, files and checkpoints are written, and target,
-            budget and a signal are acted on. A kill costs at most these k generations.
+            It ends where the number of a generation is a multiple of k, or where a checkpoint is due. Then, and only then, the
+            host does its part: callbacks are called with the state and the record of the last generation, files and checkpoints
+            are written, and target and budget are acted on. A kill or Ctrl-C costs at most these k generations.
         next_batch: `next_batch(batch, metrics)` makes the batch of the next generation, in JAX code; `batches` is then the
             first one. `metrics` are those of `step`, without the fitness.
         on_record: called with the record of every generation, in order and before the callbacks: keeps totals, such as
@@ -115,8 +115,11 @@ def train(
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         while generations is None or len(history) < generations:
-            most = on_device if generations is None else min(on_device, generations - len(history))
-            state, records = advance(state, most if quiet is None else min(most, quiet()))
+            limits = [on_device]
+            limits += [] if generations is None else [generations - len(history)]
+            limits += [] if durable is None else [durable.generations_to_checkpoint]
+            limits += [] if quiet is None else [quiet()]
+            state, records = advance(state, min(limits))
             if not records:
                 break  # the batches have ended
             stops = False
@@ -164,7 +167,8 @@ def _is_spent(budget: tuple[str, float] | None, record: Record) -> bool:
         return False
     name, amount = budget
     if name not in record.extra:
-        raise ValueError(f"budget names {name!r}, which no callback put into record.extra.")
+        missing = f"budget names {name!r}, which was not in record.extra after generation {record.generation}"
+        raise ValueError(f"{missing}: on_record has to put it there or, without on_device, a callback.")
     return record.extra[name] >= amount
 
 

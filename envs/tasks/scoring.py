@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,14 +186,40 @@ class Scorer:
                 first error.
             RuntimeError: a worker cannot start, or the scorer is closed.
         """
+        job = self._job(prompts, completions, columns)
+        return self._judge(self._outcomes(job), job.prompts)
+
+    def score_beside(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]], *, count: int
+    ) -> tuple[Scores, Scores]:
+        """Score a batch and, in the same call, further completions that change nothing of it.
+
+        Args:
+            prompts, completions, columns: as for a call: those of the batch, then the others.
+            count: completions of the batch.
+
+        Returns:
+            The scores of the batch, as those of a call without the others; those of the others, as part of all.
+
+        Raises:
+            ValueError, RewardFailed, RuntimeError: as a call for the batch.
+        """
+        job = self._job(prompts, completions, columns)
+        outcomes = self._outcomes(job)
+        batch = self._judge(outcomes[:count], job.prompts[:count])
+        return batch, self._judge(outcomes, job.prompts).part(slice(count, None))
+
+    def _job(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> _Job:
         for name, column in {"prompts": prompts, **columns}.items():
             if len(column) != len(completions):
                 raise ValueError(f"{name} must have one entry per completion, {len(completions)}, got {len(column)}.")
         if frozenset(columns) not in self._checked:
             check_reward(self._call.reward, columns)
             self._checked.add(frozenset(columns))
-        job = _Job(list(prompts), list(completions), {name: list(column) for name, column in columns.items()})
-        outcomes = self._outcomes(job)
+        return _Job(list(prompts), list(completions), {name: list(column) for name, column in columns.items()})
+
+    def _judge(self, outcomes: list, prompts: list[str]) -> Scores:
+        """Make the scores of a batch out of what the reward gave for each completion."""
         failed = [outcome for outcome in outcomes if not isinstance(outcome, float)]
         first = self._text(failed[0]) if failed else None
         if failed and len(failed) == len(outcomes):
@@ -205,7 +231,7 @@ class Scorer:
             self._warn_of_none(len(values))
         late = np.array([isinstance(outcome, TimedOut) for outcome in outcomes], bool)
         raised = np.array([not isinstance(outcome, float | TimedOut) for outcome in outcomes], bool)
-        return Scores(fill_with_mean(values, job.prompts), has_score, raised, late, first, minimum)
+        return Scores(fill_with_mean(values, prompts), has_score, raised, late, first, minimum)
 
     def try_one(self, row: Row, completion: str) -> str | None:
         """Return the error of the reward on one completion; None where it gives a score or abstains.

@@ -1,14 +1,16 @@
 """The seeds of one experiment in this process: a folder for each, prepared or resumed, and one summary of all."""
 
+import contextlib
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
+from eggroll.files import replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
@@ -69,10 +71,11 @@ def run_seeds(
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         folder = seed_folder(config, seed, default=default)
-        prepare_folder(folder, resume=config.resume)
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
-        with logged(folder, append=config.resume):
-            row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
+        with _keeps_mark(folder) if config.resume else contextlib.nullcontext():
+            prepare_folder(folder, resume=config.resume)
+            with logged(folder, append=config.resume):
+                row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
         _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row})
         rows.append(row)
     if len(rows) == 1:
@@ -80,6 +83,23 @@ def run_seeds(
     numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     means = {name: statistics.fmean(row[name] for row in rows) for name in numbers}
     return means | {"seeds": [{"seed": config.seed + index} | row for index, row in enumerate(rows)]}
+
+
+@contextlib.contextmanager
+def _keeps_mark(folder: Path) -> Iterator[None]:
+    """Put the mark of a finished run back if what follows ends with an error before it has changed the run."""
+    path, run = folder / SUMMARY, folder / "journal.bin"
+
+    def read_run() -> tuple[int, int] | None:
+        return (run.stat().st_size, run.stat().st_mtime_ns) if run.is_file() else None
+
+    mark, before = path.read_bytes() if path.is_file() else None, read_run()
+    try:
+        yield
+    except BaseException:
+        if mark is not None and before is not None and read_run() == before:
+            first_does(lambda: replace_file(path, mark))
+        raise
 
 
 def _write_summary(folder: Path, summary: Row) -> None:

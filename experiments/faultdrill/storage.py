@@ -40,7 +40,7 @@ from eggroll.runs.metrics import read_metrics
 
 KINDS = ("flip", "truncate", "delete", "garbage")
 OUTCOMES = ("harmless", "recovered", "detected", "silent", "unresumable")
-STOPPED = 14  # generations before the fault; the last checkpoint is of generation 12
+STOPPED = 14  # generations before the fault: the journal goes on after the last of several checkpoints
 MODEL = TransformerConfig(257, 16, 24, 2, 2, 2, 8)
 RESULTS = "results"
 SUBJECTS = (*RUNS, RESULTS)
@@ -137,6 +137,9 @@ class Run:
         self._warnings = _Warnings()
         logging.getLogger("eggroll").addHandler(self._warnings)
         train(self.folder, STOPPED)
+        checkpoints = {path.name for path in (self.folder / "checkpoints/states").iterdir()}
+        if not {"8", "12"} <= checkpoints or str(STOPPED) in checkpoints:
+            raise RuntimeError(f"the drill needs checkpoints of generations 8 and 12, not of {STOPPED}; got {checkpoints}.")
         whole = shutil.copytree(self.folder, folder / "whole")
         self.expected = train(whole, LAST), _entries(whole), _numbers(whole)
 

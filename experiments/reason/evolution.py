@@ -88,8 +88,7 @@ class Evolution:
         count = 0 if unperturbed is None else len(unperturbed.tokens)
         own = [row for group in rows[:count] for row in group]
         given = outputs if unperturbed is None else Completions(*map(np.concatenate, zip(outputs, unperturbed, strict=True)))
-        texts, every = self._problem.score([*asked, *own], given)  # in one call, for a failure is judged by all of it
-        scores, rest = every.part(slice(len(asked))), every.part(slice(len(asked), None))
+        texts, scores, rest = self._problem.score_beside([*asked, *own], given, count=len(asked))
         fitness, comparison = self._fitness(scores, groups=len(rows)), None
         if count:
             own_fitness = self._fitness(rest, groups=count)

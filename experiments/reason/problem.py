@@ -128,6 +128,18 @@ class Problem:
         prompts, columns = tasks.collate(rows)
         return Scored(texts, self.scorer(prompts, texts, **columns))
 
+    def score_beside(
+        self, rows: Sequence[tasks.Row], completions: Completions, *, count: int
+    ) -> tuple[list[str], tasks.Scores, tasks.Scores]:
+        """Score `count` completions and, in the same call, others that change nothing of their scores.
+
+        Returns:
+            All texts, the scores of the first and those of the others.
+        """
+        texts = self.texts(completions)
+        prompts, columns = tasks.collate(rows)
+        return texts, *self.scorer.score_beside(prompts, texts, columns, count=count)
+
 
 class Check(NamedTuple):
     """The result of held-out problems."""

@@ -14,7 +14,6 @@ from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.improve import improve
 from eggroll.experiments.reason.inputs import prepare
-from eggroll.experiments.reason.problem import Scored
 from eggroll.journal import __main__ as journal
 from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.llm import hf
@@ -230,20 +229,39 @@ def test_options_in_python_are_those_of_the_command(monkeypatch, tmp_path):
     assert given == [parse(["--preset", "smollm2-sums", *more, *rows])]
 
 
-def test_a_reward_that_fails_on_the_unperturbed_model_alone_ends_nothing(monkeypatch):
-    """Its completions are scored with those of the members: the comparison has the lowest score for them."""
-
+@pytest.mark.parametrize(
+    ("texts", "own", "expected", "unperturbed"),
+    [
+        (["1", "2", "3", "-1"], "x", [1, 2, 3, -1], -1),  # it fails there alone: the lowest score
+        (["0", "0", "1", "none"], "1", [0, 0, 1, 1 / 3], 1),  # the mean is that of the members
+        (["1", "1", "1", "x"], "-5", [1, 1, 1, 0], -5),  # and so is the lowest score, at most 0
+        (["1", "1", "2", "2"], "none", [1, 1, 2, 2], 1.5),
+    ],
+)
+def test_the_unperturbed_model_is_scored_with_the_members_and_changes_nothing_of_theirs(texts, own, expected, unperturbed):
     def odd(completions, **_):
-        return [float(text) if text != "x" else undefined for text in completions]  # noqa: F821
+        return [None if text == "none" else float(text) if text != "x" else undefined for text in completions]  # noqa: F821
 
-    texts, rows = ["1", "2", "3", "-1"], [tasks.Row("", {})]
-    problem = Namespace(score=lambda asked, outputs: Scored([*texts, "x"], scorer([""] * 5, [*texts, "x"])))
-    scorer, evolution = tasks.Scorer(odd, workers=0), object.__new__(Evolution)
+    scorer, evolution, rows = tasks.Scorer(odd, workers=0), object.__new__(Evolution), [tasks.Row("", {})]
+    problem = Namespace(
+        score_beside=lambda asked, outputs, count: (given, *scorer.score_beside([""] * len(given), given, {}, count=count))
+    )
     evolution.__dict__.update(_config=parse(["--prompts", "1"]), _problem=problem, _await_checkpoint=lambda: None)
-    outputs, own = (Completions(np.ones((n, 1, 1)), np.ones((n, 1)), np.ones((n, 1))) for n in (4, 1))
-    fitness, report = evolution._score(outputs, [rows], own)
-    assert fitness.ravel().tolist() == [1, 2, 3, -1] and report.scores.errors == 0
-    assert report.comparison.unperturbed.tolist() == [[-1]] and report.comparison.texts_changed == 1
+    outputs, compared = (Completions(np.ones((n, 1, 1)), np.ones((n, 1)), np.ones((n, 1))) for n in (4, 1))
+    given = texts
+    alone, _ = evolution._score(outputs, [rows])
+    given = [*texts, own]
+    fitness, report = evolution._score(outputs, [rows], compared)
+    np.testing.assert_allclose(fitness.ravel(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(fitness, alone)
+    assert report.comparison.unperturbed.tolist() == [[unperturbed]]
+    assert report.scores.errors == ("x" in texts)
+
+
+def test_members_that_all_fail_end_the_run_though_the_unperturbed_model_does_not():
+    scorer = tasks.Scorer(lambda completions, **_: [float(text) for text in completions], workers=0)
+    with pytest.raises(tasks.RewardFailed, match="failed on all 2 completions"):
+        scorer.score_beside([""] * 3, ["x", "x", "1"], {}, count=2)
 
 
 @pytest.mark.slow
