@@ -37,7 +37,8 @@ class Simulator:
     Raises:
         ModuleNotFoundError: `make` is a name and gymnasium is not installed.
         TypeError: `make` or what it returns is something else.
-        ValueError: `copies` is not positive, or observations or actions are of another kind than arrays and choices.
+        ValueError: `copies` is not positive, `make` returns one environment twice, or observations or actions are of another
+            kind than arrays and choices.
     """
 
     def __init__(self, make: str | Callable[[], Any], *, copies: int):
@@ -45,6 +46,8 @@ class Simulator:
             raise ValueError(f"copies must be an integer >= 1, got {copies!r}.")
         self.name, self._make, self.copies = make if isinstance(make, str) else "", make, copies
         self._envs = [_make(make) for _ in range(copies)]
+        if len({id(env) for env in self._envs}) < copies:
+            raise ValueError("make must return another environment at every call, got one twice.")
         self.name = self.name or _name_of(self._envs[0])
         self.observation_shape = _observation_shape(self.name, self._envs[0].observation_space)
         self.action_space = _action_space(self.name, self._envs[0].action_space)
@@ -70,8 +73,8 @@ class Simulator:
             `Played`. A reward or an observation that is not finite ends an episode with the return NaN.
 
         Raises:
-            ValueError: the seeds or the actions are not [copies], or the environment returns something else than gymnasium's
-                do. Errors that it raises itself are passed on.
+            ValueError: the seeds are not [copies], the actions are not those of the space, or the environment returns something
+                else than gymnasium's do. Errors that it raises itself are passed on.
         """
         seeds = np.asarray(seeds)
         if seeds.shape != (self.copies,):
@@ -86,8 +89,7 @@ class Simulator:
             else:
                 memory, actions = policy(memory, observations)
             actions = np.asarray(actions)
-            if len(actions.shape) == 0 or actions.shape[0] != self.copies:
-                raise ValueError(f"policy must return actions with a leading axis of {self.copies}, got shape {actions.shape}.")
+            self._check_actions(actions)
             observations = observations.copy()  # the last ones may be in use by an asynchronous computation
             for index in np.flatnonzero(running):
                 observations[index], reward, ended = self._step(self._envs[index], actions[index])
@@ -101,6 +103,16 @@ class Simulator:
         """Close the environments."""
         for env in self._envs:
             env.close()
+
+    def _check_actions(self, actions: np.ndarray) -> None:
+        space, given = self.action_space, f"got {actions.dtype}{list(actions.shape)}"
+        if isinstance(space, Continuous):
+            kind, shape, fits = "numbers", (self.copies, *space.shape), actions.dtype.kind in "biufV"  # V: bfloat16
+        else:
+            sizes = (len(space.sizes),) if isinstance(space, MultiDiscrete) else ()
+            kind, shape, fits = "integers", (self.copies, *sizes), actions.dtype.kind in "biu"
+        if not fits or actions.shape != shape:
+            raise ValueError(f"policy must return {kind} {list(shape)} for env '{self.name}', as choose_action does, {given}.")
 
     def _reset(self, env: Any, seed: int) -> np.ndarray:
         made = env.reset(seed=seed)

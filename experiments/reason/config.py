@@ -207,6 +207,9 @@ class Config:
     def options(self) -> dict[str, Any]:
         """Return the options that decide the result of a seed, as JSON values."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IDENTITY}
+        del fields["grpo"]["microbatches"]  # the same step in less memory
+        if self.clock != "wall":
+            fields["clock"] = self.clock  # the seconds that a run has spent are its own
         fields["contents"] = read_contents(self.data, self.reward)
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 

@@ -21,7 +21,7 @@ from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, lea
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.rl import finished
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
-from eggroll.experiments.rl.config import Config, parse, restore_config
+from eggroll.experiments.rl.config import EVOLUTION, Config, parse, restore_config
 from eggroll.experiments.rl.evolution import Evolution
 from eggroll.experiments.rl.inputs import load, make_critic
 from eggroll.experiments.rl.problem import (
@@ -38,7 +38,8 @@ from eggroll.experiments.rl.problem import (
 )
 from eggroll.experiments.rl.report import describe, ending, stopped, why_ended
 
-STOPPED = "stopped; the same command with --resume continues after the last whole generation, ppo from the beginning."
+STOPPED = "stopped; the same command with --resume continues after the last whole generation."  # by Ctrl-C
+PPO_STOPPED = "stopped; ppo keeps no checkpoints of a run: the same command begins again."
 Algorithm = Evolution | PolicyGradient | RandomPolicy
 
 
@@ -144,8 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if finished.is_asked_for(arguments):
         finished.main(arguments)
         return
-    with exit_on_interrupt(STOPPED), exit_on_error():
+    with exit_on_error():
         config = parse(arguments)
+    with exit_on_interrupt(STOPPED if config.algorithm in EVOLUTION else PPO_STOPPED), exit_on_error():
         config.check()
         start_processes()
         summary = run(config)

@@ -1,6 +1,7 @@
 """Options of `experiments.rl`, their checks, and the presets that give other defaults."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -191,6 +192,8 @@ class Config:
         for name in ("sigma_decay", "learning_rate_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
+        if self.target is not None and math.isnan(self.target):
+            raise ValueError("target must be a number, got nan.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
         if not (self.network in (None, *NETWORKS) or _own_network(self)):

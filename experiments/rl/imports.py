@@ -21,14 +21,14 @@ def import_code(source: str, option: str) -> ModuleType:
     """
     try:
         return _import_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
+    except _NoFile as error:
+        raise ValueError(f"{option}: there is no file {source}.") from error
     except ModuleNotFoundError as error:
         if not (error.name and f"{source}.".startswith(f"{error.name}.")):
             raise ValueError(_failure(source, option, error)) from error
         raise ValueError(
             f"{option}: there is no module '{error.name}'; name a file, such as my_env.py, or a module that Python finds."
         ) from error
-    except FileNotFoundError as error:
-        raise ValueError(f"{option}: there is no file {source}." if error.filename is None else str(error)) from error
     except (Exception, SystemExit) as error:
         raise ValueError(_failure(source, option, error)) from error
 
@@ -48,10 +48,14 @@ def find_class(name: str, option: str) -> Any:
     return found
 
 
+class _NoFile(Exception):
+    """The file that was named does not exist."""
+
+
 @functools.cache
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise FileNotFoundError
+        raise _NoFile
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)

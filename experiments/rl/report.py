@@ -23,9 +23,9 @@ def interval(returns: Any) -> tuple[float, float]:
 
 
 def describe(returns: Any) -> str:
-    """Return the mean of some returns and its interval as text."""
+    """Return the mean of some returns and, of more than one, its interval as text."""
     low, high = interval(returns)
-    return f"{np.mean(returns):.4g} [{low:.4g}, {high:.4g}]"
+    return f"{np.mean(returns):.4g}" + (f" [{low:.4g}, {high:.4g}]" if len(returns) > 1 else "")
 
 
 def why_ended(config: Config, trained: Trained) -> str:

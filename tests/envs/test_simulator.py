@@ -1,5 +1,6 @@
 """Copies of a NumPy environment stepped together: returns, seeds, memory, what is refused, pickling."""
 
+import functools
 import pickle
 import re
 
@@ -162,7 +163,23 @@ WRONG = [
     ),
     (
         lambda: envs.Simulator(Counting, copies=2).play(lambda seen: np.int32(0), seeds=[1, 2]),
-        "policy must return actions with a leading axis of 2, got shape ().",
+        "policy must return integers [2] for env 'Counting', as choose_action does, got int32[].",
+    ),
+    (
+        lambda: envs.Simulator(Counting, copies=2).play(lambda seen: np.float32([0.7, 1.9]), seeds=[1, 2]),
+        "policy must return integers [2] for env 'Counting', as choose_action does, got float32[2].",
+    ),
+    (
+        lambda: envs.Simulator(Counting, copies=2).play(lambda seen: np.zeros((2, 5), np.int32), seeds=[1, 2]),
+        "policy must return integers [2] for env 'Counting', as choose_action does, got int32[2, 5].",
+    ),
+    (
+        lambda: envs.Simulator(lambda: Counting(Box()), copies=1).play(lambda seen: np.zeros((1, 3)), seeds=[1]),
+        "policy must return numbers [1, 2] for env 'Counting', as choose_action does, got float64[1, 3].",
+    ),
+    (
+        lambda: envs.Simulator(functools.cache(Counting), copies=3),
+        "make must return another environment at every call, got one twice.",
     ),
     (lambda: envs.make("gymnasium/CartPole-v1"), "env 'gymnasium/CartPole-v1' is not a JAX function: envs.Simulator plays"),
 ]

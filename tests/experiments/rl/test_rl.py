@@ -175,6 +175,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--rank", "0"], "error: rank must be an integer >= 1, got 0."),
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
+        (["--target", "nan"], "error: target must be a number, got nan."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
         (["--algorithm", "ppo", "--resume"], "error: --resume has no effect with --algorithm ppo: it belongs to eggroll"),
         (

@@ -87,6 +87,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import json\n\nx = 1 / 0\n")
     (tmp_path / "unfinished.py").write_text("def f(:\n")
     (tmp_path / "asks.py").write_text("import not_installed_at_all\n")
+    (tmp_path / "reads.py").write_text("levels = open('levels.json')\n")
     (tmp_path / "json.py").write_text("")
     yield tmp_path
     sys.modules.pop("mine", None)
@@ -131,6 +132,7 @@ IMPORTS = [
     ("broken.py", "--import: broken.py, line 3 raised ZeroDivisionError: division by zero"),
     ("unfinished.py", "--import: unfinished.py, line 1 raised SyntaxError: invalid syntax"),
     ("asks.py", "--import: asks.py, line 1 raised ModuleNotFoundError: No module named 'not_installed_at_all'"),
+    ("reads.py", "--import: reads.py, line 1 raised FileNotFoundError: [Errno 2] No such file or directory: 'levels.json'"),
     ("json.py", "--import: json.py raised ImportError: a module 'json' is imported already; give the file another name"),
 ]
 
