@@ -146,6 +146,11 @@ def jsonable(value: Any) -> Any:
     return jsonable(np.asarray(value).tolist())
 
 
+def number(value: float | None) -> float:
+    """Return a number that `jsonable` wrote: NaN for null, which stands for one that is not finite."""
+    return math.nan if value is None else value
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write the fields of a JSON file atomically, with a checksum that `eggroll.files.read_object` compares."""
     write_object(path, jsonable(value))
