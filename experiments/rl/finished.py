@@ -17,13 +17,12 @@ import tyro
 
 from eggroll import envs
 from eggroll.devices.processes import first_does
-from eggroll.experiments.common.run import SUMMARY, exit_on_error, print_summary, start_processes
+from eggroll.experiments.common.finished import read_run
+from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
 from eggroll.experiments.rl.config import Config, restore_config
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.problem import BEST, LAST, Evaluation, Task, is_above, load_policy, seed_keys
 from eggroll.experiments.rl.report import describe, interval
-from eggroll.files import read_object
-from eggroll.journal.recovery import find_header
 
 Which = Literal["best", "last"]
 
@@ -85,9 +84,9 @@ def load_run(folder: str | Path, *, parameters: Which = "best", env: str | None 
         ValueError: it is a run of another experiment or environment, or its parameters do not fit the environment.
     """
     folder = Path(folder)
-    options, names = _read(folder)
-    if "env" not in options or "algorithm" not in options:
-        raise ValueError(f"{folder} is a run of another experiment than experiments.rl.")
+    found = read_run(folder, experiment="rl", names=("env", "algorithm"))
+    options, summary = found.options | {"seed": found.seed}, found.summary
+    names = {"best": BEST} if summary is None else summary.get("parameters", {"best": LAST, "last": LAST})
     if env is not None and options["env"] != env:
         raise ValueError(f"{folder} is a run of {options['env']}, not of {env}; leave --env out, or name another folder.")
     if options["algorithm"] == "random":
@@ -98,20 +97,6 @@ def load_run(folder: str | Path, *, parameters: Which = "best", env: str | None 
     config = restore_config(options)
     task = load(config)
     return Finished(config, task, *load_policy(saved, task))
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options of a run with its seed, and the folders of its parameters; of an unfinished run by its journal."""
-    if (folder / SUMMARY).is_file():
-        summary = read_object(folder / SUMMARY)
-        options = {**summary.get("options", {}), "seed": summary.get("seed", 0)}
-        return options, summary.get("parameters", {"best": LAST, "last": LAST})
-    if seeds := sorted(path.name for path in folder.glob("seed-*")):
-        raise FileNotFoundError(f"{folder} has the runs of several seeds; name one of {', '.join(seeds)} in it.")
-    header = find_header(folder / "journal.bin") if (folder / "journal.bin").is_file() else None
-    if header is None or header.recipe is None:
-        raise FileNotFoundError(f"{folder} has no finished run: there is no {SUMMARY} in it.")
-    return dict(header.recipe["options"]), {"best": BEST}
 
 
 def is_asked_for(arguments: Sequence[str]) -> bool:
