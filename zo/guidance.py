@@ -25,7 +25,7 @@ not normal B is approximate, and matters only where n > 1.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ import numpy as np
 
 from eggroll import programs
 from eggroll.devices.mesh import shard_inputs
+from eggroll.noise.leaves import PerturbedLeaf
 from eggroll.population.metrics import FitnessReport
 from eggroll.state import check_not_consumed
 from eggroll.zo.estimators import ESTIMATORS, Estimator, coefficients
@@ -79,12 +80,15 @@ def suggest_learning_rate(
         raise ValueError(f"batches must be two or more, whose common gradient counts, got {len(batches)}.")
     check_not_consumed(state)
     recipe = tuner.tuner if isinstance(tuner, Offload) else tuner
-    measuring = dataclasses.replace(recipe, estimator=THREE_POINT, directions=directions)
+    at_once = recipe.chunk_directions or recipe.directions  # the memory of a step is enough
+    measuring = dataclasses.replace(recipe, estimator=THREE_POINT, directions=directions, chunk_directions=at_once)
     offloaded = dataclasses.replace(tuner, tuner=measuring) if isinstance(tuner, Offload) else None
     reports = [_measure(measuring, state, batch) if offloaded is None else offloaded.measure(state, batch) for batch in batches]
     losses = -np.stack([jax.device_get(report.fitness) for report in reports]).reshape(len(batches), directions, 2)
     base = -np.array([jax.device_get(report.mean_fitness) for report in reports])
-    return guide(losses[..., 0], losses[..., 1], base, sigma=float(state.sigma), tuner=recipe)
+    plan = (offloaded or measuring).plan(state, batches[0])
+    multipliers = {leaf.sigma_multiplier for leaf in plan.leaves if isinstance(leaf, PerturbedLeaf)}
+    return guide(losses[..., 0], losses[..., 1], base, sigma=float(state.sigma), tuner=recipe, multipliers=multipliers)
 
 
 def _measure(tuner: ZerothOrder, state: Any, batch: Any) -> FitnessReport:
@@ -98,7 +102,15 @@ def _measure(tuner: ZerothOrder, state: Any, batch: Any) -> FitnessReport:
     return programs.compile_once("measure", tuner, programs.Identity(plan), shapes, function=score)(state, batch)
 
 
-def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float, tuner: ZerothOrder) -> Guidance:
+def guide(
+    plus: np.ndarray,
+    minus: np.ndarray,
+    base: np.ndarray,
+    *,
+    sigma: float,
+    tuner: ZerothOrder,
+    multipliers: Collection[float] = (1.0,),
+) -> Guidance:
     """Suggest a learning rate from losses.
 
     Args:
@@ -107,46 +119,58 @@ def guide(plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float
         base: float [S], l_0.
         sigma: of the perturbation.
         tuner: of the steps to come: its estimator, its optimizer, and n, its number of directions.
+        multipliers: the different sigma multipliers of the parameters.
     """
     plus, minus, base = (np.asarray(losses, np.float64) for losses in (plus, minus, base))
     if not all(np.isfinite(losses).all() for losses in (plus, minus, base)):
         return NOTHING._replace(reason="a loss was not finite; lower sigma")
     p, c = (plus - minus) / (2 * sigma), (plus - 2 * base[:, None] + minus) / sigma**2
     square, count = np.mean(p**2), len(p)
+    equal = "the losses of all directions were equal; raise sigma"
     if not square:
-        reason = "the losses of all directions were equal; raise sigma"
-        return NOTHING._replace(loss=float(base.mean()), projected_gradient=0.0, reason=reason)
+        return NOTHING._replace(loss=float(base.mean()), projected_gradient=0.0, reason=equal)
     shared = (p.sum(axis=0) ** 2 - (p**2).sum(axis=0)).mean() / (count * (count - 1))  # E[p q] over pairs of batches
     signal, along = float(shared / square), float(np.mean(p**2 * c) / square)
     across = max(0.0, (along - float(c.mean())) / 2)
     found = Guidance(float(base.mean()), math.sqrt(square), along, signal, math.nan, math.nan)
+    scale = _scale(tuner, plus, minus, base, sigma=sigma)
+    if scale is None:
+        return found._replace(reason="the steps of this recipe do not follow the size of the gradient")
+    if not scale:
+        return found._replace(reason=equal)
+    if len(multipliers) > 1:
+        return found._replace(reason="parameters have different sigma multipliers")
     if not signal > 0:
         return found._replace(reason="the batches have no gradient in common along these directions; take larger batches")
     step = along / tuner.directions + (1 - 1 / tuner.directions) * across
     if not step > 0:
         return found._replace(reason="the loss does not curve upwards along these directions; raise sigma")
-    scale = _scale(tuner, plus, minus, base, sigma=sigma)
-    if scale is None:
-        return found._replace(reason="the steps of this recipe do not follow the size of the gradient")
-    best = min(1.0, signal) / step / scale
+    # p and c are along m z, and the estimate divides by the m of a parameter: its step is p z / m.
+    best = min(1.0, signal) / step / scale * math.prod(multipliers) ** 2
     return found._replace(best_step=best, learning_rate=MARGIN * best)
 
 
 def _scale(tuner: ZerothOrder, plus: np.ndarray, minus: np.ndarray, base: np.ndarray, *, sigma: float) -> float | None:
-    """By how much the step of a recipe is longer than eta (1/n) sum_k p_k z_k at the same rate; None: not by one factor."""
+    """By how much the step of a recipe is longer than eta (1/n) sum_k p_k z_k at the same rate.
+
+    None: not by one factor. 0: the losses that it compares are equal.
+    """
     estimator: Estimator = ESTIMATORS[tuner.estimator]
     optimizer = tuner.optimizer
     if estimator.per_example or not isinstance(optimizer, Descent) or optimizer.adam is not None:
         return None
-    scale = 1.0
-    if tuner.estimator != "two_point":
-        own, plain = [], []
-        for up, down, middle in zip(plus, minus, base, strict=True):
-            other = down if len(estimator.signs) == 2 else np.full_like(up, middle)
-            losses = (jnp.asarray(values, jnp.float32) for values in (up, other, middle))
-            own.append(np.asarray(coefficients(estimator, *losses, sigma=jnp.float32(sigma))))
-            plain.append((1 if len(estimator.signs) == 2 else 2) * (up - other))
-        scale = float(np.sqrt(np.mean(np.square(own)) / np.mean(np.square(plain))))
+    signs = len(estimator.signs)
+    plain = (plus - (minus if signs == 2 else base[:, None])) / (signs * sigma)
+    length = float(np.sqrt(np.mean(np.square(plain))))
+    if not length:
+        return 0.0
     if optimizer.second_moment is not None:
-        scale /= math.sqrt(np.mean(((plus - minus) / (2 * sigma)) ** 2))
-    return scale
+        return 1 / length  # which divides by the size of the estimator's own coefficients, whatever it makes of p
+    if tuner.estimator == "two_point":
+        return 1.0
+    own = []
+    for up, down, middle in zip(plus, minus, base, strict=True):
+        other = down if signs == 2 else np.full_like(up, middle)
+        losses = (jnp.asarray(values, jnp.float32) for values in (up, other, middle))
+        own.append(np.asarray(coefficients(estimator, *losses, sigma=jnp.float32(sigma))) / (2 * sigma))
+    return float(np.sqrt(np.mean(np.square(own)))) / length

@@ -154,7 +154,7 @@ class ZerothOrder:
         check_params(params, self.perturbation)
         refuse_quantised(params, self.perturbation)
         check_precision(self.precision, params, self.perturbation)
-        check_resident(params, self.mesh, donate=donate)
+        check_resident(params, self.mesh, precision=self.precision, perturbation=self.perturbation, donate=donate)
         planned = programs.find("plan", self, programs.signature(params)) if batch is None else self.plan_of(params, batch)
         optimizer = self.optax_optimizer(planned)
         return generation.init_state(self, params, optimizer=optimizer, key=key, donate=donate)

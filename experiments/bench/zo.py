@@ -21,8 +21,9 @@ import numpy as np
 import eggroll
 from eggroll import zo
 from eggroll.experiments.bench.memory.zeroth_order import BATCH, SIZES, TOKENS, decoder_pieces, memory_summary
-from eggroll.experiments.bench.timing import interleaved_ms, machine
+from eggroll.experiments.bench.timing import advancing, interleaved_ms, machine
 from eggroll.experiments.common.run import print_summary
+from eggroll.experiments.zo.evolution import forwards_of
 from eggroll.experiments.zo.torch_loop import SIGMA, TorchLoop
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import leaves
@@ -71,7 +72,7 @@ def run(config: ZO) -> None:
         print(f"{count:>10}{times['resident']:>13.1f}{times['offloaded']:>14.1f}{ratio:>8.3f}", flush=True)
     steps = {name: _make_step(tuner, config) for name, tuner in _recipes().items()}
     times = interleaved_ms(steps, repeats=config.repeats)
-    rates = {name: 1e3 * _forwards(tuner) / times[name] for name, tuner in _recipes().items()}
+    rates = {name: 1e3 * forwards_of(tuner) / times[name] for name, tuner in _recipes().items()}
     print("  ".join(f"{name} {rate:,.0f} forwards/s" for name, rate in rates.items()))
     times = interleaved_ms(_batched(config), repeats=config.repeats)
     speedup = times["separate"] / times["batched"]
@@ -94,7 +95,8 @@ def _torch_ratios(config: ZO) -> dict[str, float] | None:
     loop = TorchLoop(model, *batch)
     forms: dict[str, Callable[[], object]] = {"mezo torch": loop.mezo, "lozo torch": loop.lozo}
     for name in ("mezo", "lozo"):
-        forms[name] = _advancing(zo.RECIPES[name](decoder_pieces(model), learning_rate=1e-6, sigma=SIGMA), params, batch)
+        tuner = zo.RECIPES[name](decoder_pieces(model), learning_rate=1e-6, sigma=SIGMA)
+        forms[name] = _stepping(tuner, params, batch)
     times = interleaved_ms(forms, repeats=config.repeats)
     ratios = {name: times[name] / times[f"{name} torch"] for name in ("mezo", "lozo")}
     for name, ratio in ratios.items():
@@ -128,19 +130,11 @@ def _make_step(tuner: Any, config: ZO) -> Callable[[], Any]:
         if zo.ESTIMATORS[tuner.estimator].per_example:
             batch = batch.reshape(tuner.directions, -1, config.width)
         tuner.plan_of(_params(config), batch)  # the shape of momentum depends on it
-    return _advancing(tuner, _params(config), batch)
+    return _stepping(tuner, _params(config), batch)
 
 
-def _advancing(tuner: Any, params: Any, batch: Any) -> Callable[[], Any]:
-    """Make a function that runs one more step on the state it holds."""
-    state = tuner.init(params, key=jax.random.key(0))
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = tuner.step(state, batch)
-        return metrics.coefficients, jax.tree.leaves(state)[0]
-
-    return step
+def _stepping(tuner: Any, params: Any, batch: Any) -> Callable[[], Any]:
+    return advancing(lambda state: tuner.step(state, batch), tuner.init(params, key=jax.random.key(0)))
 
 
 def _make_both_steps(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
@@ -158,10 +152,6 @@ def _recipes() -> dict[str, zo.ZerothOrder]:
         )
         for name, make in zo.RECIPES.items()
     }
-
-
-def _forwards(tuner: zo.ZerothOrder) -> int:
-    return zo.ESTIMATORS[tuner.estimator].forwards(tuner.directions)
 
 
 def _batched(config: ZO) -> dict[str, Callable[[], Any]]:

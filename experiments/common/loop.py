@@ -1,9 +1,13 @@
-"""What runs under `eggroll.train` share: when to check on validation examples, their result."""
+"""What runs under `eggroll.train` share: when to check on validation examples, their result, and how long they took."""
 
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from eggroll.devices.processes import is_first
+from eggroll.runs.metrics import read_metrics
 
 
 class Tuned(NamedTuple):
@@ -33,6 +37,20 @@ class Checks:
     def due(self, done: int) -> bool:
         """Return whether to check after `done` steps."""
         return done % self._every == 0 or done == self._steps
+
+
+def seconds_spent(folder: Path, done: int) -> float:
+    """Return the seconds of training of the first `done` generations of the run in a folder, by its metrics."""
+    rows = [row for row in read_metrics(folder) if row["generation"] < done]
+    if not rows:
+        return 0.0
+    return rows[-1].get("seconds_spent") or sum(row["seconds"] for row in rows)  # earlier versions knew those of steps only
+
+
+def print_end(done: str, reason: str, *, seconds: float) -> None:
+    """Print after what a run ended, such as "6 steps", and which limit ended it."""
+    if is_first():
+        print(f"ended after {done} and {seconds:.0f} s of training: {reason}", flush=True)
 
 
 def rate(seconds: Sequence[float], *, forwards: int) -> float:

@@ -127,10 +127,15 @@ def run_folder(name: str | Path) -> Path:
     Returns:
         Path of the folder, which exists.
     """
-    path = Path(name)
-    path = path if len(path.parts) > 1 else Path("runs") / path
+    path = named_folder(name)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def named_folder(name: str | Path) -> Path:
+    """Return the folder that `--folder NAME` means, as `run_folder` does, without making it."""
+    path = Path(name)
+    return path if len(path.parts) > 1 else Path("runs") / path
 
 
 def jsonable(value: Any) -> Any:
@@ -144,6 +149,11 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return jsonable(np.asarray(value).tolist())
+
+
+def number(value: float | None) -> float:
+    """Return a number that `jsonable` wrote: NaN for null, which stands for one that is not finite."""
+    return math.nan if value is None else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

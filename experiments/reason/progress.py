@@ -13,6 +13,7 @@ import numpy as np
 import eggroll
 from eggroll.devices.processes import broadcast_from_first, first_does, is_first, local
 from eggroll.envs import tasks
+from eggroll.experiments.common.loop import print_end
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.measure.unperturbed import Comparison
 from eggroll.experiments.reason.problem import Validation
@@ -170,8 +171,7 @@ def why_ended(config: Config, generation: int, *, seconds: float) -> str:
     """Return which limit ended a run after some generations and seconds, "generations" or "seconds", and print it."""
     is_done = config.generations is not None and generation >= config.generations
     limit = f"--generations {config.generations} are done" if is_done else f"the limit of {config.time_limit:g} s is reached"
-    if is_first():
-        print(f"ended after {generation} generations and {seconds:.0f} s of training: {limit}", flush=True)
+    print_end(f"{generation} generations", limit, seconds=seconds)
     return "generations" if is_done else "seconds"
 
 

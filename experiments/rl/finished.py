@@ -10,20 +10,19 @@ The last line of standard output is a JSON object with the mean return, its inte
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import tyro
 
 from eggroll import envs
 from eggroll.devices.processes import first_does
-from eggroll.experiments.common.run import SUMMARY, exit_on_error, print_summary, start_processes
+from eggroll.experiments.common.finished import read_run
+from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
 from eggroll.experiments.rl.config import Config, restore_config
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.problem import BEST, LAST, Evaluation, Task, is_above, load_policy, seed_keys
 from eggroll.experiments.rl.report import describe, interval
-from eggroll.files import read_object
-from eggroll.journal.recovery import find_header
 
 Which = Literal["best", "last"]
 
@@ -44,11 +43,14 @@ class Options:
     """Seed of the episodes. None: those of the run's own final evaluation."""
     env: str | None = None
     """Refuse a run of another environment than this one."""
+    imports: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="import")] = None
+    """Files or modules that register environments and networks. None: those that it was trained with."""
 
 
 class Finished(NamedTuple):
     """A run that was loaded."""
 
+    folder: Path
     config: Config
     task: Task
     params: Any
@@ -72,46 +74,43 @@ class Finished(NamedTuple):
         return self.config.seed if seed is None else seed
 
 
-def load_run(folder: str | Path, *, parameters: Which = "best", env: str | None = None) -> Finished:
+def load_run(
+    folder: str | Path, *, parameters: Which = "best", env: str | None = None, imports: Sequence[str] | None = None
+) -> Finished:
     """Load the policy of a run.
 
     Args:
         folder: of the run of one seed. Of a run that was stopped, the best parameters can be loaded.
         parameters: those of the best held-out check, or the last ones.
         env: the environment that the run must have; None: any.
+        imports: files or modules that register environments and networks; None: those of `--import` when it was trained.
 
     Raises:
-        FileNotFoundError: the folder has no run of one seed, or not these parameters.
+        FileNotFoundError: the folder has no run of one seed, or not these parameters, or a file that it imported is elsewhere.
         ValueError: it is a run of another experiment or environment, or its parameters do not fit the environment.
     """
-    folder = Path(folder)
-    options, names = _read(folder)
-    if "env" not in options or "algorithm" not in options:
-        raise ValueError(f"{folder} is a run of another experiment than experiments.rl.")
+    found = read_run(Path(folder), experiment="rl", names=("env", "algorithm"))
+    folder, summary = found.folder, found.summary
+    options = found.options | {"seed": found.seed}
+    names = {"best": BEST} if summary is None else summary.get("parameters", {"best": LAST, "last": LAST})
     if env is not None and options["env"] != env:
         raise ValueError(f"{folder} is a run of {options['env']}, not of {env}; leave --env out, or name another folder.")
     if options["algorithm"] == "random":
         raise ValueError(f"{folder} is a run of random actions, which has no parameters.")
-    saved = folder / names.get(parameters, "")
+    saved = folder / names.get(parameters, parameters)
     if parameters not in names or not saved.is_dir():
-        raise FileNotFoundError(f"{folder} has no {parameters} parameters: the run was stopped before there were any.")
+        why = "the run has not ended" if summary is None else f"there is no folder {saved}"
+        raise FileNotFoundError(f"{folder} has no {parameters} parameters: {why}.")
+    if imports is not None:
+        options |= {"imports": imports}
+    elif absent := [source for source in options.get("imports", ()) if source.endswith(".py") and not Path(source).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} was trained with --import {absent[0]}, which is not here: run this in the folder of that run's "
+            "command, or give --import its path."
+        )
     config = restore_config(options)
     task = load(config)
-    return Finished(config, task, *load_policy(saved, task))
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options of a run with its seed, and the folders of its parameters; of an unfinished run by its journal."""
-    if (folder / SUMMARY).is_file():
-        summary = read_object(folder / SUMMARY)
-        options = {**summary.get("options", {}), "seed": summary.get("seed", 0)}
-        return options, summary.get("parameters", {"best": LAST, "last": LAST})
-    if seeds := sorted(path.name for path in folder.glob("seed-*")):
-        raise FileNotFoundError(f"{folder} has the runs of several seeds; name one of {', '.join(seeds)} in it.")
-    header = find_header(folder / "journal.bin") if (folder / "journal.bin").is_file() else None
-    if header is None or header.recipe is None:
-        raise FileNotFoundError(f"{folder} has no finished run: there is no {SUMMARY} in it.")
-    return dict(header.recipe["options"]), {"best": BEST}
+    return Finished(folder, config, task, *load_policy(saved, task))
 
 
 def is_asked_for(arguments: Sequence[str]) -> bool:
@@ -139,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def evaluate(folder: Path, options: Options) -> dict[str, Any]:
     """Evaluate a run, and draw it if asked for; return what `main` prints."""
-    run = load_run(folder, parameters=options.parameters, env=options.env)
+    run = load_run(folder, parameters=options.parameters, env=options.env, imports=options.imports)
     if options.render is not None and run.task.environment.draw is None:
         raise ValueError(f"--render has no effect with a run of {run.config.env}: it cannot be drawn.")
     returns = run.returns(episodes=options.episodes, seed=options.seed)
@@ -149,7 +148,7 @@ def evaluate(folder: Path, options: Options) -> dict[str, Any]:
     summary = {
         "env": run.config.env,
         "algorithm": run.config.algorithm,
-        "run": str(folder),
+        "run": str(run.folder),
         "parameters": options.parameters,
         "episodes": options.episodes,
         "mean_return": float(returns.mean()),
@@ -159,6 +158,6 @@ def evaluate(folder: Path, options: Options) -> dict[str, Any]:
     }
     if options.render is None:
         return summary
-    path = folder / "policy.gif"
+    path = run.folder / "policy.gif"
     first_does(lambda: print(f"an episode is drawn in {run.render(path, seed=options.seed)}", flush=True))
     return summary | {"picture": str(path)}

@@ -20,7 +20,7 @@ import tyro
 from eggroll import envs
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
 from eggroll.experiments.common.options import check_passed, drop_options, effective
-from eggroll.experiments.common.run import run_folder
+from eggroll.experiments.common.run import number, run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.rl.config import EVOLUTION, RULES, parse
@@ -195,7 +195,7 @@ def _at(curve: Curve, seconds: float) -> float:
 
 def make_row(env: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> Row:
     """Make a row from the summaries of its seeds."""
-    returns = tuple(float("nan") if s["mean_return"] is None else s["mean_return"] for s in summaries)
+    returns = tuple(number(s["mean_return"]) for s in summaries)
     low, high = mean_interval(returns)
     return Row(
         env,

@@ -7,9 +7,7 @@ Hugging Face layout.
 """
 
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folde
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples
-from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
+from eggroll.experiments.zo.evaluation import MODEL, evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
 from eggroll.experiments.zo.inputs import load
@@ -46,8 +44,7 @@ def make_runs(config: Config, task: FineTuning, judge: Any) -> Evolution | Backp
 def remake(options: dict[str, Any]) -> tuple[Strategy[Any], Any]:
     """Remake the tuner and the initial state of a run, from the recipe in its journal."""
     config = config_from(options)
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load(config, Path(folder))
+    loaded = load(config)
     return Evolution(config, loaded.task, loaded.task.judge()).start(loaded.params, key=jax.random.key(config.seed))
 
 
@@ -80,7 +77,7 @@ class Experiment:
             print(f"seed {run.seed}: {told}. {tuned.advice}".rstrip(), flush=True)
 
         def write() -> None:
-            hf.save(folder / "model", self.loaded.config, tuned.params, source=self.loaded.source)
+            hf.save(folder / MODEL, self.loaded.config, tuned.params, source=self.loaded.source)
             draw_run(read_metrics(folder), before["validation"], folder / "curves.png", forwards=self.runs.forwards)
 
         first_does(write)
@@ -107,8 +104,7 @@ class Experiment:
 
 def measure(config: Config) -> Row:
     """Measure what suggests a learning rate, and nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load(config, Path(folder))
+    loaded = load(config)
     evolution = Evolution(config, loaded.task, loaded.task.judge())
     found = evolution.guide(evolution.start(loaded.params, key=jax.random.key(config.seed))[1], seed=config.seed)
     return {"recipe": config.recipe, "objective": config.objective, **found._asdict()}

@@ -1,7 +1,6 @@
 """Backprop with Adam on the loss of a fine-tuning task: the ceiling of zeroth-order methods, and the memory that it takes."""
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ class Backprop:
         progress = Progress(score_validation, Checks(steps=self.steps, checks=config.checks), config=config)
         strategy: Any = self  # implements what the loop needs of a strategy and its state
         initial: Any = self.init(read(), key=key)
-        start = time.perf_counter()
+        progress.begin()
         state, history = train(
             strategy,
             initial,
@@ -92,7 +91,7 @@ class Backprop:
             words=progress.words,
             plot=lambda history, folder: None,  # the run's own figure shows the losses
         )
-        seconds = time.perf_counter() - start
+        seconds = progress.seconds
         speed = rate([record.seconds for record in history], forwards=self.forwards)
         ended = why_ended(config, self.steps, forwards=self.forwards, seconds=seconds)
         return Tuned(state.params, self.steps, self.steps, 0, speed, seconds, ended)

@@ -1,10 +1,4 @@
-"""Whether a run can hold its model, from shapes alone, before any weight is read.
-
-    resident      a device: the parameters (adam: four times, with gradient and moments)
-    offloaded     a device: the parameters outside the blocks and three blocks; the host: all blocks
-
-A lower bound: activations and temporaries come on top (docs/zeroth_order.md#memory). Virtual devices of a CPU share its memory.
-"""
+"""Whether the memory can hold the model of a run, before any weight is read: `eggroll.zo.room`, in the words of the options."""
 
 import math
 from typing import Any
@@ -12,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eggroll.devices.chunking import free_bytes
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.zo.config import BACKPROP, Config
 from eggroll.llm import hf
-from eggroll.llm.memory import format_bytes
 from eggroll.llm.models.families import init_params
+from eggroll.zo.offload.devices import Devices
+from eggroll.zo.room import Need, check_room, devices_of, offloaded_need, resident_need
 
-ON_DEVICE = 3  # blocks of an offloaded run
 OF_ADAM = 4  # parameters, gradient and two moments
 
 
@@ -30,42 +23,25 @@ def check_capacity(config: Config, model: hf.Config) -> None:
         config: of the run.
         model: the sizes.
     """
-    mesh = parse_mesh(config.mesh)
-    devices = 1 if mesh is None or config.evaluate else mesh.size
-    dtype = jnp.dtype(config.dtype if config.model else "float32")
-    shapes = shapes_of(model)
-    resident, blocks = (_bytes(shapes[part], dtype) for part in ("resident", "blocks"))
-    layers = jax.tree.leaves(shapes["blocks"])[0].shape[0]
-    device, host = resident + blocks, 0
-    what = f"a device holds the parameters, {format_bytes(device)}"
-    shorter = ["--dtype bfloat16"] if config.model and dtype.itemsize > 2 else []
-    advice = ["--offload", *shorter]
-    if config.recipe == BACKPROP and not config.evaluate:
-        device, advice = OF_ADAM * device, ["a recipe other than adam", *shorter]
-        what = f"adam holds parameters, gradient and moments, {format_bytes(device)}"
-    elif config.offload and not config.evaluate:
-        short = dtype if config.transfer_dtype is None else jnp.dtype(config.transfer_dtype)
-        held = min(ON_DEVICE, layers)
-        device, host = resident + held * (blocks // layers), _bytes(shapes["blocks"], short)
-        what = f"a device holds what is outside the blocks and {held} blocks, {format_bytes(device)}"
-        advice = ["--transfer-dtype bfloat16"] if short.itemsize > 2 else []
-    shared = jax.default_backend() == "cpu"
-    needed, free = (devices * device + host if shared else device), free_bytes()
-    if needed <= free:
-        return
-    if devices > 1:
-        advice = ["a mesh of fewer devices", *advice] if shared else advice
-        what += f", and the mesh has {devices} devices"
-    what += f"; the host holds all blocks, {format_bytes(host)}" if host else ""
-    tried = ", or ".join(advice or ["a smaller model"])
-    short_of = f"{format_bytes(needed - free)} more than the {format_bytes(free)} that are free"
-    raise ValueError(f"the model does not fit: {what}. That is {short_of}; try {tried}.")
+    trains, dtype = not config.evaluate, jnp.dtype(config.dtype if config.model else "float32")
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes_of(model))
+    mesh = parse_mesh(config.mesh) if trains and config.recipe != BACKPROP else None
+    devices, is_long = devices_of(mesh), dtype.itemsize > 2
+    shorter = ["--dtype bfloat16"] if config.model and is_long else []
+    if trains and config.recipe == BACKPROP:
+        size = dtype.itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        need = Need("parameters, gradient and moments of adam", OF_ADAM * size)
+        check_room(need, devices, ["a recipe other than adam", *shorter])
+    elif trains and config.offload:
+        need = offloaded_need(params, Devices(mesh).mesh, transfer_dtype=config.transfer_dtype)
+        transferred = ["--transfer-dtype bfloat16"] if is_long and config.transfer_dtype is None else []
+        check_room(need, devices, [*transferred, *shorter])
+    else:
+        need = resident_need(params, devices, masters=[trains and not is_long] * len(jax.tree.leaves(params)))
+        fewer = ["a mesh of fewer devices"] if len(devices) > 1 and devices[0].platform == "cpu" else []
+        check_room(need, devices, [*fewer, "--offload"] if trains else shorter)
 
 
 def shapes_of(model: hf.Config) -> Any:
     """The parameters of a model as shapes."""
     return jax.eval_shape(lambda: init_params(model, key=jax.random.key(0)))
-
-
-def _bytes(shapes: Any, dtype: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) * dtype.itemsize

@@ -136,7 +136,7 @@ class Config:
     """Steps between checkpoints; the journal has every step."""
     guidance: bool = True
     """Before the first step, measure projected gradient and curvature on two batches and print the learning rate that they
-    suggest; it takes 34 forwards that no budget counts."""
+    suggest; it takes 34 forwards, on some meshes more, that no budget counts."""
     resume: bool = False
     """Resume the run in the folder, with more --steps or --forwards to extend it; not for adam. Otherwise its files are
     replaced."""
@@ -146,10 +146,11 @@ class Config:
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
     evaluate: bool = False
     """Only score: the model; or, given the folder of a finished run, its last and its best parameters on its own task. Nothing
-    is trained or written, and options of the training are accepted."""
+    is tuned, but the small model is made once, in runs/zo-start. Options of the training are accepted, next to a folder those
+    of its run."""
     probe: bool = False
-    """Only measure what guidance does, and print the learning rate. Nothing is trained or written, and options of the training
-    are accepted."""
+    """Only measure what guidance does, and print the learning rate. Nothing is tuned, but the small model is made once, in
+    runs/zo-start. Options of the training are accepted."""
 
     @property
     def language_task(self) -> Task:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,20 @@ from typing import Any
 import jax
 
 from eggroll.devices.processes import is_first
+from eggroll.experiments.common.finished import read_run
+from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import SUMMARY
-from eggroll.experiments.zo.config import BACKPROP, Config, config_from
+from eggroll.experiments.zo.config import BACKPROP, Config, config_from, small_defaults
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.inputs import Loaded, load
 from eggroll.experiments.zo.problem import Score, score
 from eggroll.experiments.zo.progress import words
-from eggroll.files import read_object
 from eggroll.llm import hf
 from eggroll.runs.metrics import read_metrics
 
 Row = dict[str, Any]
+MODEL = "model"  # of a run: the folder of its last parameters
 
 
 def score_parts(judged: Callable[[Examples], tuple[Any, Any]], parts: Mapping[str, Examples]) -> dict[str, Score]:
@@ -41,16 +42,13 @@ def evaluate(config: Config) -> Row:
         config: with the folder of a finished run, whose own options count except for `data`; without one, of a model.
 
     Raises:
-        ValueError, OSError: there is no finished run in the folder, or a file is missing or damaged.
+        ValueError, OSError: there is no finished run in the folder, it was made with another option than one that is given, or
+            a file is missing or damaged.
     """
-    summary = None if config.folder is None else _finished(config.folder)
-    if summary is not None:
-        own = config_from(summary["options"])
-        config = dataclasses.replace(
-            own, seed=summary["seed"], folder=config.folder, evaluate=True, data=config.data or own.data
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load(config, Path(folder))
+    summary = None
+    if config.folder is not None:
+        config, summary = _of_run(config, config.folder)
+    loaded = load(config)
     judge, parts = loaded.task.judge(), {"validation": loaded.task.validation, "test": loaded.task.test}
 
     def scores(name: str, params: Any) -> dict[str, Score]:
@@ -66,7 +64,7 @@ def evaluate(config: Config) -> Row:
     steps, best = summary["steps"], best_step(read_metrics(config.folder), summary, by=config.objective)
     dtype = config.dtype if config.model else "float32"
     row = {"folder": str(config.folder), "steps": steps}
-    row |= score_fields(last := scores(f"last, step {steps}", hf.load(config.folder / "model", dtype)[2]))
+    row |= score_fields(last := scores(f"last, step {steps}", hf.load(config.folder / MODEL, dtype)[2]))
     if config.recipe == BACKPROP and 0 < best < steps:
         return row  # it keeps no journal
     row["best_step"] = best
@@ -75,14 +73,26 @@ def evaluate(config: Config) -> Row:
     return row | score_fields(scores(f"best, step {best}", _parameters(config, loaded, best)), "_best")
 
 
-def _finished(folder: Path) -> Row:
-    try:
-        return read_object(folder / SUMMARY)
-    except FileNotFoundError:
+def _of_run(config: Config, folder: Path) -> tuple[Config, Row]:
+    """Return the options and the summary of the finished run in a folder; options that say something else are refused."""
+    found = read_run(folder, experiment="zo", names=("recipe", "objective"))
+    folder = found.folder
+    if found.summary is None:
+        raise ValueError(f"the run in {folder} is not finished: it has no {SUMMARY}. Finish it with --resume.")
+    if not (folder / MODEL).is_dir():
         raise ValueError(
-            f"{folder} has no finished run of one seed to evaluate: its {SUMMARY} is missing. Finish it with --resume, or give "
-            "--model without --folder."
-        ) from None
+            f"{folder} has no {MODEL}: it was removed, as a comparison of recipes does. Its scores are in {SUMMARY}."
+        )
+    own = dataclasses.replace(config_from(found.options), seed=found.seed)
+    fixed = unless(
+        lambda _: True,
+        f"with --evaluate of {folder}, whose own options count",
+        "seed",
+        "seeds",
+        *own.settings().keys() - {"data"},
+    )
+    refuse(ignored_options(config, (fixed,), Config(), small_defaults(config), own))
+    return dataclasses.replace(own, folder=folder, evaluate=True, data=config.data or own.data), found.summary
 
 
 def best_step(rows: list[Row], summary: Row, *, by: str) -> int:

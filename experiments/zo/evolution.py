@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jax import Array
 
 from eggroll import zo
 from eggroll.devices.processes import local
-from eggroll.experiments.common.loop import Checks, Tuned, rate
+from eggroll.experiments.common.loop import Checks, Tuned, rate, seconds_spent
 from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
@@ -139,7 +138,7 @@ class Evolution:
             done = int(state.generation)
             if config.guidance and not done:
                 progress.suggested = self.guide(state, seed=seed).learning_rate
-            start = time.perf_counter()
+            progress.begin(seconds_spent(folder, done))
             if done < self.steps:
                 state, history = train(
                     tuner,
@@ -153,7 +152,7 @@ class Evolution:
                     words=progress.words,
                     plot=_draw_fitness,
                 )
-            seconds, steps = time.perf_counter() - start, int(state.generation)
+            seconds, steps = progress.seconds, int(state.generation)
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
         advice, skipped = advise(history, tuner.plan(state)), progress.skipped

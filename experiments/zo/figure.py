@@ -1,6 +1,5 @@
 """The figures of a fine-tuning run, and of a comparison of recipes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eggroll.experiments.common.run import number
 from eggroll.experiments.zo.config import BACKPROP
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.studies import RECIPES
@@ -22,7 +22,7 @@ class Curve(NamedTuple):
     what: str  # is scored
     forwards: Sequence[float]
     seconds: Sequence[float]
-    values: Sequence[float]
+    values: Sequence[float]  # NaN where a score was not finite
 
 
 def as_row(score: Score) -> Row:
@@ -44,9 +44,9 @@ def draw_run(rows: Sequence[Row], before: Score, path: Path, *, forwards: int) -
     top, bottom = figure.subplots(2, 1, sharex=True)
     at = [(row["generation"] + 1) * forwards for row in rows]
     top.plot(at, [_loss(row) for row in rows], color="tab:blue", alpha=0.4, linewidth=0.8, label="objective, training batches")
-    checked = [(x, row) for x, row in zip(at, rows, strict=True) if row.get("validation_accuracy") is not None]
+    checked = [(x, row) for x, row in zip(at, rows, strict=True) if "validation_accuracy" in row]
     where = [0, *(x for x, _ in checked)]
-    losses, accuracies = ([row[f"validation_{name}"] for _, row in checked] for name in Score._fields)
+    losses, accuracies = ([number(row[f"validation_{name}"]) for _, row in checked] for name in Score._fields)
     top.plot(where, [before.loss, *losses], "o-", color="tab:orange", label="validation loss")
     bottom.plot(where, [before.accuracy, *accuracies], "o-", color="tab:green")
     top.set(ylabel="loss")
@@ -84,5 +84,4 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path)
 
 def _loss(row: Row) -> float:
     """The loss that a step reported; the engine's fitness is minus it."""
-    sign, value = (1, row["loss"]) if "loss" in row else (-1, row["mean_fitness"])
-    return math.nan if value is None else sign * value
+    return number(row["loss"]) if "loss" in row else -number(row["mean_fitness"])

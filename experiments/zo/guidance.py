@@ -8,8 +8,7 @@ from eggroll import zo
 from eggroll.devices.processes import is_first
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples
-
-DIRECTIONS = 8
+from eggroll.zo.guidance import DIRECTIONS
 
 
 def guide(tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Examples], config: Config) -> zo.Guidance:

@@ -1,7 +1,9 @@
 """Inputs of `experiments.zo`: the model and the task that the options name, read from files."""
 
 import contextlib
+import functools
 import itertools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,14 +40,18 @@ class Loaded(NamedTuple):
         return self.read()
 
 
-def load(config: Config, folder: Path) -> Loaded:
-    """Read the model and the task; the shipped task is written to `folder`.
+def load(config: Config, folder: Path | None = None) -> Loaded:
+    """Read the model and the task.
+
+    Args:
+        config: of the run.
+        folder: of the run, which keeps the shipped task; None: it is not kept.
 
     Raises:
         ValueError, OSError: a file is missing, damaged, or does not fit; the message names it. Or the model does not fit into
             memory.
     """
-    records = read_splits(config.data or _shipped(folder / "data", short=config.model is None))
+    records = _read_task(config, folder)
     source, dtype = model_folder(config.model) or warm_start(config.start), config.dtype if config.model else "float32"
     check_capacity(config, hf.check(source))
     with _where(config):
@@ -73,9 +79,17 @@ def _where(config: Config) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _shipped(folder: Path, *, short: bool) -> Path:
-    first_does(lambda: sentiment.write(folder, short=short))
-    return folder
+def _read_task(config: Config, folder: Path | None) -> list[list[Record]]:
+    if config.data is not None:
+        return read_splits(config.data)
+    write = functools.partial(sentiment.write, short=config.model is None)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as own:  # of every process
+            write(own)
+            return read_splits(Path(own))
+    data = folder / "data"
+    first_does(lambda: write(data))
+    return read_splits(data)
 
 
 def read_splits(data: Path) -> list[list[Record]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eggroll.devices.processes import is_first
-from eggroll.experiments.common.loop import Checks
+from eggroll.experiments.common.loop import Checks, print_end
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.figure import as_row
 from eggroll.experiments.zo.problem import Score
@@ -20,6 +20,8 @@ GROWING = 10  # steps in a row whose losses grow, before a warning
 
 class Progress:
     """Callback of the training loop; its count is stored with the state of a run (`eggroll.runs.durable.Carried`).
+
+    The seconds are in the metrics: a checkpoint of an earlier version has the count alone.
 
     Args:
         score: of the validation examples, from a state.
@@ -36,15 +38,25 @@ class Progress:
         self.suggested = math.nan  # learning rate, where one was measured
         self._score, self._checks, self._config = score, checks, config
         self._signs, self._forwards = signs, forwards
-        self._start, self._validation = time.perf_counter(), ""
+        self._validation = ""
         self._losses: list[float] = []  # of the last steps, each above the one before
         self._has_warned = False
+        self.begin()
+
+    def begin(self, spent: float = 0.0) -> None:
+        """Start the clock, with the seconds that training took before it was resumed."""
+        self._start = time.perf_counter() - spent
+
+    @property
+    def seconds(self) -> float:
+        """Of training, checks and compilation included."""
+        return time.perf_counter() - self._start
 
     def __call__(self, state: Any, record: Record) -> None:
         """Take the numbers of a step into its line of metrics; score when that is due."""
         loss, done = -record.mean_fitness, record.generation + 1
         self.skipped += record.skipped
-        record.extra.update(loss=loss, steps=done)
+        record.extra.update(loss=loss, steps=done, seconds_spent=self.seconds)
         if self._signs is not None:
             record.extra["projected_gradient"] = projected_gradient(record.fitness, sigma=record.sigma, signs=self._signs)
         self._warn_of_growth(loss, done)
@@ -53,8 +65,7 @@ class Progress:
             record.extra.update(as_row(found))
             self._validation = f"  validation {words(found)}"
             if is_first():
-                seconds = time.perf_counter() - self._start
-                print(f"step {done}: training loss {loss:.4g}, validation {words(found)}, {seconds:.0f} s", flush=True)
+                print(f"step {done}: training loss {loss:.4g}, validation {words(found)}, {self.seconds:.0f} s", flush=True)
 
     def _warn_of_growth(self, loss: float, done: int) -> None:
         grows = bool(self._losses) and loss > self._losses[-1]
@@ -109,7 +120,5 @@ def why_ended(config: Config, steps: int, *, forwards: int, seconds: float) -> s
     """Return which limit ended a run after some steps, "steps" or "forwards", and print it; `forwards` are of a step."""
     limit = "forwards" if config.steps is None else "steps"
     spent = "are done" if limit == "steps" else f"leave no other of {forwards}"
-    if is_first():
-        told = f"ended after {steps} steps ({steps * forwards} forwards) and {seconds:.0f} s of training"
-        print(f"{told}: --{limit} {getattr(config, limit)} {spent}", flush=True)
+    print_end(f"{steps} steps ({steps * forwards} forwards)", f"--{limit} {getattr(config, limit)} {spent}", seconds=seconds)
     return limit

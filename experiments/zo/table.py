@@ -4,11 +4,12 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eggroll.experiments.common.bootstrap import mean_interval
+from eggroll.experiments.common.run import SUMMARY, number
 from eggroll.experiments.common.suite import Report, Result, markdown_table
 from eggroll.experiments.zo.config import BACKPROP, parse
 from eggroll.experiments.zo.config import Config as ZOConfig
@@ -65,15 +66,15 @@ def report(folder: Path, results: Sequence[Result], *, tries: Mapping[str, Tries
 
 
 def remove_models(folder: Path) -> None:
-    """Remove the models and checkpoints of the runs below a folder."""
+    """Remove the models and checkpoints of the finished runs below a folder; others continue from theirs."""
     for path in folder.rglob("seed-*"):
-        for name in LARGE:
+        for name in LARGE if (path / SUMMARY).is_file() else ():
             shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _study_rows(study: str, recipes: Mapping[str, Result], tries: Mapping[str, Tries]) -> list[Row]:
     summaries = {recipe: list(result.summaries.values()) for recipe, result in recipes.items()}
-    ceiling = statistics.fmean(s["test_accuracy"] for s in summaries[BACKPROP]) if BACKPROP in summaries else math.nan
+    ceiling = statistics.fmean(number(s["test_accuracy"]) for s in summaries[BACKPROP]) if BACKPROP in summaries else math.nan
     rows = [make_row(study, ZERO_SHOT, "", next(iter(summaries.values()))[:1], ceiling=ceiling, suffix="_before")]
     for recipe, (setting, _) in recipes.items():
         of_recipe = summaries[recipe]
@@ -83,7 +84,7 @@ def _study_rows(study: str, recipes: Mapping[str, Result], tries: Mapping[str, T
                 steps=of_recipe[0]["steps"],
                 forwards=of_recipe[0]["forwards"],
                 seconds=statistics.fmean(s["seconds"] for s in of_recipe),
-                forwards_per_second=statistics.median(s["forwards_per_second"] for s in of_recipe),
+                forwards_per_second=_median(s["forwards_per_second"] for s in of_recipe),
                 peak_mib=max(s["peak_mib"] for s in of_recipe),
                 tries=tries.get(setting.name),
             )
@@ -100,10 +101,15 @@ def make_row(study: str, recipe: str, setting: str, summaries: Summaries, *, cei
         ceiling: mean test accuracy of backprop.
         suffix: "_before" for the scores before training.
     """
-    accuracies, losses = (tuple(s[f"test_{name}{suffix}"] for s in summaries) for name in ("accuracy", "loss"))
+    accuracies, losses = (tuple(number(s[f"test_{name}{suffix}"]) for s in summaries) for name in ("accuracy", "loss"))
     means = statistics.fmean(accuracies), statistics.fmean(losses)
     intervals = mean_interval(accuracies), mean_interval(losses)
     return Row(study, recipe, setting, accuracies, losses, means[0], intervals[0], means[1], intervals[1], ceiling - means[0])
+
+
+def _median(values: Iterable[float | None]) -> float:
+    """The median of the finite values; NaN without any."""
+    return statistics.median([value for value in map(number, values) if math.isfinite(value)] or [math.nan])
 
 
 def describe(config: ZOConfig) -> str:
@@ -120,11 +126,11 @@ def _curves(setting: Any, summaries: Mapping[int, Mapping[str, Any]]) -> list[Cu
 def read_curve(folder: Path, summary: Mapping[str, Any], *, what: str) -> Curve:
     """Read the checks of a run; a step takes its median seconds, so that compilation does not count."""
     rows = read_metrics(folder)
-    of_step = statistics.median(row["seconds"] for row in rows)
-    checked = [row for row in rows if row.get(what) is not None]
+    of_step = _median(row["seconds"] for row in rows)
+    checked = [row for row in rows if what in row]
     steps = [0, *(row["generation"] + 1 for row in checked)]
     forwards = summary["forwards"] // summary["steps"]
-    values = [summary[f"{what}_before"], *(row[what] for row in checked)]
+    values = [number(summary[f"{what}_before"]), *(number(row[what]) for row in checked)]
     return Curve(what.replace("_", " "), [n * forwards for n in steps], [n * of_step for n in steps], values)
 
 
@@ -141,13 +147,13 @@ def make_table(rows: Sequence[Row]) -> str:
             continue
         tried = ", ".join(f"{rate:.2g}: {'-' if s is None else f'{s:.3f}'}" for rate, s in (row.tries or {}).items())
         cells[-1] += [str(len(row.accuracies)), f"{row.steps:,}", f"{row.forwards:,}", f"{row.seconds:.0f}"]
-        cells[-1] += [f"{row.forwards_per_second:.3g}", f"{row.peak_mib:,}", tried]
+        cells[-1] += [_number(row.forwards_per_second, ".3g"), f"{row.peak_mib:,}", tried]
     return markdown_table(head, cells)
 
 
 def _interval(mean: float, interval: tuple[float, float]) -> str:
-    return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval[1] > interval[0] else f"{mean:.3f}"
+    return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval[1] > interval[0] else _number(mean)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else ""
+def _number(value: float, how: str = ".3f") -> str:
+    return f"{value:{how}}" if math.isfinite(value) else "-"

@@ -1,12 +1,19 @@
 """The suggested learning rate: the best one of a quadratic, in the units of every recipe; and where none can be suggested."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eggroll import zo
+from eggroll.noise.rules import Dense
+from eggroll.zo import guidance
+from eggroll.zo.estimators import coefficients
 from eggroll.zo.guidance import guide
+from eggroll.zo.optimizers.descent import ProjectedMoment, next_moment
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 DIMENSIONS = 12
@@ -72,17 +79,60 @@ def test_recipes_that_divide_by_the_size_of_the_gradient_get_a_rate_in_their_uni
     assert guided(zo.lozo, directions=8).learning_rate == plain.learning_rate
 
 
+@pytest.mark.parametrize("make", [zo.mezo, zo.fzoo, zo.spsa15])
+@pytest.mark.parametrize("second_moment", [None, 0.9])
+def test_a_step_at_the_suggested_rate_is_as_long_as_that_of_mezo(make, second_moment):
+    """Whatever the estimator makes of the losses, and whether a second moment divides by the size of that."""
+    plus, minus, base = (losses[0] for losses in measured())
+    plain = guided(zo.mezo, directions=8)
+    found = guided(make, directions=8, second_moment=second_moment)
+    estimator = zo.ESTIMATORS[make(quadratic, learning_rate=1.0).estimator]
+    other = minus if len(estimator.signs) == 2 else np.full_like(plus, base)
+    losses = (jnp.asarray(values, jnp.float32) for values in (plus, other, base))
+    d = coefficients(estimator, *losses, sigma=jnp.float32(0.01))
+    scale = 1.0
+    if second_moment is not None:
+        scale = next_moment(ProjectedMoment(jnp.int32(0), jnp.float32(0)), d, jnp.float32(0.01), second_moment)[1]
+    step = np.sqrt(np.mean(np.square(d))) / 0.02 / scale * found.learning_rate
+    assert step == pytest.approx(plain.projected_gradient * plain.learning_rate, rel=0.1)  # of one of two batches
+
+
+def test_a_sigma_multiplier_changes_nothing_where_sigma_makes_up_for_it():
+    rules = {"multiplied": Dense("normal", sigma_multiplier=10.0), "plain": Dense("normal")}
+    made = {name: zo.mezo(quadratic, learning_rate=1.0, directions=8, perturbation=rule) for name, rule in rules.items()}
+    found = {}
+    for name, sigma in (("multiplied", 0.01), ("plain", 0.1)):
+        tuner = dataclasses.replace(made[name], sigma=sigma)
+        found[name] = zo.suggest_learning_rate(tuner, tuner.init(START, key=jax.random.key(0)), [SHIFT, -SHIFT], directions=64)
+    assert found["multiplied"].learning_rate == pytest.approx(found["plain"].learning_rate, rel=1e-2)
+    several = guide(*measured(), sigma=0.01, tuner=made["plain"], multipliers={1.0, 10.0})
+    assert np.isnan(several.learning_rate) and several.reason == "parameters have different sigma multipliers"
+
+
+def test_the_measurement_holds_as_many_directions_at_once_as_a_step(monkeypatch):
+    chunks = []
+    monkeypatch.setattr(guidance, "_measure", lambda tuner, state, batch: chunks.append(tuner.chunk_directions))
+    for options in ({}, {"directions": 4}, {"directions": 4, "chunk_directions": 2}):
+        tuner = zo.mezo(quadratic, learning_rate=1.0, **options)
+        with pytest.raises(AttributeError):  # there are no losses
+            zo.suggest_learning_rate(tuner, tuner.init(START, key=jax.random.key(0)), [SHIFT, -SHIFT])
+    assert chunks[::2] == [1, 4, 2]
+
+
 def test_no_rate_is_suggested_where_none_follows():
-    for make in (zo.adamezo, zo.grzo):
-        found = guided(make)
-        assert np.isnan(found.learning_rate) and "do not follow the size of the gradient" in found.reason
     plus, minus, base = measured()
+    opposite = np.stack([plus[0], minus[0]]), np.stack([minus[0], plus[0]])
+    for make, losses in itertools.product((zo.adamezo, zo.grzo), (measured(), (*opposite, base))):
+        found = guide(*losses, sigma=0.01, tuner=make(quadratic, learning_rate=1.0))
+        assert np.isnan(found.learning_rate) and "do not follow the size of the gradient" in found.reason
+    one_sided = zo.mezo(quadratic, learning_rate=1.0, estimator="one_sided")
+    assert "were equal; raise sigma" in guide(base[:, None] + 0 * plus, minus, base, sigma=0.01, tuner=one_sided).reason
     tuner = zo.mezo(quadratic, learning_rate=1.0)
     for losses, reason in (
         ((plus * np.nan, minus, base), "not finite"),
         ((base[:, None] + 0 * plus, base[:, None] + 0 * plus, base), "were equal; raise sigma"),
         ((plus, minus, base + 1), "does not curve upwards"),
-        ((np.stack([plus[0], minus[0]]), np.stack([minus[0], plus[0]]), base), "no gradient in common"),
+        ((*opposite, base), "no gradient in common"),
     ):
         found = guide(*losses, sigma=0.01, tuner=tuner)
         assert np.isnan(found.learning_rate) and reason in found.reason

@@ -13,8 +13,10 @@ from eggroll import zo
 from eggroll.zo import room
 from tests.zo.tiny_blocks import PIECES, init
 
-RESIDENT, BLOCKS = 4 * (88 + 8), 4 * 4 * (64 + 64 + 8)  # bytes of float32
-ON_DEVICE = RESIDENT + BLOCKS // 2
+RESIDENT, BLOCKS = 4 * (88 + 8), 4 * 4 * (64 + 64 + 8)  # bytes of float32, four blocks
+ON_DEVICE = RESIDENT + BLOCKS // 4 * 3
+ON_ONE_OF_TWO = RESIDENT + BLOCKS // 4 + BLOCKS // 4 * 3 // 2
+FEWER = "the model does not fit: each device holds the parameters. That needs 5.12e-06 GB on 2 cpu devices; .*"
 
 
 def refused(message):
@@ -25,9 +27,15 @@ def refused(message):
     ("devices", "donate", "free", "message"),
     [
         (1, False, RESIDENT + BLOCKS, None),
-        (1, False, 2000, r"the parameters need 2.56e-06 GB on 1 cpu device, 2e-06 GB are free, 5.6e-07 GB too few: zo.Offload"),
+        (
+            1,
+            False,
+            2000,
+            "the model does not fit: the device holds the parameters. That needs 2.56e-06 GB on 1 cpu device; 2e-06 GB are "
+            "free, 5.6e-07 GB too few. Try zo.Offload, or bfloat16 parameters with precision='stochastic'.",
+        ),
         (1, True, 0, None),
-        (2, False, 5000, r"need 5.12e-06 GB on 2 cpu devices, .* 1.2e-07 GB too few: fewer devices, zo.Offload or"),
+        (2, False, 5000, FEWER + " 1.2e-07 GB too few. Try fewer devices, or zo.Offload, or bfloat16"),
         (2, True, RESIDENT + BLOCKS, None),
     ],
 )
@@ -38,31 +46,58 @@ def test_parameters_on_every_device(devices, donate, free, message, monkeypatch)
         zo.mezo(PIECES, learning_rate=0.1, mesh=mesh).init(init(), key=jax.random.key(0), donate=donate)
 
 
+@pytest.mark.parametrize(("precision", "bytes_of_one"), [("master", 2 + 4), ("stochastic", 2)])
+def test_short_parameters_may_have_masters(precision, bytes_of_one, monkeypatch):
+    params, need = init(), (RESIDENT + BLOCKS) // 4 * bytes_of_one
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    tuner = zo.mezo(PIECES, learning_rate=0.1, precision=precision)
+    monkeypatch.setattr(room, "free_host_bytes", lambda: need)
+    tuner.init(params, key=jax.random.key(0))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: need - 1)
+    advice = "zo.Offload, or precision='stochastic'" if precision == "master" else "zo.Offload"
+    with pytest.raises(ValueError, match=rf"\. Try {advice}\.$"):
+        tuner.init(params, key=jax.random.key(0))
+
+
+def test_arrays_of_numpy_are_copied_though_they_are_donated(monkeypatch):
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 2000)
+    with refused("5.6e-07 GB too few"):
+        zo.mezo(PIECES, learning_rate=0.1).init(jax.tree.map(np.asarray, init()), key=jax.random.key(0), donate=True)
+
+
 @pytest.mark.parametrize(
-    ("transfer_dtype", "free", "message"),
+    ("dtype", "transfer_dtype", "blocks", "need", "advice"),
     [
-        (None, BLOCKS + ON_DEVICE, None),
-        (None, BLOCKS + ON_DEVICE - 48, "on 1 cpu device, .* 4.8e-08 GB too few: transfer_dtype=jnp.bfloat16 needs less"),
-        (jnp.bfloat16, BLOCKS // 2 + ON_DEVICE, None),
-        (jnp.bfloat16, BLOCKS // 2 + ON_DEVICE - 48, "4.8e-08 GB too few: bfloat16 parameters need less"),
+        ("float32", None, 4, BLOCKS + ON_DEVICE, "transfer_dtype=jnp.bfloat16, or bfloat16 parameters, or more blocks"),
+        ("float32", jnp.bfloat16, 4, BLOCKS // 2 + RESIDENT + BLOCKS // 8 * 3, "bfloat16 parameters, or more blocks"),
+        ("bfloat16", None, 4, (BLOCKS + ON_DEVICE) // 2, "more blocks of fewer layers"),
+        ("float32", None, 1, BLOCKS // 4 + RESIDENT + BLOCKS // 4, "transfer_dtype"),
     ],
 )
-def test_blocks_in_the_host_and_two_on_a_device(transfer_dtype, free, message, monkeypatch):
-    monkeypatch.setattr(room, "free_host_bytes", lambda: free)
-    with refused(message):
-        zo.Offload(zo.mezo(PIECES, learning_rate=0.1), transfer_dtype=transfer_dtype).init(init(), key=jax.random.key(0))
+def test_blocks_in_the_host_and_three_on_a_device(dtype, transfer_dtype, blocks, need, advice, monkeypatch):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(blocks=blocks))
+    away = zo.Offload(zo.mezo(PIECES, learning_rate=0.1), transfer_dtype=transfer_dtype)
+    monkeypatch.setattr(room, "free_host_bytes", lambda: need)
+    away.init(params, key=jax.random.key(0))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: need - 1)
+    with refused(f"the host holds all blocks. That needs .* on 1 cpu device; .* 1e-09 GB too few. Try {advice}"):
+        away.init(params, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
     ("on_device", "limit", "message"),
     [
-        (ON_DEVICE, "1", None),
+        (ON_ONE_OF_TWO, "1", None),
         (
-            ON_DEVICE - 48,
+            ON_ONE_OF_TWO - 48,
             "1",
-            "resident parameters and two blocks, on each device, need .* on 2 gpu devices, .* 4.8e-08 GB too",
+            "a block and slices of 3 of 4. That needs .* on each of 2 gpu devices; .* 4.8e-08 GB too few",
         ),
-        (ON_DEVICE, "1e-6", f"the blocks, in the host's memory, need .* too few: .*; {room.PINNED_LIMIT} limits"),
+        (
+            ON_ONE_OF_TWO,
+            "1e-6",
+            f"the host holds all blocks. That needs .* on the host; .* bfloat16 parameters, or a higher {room.PINNED_LIMIT}",
+        ),
     ],
 )
 def test_devices_with_memory_of_their_own(on_device, limit, message, monkeypatch):

@@ -52,16 +52,20 @@ class HostSharding(NamedSharding):
     memory_kind = "pinned_host"
 
 
-def compile_program(function: Any, shapes: tuple[Any, ...], *, options: dict[str, Any] | None = None) -> Any:
-    """Compile a jitted function for the described devices that its shapes lie on.
+def compile_program(
+    function: Any, shapes: tuple[Any, ...], *, platform: str = "cuda", options: dict[str, Any] | None = None
+) -> Any:
+    """Compile a jitted function for the devices, possibly described ones, that its shapes lie on.
 
     Args:
         function: from `jax.jit`.
         shapes: of its arguments.
+        platform: of the devices, "cuda" or "cpu".
         options: further options of XLA.
     """
-    lowered = function.trace(*shapes).lower(lowering_platforms=("cuda",))
-    chosen = {"xla_gpu_autotune_level": 0} | (options or {})  # no device to time candidates on
+    lowered = function.trace(*shapes).lower(lowering_platforms=(platform,))
+    untimed = {"xla_gpu_autotune_level": 0} if platform == "cuda" else {}  # no device to time candidates on
+    chosen = untimed | (options or {})
     with mock.patch.object(HostSharding, "memory_kind", None):  # what jax expects to be told by the compiler
         return lowered.compile(compiler_options=chosen)
 

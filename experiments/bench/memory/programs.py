@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import eggroll
 from eggroll import generation
 from eggroll.devices.mesh import report_shardings, update_shardings
+from eggroll.experiments.bench.memory.described import compile_program
 from eggroll.experiments.bench.memory.models import Workload
 from eggroll.noise.factored import LowRankLeaf
 from eggroll.population.fitness import normalise_fitness
@@ -93,8 +94,7 @@ class Generation:
         function, shapes = self.program(name)
         if platform is None:
             return function.lower(*shapes).compile()
-        options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None  # no device to time candidates on
-        return function.trace(*shapes).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+        return compile_program(function, shapes, platform=platform)
 
     def run(self, compiled: dict[str, Any], params: Any, batch: Any) -> Any:
         """Run plain inference, or the two programs of a generation; a generation consumes the parameters."""

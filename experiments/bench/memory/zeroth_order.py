@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from eggroll import generation, zo
 from eggroll.experiments.bench.kernel_generation import ONE_BILLION, SMALL
 from eggroll.experiments.bench.memory.programs import tree_bytes, usage
+from eggroll.experiments.bench.offload.model import step_of
+from eggroll.experiments.bench.offload.programs import programs_of
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
-from eggroll.zo.offload.devices import Sliced
-from eggroll.zo.offload.passes import program
 
 SIZES = {
     "smollm2": TransformerConfig(49152, 576, 1536, 30, 9, 3, 64, model_type="llama", tie_word_embeddings=True),
@@ -70,7 +70,8 @@ def planned(pieces: zo.Blocks, params: Any, batch: Any) -> dict[str, Any]:
     plain = _planned_bytes(jax.jit(zo.blocks.whole_loss(pieces)).lower(params, batch, key))
     tuners = {name: zo.RECIPES[name](pieces, learning_rate=1e-6) for name in ("mezo", "lozo")}
     lowered = {name: resident_programs(tuner, params, batch) for name, tuner in tuners.items()}
-    lowered["offload"] = offloaded_programs(zo.Offload(tuners["mezo"]), params, batch)
+    away = programs_of(step_of(zo.Offload(tuners["mezo"]), params, batch))
+    lowered["offload"] = {name: function.lower(*shapes) for name, (function, shapes) in away.items()}
     found = {name: {step: _planned_bytes(one) for step, one in programs.items()} for name, programs in lowered.items()}
     row: dict[str, Any] = {f"{name}_ratio": (max(own.values()) - plain) / size for name, own in found.items()}
     two_blocks = 2 * tree_bytes(blocks) / blocks[0].shape[0]
@@ -101,28 +102,6 @@ def resident_programs(tuner: zo.ZerothOrder, params: Any, batch: Any) -> dict[st
     return {
         "score": jax.jit(functools.partial(tuner.score, plan)).lower(state, batch),
         "update": jax.jit(update, donate_argnums=0).lower(state, coefficients),
-    }
-
-
-def offloaded_programs(away: zo.Offload, params: Any, batch: Any) -> dict[str, Any]:
-    """Lower the programs of an offloaded step on one device."""
-    streams = away.streams_of(away.tuner.plan_of(params, batch), params)
-    small = jax.eval_shape(lambda resident: away.without_blocks(resident, jax.random.key(0)), params["resident"])
-
-    def block_leaf(leaf: Any) -> Any:
-        values: Any = jax.ShapeDtypeStruct((away.devices.slice_size(leaf.size // leaf.shape[0]),), leaf.dtype)
-        return Sliced(values, leaf.shape[1:], leaf.dtype)
-
-    block, index = jax.tree.map(block_leaf, params["blocks"]), jax.ShapeDtypeStruct((), jnp.int32)
-    begin = program(streams, "begin")
-    carry, aux = jax.eval_shape(begin, small, batch)
-    update_resident = program(streams, "update_resident", donate_argnums=2)
-    return {
-        "update_resident": update_resident.lower(small.pending, small.key, small.resident),
-        "begin": begin.lower(small, batch),
-        "update_block": program(streams, "update_block").lower(small.pending, small.key, block, index),
-        "visit": program(streams, "visit").lower(small, block, index, carry, aux),
-        "end": program(streams, "end").lower(small, carry, batch),
     }
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from eggroll import zo
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.opt import OPTConfig, leaves, make_decoder
+from eggroll.zo.blocks import check_blocks
 from eggroll.zo.offload.devices import AXES, BATCH, OWN, SAME, SLICES, Devices, Sliced
 from eggroll.zo.offload.passes import program
 from eggroll.zo.offload.streams import Streams
@@ -60,14 +61,19 @@ def make_step(config: OPTConfig, mesh: Mesh, *, tokens: int, recipe: str = "mezo
     """
     away = zo.Offload(zo.RECIPES[recipe](pieces_of(config), learning_rate=1e-6, mesh=mesh))
     params = jax.eval_shape(functools.partial(init, leaves(config), dtype=jnp.bfloat16), jax.random.key(0))
-    parts = mesh.shape["data"]
-    batch = _placed(jax.ShapeDtypeStruct((parts, tokens), jnp.int32), mesh, BATCH if parts > 1 else SAME)
+    return step_of(away, params, jax.ShapeDtypeStruct((mesh.shape["data"], tokens), jnp.int32))
+
+
+def step_of(away: zo.Offload, params: Any, batch: Any) -> Step:
+    """Return the step of an offloaded model, from the shapes of its parameters and of a batch."""
+    mesh = away.devices.mesh
+    batch = _placed(batch, mesh, BATCH if mesh.shape["data"] > 1 else SAME)
     streams = away.streams_of(away.tuner.plan_of(params, batch), params)
     state = jax.eval_shape(lambda resident: away.without_blocks(resident, jax.random.key(0)), params["resident"])
     state = _placed(state, mesh, SAME)
     carry, aux = _placed(jax.eval_shape(program(streams, "begin"), state, batch), mesh, OWN)
     block = jax.tree.map(functools.partial(_slices, devices=away.devices), params["blocks"])
-    return Step(streams, state, block, batch, carry, aux, config.num_hidden_layers)
+    return Step(streams, state, block, batch, carry, aux, check_blocks(params))
 
 
 def pieces_of(config: OPTConfig) -> zo.Blocks:

@@ -76,8 +76,12 @@ def write_run(folder, options, **fields):
     return folder
 
 
-def test_a_folder_that_has_no_such_run_is_a_clear_error(tmp_path):
+def test_a_folder_that_has_no_such_run_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options, folder = Config().options(), tmp_path / "run"
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs/named", options | {"imports": ["away/mine.py"]}, parameters={"best": "best"})
+    (tmp_path / "runs/named/best").mkdir()
     several, other = tmp_path / "several", tmp_path / "other"
     (several / "seed-1").mkdir(parents=True)
     write_run(other, {"model": "small"})
@@ -88,6 +92,10 @@ def test_a_folder_that_has_no_such_run_is_a_clear_error(tmp_path):
         ([str(tmp_path)], f"error: {tmp_path} has no finished run: there is no summary.json in it."),
         ([str(several)], f"error: {several} has the runs of several seeds; name one of seed-1 in it."),
         ([str(other)], f"error: {other} is a run of another experiment than experiments.rl."),
+        (["absent"], "error: there is no folder runs/absent."),
+        (["named"], "error: runs/named was trained with --import away/mine.py, which is not here: run this in the folder of"),
+        (["named", "--import", "nowhere.py"], "error: --import: there is no file nowhere.py."),
+        (["named", "--parameters", "last"], "error: runs/named has no last parameters: there is no folder runs/named/last."),
         ([str(folder), "--env", "Acrobot-v1"], f"error: {folder} is a run of CartPole-v1, not of Acrobot-v1; leave --env out"),
         ([str(tmp_path / "random")], f"error: {tmp_path}/random is a run of random actions, which has no parameters."),
         ([str(tmp_path / "empty")], f"error: {tmp_path}/empty has no best parameters"),

@@ -13,9 +13,10 @@ import pytest
 
 from eggroll import zo as library
 from eggroll.experiments.common.options import drop_options
+from eggroll.experiments.common.run import write_json
 from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evaluation, evolution
-from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, config_from, parse
+from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import batch_of
 from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
@@ -105,10 +106,12 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(whole, monkeypatch):
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, folder=other))
     with monkeypatch.context() as patch:
         patch.setattr(evolution, "train", lambda *args, generations, **more: stopped(*args, generations=3, **more))
-        assert experiment.run()["steps"] == 3
+        begun = experiment.run()
+        assert begun["steps"] == 3
     assert weights(other) != weights(folder)
     monkeypatch.setattr(experiment, "config", dataclasses.replace(experiment.config, resume=True))
     row = experiment.run()
+    assert row["seconds"] > begun["seconds"]  # those before the resume are counted
     assert row | MEASURED == {name: summary[name] for name in row} | MEASURED and weights(other) == weights(folder)
     first, second = ((path / "metrics.jsonl").read_text().splitlines() for path in (folder, other))
     assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
@@ -154,7 +157,7 @@ def test_scores_of_a_finished_run_and_of_a_model(whole, place, capsys, monkeypat
     _, summary, folder = whole
     names = [f"{split}_{what}" for split in ("validation", "test") for what in ("loss", "accuracy")]
     before = sorted(folder.iterdir())
-    found = run(capsys, "--evaluate", "--folder", str(folder))
+    found = run(capsys, *place[1], *WHOLE, "--evaluate", "--folder", str(folder))  # the command of the run, or none of it
     assert [found[name] for name in names] == pytest.approx([summary[name] for name in names])
     assert found["steps"] == 6 and found["validation_loss_best"] <= found["validation_loss"]
     for step in (0, 4):  # as if it had been the best
@@ -167,6 +170,29 @@ def test_scores_of_a_finished_run_and_of_a_model(whole, place, capsys, monkeypat
     options = [*place[1][len(START) :], "--model", str(folder / "model"), "--evaluate"]
     model = run(capsys, *options)
     assert [model[name] for name in names] == pytest.approx([summary[name] for name in names])
+
+
+def test_a_folder_that_cannot_be_scored_is_a_clear_error(tmp_path):
+    def folder(name, **fields):
+        write_json(tmp_path / name / "summary.json", {"options": Config().settings(), "seed": 3, **fields})
+        return tmp_path / name
+
+    for name in ("removed", "other", "whole/model", "several/seed-0", "several/seed-1", "none"):
+        (tmp_path / name).mkdir(parents=True)
+    count = f"with --evaluate of {folder('whole')}, whose own options count."
+    for given, words in (
+        ([tmp_path / "none"], "none has no finished run: there is no summary.json in it."),
+        ([tmp_path / "absent"], "there is no folder"),
+        ([tmp_path / "several"], "several has the runs of several seeds; name one of seed-0, seed-1 in it."),
+        ([folder("other", options={"env": "CartPole-v1"})], "other is a run of another experiment than experiments.zo."),
+        ([folder("removed")], "removed has no model: it was removed, as a comparison of recipes does."),
+        ([folder("whole"), "--task", "rte", "--recipe", "mezo"], f"--task has no effect {count}"),
+        ([folder("whole"), "--start.layers", "9"], f"--start.layers has no effect {count}"),
+        ([folder("whole"), "--seed", "4"], f"--seed has no effect {count}"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            zo.main(["--evaluate", "--folder", *map(str, given)])
+        assert words in str(ended.value) and "\n" not in str(ended.value)
 
 
 @pytest.mark.slow

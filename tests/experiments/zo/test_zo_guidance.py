@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from eggroll import zo as library
-from eggroll.experiments.common.loop import Checks
+from eggroll.experiments.common.loop import Checks, seconds_spent
 from eggroll.experiments.zo import __main__ as zo
-from eggroll.experiments.zo import capacity
+from eggroll.experiments.zo import capacity, inputs
 from eggroll.experiments.zo.config import Config, parse
 from eggroll.experiments.zo.evaluation import best_step
 from eggroll.experiments.zo.guidance import describe
@@ -21,6 +21,7 @@ from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import GROWING, Progress, projected_gradient, why_ended
 from eggroll.experiments.zo.warm_start import WarmStart, init
 from eggroll.llm import hf
+from eggroll.zo import room
 from tests.experiments.zo.test_zo_experiment import START, write
 from tests.test_readme import code_blocks
 
@@ -73,9 +74,22 @@ def test_a_loss_that_grows_is_said_once(capsys):
     for number in range(14, 50):
         step(progress, number, float(number + 10))
     record = step(progress, 99, 1.0)
+    assert record.extra.pop("seconds_spent") > 0
     assert record.extra == {"loss": 1.0, "steps": 100, "validation_loss": 0.5, "validation_accuracy": 0.75}
     assert "step 100: training loss 1, validation loss 0.5 accuracy 0.750" in capsys.readouterr().out
     assert progress.words(record) == "loss 1  validation loss 0.5 accuracy 0.750  1 forwards/s"
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
+    """Metrics of an earlier version have the seconds of the steps alone; lines after the last whole step are dropped."""
+    rows = [{"generation": n, "seconds": 2.0} for n in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), config=Config())
+    progress.begin(seconds_spent(tmp_path, 2))
+    line = step(progress, 2, 1.0).extra
+    assert 4 <= line["seconds_spent"] <= progress.seconds < 5
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"generation": 3, **line}]))
+    assert seconds_spent(tmp_path, 4) == line["seconds_spent"] and seconds_spent(tmp_path, 0) == 0
 
 
 def test_why_a_run_ended(capsys):
@@ -98,33 +112,43 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss():
 @pytest.mark.parametrize(
     ("arguments", "free", "words"),
     [
-        ([], 0.9, "a device holds the parameters, .* KiB. That is .* KiB more than the .* KiB that are free; try --offload"),
-        (["--mesh", "population=2"], 1.9, ", and the mesh has 2 devices. .* try a mesh of fewer devices, or --offload"),
-        (["--recipe", "adam"], 3.9, "adam holds parameters, gradient and moments, .* try a recipe other than adam"),
+        ([], 0.9, r"holds the parameters\. .* too few\. Try --offload\."),
         (
-            ["--offload"],
-            0.9,
-            "outside the blocks and 1 blocks, .*; the host holds all blocks, .* try --transfer-dtype",
+            ["--mesh", "population=2"],
+            1.9,
+            r"each device holds .* on 2 cpu devices; .* Try a mesh of fewer devices, or --offload\.",
         ),
+        (["--recipe", "adam"], 3.9, r"holds parameters, gradient and moments of adam\. .* Try a recipe other than adam\."),
+        (["--offload"], 0.9, r"and 1 of 1 blocks; the host holds all blocks\. .* Try --transfer-dtype bfloat16\."),
+        (["--evaluate", "--offload"], 0.9, r"holds the parameters\. .* Try a smaller model\."),
+        (["--model", "x", "--dtype", "bfloat16"], 1.4, r"and float32 masters of them\. .* Try --offload\."),
+        (["--model", "x", "--evaluate"], 0.9, r"\. Try --dtype bfloat16\."),
+        (["--model", "x", "--offload"], 0.9, r"\. Try --transfer-dtype bfloat16, or --dtype bfloat16\."),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(arguments, free, words, monkeypatch):
-    config = parse([*START, *arguments])
-    model = config.start.model
+    config, model = parse([*START, *arguments]), WarmStart(steps=0, width=16, layers=1).model
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(capacity.shapes_of(model)))
-    monkeypatch.setattr(capacity, "free_bytes", lambda: int(free * whole))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: int(free * whole))
     with pytest.raises(ValueError, match=f"the model does not fit: .*{words}"):
         capacity.check_capacity(config, model)
-    monkeypatch.setattr(capacity, "free_bytes", lambda: int((free + 1.2) * whole))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: int((free + 1.2) * whole))
     capacity.check_capacity(config, model)
 
 
 def test_a_run_checks_that_its_model_fits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(capacity, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 1000)
     monkeypatch.setattr("eggroll.experiments.zo.inputs.hf.load", None)  # no weight is read
     with pytest.raises(ValueError, match="the model does not fit"):
         load(parse([*START, "--data", str(write(tmp_path / "data", train=12, validation=6, test=6))]), tmp_path)
+
+
+def test_every_process_has_the_shipped_task_of_a_run_that_writes_nothing(tmp_path, monkeypatch):
+    """The temporary folder is another one in each, and only the first process writes into a shared one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inputs, "first_does", lambda function: None)
+    assert len(load(parse(START)).task.test.labels) == 1000
 
 
 @pytest.mark.slow

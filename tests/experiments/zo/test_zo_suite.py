@@ -4,6 +4,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from eggroll.experiments.common.seed_runs import Setting
@@ -11,7 +12,10 @@ from eggroll.experiments.common.suite import Result
 from eggroll.experiments.zo import studies
 from eggroll.experiments.zo import suite as zo_suite
 from eggroll.experiments.zo.data import movies
+from eggroll.experiments.zo.figure import draw_run
+from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.table import Row, make_table, report
+from eggroll.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 TINY = ["--start.steps", "0", "--start.width", "16", "--start.layers", "1", "--batch-size", "2", "--checks", "2"]
@@ -31,10 +35,11 @@ def results(tmp_path):
         for seed, found in summaries.items():
             place = folder / f"seed-{seed}"
             (place / "model").mkdir(parents=True)
+            (place / "summary.json").write_text("{}")
             found["validation_loss_before"] = 1.0
-            steps = [
-                {"generation": n, "seconds": 9.0 if n == 0 else 1.0, "validation_loss": [0.5, None][n % 2]} for n in range(3)
-            ]
+            steps = [{"generation": n, "seconds": 9.0 if n == 0 else 1.0, "mean_fitness": None} for n in range(4)]
+            for n, loss in ((0, 0.5), (1, None), (3, 0.5)):  # checks
+                steps[n] |= {"validation_loss": loss, "validation_accuracy": 0.5}
             (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
         options = {"objective": "loss"}
         return Result(Setting(("movies", recipe), ("--recipe", recipe, *arguments), options, folder), summaries)
@@ -61,7 +66,26 @@ def test_curves_begin_before_training_and_leave_compilation_out(results):
     from eggroll.experiments.zo.table import read_curve
 
     curve = read_curve(results[0].setting.folder / "seed-0", results[0].summaries[0], what="validation_loss")
-    assert curve == ("validation loss", [0, 2, 6], [0.0, 1.0, 3.0], [1.0, 0.5, 0.5])
+    np.testing.assert_equal(curve, ("validation loss", [0, 2, 4, 8], [0.0, 1.0, 2.0, 4.0], [1.0, 0.5, np.nan, 0.5]))
+
+
+def test_a_seed_that_diverged_is_a_dash_and_a_gap(results, tmp_path):
+    """Its losses are null in the files; nothing was left of a run that was already finished, so neither is its speed."""
+    diverged, adam = results
+    diverged.summaries[1].update(test_loss=None, validation_loss_before=None, forwards_per_second=None)
+    adam.summaries[0].update(test_accuracy=None, forwards_per_second=None)
+    found = report(tmp_path, results, tries={}, keep_models=True)
+    rows = [line.split(" | ") for line in found.table.splitlines()[2:]]
+    assert [row[4] for row in rows] == ["0.750", "-", "0.250"] and [row[5] for row in rows] == ["-"] * 3
+    assert [row[10] for row in rows[1:]] == ["10", "-"] and rows[2][3] == "-"
+    draw_run(read_metrics(diverged.setting.folder / "seed-1"), Score(1.0, 0.5), tmp_path / "run.png", forwards=2)
+
+
+def test_an_unfinished_seed_keeps_what_it_continues_from(results, tmp_path):
+    seed = results[0].setting.folder / "seed-1"
+    (seed / "summary.json").unlink()
+    report(tmp_path, results, tries={}, keep_models=False)
+    assert [path.parent for path in tmp_path.rglob("model")] == [seed]
 
 
 def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_path, monkeypatch):
