@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from eggroll.experiments.rl.presets import PAPER
 from eggroll.experiments.rl.uniform import uniform_action
 from eggroll.journal import __main__ as journal
 from eggroll.noise import addresses
+from eggroll.runs import durable
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 SMALL = ["--population-size", "16", "--generations", "4", "--hidden-sizes", "8", "--evaluation-episodes", "50"]
@@ -295,3 +297,12 @@ def test_a_bad_setting_is_named_by_the_run(options, tmp_path, capsys, recwarn):
     rl.main([*options.split(), "--env-steps", "300000", "--folder", str(tmp_path)])
     said = capsys.readouterr().out + "".join(str(warning.message) for warning in recwarn)
     assert re.search(BAD[options], said)
+
+
+def test_what_a_journal_carries_is_as_large_as_the_page_says():
+    """docs/method.md: 8 bytes a feature + 52."""
+    checks = SimpleNamespace(done=0, met=False, best_env_steps=0, best=0.0)
+    for features in (4, 30):
+        task = SimpleNamespace(environment=SimpleNamespace(observation_shape=(features,)))
+        carried = evolution._Progress(task, checks, most_steps=1).save()
+        assert len(durable._pack(carried)) == 8 * features + 52
