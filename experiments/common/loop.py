@@ -39,12 +39,13 @@ class Checks:
         return done % self._every == 0 or done == self._steps
 
 
-def seconds_spent(folder: Path, done: int) -> float:
-    """Return the seconds of training of the first `done` generations of the run in a folder, by its metrics."""
-    rows = [row for row in read_metrics(folder) if row["generation"] < done]
-    if not rows:
-        return 0.0
-    return rows[-1].get("seconds_spent") or sum(row["seconds"] for row in rows)  # earlier versions knew those of steps only
+def seconds_spent(folder: Path) -> float:
+    """Return the seconds of training that the run in a folder took so far, by its metrics; 0 for a new one.
+
+    Where they have those of every generation alone, compilation counts, and checks do not.
+    """
+    rows = read_metrics(folder)
+    return rows[-1].get("seconds_spent") or sum(row.get("seconds", 0.0) for row in rows) if rows else 0.0
 
 
 def print_end(done: str, reason: str, *, seconds: float) -> None:

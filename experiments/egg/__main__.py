@@ -14,6 +14,7 @@ import jax
 
 import eggroll
 from eggroll.experiments.common.checkpoint import save_checkpoint
+from eggroll.experiments.common.loop import seconds_spent
 from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.egg import evolution
@@ -30,7 +31,7 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
 
 def train(config: Config, inputs: Inputs, run: SeedRun) -> Row:
     """Train with one seed and write the artefacts; return the fields of its summary."""
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds_spent(run.folder)
     trained = evolution.pretrain(config, inputs, run)
     seconds = time.perf_counter() - start
     save_checkpoint(run.folder / "checkpoint", trained.params)

@@ -17,6 +17,7 @@ from jax import Array
 
 import eggroll
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.loop import seconds_spent
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.rl import finished
@@ -56,7 +57,7 @@ def train(config: Config, algorithm: Algorithm, evaluation: Evaluation, *, run: 
     """Train with one seed, evaluate, write the artefacts; return the fields of its summary."""
     random_returns = evaluation.random_returns(key=seed_keys(run.seed).random)
     random_return = float(random_returns.mean())
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds_spent(run.folder)
     try:
         trained = algorithm.train(run, random_return=random_return)
     except KeyboardInterrupt:

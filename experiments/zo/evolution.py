@@ -138,7 +138,7 @@ class Evolution:
             done = int(state.generation)
             if config.guidance and not done:
                 progress.suggested = self.guide(state, seed=seed).learning_rate
-            progress.begin(seconds_spent(folder, done))
+            progress.begin(seconds_spent(folder))
             if done < self.steps:
                 state, history = train(
                     tuner,

@@ -81,15 +81,15 @@ def test_a_loss_that_grows_is_said_once(capsys):
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
-    """Metrics of an earlier version have the seconds of the steps alone; lines after the last whole step are dropped."""
-    rows = [{"generation": n, "seconds": 2.0} for n in range(3)]
+    """Metrics of an earlier version have the seconds of the steps alone."""
+    rows = [{"generation": n, "seconds": 2.0} for n in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), config=Config())
-    progress.begin(seconds_spent(tmp_path, 2))
+    progress.begin(seconds_spent(tmp_path))
     line = step(progress, 2, 1.0).extra
     assert 4 <= line["seconds_spent"] <= progress.seconds < 5
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"generation": 3, **line}]))
-    assert seconds_spent(tmp_path, 4) == line["seconds_spent"] and seconds_spent(tmp_path, 0) == 0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"generation": 2, **line}]))
+    assert seconds_spent(tmp_path) == line["seconds_spent"] and seconds_spent(tmp_path / "new") == 0
 
 
 def test_why_a_run_ended(capsys):
