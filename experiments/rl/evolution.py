@@ -15,8 +15,10 @@ import eggroll
 from eggroll import envs
 from eggroll.devices.processes import local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.options import flag
+from eggroll.experiments.common.schedules import Rate, make_schedule
 from eggroll.experiments.common.seeds import SeedRun
-from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.config import WITH_END, Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
 from eggroll.experiments.rl.report import draw
 from eggroll.runs.diagnosis import advise
@@ -34,13 +36,15 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
         return played.total_reward.mean(), jax.tree.map(lambda x: x.sum(axis=0), played.sums)
 
     many = config.population_size * config.episodes >= MANY_EPISODES
+    sigma, rate = make_schedules(config, task)
     return eggroll.EvolutionStrategy(
         fitness,
         population_size=config.population_size,
-        sigma=config.sigma if config.sigma_decay == 1 else optax.exponential_decay(config.sigma, 1, config.sigma_decay),
-        optimizer=make_optimizer(config),
+        sigma=sigma,
+        optimizer=make_optimizer(config, sigma, rate),
         perturbation=eggroll.Dense() if config.algorithm == "openes" else eggroll.LowRank(rank=config.rank),
         shaping=config.shaping,
+        noise_reuse=config.noise_reuse,
         chunk_size=config.chunk_size,
         memory_budget="device" if many and config.chunk_size is None else None,
         aux="sum",
@@ -48,17 +52,43 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def steps_of_generation(config: Config, task: Task) -> int:
+    """Return the environment steps of a generation in which no episode ends early."""
+    return config.population_size * config.episodes * task.environment.max_steps
+
+
+def planned_generations(config: Config, task: Task) -> int:
+    """Return the number of generations after which schedules end; where episodes end early, env_steps may allow more."""
+    return config.generations or math.ceil(config.env_steps / steps_of_generation(config, task))
+
+
+def make_schedules(config: Config, task: Task) -> tuple[Rate, Rate]:
+    """Make sigma and the step size: numbers, or functions of the generation.
+
+    Raises:
+        ValueError: a schedule has an end, and the run has only one generation.
+    """
+    generations, made = planned_generations(config, task), []
+    for name in ("sigma", "learning_rate"):
+        kind, decay, end = (getattr(config, f"{name}_{part}") for part in ("schedule", "decay", "end"))
+        if kind in WITH_END and generations < 2:
+            steps = f"--env-steps {config.env_steps:,}: a generation has up to {steps_of_generation(config, task):,}"
+            limit = f"--generations {config.generations}" if config.generations else steps
+            raise ValueError(f"{flag(f'{name}_schedule')} {kind} needs at least 2 generations; raise {limit}.")
+        made.append(make_schedule(kind, getattr(config, name), decay=decay, end=end, generations=generations))
+    return made[0], made[1]
+
+
+def make_optimizer(config: Config, sigma: Rate, rate: Rate) -> optax.GradientTransformation:
     """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma."""
     if config.optimizer != "sgd":
-        rate, decay = config.learning_rate, config.learning_rate_decay
-        return {"adam": optax.adam, "adamw": optax.adamw}[config.optimizer](_decaying(rate, decay))
-    rate = eggroll.paper_learning_rate(config.learning_rate, sigma=config.sigma, population_size=config.population_size)
-    return optax.sgd(_decaying(rate, config.learning_rate_decay * config.sigma_decay**2))
+        return {"adam": optax.adam, "adamw": optax.adamw}[config.optimizer](rate)
 
+    def paper_rate(generation: Any) -> Any:
+        now, width = (value(generation) if callable(value) else value for value in (rate, sigma))
+        return eggroll.paper_learning_rate(now, sigma=width, population_size=config.population_size)
 
-def _decaying(rate: float, decay: float) -> Any:
-    return rate if decay == 1 else optax.exponential_decay(rate, 1, decay)
+    return optax.sgd(paper_rate if callable(rate) or callable(sigma) else paper_rate(0))
 
 
 def next_statistics(known: envs.ObservationStatistics, metrics: eggroll.Metrics) -> envs.ObservationStatistics:
@@ -136,11 +166,14 @@ class Evolution:
             ValueError: the folder has a run with other settings, or damaged files.
         """
         config, keys, folder = self._config, seed_keys(seed_run.seed), seed_run.folder
+        if {config.sigma_schedule, config.learning_rate_schedule} & {*WITH_END}:
+            print(
+                f"seed {seed_run.seed}: schedules end after {planned_generations(config, self._task):,} generations", flush=True
+            )
         es, initial = self.start(keys)
         every = config.env_steps / config.checks
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
-        most_steps = config.population_size * config.episodes * self._task.environment.max_steps
-        progress = _Progress(self._task, checks, most_steps=most_steps)
+        progress = _Progress(self._task, checks, most_steps=steps_of_generation(config, self._task))
         run = DurableRun(
             folder,
             es,

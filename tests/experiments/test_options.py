@@ -130,6 +130,16 @@ REFUSED = [
     ("rl", ["--ppo.clip", "0.1"], "--ppo.clip has no effect with --algorithm eggroll: it belongs to ppo."),
     ("rl", [*RANDOM, "--render"], "--render has no effect with --algorithm random: it belongs to eggroll, openes and ppo."),
     ("rl", [*RANDOM, "--resume"], "--resume has no effect with --algorithm random: it belongs to eggroll and openes."),
+    (
+        "rl",
+        ["--sigma-schedule", "linear", "--sigma-decay", "0.9"],
+        "--sigma-decay has no effect with --sigma-schedule linear: it belongs to exponential.",
+    ),
+    (
+        "rl",
+        ["--learning-rate-end", "0.5"],
+        "--learning-rate-end has no effect with --learning-rate-schedule exponential: it belongs to linear and cosine.",
+    ),
     ("rl", [*RANDOM, "--preset", "paper"], "--preset has no effect with --algorithm random"),
     (
         "rl",
@@ -193,6 +203,7 @@ ACCEPTED = [
     ("rl", [*PPO, "--env", "Pendulum-v1", "--ppo.clip", "0.1"]),  # whose defaults of sigma and the population are others
     ("rl", [*PPO, "--preset", "paper"]),
     ("rl", ["--algorithm", "openes", "--preset", "paper"]),  # which sets a rank
+    ("rl", ["--env", "brax/ant", "--preset", "paper", "--learning-rate-schedule", "cosine"]),  # which sets a decay
     ("rl", [*RANDOM, "--max-steps", "10"]),
     ("rl", ["--resume", "--render", "--chunk-size", "512"]),
     ("zo", [*ADAM, "--steps", "3"]),
