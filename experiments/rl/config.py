@@ -101,8 +101,8 @@ class Config:
     sigma: float = 0.1
     """Standard deviation of the perturbation of one weight."""
     sigma_schedule: Kind = "exponential"
-    """How sigma changes: exponential by sigma_decay, or linear or cosine to sigma_end in the last generation. Without generations
-    that is the last one of env_steps if no episode ends early."""
+    """How sigma changes: exponential by sigma_decay, or linear or cosine to sigma_end in the last generation. Without
+    generations, that is the last one of env_steps if no episode ends early."""
     sigma_decay: float = 1.0
     """Multiply sigma by this after each generation; 1 keeps it."""
     sigma_end: float = 0.1
