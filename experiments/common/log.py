@@ -1,9 +1,10 @@
-"""`log.txt` in the run folder: a copy of what one seed printed, with timestamps."""
+"""`log.txt` in the run folder: a copy of what one seed printed and warned of, with timestamps; a warning is one plain line."""
 
 import contextlib
 import datetime
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,14 +27,35 @@ def logged(folder: Path, *, append: bool) -> Iterator[None]:
         return
     with open(folder / NAME, "a" if append else "w") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(_Copied(sys.stdout, file)))
-        if not sys.stderr.isatty():
+        has_bar = sys.stderr.isatty()
+        if not has_bar:
             stack.enter_context(contextlib.redirect_stderr(_Copied(sys.stderr, file)))
+        stack.enter_context(_plain_warnings(file if has_bar else None))
         _write(file, f"{_now()} start: {' '.join(sys.argv)}\n")
         try:
             yield
         except BaseException as error:
             _write(file, f"{_now()} ended by {type(error).__name__} {error}".rstrip() + "\n")
             raise
+
+
+@contextlib.contextmanager
+def _plain_warnings(file: IO[str] | None) -> Iterator[None]:
+    """Show a warning without its place in the code; a file gets it, too."""
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *place, **more)
+        if file is not None:
+            _write(file, f"{_now()} warning: {message}\n")
+        return f"warning: {message}\n"
+
+    setattr(warnings, "formatwarning", plain)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(warnings, "formatwarning", usual)  # noqa: B010
 
 
 class _Copied(io.TextIOBase):

@@ -1,5 +1,6 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
+import collections
 import contextlib
 import math
 import statistics
@@ -21,7 +22,8 @@ from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import WITH_END, Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
 from eggroll.experiments.rl.report import draw
-from eggroll.runs.diagnosis import advise
+from eggroll.noise.plan import Plan
+from eggroll.runs.diagnosis import RECENT, WARNED, advise, find_unusual
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
@@ -104,19 +106,23 @@ class _Progress:
     Args:
         task: that is trained.
         checks: of the unperturbed parameters.
+        plan: of the parameters.
         most_steps: environment steps that a generation can have.
     """
 
-    def __init__(self, task: Task, checks: HeldOutChecks, *, most_steps: int):
+    def __init__(self, task: Task, checks: HeldOutChecks, *, plan: Plan, most_steps: int):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps, self.invalid = 0, 0
-        self.checks, self._most_steps = checks, most_steps
+        self.checks, self._plan, self._most_steps = checks, plan, most_steps
+        self._recent = collections.deque[Record](maxlen=RECENT)
+        self._named = {*WARNED}
 
     def on_record(self, record: Record) -> None:
         """Keep what follows a generation, and count."""
         self.statistics = record.batch
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
+        self._recent.append(record)
         record.extra["env_steps"] = self.env_steps
 
     def quiet(self) -> int:
@@ -125,8 +131,18 @@ class _Progress:
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
         """Check the parameters if that is due; return whether the target is met."""
-        record.extra.update(self.checks(local(state.params), self.statistics, env_steps=self.env_steps))
+        found = self.checks(local(state.params), self.statistics, env_steps=self.env_steps)
+        record.extra.update(found)
+        if found:
+            self._name_unusual(record.generation)
         return self.checks.met
+
+    def _name_unusual(self, generation: int) -> None:
+        """Print what is unusual and was not named before."""
+        for name, words in find_unusual([*self._recent], self._plan).items():
+            if name not in self._named:
+                self._named.add(name)
+                print(f"generation {generation}: {words}", flush=True)
 
     def save(self) -> dict[str, Any]:
         """Return the progress as arrays."""
@@ -173,7 +189,8 @@ class Evolution:
         es, initial = self.start(keys)
         every = config.env_steps / config.checks
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
-        progress = _Progress(self._task, checks, most_steps=steps_of_generation(config, self._task))
+        most_steps = steps_of_generation(config, self._task)
+        progress = _Progress(self._task, checks, plan=es.plan(initial), most_steps=most_steps)
         run = DurableRun(
             folder,
             es,
@@ -211,5 +228,6 @@ class Evolution:
             env_steps=progress.env_steps,
             invalid=progress.invalid,
             checks=checks,
+            unusual=tuple(find_unusual(history, es.plan(state))),
             advice=advise(history, es.plan(state)),
         )

@@ -62,7 +62,7 @@ FINE = {"sigma": 0.1, "tied_pairs": 0.0, "update_over_sigma": 0.1, "pair_correla
         ),
         (
             {"sigma": 5.0},
-            r"Sigma \(5\) is 5 times as large as the weights \(root mean square 1\), .*\. Lower sigma\.$",
+            r"Sigma \(5\) is 5 times as large as the weights \(root mean square 1 by weight_norm\), .*\. Lower sigma\.$",
         ),
         ({"sigma": float("nan"), "weight_norm": float("nan"), "update_over_sigma": float("nan")}, "^Try another"),  # int8
     ],
