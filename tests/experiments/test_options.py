@@ -17,6 +17,7 @@ from eggroll.experiments.faultdrill import __main__ as faultdrill
 from eggroll.experiments.reason import config as reason_config
 from eggroll.experiments.reason import suite as reason_suite
 from eggroll.experiments.reason.effects import RULES as REASON_RULES
+from eggroll.experiments.rl import choosing as rl_choosing
 from eggroll.experiments.rl import config as rl_config
 from eggroll.experiments.rl import inputs as rl_inputs
 from eggroll.experiments.rl import suite as rl_suite
@@ -55,6 +56,7 @@ COMMANDS = {
         f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
     "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
+    "rl_choosing": (rl_choosing.Config, (), "knobs seeds jobs page folder"),
     "zo_suite": (zo_suite.Config, zo_suite.OF_SUITE, "model recipes seeds forwards search folder"),
     "egg_scaling": (
         egg_suite.Config,

@@ -1,8 +1,13 @@
 """A run as the user sees it: its folder, its last line."""
 
+import re
+import sys
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 
+from eggroll.experiments.common.log import logged
 from eggroll.experiments.common.run import print_summary, run_folder
 
 
@@ -16,3 +21,14 @@ def test_run_folder(tmp_path, monkeypatch):
     assert run_folder("first").resolve() == tmp_path / "runs" / "first"
     assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
     assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
+
+
+def test_a_warning_is_one_plain_line_which_the_log_has_too(tmp_path, capsys, monkeypatch):
+    """Standard error, which is copied unless a terminal draws a bar on it, gets what `formatwarning` returns."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    usual = warnings.formatwarning
+    with logged(tmp_path, append=False):
+        assert warnings.formatwarning("sigma is too small", UserWarning, "a.py", 3) == "warning: sigma is too small\n"
+        assert warnings.formatwarning("old", DeprecationWarning, "a.py", 3).startswith("a.py:3: ")
+    assert warnings.formatwarning is usual
+    assert re.search(r"^\S+ \S+ warning: sigma is too small$", (tmp_path / "log.txt").read_text(), re.MULTILINE)
