@@ -13,6 +13,7 @@ PATIENCE = 5  # generations in a row before a warning
 FAR = 10.0  # sigmas that an update may move a weight by; the gradient estimate is not valid beyond
 SHARED = 0.99  # correlation of the members of pairs above which a pair's fitness is that of its random key
 RECENT = 20  # generations that an advice looks at
+GROWTH, OUTGROWN = 3.0, 30.0  # of the weights over a run; of their root mean square over sigma
 WARNED = ("tied_pairs", "update_over_sigma")  # numbers that `Diagnosis` looks at, while a run lasts
 NOTHING_UNUSUAL = "Try another learning rate or sigma, a larger population, or more generations."
 
@@ -102,8 +103,17 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
             f"perturbations that they were estimated from. {_come_closer(sigma)}."
         )
     if median("pair_correlation") > SHARED:
-        shared = f"The members of a pair had nearly the same fitness (pair_correlation {median('pair_correlation'):.4f})"
-        found["pair_correlation"] = f"{shared}, which is that of their random key. Raise sigma (now {sigma:g})."
+        shared = f"nearly the same fitness (pair_correlation {median('pair_correlation'):.4f})"
+        before, now = history[0].weight_norm, last[-1].weight_norm
+        if now > GROWTH * before and weight > OUTGROWN * sigma and "update_over_sigma" not in found:
+            found["weight_norm"] = (
+                f"The norm of the weights grew from {before:.3g} to {now:.3g} (weight_norm), so that sigma ({sigma:g}) changes "
+                f"little, and the members of a pair had {shared}. Lower the learning rate."
+            )
+        else:
+            found["pair_correlation"] = (
+                f"The members of a pair had {shared}, which is that of their random key. Raise sigma (now {sigma:g})."
+            )
     if sigma > 3 * weight:
         found["weight_norm"] = (
             f"Sigma ({sigma:g}) is {sigma / weight if weight else math.inf:.3g} times as large as the weights (root mean "

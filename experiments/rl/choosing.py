@@ -114,8 +114,10 @@ def make_row(result: Result) -> Row:
     """Make a row from the summaries and metrics of its seeds."""
     setting, found = result
     lines = [line for seed in found for line in read_metrics(setting.folder / f"seed-{seed}")[-RECENT:]]
+    knob, option = setting.labels
     return Row(
-        *setting.labels,
+        knob,
+        option,
         returns=tuple(summary["mean_return"] for summary in found.values()),
         generations=round(statistics.median(summary["generations"] for summary in found.values())),
         numbers={name: statistics.median(line[name] for line in lines if line[name] is not None) for name in NUMBERS},

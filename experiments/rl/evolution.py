@@ -1,6 +1,5 @@
 """Training a `Task` with evolution strategies: low-rank (eggroll) or dense (openes) noise through the same engine."""
 
-import collections
 import contextlib
 import math
 import statistics
@@ -114,7 +113,7 @@ class _Progress:
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps, self.invalid = 0, 0
         self.checks, self._plan, self._most_steps = checks, plan, most_steps
-        self._recent = collections.deque[Record](maxlen=RECENT)
+        self._records: list[Record] = []  # the first one, and the last ones
         self._named = {*WARNED}
 
     def on_record(self, record: Record) -> None:
@@ -122,7 +121,7 @@ class _Progress:
         self.statistics = record.batch
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
-        self._recent.append(record)
+        self._records = [*self._records[:1], *self._records[1:][-RECENT:], record]
         record.extra["env_steps"] = self.env_steps
 
     def quiet(self) -> int:
@@ -139,7 +138,7 @@ class _Progress:
 
     def _name_unusual(self, generation: int) -> None:
         """Print what is unusual and was not named before."""
-        for name, words in find_unusual([*self._recent], self._plan).items():
+        for name, words in find_unusual(self._records, self._plan).items():
             if name not in self._named:
                 self._named.add(name)
                 print(f"generation {generation}: {words}", flush=True)

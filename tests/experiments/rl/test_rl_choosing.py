@@ -87,7 +87,7 @@ def test_a_run_names_what_is_unusual_once(monkeypatch, capsys):
     [
         (["--sigma", "1e-5"], "pair_correlation", r"Raise sigma \(now 1e-05\)"),
         (["--sigma", "5"], "weight_norm", r"Sigma \(5\) is \d+.* Lower sigma"),
-        (["--learning-rate", "2"], "update_over_sigma", r"by \d+ sigma .*lower the learning rate"),
+        (["--learning-rate", "2"], "weight_norm", r"weights grew from \d+.* to \d+.* Lower the learning rate"),
     ],
     ids=["sigma too small", "sigma too large", "steps too large"],
 )
