@@ -3,6 +3,7 @@
 import contextlib
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ from eggroll.experiments.common.schedules import Rate, make_schedule
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.rl.config import WITH_END, Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
-from eggroll.experiments.rl.report import draw
-from eggroll.noise.plan import Plan
+from eggroll.experiments.rl.report import draw, find_members_at_random
 from eggroll.runs.diagnosis import RECENT, WARNED, advise, find_unusual
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
+Look = Callable[[Sequence[Record]], dict[str, str]]
 MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
 
 
@@ -105,14 +106,14 @@ class _Progress:
     Args:
         task: that is trained.
         checks: of the unperturbed parameters.
-        plan: of the parameters.
+        look: returns what is unusual in the first record and the last ones.
         most_steps: environment steps that a generation can have.
     """
 
-    def __init__(self, task: Task, checks: HeldOutChecks, *, plan: Plan, most_steps: int):
+    def __init__(self, task: Task, checks: HeldOutChecks, *, look: Look, most_steps: int):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps, self.invalid = 0, 0
-        self.checks, self._plan, self._most_steps = checks, plan, most_steps
+        self.checks, self._look, self._most_steps = checks, look, most_steps
         self._records: list[Record] = []  # the first one, and the last ones
         self._named = {*WARNED}
 
@@ -138,7 +139,7 @@ class _Progress:
 
     def _name_unusual(self, generation: int) -> None:
         """Print what is unusual and was not named before."""
-        for name, words in find_unusual(self._records, self._plan).items():
+        for name, words in self._look(self._records).items():
             if name not in self._named:
                 self._named.add(name)
                 print(f"generation {generation}: {words}", flush=True)
@@ -175,7 +176,7 @@ class Evolution:
 
         Args:
             seed_run: seed, folder and recipe.
-            random_return: of random actions, a line in the figure.
+            random_return: of random actions, a line in the figure, which members should exceed.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
@@ -189,7 +190,12 @@ class Evolution:
         every = config.env_steps / config.checks
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
         most_steps = steps_of_generation(config, self._task)
-        progress = _Progress(self._task, checks, plan=es.plan(initial), most_steps=most_steps)
+        plan = es.plan(initial)
+
+        def look(history: Sequence[Record]) -> dict[str, str]:
+            return find_unusual(history, plan) | find_members_at_random(history, random_return)
+
+        progress = _Progress(self._task, checks, look=look, most_steps=most_steps)
         run = DurableRun(
             folder,
             es,
@@ -219,6 +225,7 @@ class Evolution:
                     durable=run,
                     plot=lambda history, path: draw(path, random_return=random_return),
                 )
+        unusual = look(history)
         return Trained(
             local(state.params),
             progress.statistics,
@@ -227,6 +234,6 @@ class Evolution:
             env_steps=progress.env_steps,
             invalid=progress.invalid,
             checks=checks,
-            unusual=tuple(find_unusual(history, es.plan(state))),
-            advice=advise(history, es.plan(state)),
+            unusual=tuple(unusual),
+            advice=" ".join(unusual.values()) or advise(history, plan),
         )

@@ -14,6 +14,7 @@ from eggroll.experiments.reason.config import Config as ReasonConfig
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import choosing, evolution
 from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.report import find_members_at_random
 from eggroll.experiments.zo.config import Config as ZOConfig
 from eggroll.runs.metrics import seal
 
@@ -70,15 +71,27 @@ def test_wrong_options_are_clear_errors(options, words, tmp_path, monkeypatch):
         choosing.main(options)
 
 
-def test_a_run_names_what_is_unusual_once(monkeypatch, capsys):
+def test_a_run_names_what_is_unusual_once(capsys):
     """What the training loop warns of by itself is left to it."""
     found = {"update_over_sigma": "far.", "weight_norm": "Sigma drowns the weights. Lower sigma."}
-    monkeypatch.setattr(evolution, "find_unusual", lambda history, plan: found)
     task = SimpleNamespace(environment=SimpleNamespace(observation_shape=(2,)))
-    progress = evolution._Progress(task, None, plan=None, most_steps=1)
+    progress = evolution._Progress(task, None, look=lambda records: found, most_steps=1)
     for generation in (3, 7):
         progress._name_unusual(generation)
     assert capsys.readouterr().out == "generation 3: Sigma drowns the weights. Lower sigma.\n"
+
+
+@pytest.mark.parametrize(
+    ("mean", "held_out", "is_named"), [(-9.0, -4.0, True), (-7.0, -4.0, False), (-9.0, -7.5, False), (-9.0, None, False)]
+)
+def test_members_below_random_actions_are_named(mean, held_out, is_named):
+    """They are so because of sigma where the unperturbed parameters exceed them by more than their spread."""
+    extra = {} if held_out is None else {"held_out_return": held_out}
+    record = SimpleNamespace(mean_fitness=mean, std_fitness=2.0, sigma=0.5, extra={})
+    history = [record, SimpleNamespace(**vars(record) | {"extra": extra}), record]
+    found = find_members_at_random(history, -8.0)
+    assert list(found) == ["held_out_minus_mean"] * is_named and find_members_at_random(history, None) == {}
+    assert not is_named or "-9 is below that of random actions, -8, and 5 below" in found["held_out_minus_mean"]
 
 
 @pytest.mark.slow
