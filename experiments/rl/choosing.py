@@ -25,7 +25,7 @@ from eggroll.runs.metrics import read_metrics
 MODULE = "eggroll.experiments.rl"
 BASELINE = (
     *("--env", "Pendulum-v1", "--hidden-sizes", "64", "64", "--population-size", "64", "--sigma", "0.1"),
-    *("--learning-rate", "0.02", "--target", "inf", "--checks", "5", "--on-device", "1", "--resume"),
+    *("--learning-rate", "0.02", "--target", "inf", "--checks", "5", "--resume"),
 )
 OWN = ("env", "algorithm", "seed", "target")
 KNOBS: dict[str, tuple[str, ...]] = {  # name -> options, each of which is a row

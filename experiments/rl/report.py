@@ -78,9 +78,9 @@ def find_members_at_random(history: Sequence[Record], random_return: float | Non
     if mean >= random_return or held_out - mean <= spread:
         return {}
     words = (
-        f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and {held_out - mean:.3g} "
-        f"below the held-out return (held_out_minus_mean): sigma ({history[-1].sigma:g}) costs them what the parameters have "
-        "learned. Lower sigma."
+        f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and "
+        f"{held_out - mean:.3g} below the held-out return (held_out_minus_mean): sigma ({history[-1].sigma:g}) costs them what "
+        "the parameters have learned. Lower sigma."
     )
     return {"held_out_minus_mean": words}
 
