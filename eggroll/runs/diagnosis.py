@@ -94,26 +94,27 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
     perturbed = sum(math.prod(leaf.shape) for leaf in plan.leaves if not isinstance(leaf, FrozenLeaf))
     sigma, weight = last[-1].sigma, last[-1].weight_norm / math.sqrt(max(1, perturbed))
     found = {}
-    if median("tied_pairs") > 0.5:
-        share = f"{median('tied_pairs'):.0%} of the pairs had members of the same fitness (tied_pairs)"
-        found["tied_pairs"] = f"{share}, which teach nothing. {_untie(sigma)}."
     if median("update_over_sigma") > FAR:
         found["update_over_sigma"] = (
             f"Updates moved the weights by {median('update_over_sigma'):.3g} sigma (update_over_sigma), beyond the "
             f"perturbations that they were estimated from. {_come_closer(sigma)}."
         )
-    if median("pair_correlation") > SHARED:
-        shared = f"nearly the same fitness (pair_correlation {median('pair_correlation'):.4f})"
-        before, now = history[0].weight_norm, last[-1].weight_norm
-        if now > GROWTH * before and weight > OUTGROWN * sigma and "update_over_sigma" not in found:
-            found["weight_norm"] = (
-                f"The norm of the weights grew from {before:.3g} to {now:.3g} (weight_norm), so that sigma ({sigma:g}) changes "
-                f"little, and the members of a pair had {shared}. Lower the learning rate."
-            )
-        else:
-            found["pair_correlation"] = (
-                f"The members of a pair had {shared}, which is that of their random key. Raise sigma (now {sigma:g})."
-            )
+    tied, correlation = median("tied_pairs"), median("pair_correlation")
+    before, now = history[0].weight_norm, last[-1].weight_norm
+    differ_little = tied > 0.5 or correlation > SHARED
+    if differ_little and not found and now > GROWTH * before and weight > OUTGROWN * sigma:
+        found["weight_norm"] = (
+            f"The norm of the weights grew from {before:.3g} to {now:.3g} (weight_norm), so that sigma ({sigma:g}) changes "
+            f"little: members of a pair have the same fitness (pair_correlation {correlation:.4f}, tied_pairs {tied:.0%}). "
+            "Lower the learning rate."
+        )
+        return found
+    if tied > 0.5:
+        share = f"{tied:.0%} of the pairs had members of the same fitness (tied_pairs)"
+        found["tied_pairs"] = f"{share}, which teach nothing. {_untie(sigma)}."
+    if correlation > SHARED:
+        shared = f"The members of a pair had nearly the same fitness (pair_correlation {correlation:.4f})"
+        found["pair_correlation"] = f"{shared}, which is that of their random key. Raise sigma (now {sigma:g})."
     if sigma > 3 * weight:
         found["weight_norm"] = (
             f"Sigma ({sigma:g}) is {sigma / weight if weight else math.inf:.3g} times as large as the weights (root mean "
