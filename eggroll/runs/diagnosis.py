@@ -29,12 +29,14 @@ class Diagnosis:
         self._population_size = population_size
         self._given: set[str] = set()
         self._tied = self._still = self._far = 0  # generations in a row
+        self._norm = math.inf  # of the weights after the first generation
 
     def look(self, record: Record) -> None:
         """Warn of what a generation shows."""
         self._tied = self._tied + 1 if record.tied_pairs == 1 and not record.skipped else 0
         self._still = self._still + 1 if record.gradient_norm == 0 and not self._tied else 0
         self._far = self._far + 1 if record.update_over_sigma > FAR and not record.skipped else 0
+        self._norm = record.weight_norm if math.isinf(self._norm) else self._norm
         size, generation = self._population_size, record.generation
         in_a_row = f"in {PATIENCE} generations in a row (last: {generation})"
         if record.skipped:
@@ -53,7 +55,8 @@ class Diagnosis:
         if self._tied == PATIENCE:
             self._once(
                 "tied_pairs",
-                f"both members of every pair had the same fitness {in_a_row}, so nothing is learned. " + _untie(record.sigma),
+                f"both members of every pair had the same fitness {in_a_row}, so nothing is learned. "
+                + (_shrink(self._norm, record) if record.weight_norm > GROWTH * self._norm else _untie(record.sigma)),
             )
         if self._still == PATIENCE:
             self._once(
@@ -104,9 +107,8 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
     differ_little = tied > 0.5 or correlation > SHARED
     if differ_little and not found and now > GROWTH * before and weight > OUTGROWN * sigma:
         found["weight_norm"] = (
-            f"The norm of the weights grew from {before:.3g} to {now:.3g} (weight_norm), so that sigma ({sigma:g}) changes "
-            f"little: members of a pair have the same fitness (pair_correlation {correlation:.4f}, tied_pairs {tied:.0%}). "
-            "Lower the learning rate."
+            f"The members of a pair had nearly the same fitness (pair_correlation {correlation:.4f}, tied_pairs {tied:.0%}). "
+            f"{_shrink(before, last[-1])}."
         )
         return found
     if tied > 0.5:
@@ -139,6 +141,13 @@ def _untie(sigma: float) -> str:
     return (
         f"Raise sigma (now {sigma:g}), sample actions or tokens instead of taking the best one, or give a member more episodes "
         "or examples"
+    )
+
+
+def _shrink(before: float, record: Record) -> str:
+    return (
+        f"The norm of the weights grew from {before:.3g} to {record.weight_norm:.3g} (weight_norm), so that sigma "
+        f"({record.sigma:g}) changes little. Lower the learning rate"
     )
 
 

@@ -16,6 +16,7 @@ from eggroll.runs.metrics import read_metrics
 from eggroll.runs.plot import plot_history
 from eggroll.runs.record import Record
 
+HELD_OUT = "held_out_return"
 _DEVIATIONS = 1.96  # of a normal distribution, 95 %
 
 
@@ -59,28 +60,27 @@ def stopped(folder: Path) -> str:
 
 
 def find_members_at_random(history: Sequence[Record], random_return: float | None) -> dict[str, str]:
-    """Say so if the members play worse than random actions, and the unperturbed parameters of the last check far better.
+    """Say so if the members play worse than random actions, and the parameters that they perturb far better.
 
     Args:
         history: of the run, or its last generations.
         random_return: of random actions; None: not known.
 
     Returns:
-        As `find_unusual`; "far" is more than the spread of the population.
+        As `find_unusual`; "far" is more than the spread of the population, in the median check.
     """
-    checks = [record for record in history if "held_out_return" in record.extra]
-    if random_return is None or not checks:
+    gaps = [record.extra[HELD_OUT] - record.mean_fitness for record in history if HELD_OUT in record.extra]
+    if random_return is None or not gaps:
         return {}
-    mean, spread = (
-        statistics.median(getattr(record, name) for record in history[-RECENT:]) for name in ("mean_fitness", "std_fitness")
-    )
-    held_out = checks[-1].extra["held_out_return"]
-    if mean >= random_return or held_out - mean <= spread:
+    last = history[-RECENT:]
+    mean, spread = (statistics.median(getattr(record, name) for record in last) for name in ("mean_fitness", "std_fitness"))
+    gap = statistics.median(gaps)
+    if mean >= random_return or gap <= spread:
         return {}
     words = (
-        f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and "
-        f"{held_out - mean:.3g} below the held-out return (held_out_minus_mean): sigma ({history[-1].sigma:g}) costs them what "
-        "the parameters have learned. Lower sigma."
+        f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and {gap:.3g} below the "
+        f"held-out return (held_out_minus_mean): sigma ({history[-1].sigma:g}) costs them what the parameters have learned. "
+        "Lower sigma."
     )
     return {"held_out_minus_mean": words}
 

@@ -88,7 +88,7 @@ def test_members_below_random_actions_are_named(mean, held_out, is_named):
     """They are so because of sigma where the unperturbed parameters exceed them by more than their spread."""
     extra = {} if held_out is None else {"held_out_return": held_out}
     record = SimpleNamespace(mean_fitness=mean, std_fitness=2.0, sigma=0.5, extra={})
-    history = [record, SimpleNamespace(**vars(record) | {"extra": extra}), record]
+    history = [record, *[SimpleNamespace(**vars(record) | {"extra": extra})] * 3, record]
     found = find_members_at_random(history, -8.0)
     assert list(found) == ["held_out_minus_mean"] * is_named and find_members_at_random(history, None) == {}
     assert not is_named or "-9 is below that of random actions, -8, and 5 below" in found["held_out_minus_mean"]
@@ -104,7 +104,7 @@ def test_members_below_random_actions_are_named(mean, held_out, is_named):
     ],
     ids=["sigma too small", "sigma too large", "steps too large"],
 )
-@pytest.mark.filterwarnings("ignore:updates moved:UserWarning")
+@pytest.mark.filterwarnings("ignore:updates moved:UserWarning", "ignore:both members:UserWarning")
 def test_a_bad_setting_on_pendulum_is_named_by_the_run(options, number, remedy, tmp_path, capsys):
     """The printed line, which the log has too, says which number shows it and what to try."""
     small = ["--env", "Pendulum-v1", "--hidden-sizes", "16", "--population-size", "16", "--env-steps", "120000"]
