@@ -7,6 +7,7 @@ one does.
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic
 
@@ -33,7 +34,8 @@ class Advance(Generic[S]):
         batches: as for `train`.
         on_device: the most generations of one program; 1: each by itself.
         next_batch: as for `train`.
-        is_replayed: whether the first generations of a scan are compared with their replay, which a durable run relies on.
+        is_replayed: whether the first scan is compared with its replay, which a durable run relies on. Should the compiler have
+            rounded otherwise in one of them, there is a warning, and all generations run one by one.
 
     Raises:
         ValueError, TypeError: a wrong argument; the message names it.
@@ -116,8 +118,11 @@ class Advance(Generic[S]):
         seconds = (time.perf_counter() - start) / count
         records = self._records(state, metrics, follows, count, seconds)
         if before is not None:
-            self._compare(before, records)
-            self._is_replayed = False  # they were compared
+            self._is_replayed = False  # they are compared
+            if differing := self._compare(copy_state(before), records):
+                warnings.warn(f"{differing}: generations run one by one instead, as with on_device=1.", stacklevel=4)
+                self._length = 1
+                return self._step_through(before, batches)
         if self._next_batch is not None:
             self._batches = records[-1].batch
         return state, records
@@ -156,15 +161,24 @@ class Advance(Generic[S]):
             self._paths = [leaf.path for leaf in self._es.plan(state).leaves]
         return dict(zip(self._paths, norms.tolist(), strict=True)) if norms.size else {}
 
-    def _compare(self, state: S, records: Sequence[Record]) -> None:
-        """Compare the generations of a scan, whose first began with a state, with their replay."""
+    def _step_through(self, state: S, batches: Sequence[Any]) -> tuple[S, list[Record]]:
+        """Run a generation for each batch, one by one."""
+        records: list[Record] = []
+        for batch in batches:
+            state, made = self._step(state, batch)
+            records += made
+        return state, records
+
+    def _compare(self, state: S, records: Sequence[Record]) -> str:
+        """Compare a scan that began with a state, which is consumed, with its replay; say what differs, "" if nothing does."""
         for record in records:
             try:
                 state = self._es.replay(
                     state, record.coefficients, mean_fitness=record.mean_fitness, checksums=record.checksums[1]
                 )
             except OtherState as error:
-                raise ValueError(
+                return (
                     f"on_device rounds the updates of this strategy differently than replay does ({list_names(error.names)} "
-                    f"differ after generation {record.generation}), so that its journal would not resume: leave on_device out."
-                ) from None
+                    f"differ after generation {record.generation})"
+                )
+        return ""

@@ -15,7 +15,7 @@ With several processes, every process makes the same calls on the same folder; t
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 import jax
 import numpy as np
@@ -27,20 +27,11 @@ from eggroll.journal.integrity import DamagedConfig
 from eggroll.journal.lock import RunLock
 from eggroll.journal.recovery import find_header, mend, plan
 from eggroll.protocol import S, Strategy
+from eggroll.runs.carried import Carried, pack, unpack
 from eggroll.runs.continuity import Continuity, compare_again
 from eggroll.state import check_not_consumed
 
 logger = logging.getLogger(__name__)
-
-
-class Carried(Protocol):
-    """What a front end keeps besides the state, such as statistics of observations; stored with every generation."""
-
-    def save(self) -> Any:
-        """Return a pytree of arrays, always of the same structure, shapes and dtypes."""
-
-    def load(self, saved: Any) -> None:
-        """Restore from what `save` returned."""
 
 
 class DurableRun(Generic[S]):
@@ -170,7 +161,7 @@ class DurableRun(Generic[S]):
         self._next = int(state.generation)
         reached = last[0].generation + 1 if last else 0
         if last and self._carried is not None and self._next == reached:
-            self._carried.load(_unpack(last[0].extra, self._carried.save()))
+            self._carried.load(unpack(last[0].extra, self._carried.save()))
         self._continuity.begin(es.checksums(state), last[0] if self._next > begin else before)
         if not self._continuity.is_as_recorded and not self._reevaluated:
             if self._next == begin:
@@ -254,7 +245,7 @@ class DurableRun(Generic[S]):
         """
         self.check(metrics)
         carried = None if self._carried is None else self._carried.save()
-        scalars = float(metrics.sigma), np.asarray(metrics.coefficients), _pack(carried), float(metrics.mean_fitness)
+        scalars = float(metrics.sigma), np.asarray(metrics.coefficients), pack(carried), float(metrics.mean_fitness)
         entry = Entry(int(metrics.generation), *scalars, self._continuity.sums(metrics))
         if (recorded := self._reevaluated.pop(entry.generation, None)) is not None:
             compare_again(recorded, entry)
@@ -288,17 +279,3 @@ class DurableRun(Generic[S]):
 def _is_same_key(initial: Any, state: Any) -> bool:
     """Whether two states are of runs with one key."""
     return initial.key.dtype == state.key.dtype and bool((initial.key == state.key).all())
-
-
-def _pack(carried: Any) -> bytes:
-    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(carried))
-
-
-def _unpack(extra: bytes, like: Any) -> Any:
-    leaves, tree, start = [], jax.tree.structure(like), 0
-    for leaf in map(np.asarray, jax.tree.leaves(like)):
-        leaves.append(np.frombuffer(extra, leaf.dtype, leaf.size, offset=start).reshape(leaf.shape))
-        start += leaf.nbytes
-    if start != len(extra):
-        raise JournalError(f"the journal carries {len(extra)} bytes a generation, this run {start}.")
-    return jax.tree.unflatten(tree, leaves)

@@ -1,9 +1,10 @@
-"""`log.txt` in a run folder: a copy of what one seed printed, with timestamps, and its progress as plain lines."""
+"""`log.txt` in a run folder: what one seed printed and warned of, with timestamps, and its progress as plain lines."""
 
 import contextlib
 import datetime
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,12 +28,28 @@ def logged(folder: Path, *, append: bool) -> Iterator[None]:
     with open(folder / NAME, "a" if append else "w") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(Copied(sys.stdout, file)))
         stack.enter_context(contextlib.redirect_stderr(Copied(sys.stderr, file)))
+        stack.enter_context(_plain_warnings())
         _write(file, f"{_now()} start: {' '.join(sys.argv)}\n")
         try:
             yield
         except BaseException as error:
             _write(file, f"{_now()} ended by {type(error).__name__} {error}".rstrip() + "\n")
             raise
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one plain line, without its place in the code."""
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else usual(message, category, *place, **more)
+
+    setattr(warnings, "formatwarning", plain)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(warnings, "formatwarning", usual)  # noqa: B010
 
 
 class Copied(io.TextIOBase):

@@ -42,7 +42,7 @@ class Report(NamedTuple):
 
 
 class Progress:
-    """Callback of the training loop; its counts are stored with the state of a run (`eggroll.runs.durable.Carried`).
+    """Callback of the training loop; its counts are stored with the state of a run (`eggroll.runs.carried.Carried`).
 
     Args:
         validation: of unperturbed parameters.

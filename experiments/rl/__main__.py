@@ -101,6 +101,8 @@ def _evaluate(
     if not above_random:
         means = f"{returns.mean():.4g} is not above that of random actions, {random_returns.mean():.4g}"
         print(f"{seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
+    elif trained.unusual and not checks.met:
+        print(f"{seed}: {trained.advice}", flush=True)
     print(f"{seed}: metrics, figure, best and last parameters are in {run.folder}", flush=True)
     if config.render:
         first_does(lambda: _render(evaluation.task, trained, run.folder / "policy.gif", key=key))
@@ -110,6 +112,7 @@ def _evaluate(
         "best_return": float(best_returns.mean()),
         "best_check": checks.best if checks.best_env_steps else math.nan,
         "best_env_steps": checks.best_env_steps,
+        "unusual": trained.unusual,
         "parameters": {"best": BEST if checks.best_env_steps else LAST, "last": LAST},
     }
 

@@ -10,22 +10,29 @@ import tyro
 
 from eggroll.experiments.common.options import ignored_options, only_with, refuse, unless
 from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.common.schedules import Kind
 from eggroll.experiments.rl.ppo import PPO, RULE
 from eggroll.experiments.rl.presets import SMALL, paper_settings
 from eggroll.update.shaping import SHAPINGS as ALL_SHAPINGS
 
 TARGETS = {"CartPole-v1": 495.0, "Acrobot-v1": -85.0, "Pendulum-v1": -180.0}
 SHAPINGS = [name for name in ALL_SHAPINGS if name != "group_relative"]  # every pair has its own episodes: no groups
+WITH_END = ("linear", "cosine")  # schedules that need the number of generations
 NETWORKS = ("mlp", "cnn", "gru")
 EVOLUTION, TRAINED = ("eggroll", "openes"), ("eggroll", "openes", "ppo")
 _OF_EVOLUTION = (
     "population_size",
     "generations",
     "sigma",
+    "sigma_schedule",
     "sigma_decay",
+    "sigma_end",
+    "noise_reuse",
     "optimizer",
     "learning_rate",
+    "learning_rate_schedule",
     "learning_rate_decay",
+    "learning_rate_end",
     "shaping",
     "episodes",
     "chunk_size",
@@ -51,6 +58,10 @@ RULES = (
     only_with("algorithm", ("eggroll",), "rank"),
     only_with("algorithm", EVOLUTION, *_OF_EVOLUTION),
     only_with("algorithm", TRAINED, *_OF_POLICIES),
+    only_with("sigma_schedule", ("exponential",), "sigma_decay"),
+    only_with("sigma_schedule", WITH_END, "sigma_end"),
+    only_with("learning_rate_schedule", ("exponential",), "learning_rate_decay"),
+    only_with("learning_rate_schedule", WITH_END, "learning_rate_end"),
     only_with("algorithm", ("ppo",), "ppo"),
     unless(
         lambda config: _own_network(config) and config.algorithm != "ppo",
@@ -90,16 +101,27 @@ class Config:
     """Maximum number of generations (evolution strategies only); None: env_steps alone decides."""
     sigma: float = 0.1
     """Standard deviation of the perturbation of one weight."""
+    sigma_schedule: Kind = "exponential"
+    """How sigma changes: exponential by sigma_decay, or linear or cosine to sigma_end in the last generation. Without
+    generations, that is the last one of env_steps if no episode ends early."""
     sigma_decay: float = 1.0
-    """Multiply sigma by this after each generation."""
+    """Multiply sigma by this after each generation; 1 keeps it."""
+    sigma_end: float = 0.1
+    """Sigma of the last generation over that of the first one, of linear and cosine schedules."""
+    noise_reuse: int = 1
+    """Generations that share the same noise."""
     rank: int = 1
     """Rank of the perturbation of a matrix; openes has none."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer of the evolution strategies."""
     learning_rate: float = 0.05
     """Its step size; that of sgd is in the paper's scale (`eggroll.paper_learning_rate`)."""
+    learning_rate_schedule: Kind = "exponential"
+    """How the step size changes; like sigma_schedule."""
     learning_rate_decay: float = 1.0
-    """Factor of the step size per generation."""
+    """Multiply the step size by this after each generation; 1 keeps it."""
+    learning_rate_end: float = 0.1
+    """Step size of the last generation over that of the first one, of linear and cosine schedules."""
     shaping: str = "centered_ranks"
     """Fitness shaping: centered_ranks, z_score or pair_sign."""
     episodes: int = 1
@@ -178,6 +200,7 @@ class Config:
             "env_steps",
             "generations",
             "episodes",
+            "noise_reuse",
             "checks",
             "evaluation_episodes",
             "checkpoint_every",
@@ -189,7 +212,7 @@ class Config:
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")
-        for name in ("sigma_decay", "learning_rate_decay"):
+        for name in ("sigma_decay", "sigma_end", "learning_rate_decay", "learning_rate_end"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
         if self.target is not None and math.isnan(self.target):

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,17 @@ import eggroll
 from eggroll import envs
 from eggroll.devices.processes import local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.options import flag
+from eggroll.experiments.common.schedules import Rate, make_schedule
 from eggroll.experiments.common.seeds import SeedRun
-from eggroll.experiments.rl.config import Config
+from eggroll.experiments.rl.config import WITH_END, Config
 from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task, Trained, seed_keys
-from eggroll.experiments.rl.report import draw
-from eggroll.runs.diagnosis import advise
+from eggroll.experiments.rl.report import draw, find_members_at_random
+from eggroll.runs.diagnosis import RECENT, WARNED, advise, find_unusual
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.training import Record, train
 
+Look = Callable[[Sequence[Record]], dict[str, str]]
 MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
 
 
@@ -34,13 +38,15 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
         return played.total_reward.mean(), jax.tree.map(lambda x: x.sum(axis=0), played.sums)
 
     many = config.population_size * config.episodes >= MANY_EPISODES
+    sigma, rate = make_schedules(config, task)
     return eggroll.EvolutionStrategy(
         fitness,
         population_size=config.population_size,
-        sigma=config.sigma if config.sigma_decay == 1 else optax.exponential_decay(config.sigma, 1, config.sigma_decay),
-        optimizer=make_optimizer(config),
+        sigma=sigma,
+        optimizer=make_optimizer(config, sigma, rate),
         perturbation=eggroll.Dense() if config.algorithm == "openes" else eggroll.LowRank(rank=config.rank),
         shaping=config.shaping,
+        noise_reuse=config.noise_reuse,
         chunk_size=config.chunk_size,
         memory_budget="device" if many and config.chunk_size is None else None,
         aux="sum",
@@ -48,17 +54,43 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def steps_of_generation(config: Config, task: Task) -> int:
+    """Return the environment steps of a generation in which no episode ends early."""
+    return config.population_size * config.episodes * task.environment.max_steps
+
+
+def planned_generations(config: Config, task: Task) -> int:
+    """Return the number of generations after which schedules end; where episodes end early, env_steps may allow more."""
+    return config.generations or math.ceil(config.env_steps / steps_of_generation(config, task))
+
+
+def make_schedules(config: Config, task: Task) -> tuple[Rate, Rate]:
+    """Make sigma and the step size: numbers, or functions of the generation.
+
+    Raises:
+        ValueError: a schedule has an end, and the run has only one generation.
+    """
+    generations, made = planned_generations(config, task), []
+    for name in ("sigma", "learning_rate"):
+        kind, decay, end = (getattr(config, f"{name}_{part}") for part in ("schedule", "decay", "end"))
+        if kind in WITH_END and generations < 2:
+            steps = f"--env-steps {config.env_steps:,}: a generation has up to {steps_of_generation(config, task):,}"
+            limit = f"--generations {config.generations}" if config.generations else steps
+            raise ValueError(f"{flag(f'{name}_schedule')} {kind} needs at least 2 generations; raise {limit}.")
+        made.append(make_schedule(kind, getattr(config, name), decay=decay, end=end, generations=generations))
+    return made[0], made[1]
+
+
+def make_optimizer(config: Config, sigma: Rate, rate: Rate) -> optax.GradientTransformation:
     """Make the optimizer; the step size of sgd is in the paper's scale, which follows sigma."""
     if config.optimizer != "sgd":
-        rate, decay = config.learning_rate, config.learning_rate_decay
-        return {"adam": optax.adam, "adamw": optax.adamw}[config.optimizer](_decaying(rate, decay))
-    rate = eggroll.paper_learning_rate(config.learning_rate, sigma=config.sigma, population_size=config.population_size)
-    return optax.sgd(_decaying(rate, config.learning_rate_decay * config.sigma_decay**2))
+        return {"adam": optax.adam, "adamw": optax.adamw}[config.optimizer](rate)
 
+    def paper_rate(generation: Any) -> Any:
+        now, width = (value(generation) if callable(value) else value for value in (rate, sigma))
+        return eggroll.paper_learning_rate(now, sigma=width, population_size=config.population_size)
 
-def _decaying(rate: float, decay: float) -> Any:
-    return rate if decay == 1 else optax.exponential_decay(rate, 1, decay)
+    return optax.sgd(paper_rate if callable(rate) or callable(sigma) else paper_rate(0))
 
 
 def next_statistics(known: envs.ObservationStatistics, metrics: eggroll.Metrics) -> envs.ObservationStatistics:
@@ -69,24 +101,28 @@ def next_statistics(known: envs.ObservationStatistics, metrics: eggroll.Metrics)
 class _Progress:
     """The training loop's `on_record` and callback: keeps the observation statistics, counts, checks the parameters.
 
-    A run saves it with its state (`eggroll.runs.durable.Carried`).
+    A run saves it with its state (`eggroll.runs.carried.Carried`).
 
     Args:
         task: that is trained.
         checks: of the unperturbed parameters.
+        look: returns what is unusual in the first record and the last ones.
         most_steps: environment steps that a generation can have.
     """
 
-    def __init__(self, task: Task, checks: HeldOutChecks, *, most_steps: int):
+    def __init__(self, task: Task, checks: HeldOutChecks, *, look: Look, most_steps: int):
         self.statistics = envs.initial_statistics(task.environment.observation_shape)
         self.env_steps, self.invalid = 0, 0
-        self.checks, self._most_steps = checks, most_steps
+        self.checks, self._look, self._most_steps = checks, look, most_steps
+        self._records: list[Record] = []  # the first one, and the last ones
+        self._named = {*WARNED}
 
     def on_record(self, record: Record) -> None:
         """Keep what follows a generation, and count."""
         self.statistics = record.batch
         self.env_steps += int(record.aux.number)
         self.invalid += record.invalid
+        self._records = [*self._records[:1], *self._records[1:][-RECENT:], record]
         record.extra["env_steps"] = self.env_steps
 
     def quiet(self) -> int:
@@ -95,8 +131,18 @@ class _Progress:
 
     def __call__(self, state: eggroll.ESState, record: Record) -> bool:
         """Check the parameters if that is due; return whether the target is met."""
-        record.extra.update(self.checks(local(state.params), self.statistics, env_steps=self.env_steps))
+        found = self.checks(local(state.params), self.statistics, env_steps=self.env_steps)
+        record.extra.update(found)
+        if found:
+            self._name_unusual(record.generation)
         return self.checks.met
+
+    def _name_unusual(self, generation: int) -> None:
+        """Print what is unusual and was not named before."""
+        for name, words in self._look(self._records).items():
+            if name not in self._named:
+                self._named.add(name)
+                print(f"generation {generation}: {words}", flush=True)
 
     def save(self) -> dict[str, Any]:
         """Return the progress as arrays."""
@@ -130,17 +176,26 @@ class Evolution:
 
         Args:
             seed_run: seed, folder and recipe.
-            random_return: of random actions, a line in the figure.
+            random_return: of random actions, a line in the figure, which members should exceed.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
         """
         config, keys, folder = self._config, seed_keys(seed_run.seed), seed_run.folder
+        if {config.sigma_schedule, config.learning_rate_schedule} & {*WITH_END}:
+            print(
+                f"seed {seed_run.seed}: schedules end after {planned_generations(config, self._task):,} generations", flush=True
+            )
         es, initial = self.start(keys)
         every = config.env_steps / config.checks
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
-        most_steps = config.population_size * config.episodes * self._task.environment.max_steps
-        progress = _Progress(self._task, checks, most_steps=most_steps)
+        most_steps = steps_of_generation(config, self._task)
+        plan = es.plan(initial)
+
+        def look(history: Sequence[Record]) -> dict[str, str]:
+            return find_unusual(history, plan) | find_members_at_random(history, random_return)
+
+        progress = _Progress(self._task, checks, look=look, most_steps=most_steps)
         run = DurableRun(
             folder,
             es,
@@ -170,6 +225,7 @@ class Evolution:
                     durable=run,
                     plot=lambda history, path: draw(path, random_return=random_return),
                 )
+        unusual = look(history)
         return Trained(
             local(state.params),
             progress.statistics,
@@ -178,5 +234,6 @@ class Evolution:
             env_steps=progress.env_steps,
             invalid=progress.invalid,
             checks=checks,
-            advice=advise(history, es.plan(state)),
+            unusual=tuple(unusual),
+            advice=" ".join(unusual.values()) or advise(history, plan),
         )

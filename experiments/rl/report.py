@@ -1,6 +1,8 @@
 """What a run says at its end: why it ended, its returns next to those of random actions, its figure."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import numpy as np
 from eggroll.experiments.common.options import flag
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.problem import Trained
+from eggroll.runs.diagnosis import RECENT
 from eggroll.runs.metrics import read_metrics
 from eggroll.runs.plot import plot_history
+from eggroll.runs.record import Record
 
+HELD_OUT = "held_out_return"
 _DEVIATIONS = 1.96  # of a normal distribution, 95 %
 
 
@@ -52,6 +57,32 @@ def stopped(folder: Path) -> str:
     best = max(checks, key=lambda row: (row["held_out_return"], row["env_steps"]), default=None)
     found = "no check yet" if best is None else f"best check {best['held_out_return']:.4g} at {best['env_steps']:,.0f} steps"
     return f"stopped after {rows[-1]['env_steps']:,.0f} steps, {found}"
+
+
+def find_members_at_random(history: Sequence[Record], random_return: float | None) -> dict[str, str]:
+    """Say so if the members play worse than random actions, and the parameters that they perturb far better.
+
+    Args:
+        history: of the run, or its last generations.
+        random_return: of random actions; None: not known.
+
+    Returns:
+        As `find_unusual`; "far" is more than the spread of the population, in the median check.
+    """
+    gaps = [record.extra[HELD_OUT] - record.mean_fitness for record in history if HELD_OUT in record.extra]
+    if random_return is None or not gaps:
+        return {}
+    last = history[-RECENT:]
+    mean, spread = (statistics.median(getattr(record, name) for record in last) for name in ("mean_fitness", "std_fitness"))
+    gap = statistics.median(gaps)
+    if mean >= random_return or gap <= spread:
+        return {}
+    words = (
+        f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and {gap:.3g} below the "
+        f"held-out return (held_out_minus_mean): sigma ({history[-1].sigma:g}) costs them what the parameters have learned. "
+        "Lower sigma."
+    )
+    return {"held_out_minus_mean": words}
 
 
 def draw(folder: Path, *, random_return: float | None) -> None:

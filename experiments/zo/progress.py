@@ -19,7 +19,7 @@ GROWING = 10  # steps in a row whose losses grow, before a warning
 
 
 class Progress:
-    """Callback of the training loop; its count is stored with the state of a run (`eggroll.runs.durable.Carried`).
+    """Callback of the training loop; its count is stored with the state of a run (`eggroll.runs.carried.Carried`).
 
     The seconds are in the metrics: a checkpoint of an earlier version has the count alone.
 

@@ -17,6 +17,7 @@ from eggroll.experiments.faultdrill import __main__ as faultdrill
 from eggroll.experiments.reason import config as reason_config
 from eggroll.experiments.reason import suite as reason_suite
 from eggroll.experiments.reason.effects import RULES as REASON_RULES
+from eggroll.experiments.rl import choosing as rl_choosing
 from eggroll.experiments.rl import config as rl_config
 from eggroll.experiments.rl import inputs as rl_inputs
 from eggroll.experiments.rl import suite as rl_suite
@@ -54,7 +55,8 @@ COMMANDS = {
         "preset algorithm model weights data reward template prompt_length max_new_tokens stop stop_token_ids clock "
         f"temperature generations seconds workers reward_minimum check_every validation_size test_size examples {OF_A_RUN}",
     ),
-    "rl_suite": (rl_suite.Config, (), "envs algorithms seeds search jobs folder"),  # its check of search is its own
+    "rl_suite": (rl_suite.Config, (), "envs algorithms seeds budget search jobs folder"),  # its check of search is its own
+    "rl_choosing": (rl_choosing.Config, (), "knobs seeds jobs page folder"),
     "zo_suite": (zo_suite.Config, zo_suite.OF_SUITE, "model recipes seeds forwards search folder"),
     "egg_scaling": (
         egg_suite.Config,
@@ -130,6 +132,16 @@ REFUSED = [
     ("rl", ["--ppo.clip", "0.1"], "--ppo.clip has no effect with --algorithm eggroll: it belongs to ppo."),
     ("rl", [*RANDOM, "--render"], "--render has no effect with --algorithm random: it belongs to eggroll, openes and ppo."),
     ("rl", [*RANDOM, "--resume"], "--resume has no effect with --algorithm random: it belongs to eggroll and openes."),
+    (
+        "rl",
+        ["--sigma-schedule", "linear", "--sigma-decay", "0.9"],
+        "--sigma-decay has no effect with --sigma-schedule linear: it belongs to exponential.",
+    ),
+    (
+        "rl",
+        ["--learning-rate-end", "0.5"],
+        "--learning-rate-end has no effect with --learning-rate-schedule exponential: it belongs to linear and cosine.",
+    ),
     ("rl", [*RANDOM, "--preset", "paper"], "--preset has no effect with --algorithm random"),
     (
         "rl",
@@ -193,6 +205,7 @@ ACCEPTED = [
     ("rl", [*PPO, "--env", "Pendulum-v1", "--ppo.clip", "0.1"]),  # whose defaults of sigma and the population are others
     ("rl", [*PPO, "--preset", "paper"]),
     ("rl", ["--algorithm", "openes", "--preset", "paper"]),  # which sets a rank
+    ("rl", ["--env", "brax/ant", "--preset", "paper", "--learning-rate-schedule", "cosine"]),  # which sets a decay
     ("rl", [*RANDOM, "--max-steps", "10"]),
     ("rl", ["--resume", "--render", "--chunk-size", "512"]),
     ("zo", [*ADAM, "--steps", "3"]),

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.runs.diagnosis import PATIENCE, advise
+from eggroll.runs.diagnosis import PATIENCE, advise, find_unusual
 
 
 def run(fitness, *, generations=2 * PATIENCE, shaping="centered_ranks"):
@@ -62,7 +62,7 @@ FINE = {"sigma": 0.1, "tied_pairs": 0.0, "update_over_sigma": 0.1, "pair_correla
         ),
         (
             {"sigma": 5.0},
-            r"Sigma \(5\) is 5 times as large as the weights \(root mean square 1\), .*\. Lower sigma\.$",
+            r"Sigma \(5\) is 5 times as large as the weights \(root mean square 1 by weight_norm\), .*\. Lower sigma\.$",
         ),
         ({"sigma": float("nan"), "weight_norm": float("nan"), "update_over_sigma": float("nan")}, "^Try another"),  # int8
     ],
@@ -71,8 +71,21 @@ def test_a_run_without_gain_is_told_what_to_change(shown, advice):
     es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     plan = es.plan(es.init({"w": jnp.ones((3, 3))}, key=jax.random.key(0)), ())
     _, history = run(learning, generations=1)
-    assert re.search(advice, advise([dataclasses.replace(history[0], **FINE | shown)] * 3, plan))
+    records = [dataclasses.replace(history[0], **FINE | shown)] * 3
+    assert re.search(advice, advise(records, plan))
     assert advise([], plan) == "No generation was run."
+
+
+def test_weights_that_have_outgrown_sigma_ask_for_smaller_steps():
+    """Members of a pair play the same, not because sigma is small, but because the weights have become large."""
+    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
+    plan = es.plan(es.init({"w": jnp.ones((3, 3))}, key=jax.random.key(0)), ())
+    _, history = run(learning, generations=1)
+    first, last = (dataclasses.replace(history[0], **FINE | {"weight_norm": norm}) for norm in (3.0, 30.0))
+    last = dataclasses.replace(last, pair_correlation=0.9999)
+    (found,) = find_unusual([first, last, last], plan).items()
+    assert found[0] == "weight_norm" and re.search(r"from 3 to 30 \(weight_norm\).*Lower the learning rate\.$", found[1])
+    assert list(find_unusual([last, last], plan)) == ["pair_correlation"]
 
 
 def test_held_out_scores_are_compared_with_the_mean_of_the_population():

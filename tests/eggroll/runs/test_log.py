@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -44,3 +45,11 @@ def test_the_log_says_which_error_ended_the_run(tmp_path):
     with pytest.raises(ValueError, match="seven"), logged(tmp_path, append=False):
         raise ValueError("seven")
     assert (tmp_path / NAME).read_text().endswith("ended by ValueError seven\n")
+
+
+def test_a_warning_is_one_plain_line(tmp_path):
+    usual = warnings.formatwarning
+    with logged(tmp_path, append=False):
+        assert warnings.formatwarning("sigma is too small", UserWarning, "a.py", 3) == "warning: sigma is too small\n"
+        assert warnings.formatwarning("old", DeprecationWarning, "a.py", 3).startswith("a.py:3: ")
+    assert warnings.formatwarning is usual
