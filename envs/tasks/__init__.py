@@ -9,7 +9,8 @@ from eggroll.envs.tasks.protocol import SPLITS, Row, Task, check_disjoint, colla
 from eggroll.envs.tasks.registry import load, names
 from eggroll.envs.tasks.rewards import THINK_ANSWER, Matches, Weighted, math_matches, number_matches
 from eggroll.envs.tasks.rows import Rows, read_rows
-from eggroll.envs.tasks.scoring import MINIMUM, RewardFailed, Scorer, Scores, fill_with_mean
+from eggroll.envs.tasks.scores import MINIMUM, Scores, fill_with_mean
+from eggroll.envs.tasks.scoring import RewardFailed, Scorer
 from eggroll.envs.tasks.trial import try_reward
 
 __all__ = [

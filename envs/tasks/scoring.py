@@ -17,46 +17,15 @@ import numpy as np
 from eggroll.envs.tasks.calls import InvalidReward, Reward, call, check_callable, name_of, number, shorten
 from eggroll.envs.tasks.protocol import Row
 from eggroll.envs.tasks.rewards import check_reward, prepare
+from eggroll.envs.tasks.scores import MINIMUM, Scores, fill_with_mean
 from eggroll.envs.tasks.workers import Died, Pool, TimedOut, half_of_memory
 
-MINIMUM = 0.0  # score of a completion whose reward failed, if no other of the batch is lower
 CALLS_PER_WORKER = 4  # per batch: small calls, so that a slow or failed one delays or repeats little
 PROBES = 32  # completions to try alone, after all calls hung or died, before the others are
 
 
 class RewardFailed(RuntimeError):
     """A reward failed on every completion of a batch."""
-
-
-class Scores(NamedTuple):
-    """Scores of a batch."""
-
-    values: np.ndarray  # float64 [completions], finite
-    has_score: np.ndarray  # bool [completions], False where the reward abstained and the value is the mean of the prompt
-    failed: np.ndarray  # bool [completions], True where it raised, killed its process or gave no finite number
-    timed_out: np.ndarray  # bool [completions], True where it exceeded the time limit
-    first_error: str | None = None  # description of the first of either
-    minimum: float = MINIMUM  # their score: the scorer's minimum, or the lowest score of the batch if that is lower
-
-    @property
-    def errors(self) -> int:
-        """The number of completions whose reward raised, killed its process or gave no finite number."""
-        return int(self.failed.sum())
-
-    @property
-    def timeouts(self) -> int:
-        """The number of completions whose reward exceeded the time limit."""
-        return int(self.timed_out.sum())
-
-    @property
-    def abstained(self) -> int:
-        """The number of completions from which the reward abstained."""
-        return int((~self.has_score).sum())
-
-    def part(self, items: slice) -> "Scores":
-        """Return the scores of some completions, with the first error and the minimum of the batch."""
-        parts: Any = {name: array[items] for name, array in self._asdict().items() if isinstance(array, np.ndarray)}
-        return self._replace(**parts)
 
 
 class _Job(NamedTuple):
@@ -305,22 +274,3 @@ class Scorer:
         if not self._warned:
             warnings.warn(f"{self._name} gave None for all {completions} completions of a batch (warned once).", stacklevel=3)
             self._warned = True
-
-
-def fill_with_mean(values: np.ndarray, keys: Sequence[Any]) -> np.ndarray:
-    """Replace NaN by the mean of the other values with the same key; without one by the mean of all, or by 0.
-
-    Args:
-        values: float64 [n].
-        keys: one per value, such as prompts, compared as texts.
-
-    Returns:
-        float64 [n]; the mean of equal values is exactly that value, so that they stay without signal.
-    """
-    known, names = ~np.isnan(values), np.array([str(key) for key in keys], object)
-    filled = values.copy()
-    for name in set(names[~known]):
-        same = names == name
-        others = values[same & known] if (same & known).any() else values[known]
-        filled[same & ~known] = np.clip(others.mean(), others.min(), others.max()) if others.size else 0.0
-    return filled

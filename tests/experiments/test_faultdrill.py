@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from eggroll.envs.tasks.scoring import Scores
+from eggroll.envs.tasks.scores import Scores
 from eggroll.experiments.faultdrill import kills, storage, survivors, workers
 
 # Of tasks that orbax abandons on damaged files, until they are collected.
