@@ -21,6 +21,8 @@ from eggroll.noise.leaves import DenseLeaf, LeafPlan, PerturbedLeaf
 from eggroll.noise.once import computed_once
 
 LIMIT = 4 << 20  # weights of a block
+CACHED = 1 << 20  # of a block that the caches of a CPU hold with what is made of it
+FEW = 8  # pairs whose sum takes less than reading and writing the weights
 ALIGNMENT = 128  # of the rows of a block where they do not divide: tiles of kernels, whole words of packed signs
 
 
@@ -47,6 +49,11 @@ class BlockGrid:
         where = [index] if len(self.count) == 1 else jnp.unravel_index(index, self.count) if self.count else []
         starts = [first + size * at for first, size, at in zip(self.first, self.sizes, where, strict=True)]
         return Region(tuple(starts), self.sizes)
+
+
+def block_limit(num_pairs: int) -> int:
+    """Weights of a block of an update; on a CPU with few pairs it is read and looked over several times, in the caches."""
+    return min(LIMIT, CACHED) if num_pairs <= FEW and jax.default_backend() == "cpu" else LIMIT
 
 
 def cut(leaf: LeafPlan, shape: Sequence[int], *, limit: int | None = None) -> list[BlockGrid]:

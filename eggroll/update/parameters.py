@@ -20,7 +20,7 @@ from eggroll.noise.draws import LeafKeys, leaf_keys
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.once import rounded_once
 from eggroll.noise.plan import Plan
-from eggroll.noise.regions import Region, cut
+from eggroll.noise.regions import Region, block_limit, cut
 from eggroll.noise.rules import Frozen
 from eggroll.state import ESState
 from eggroll.update import estimator
@@ -127,7 +127,7 @@ def update_state(
         if _stays(leaf, old):
             new, count = old, no_counts(leaf, sum_held(old, rules[index]))
         else:
-            limit = None if reading.elementwise[index] else old.param.size
+            limit = block_limit(coefficients.shape[0]) if reading.elementwise[index] else old.param.size
             cuts = cut(leaf, old.param.shape, limit=limit)
             step = feed_back if is_fed_back(leaf, precision) else compute
             new, count = move(old, cuts, functools.partial(step, index), rules[index])

@@ -77,6 +77,12 @@ def test_control_a_region_of_another_place_is_seen():
     assert (drawn == noise[1:2, 2:37]).all() and not (drawn == noise[1:2, 1:36]).all()
 
 
+def test_an_update_of_few_pairs_stays_in_the_caches_of_a_cpu(monkeypatch):
+    assert regions.block_limit(1) == regions.CACHED < regions.block_limit(128) == regions.LIMIT
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert regions.block_limit(1) == regions.LIMIT
+
+
 def test_an_embedding_is_cut_into_blocks_and_a_small_parameter_is_one():
     embedding = LowRankLeaf("e", (152_064, 3584), jnp.bfloat16, LowRank(), "", rows=(0,), columns=(1,))
     (blocks,) = regions.cut(embedding, embedding.shape)
