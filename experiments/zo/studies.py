@@ -30,15 +30,15 @@ RECIPES = {  # name in the table -> options
     "spsa15": ("--recipe", "spsa15"),
 }
 RATES = {  # the middle of the rates that a search tries, for models of about 100 M parameters and tens of steps
-    "mezo": 3e-5,
-    "mezo-rademacher": 3e-5,
-    "lozo": 3e-5,
+    "mezo": 5e-5,
+    "mezo-rademacher": 5e-5,
+    "lozo": 5e-5,
     BACKPROP: 2e-5,
     "fzoo": 1e-3,
     "adamezo": 1e-4,
     "grzo": 3e-6,
-    "lozo_m": 3e-5,
-    "spsa15": 3e-5,
+    "lozo_m": 5e-5,
+    "spsa15": 5e-5,
 }
 
 
