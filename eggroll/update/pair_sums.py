@@ -18,6 +18,7 @@ from eggroll.noise import draws
 from eggroll.noise.addresses import Factors
 from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
+from eggroll.noise.once import rounded_once
 
 NOISE_BUDGET = 64 << 20  # bytes of noise drawn at once for one leaf or block
 SHARED_BUDGET = 256 << 10  # bytes of random words that small parameters draw together
@@ -115,7 +116,18 @@ def weigh(leaf: PerturbedLeaf, drawn: Factors | Array, coefficients: Array) -> A
         left, right = (factor.astype(jnp.float32) for factor in drawn.as_matrices(leaf.noise_dtype))
         weights = jnp.tile(coefficients, drawn.rank)
         return jnp.einsum("...mk,...kn->...mn", left * weights, right, precision=jax.lax.Precision.HIGHEST)
-    return jnp.tensordot(coefficients, drawn.astype(jnp.float32), axes=1)
+    drawn = drawn.astype(jnp.float32)
+    if math.prod(drawn.shape[1:]) == 1:
+        return _sum_in_halves(coefficients.reshape(-1, *[1] * (drawn.ndim - 1)) * drawn)
+    return jnp.tensordot(coefficients, drawn, axes=1)
+
+
+def _sum_in_halves(terms: Array) -> Array:
+    """Sum over the first axis, in an order of its own: a sum with one entry gets its order from what XLA fuses it with."""
+    terms = rounded_once(terms)
+    while (half := terms.shape[0] // 2) > 0:
+        terms = jnp.concatenate([rounded_once(terms[:half] + terms[half : 2 * half]), terms[2 * half :]])
+    return terms[0]
 
 
 def _integer_sum(coefficients: Array, drawn: Factors | Array) -> Array:

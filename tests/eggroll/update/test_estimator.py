@@ -1,5 +1,7 @@
 """The estimator against exact means, with derived tolerances and controls that must fail."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +213,19 @@ def test_small_parameters_draw_together_what_they_draw_alone(monkeypatch):
     for index, drawn in together.items():
         alone = jax.vmap(lambda pair, i=index: draws.draw([plan.leaves[i]], [keys[i]], pair)[0])(2 + jnp.arange(6))
         jax.tree.map(np.testing.assert_array_equal, drawn, alone)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_sum_with_one_entry_has_its_bits_in_any_program(shape):
+    """In halves, as NumPy adds them: a product with one result would be ordered by what XLA fuses it with."""
+    coefficients = jax.random.normal(jax.random.key(0), (37,))
+    leaf = make_plan(lambda p: p["b"].sum(), {"b": jnp.zeros(shape)}, perturbation=eggroll.Dense()).leaves[0]
+    drawn = jax.random.normal(jax.random.key(1), (37, *shape))
+    terms = np.asarray(coefficients) * np.asarray(drawn).reshape(-1)
+    while half := len(terms) // 2:
+        terms = np.concatenate([terms[:half] + terms[half : 2 * half], terms[2 * half :]])
+    weigh = functools.partial(pair_sums.weigh, leaf, drawn)
+    fused = jax.jit(lambda c: jnp.stack([weigh(c), jnp.tanh(weigh(c)), 2 * weigh(jnp.square(c))]))
+    assert weigh(coefficients).shape == shape and np.asarray(weigh(coefficients)).reshape(()) == terms[0]
+    assert np.asarray(jax.jit(weigh)(coefficients)).reshape(()) == terms[0] != 0
+    assert np.asarray(fused(coefficients))[0].reshape(()) == terms[0]
