@@ -47,7 +47,7 @@ def test_a_comparison_runs_what_is_missing(capsys, tmp_path, monkeypatch):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == first["rows"]
     for other, words in (
         (["--seconds", "7"], "has runs with other limits"),
-        (["--clock", "processor"], "has runs with other limits"),
+        (["--clock", "processor"], "has a run with another clock"),
         (["--sigma", "0.5"], "has a run with another sigma"),
     ):
         with pytest.raises(SystemExit, match=words):
