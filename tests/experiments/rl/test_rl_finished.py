@@ -139,7 +139,7 @@ def test_a_run_that_is_stopped_says_how_far_it_came(capsys, tmp_path, monkeypatc
     assert stopped.value.code == INTERRUPTED and err.splitlines()[-1] == rl.STOPPED
     assert re.search(r"seed 0: stopped after [\d,]+ steps, best check [\d.]+ at [\d,]+ steps, random [\d.]+;", out)
     assert load_run(tmp_path).returns(episodes=4).shape == (4,)
-    with pytest.raises(FileNotFoundError, match="has no last parameters: the run was stopped"):
+    with pytest.raises(FileNotFoundError, match="has no last parameters: the run has not ended"):
         load_run(tmp_path, parameters="last")
     whole = run(*SMALL, "--folder", str(tmp_path / "whole"))[1]
     resumed = run(*options, "--resume")[1]
