@@ -115,11 +115,13 @@ def train(
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         while generations is None or len(history) < generations:
-            limits = [on_device]
-            limits += [] if generations is None else [generations - len(history)]
-            limits += [] if durable is None else [durable.generations_to_checkpoint]
-            limits += [] if quiet is None else [quiet()]
-            state, records = advance(state, min(limits))
+            limits = (
+                on_device,
+                None if generations is None else generations - len(history),
+                None if durable is None else durable.generations_to_checkpoint,
+                None if quiet is None else quiet(),
+            )
+            state, records = advance(state, min(limit for limit in limits if limit is not None))
             if not records:
                 break  # the batches have ended
             stops = False

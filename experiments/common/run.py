@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ def named_folder(name: str | Path) -> Path:
     """Return the folder that `--folder NAME` means, as `run_folder` does, without making it."""
     path = Path(name)
     return path if len(path.parts) > 1 else Path("runs") / path
+
+
+def finite_median(values: Iterable[float | None]) -> float:
+    """Return the median of the finite ones of some numbers that `jsonable` wrote; NaN without any."""
+    return statistics.median([value for value in map(number, values) if math.isfinite(value)] or [math.nan])
 
 
 def jsonable(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from eggroll.devices.processes import first_does
+from eggroll.devices.processes import first_does, is_first
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.files import replace_file
@@ -97,8 +97,8 @@ def _keeps_mark(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if mark is not None and before is not None and read_run() == before:
-            first_does(lambda: replace_file(path, mark))
+        if is_first() and mark is not None and before is not None and read_run() == before:
+            replace_file(path, mark)  # not `first_does`: the others need not have failed
         raise
 
 

@@ -40,7 +40,7 @@ from eggroll.runs.metrics import read_metrics
 
 KINDS = ("flip", "truncate", "delete", "garbage")
 OUTCOMES = ("harmless", "recovered", "detected", "silent", "unresumable")
-STOPPED = 14  # generations before the fault: the journal goes on after the last of several checkpoints
+STOPPED = 14  # generations before the fault; the last checkpoint is older, so that the journal is needed too
 MODEL = TransformerConfig(257, 16, 24, 2, 2, 2, 8)
 RESULTS = "results"
 SUBJECTS = (*RUNS, RESULTS)

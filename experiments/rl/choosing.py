@@ -6,6 +6,7 @@ it. The last line of standard output is a JSON object.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import tyro
 
 from eggroll.experiments.common.options import check_passed
-from eggroll.experiments.common.run import exit_on_error, run_folder
+from eggroll.experiments.common.run import exit_on_error, finite_median, number, run_folder
 from eggroll.experiments.common.seed_runs import Setting
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
 from eggroll.experiments.rl.config import parse
@@ -65,7 +66,7 @@ class Row(NamedTuple):
 
     setting: str
     options: str
-    returns: tuple[float, ...]  # of the seeds
+    returns: tuple[float, ...]  # of the seeds; NaN of one that was not finite
     generations: int
     numbers: dict[str, float]  # medians over seeds and the last generations
     unusual: tuple[str, ...]  # numbers that a seed named
@@ -80,7 +81,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     """Make the suite.
 
     Raises:
-        ValueError: an option is wrong, or the page has no marks.
+        ValueError, OSError: an option is wrong, or the page is missing or has no marks.
     """
     for name in ("seeds", "jobs"):
         if getattr(config, name) < 1:
@@ -118,9 +119,9 @@ def make_row(result: Result) -> Row:
     return Row(
         knob,
         option,
-        returns=tuple(summary["mean_return"] for summary in found.values()),
+        returns=tuple(number(summary["mean_return"]) for summary in found.values()),
         generations=round(statistics.median(summary["generations"] for summary in found.values())),
-        numbers={name: statistics.median(line[name] for line in lines if line[name] is not None) for name in NUMBERS},
+        numbers={name: finite_median(line[name] for line in lines) for name in NUMBERS},
         unusual=tuple(sorted({name for summary in found.values() for name in summary["unusual"]})),
     )
 
@@ -129,7 +130,9 @@ def make_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
-        spread = f"{statistics.median(row.returns):.0f} [{min(row.returns):.0f}, {max(row.returns):.0f}]"
+        spread = "-"
+        if all(map(math.isfinite, row.returns)):
+            spread = f"{statistics.median(row.returns):.0f} [{min(row.returns):.0f}, {max(row.returns):.0f}]"
         numbers = [f"{value:.3g}" for value in row.numbers.values()]
         named = ", ".join(f"`{name}`" for name in row.unusual)
         cells.append([row.setting, f"`{row.options}`" if row.options else "", spread, str(row.generations), *numbers, named])
@@ -154,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.page is not None:
         with exit_on_error():
             before, _, after = split_page(config.page)
-            table = (config.folder / "table.md").read_text()
+            table = (run_folder(config.folder) / "table.md").read_text()
             replace_file(config.page, ["".join((before, MARKS[0], table, MARKS[1], after)).encode()])
 
 

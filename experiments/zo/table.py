@@ -4,12 +4,12 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eggroll.experiments.common.bootstrap import mean_interval
-from eggroll.experiments.common.run import SUMMARY, number
+from eggroll.experiments.common.run import SUMMARY, finite_median, number
 from eggroll.experiments.common.suite import Report, Result, markdown_table
 from eggroll.experiments.zo.config import BACKPROP, parse
 from eggroll.experiments.zo.config import Config as ZOConfig
@@ -84,7 +84,7 @@ def _study_rows(study: str, recipes: Mapping[str, Result], tries: Mapping[str, T
                 steps=of_recipe[0]["steps"],
                 forwards=of_recipe[0]["forwards"],
                 seconds=statistics.fmean(s["seconds"] for s in of_recipe),
-                forwards_per_second=_median(s["forwards_per_second"] for s in of_recipe),
+                forwards_per_second=finite_median(s["forwards_per_second"] for s in of_recipe),
                 peak_mib=max(s["peak_mib"] for s in of_recipe),
                 tries=tries.get(setting.name),
             )
@@ -107,11 +107,6 @@ def make_row(study: str, recipe: str, setting: str, summaries: Summaries, *, cei
     return Row(study, recipe, setting, accuracies, losses, means[0], intervals[0], means[1], intervals[1], ceiling - means[0])
 
 
-def _median(values: Iterable[float | None]) -> float:
-    """The median of the finite values; NaN without any."""
-    return statistics.median([value for value in map(number, values) if math.isfinite(value)] or [math.nan])
-
-
 def describe(config: ZOConfig) -> str:
     """Return the settings of a recipe that are not its defaults."""
     numbers = {"n": config.directions, "sigma": config.sigma, "rate": config.learning_rate}
@@ -126,7 +121,7 @@ def _curves(setting: Any, summaries: Mapping[int, Mapping[str, Any]]) -> list[Cu
 def read_curve(folder: Path, summary: Mapping[str, Any], *, what: str) -> Curve:
     """Read the checks of a run; a step takes its median seconds, so that compilation does not count."""
     rows = read_metrics(folder)
-    of_step = _median(row["seconds"] for row in rows)
+    of_step = finite_median(row["seconds"] for row in rows)
     checked = [row for row in rows if what in row]
     steps = [0, *(row["generation"] + 1 for row in checked)]
     forwards = summary["forwards"] // summary["steps"]

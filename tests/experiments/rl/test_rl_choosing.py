@@ -53,6 +53,12 @@ def test_a_row_has_the_medians_of_the_last_generations(tmp_path):
     (row,) = choosing.make_table([choosing.make_row(Result(setting, found))]).splitlines()[2:]
     numbers = " | ".join(["20.5"] * len(choosing.NUMBERS))  # generations 10 to 29 of each
     assert row == f"| sigma | `--sigma 5` | -3 [-8, -1] | 30 | {numbers} | `weight_norm` |"
+    found[2]["mean_return"] = None  # not finite
+    lines = [dict.fromkeys(choosing.NUMBERS) for _ in range(30)]
+    for seed in found:
+        (setting.folder / f"seed-{seed}/metrics.jsonl").write_text("".join(seal(json.dumps(line)) for line in lines))
+    (row,) = choosing.make_table([choosing.make_row(Result(setting, found))]).splitlines()[2:]
+    assert row.startswith("| sigma | `--sigma 5` | - | 30 | nan | nan | ")
 
 
 @pytest.mark.parametrize(
@@ -117,12 +123,13 @@ def test_a_bad_setting_on_pendulum_is_named_by_the_run(options, number, remedy, 
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_table_into_the_page(tmp_path, capsys):
+def test_the_command_writes_the_table_into_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{''.join(choosing.MARKS)}\nafter\n")
     options = ["--knobs", "noise reuse", "--seeds", "1", "--env-steps", "2000", "--max-steps", "10"]
-    choosing.main([*options, "--evaluation-episodes", "4", "--folder", str(tmp_path / "suite"), "--page", str(page)])
+    choosing.main([*options, "--evaluation-episodes", "4", "--folder", "suite", "--page", "page.md"])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["options"] for row in summary["rows"]] == ["", "--noise-reuse 4"] and summary["failed"] == {}
     before, table, after = choosing.split_page(page)
-    assert before == "before\n" and after == "\nafter\n" and table == (tmp_path / "suite/table.md").read_text()
+    assert before == "before\n" and after == "\nafter\n" and table == (tmp_path / "runs/suite/table.md").read_text()
