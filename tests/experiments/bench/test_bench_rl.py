@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,8 @@ SMALL = {"env": "CartPole-v1", "population_size": 8, "episodes": 1, "sigma": 0.0
 
 
 def row(seconds, generations, members_per_second, peak_mib):
-    return dict(zip(rl.COLUMNS, (seconds, generations, members_per_second, peak_mib, 1.0), strict=True))
+    warm = None if seconds is None else seconds / 4
+    return dict(zip(rl.COLUMNS, (seconds, warm, generations, members_per_second, peak_mib, 1.0), strict=True))
 
 
 def test_ratios_of_medians_by_hand():
@@ -22,7 +25,11 @@ def test_ratios_of_medians_by_hand():
     theirs = [row(4.0, 10, 50.0, 900.0), row(None, None, 60.0, 900.0), row(8.0, 12, 70.0, 900.0)]
     summary = rl.summarise({"ours": ours, "evosax": theirs})
     assert summary["seconds_ratio"] == 2 / 8 and summary["generations_ratio"] == 6 / 12  # a failure is infinitely long
-    assert summary["memory_ratio"] == 0.5 and summary["ours"]["members_per_second"] == 200
+    assert (
+        summary["warm_seconds_ratio"] == 0.25
+        and summary["memory_ratio"] == 0.5
+        and summary["ours"]["members_per_second"] == 200
+    )
     unreached = rl.summarise({"ours": ours, "evosax": [row(None, None, None, 900.0)]})
     assert unreached["seconds_ratio"] == 0 and jsonable(unreached["evosax"]["seconds"]) is None
     assert math.isnan(unreached["evosax"]["members_per_second"])
@@ -78,6 +85,21 @@ def test_wrong_settings_are_refused_by_a_clear_error(settings, words):
     with pytest.raises(SystemExit) as ended:
         rl.run(rl.RL(**settings))
     assert str(ended.value) == words
+
+
+def test_the_second_process_has_the_compilation_cache_of_the_first(monkeypatch):
+    found = []
+
+    def process(argument, *, name, cache):
+        found.append((cache, os.listdir(cache)))
+        Path(cache, "program").touch()
+        return row(8.0 / len(found), 5, None, 100.0)
+
+    monkeypatch.setattr(rl, "_run_process", process)
+    made = rl.run_side(rl.RL(), library="ours", seed=0)
+    assert made["seconds"] == 8.0 and made["warm_seconds"] == 4.0
+    (first, before), (second, after) = found
+    assert first == second and before == [] and after == ["program"] and not os.path.exists(first)
 
 
 @pytest.mark.slow
