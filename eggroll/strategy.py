@@ -294,7 +294,8 @@ class EvolutionStrategy:
 
     @property
     def _fitness(self) -> Callable:
-        return normalise_fitness(self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
+        make = functools.partial(normalise_fitness, self.fitness, has_aux=self.aux is not None, integers=self.sigma is None)
+        return programs.remember("fitness", self, make=make)  # one object, which JAX traces once for plan and evaluation
 
 
 _: type[AskTell[ESState]] = EvolutionStrategy  # checked by mypy

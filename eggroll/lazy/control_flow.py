@@ -37,7 +37,8 @@ def _scan(*inputs: LazyArray | ArrayLike, jaxpr: Any, length: int, reverse: bool
         return outputs[: len(first)], [to_plain(y, "the stacked results of 'scan'") for y in outputs[len(first) :]]
 
     slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sliced)
-    carry, run = _settle(body, consts, first, slices, name="scan")
+    carry, traced = _settle(body, consts, first, slices, name="scan")
+    run = jexc.jaxpr_as_fun(traced)
     leaves, tree = jax.tree.flatten(carry)
     const_leaves, xs = jax.tree.leaves(consts), jax.tree.leaves(sliced)
 
@@ -57,7 +58,7 @@ def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, b
     end = cond_nconsts + body_nconsts
     for_cond, consts, first = inputs[:cond_nconsts], inputs[cond_nconsts:end], inputs[end:]
     evaluate, check = run_with_rules(body_jaxpr), run_with_rules(cond_jaxpr)
-    carry, run = _settle(lambda consts, carry, _: (evaluate([*consts, *carry]), []), consts, first, [], name="while")
+    carry, traced = _settle(lambda consts, carry, _: (evaluate([*consts, *carry]), []), consts, first, [], name="while")
     leaves, tree = jax.tree.flatten(carry)
     cond_leaves, cond_tree = jax.tree.flatten(list(for_cond))
     const_leaves = jax.tree.leaves(list(consts))
@@ -75,7 +76,7 @@ def _while(*inputs: LazyArray | ArrayLike, cond_jaxpr: Any, cond_nconsts: int, b
         cond_nconsts=len(cond_leaves),
         cond_jaxpr=jax.make_jaxpr(condition)(*cond_leaves, *leaves),
         body_nconsts=len(const_leaves),
-        body_jaxpr=jax.make_jaxpr(run)(*const_leaves, *leaves),
+        body_jaxpr=traced,
     )
     return jax.tree.unflatten(tree, leaves)
 
@@ -87,12 +88,12 @@ def _settle(
     slices: list,
     *,
     name: str,
-) -> tuple[list, Callable]:
+) -> tuple[list, jexc.ClosedJaxpr]:
     """Read the carries that are not the same before and after `body(consts, carry, slices)`, until all are.
 
     Returns:
-        The first carry, and the function of the leaves of constants, carry and slices that returns the leaves of the next
-        carry and of the other results.
+        The first carry, and the program from the leaves of constants, carry and slices to the leaves of the next carry and of
+        the other results.
     """
     where = f"a carry of '{name}' that is not the same view of one parameter on every iteration"
     consts, carry = list(consts), [value.unpack() if is_perturbed(value) else value for value in carry]
@@ -112,7 +113,7 @@ def _settle(
             break
         carry = [old if stays else read(old) for stays, old in zip(same, carry, strict=True)]
 
-    return carry, jexc.jaxpr_as_fun(traced)
+    return carry, traced
 
 
 def _structure(value: Any) -> Any:

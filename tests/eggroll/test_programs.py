@@ -43,6 +43,18 @@ def early_warning(monkeypatch):
     monkeypatch.setattr(programs, "MANY", 4)
 
 
+def test_plan_and_evaluation_trace_the_fitness_once():
+    traced = []
+
+    def counted(params, batch, key):
+        traced.append(batch.shape)
+        return fitness(params, batch, key)
+
+    es = strategy(counted)
+    es.step(start(es), jnp.ones((8, 4)))
+    assert traced == [(8, 4)]
+
+
 def test_chunks_are_chosen_for_every_batch_shape():
     """The chunk of a small batch is too large for a large one: it must not be kept."""
     budget, es = 300_000, strategy(population_size=64, memory_budget=300_000)
