@@ -81,7 +81,7 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
     """Say which numbers of the last generations are unusual, and what to change.
 
     Args:
-        history: from `train`; of runs that were continued, what there is.
+        history: from `train`, or from `record.read_records` for a run that was continued.
         plan: of the parameters.
 
     Returns:
@@ -129,7 +129,7 @@ def advise(history: Sequence[Record], plan: Plan) -> str:
     """Say what the last generations of a run without gain show, and what to change, in a sentence or more.
 
     Args:
-        history: from `train`; of runs that were continued, what there is.
+        history: from `train`, or from `record.read_records` for a run that was continued.
         plan: of the parameters.
     """
     if not history:

@@ -1,9 +1,12 @@
-"""`Record`: what a generation reported, on the host."""
+"""`Record`: what a generation reported, on the host, and as a line of `metrics.jsonl`."""
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
+
+from eggroll.runs.metrics import read_metrics
 
 ARRAYS = ("aux", "coefficients", "fitness", "leaf_norms", "checksums", "batch")  # fields that are not one number
 
@@ -40,8 +43,25 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON, without the arrays; NaN and infinities become null."""
-        fields = {name: value for name, value in vars(self).items() if name not in (*ARRAYS, "extra")}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if _is_number(field)}
         fields |= {name: float(value) for name, value in self.extra.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         norms = {path: norm if math.isfinite(norm) else None for path, norm in self.leaf_norms.items()}
         return json.dumps(finite | {"leaf_norms": norms}, allow_nan=False)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Return the records of all generations of a run, from its `metrics.jsonl`; numbers that were not finite are NaN."""
+    return [_from_fields(fields) for fields in read_metrics(folder)]
+
+
+def _from_fields(fields: dict[str, Any]) -> Record:
+    norms = {path: math.nan if norm is None else norm for path, norm in fields.pop("leaf_norms", {}).items()}
+    numbers = {name: math.nan if value is None else value for name, value in fields.items()}
+    names = [field.name for field in dataclasses.fields(Record) if _is_number(field)]
+    own: dict[str, Any] = {name: numbers.pop(name, math.nan) for name in names}
+    return Record(**own, leaf_norms=norms, extra=numbers)
+
+
+def _is_number(field: dataclasses.Field) -> bool:
+    return field.name not in (*ARRAYS, "extra")

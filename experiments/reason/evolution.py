@@ -31,7 +31,8 @@ from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
 from eggroll.population.moves import move_as_integers
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
-from eggroll.runs.training import Record, train
+from eggroll.runs.record import read_records
+from eggroll.runs.training import train
 from eggroll.update.shaping import Shaping
 
 logger = logging.getLogger(__name__)
@@ -140,10 +141,10 @@ class Evolution:
         with contextlib.closing(durable) as run:
             if jax.process_count() == 1:  # otherwise only the first process scores
                 self._await_checkpoint = run.checkpoints.wait
-            state, history = run.state, list[Record]()
+            state = run.state
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.time_limit and left != 0:
-                state, history = train(
+                state, _ = train(
                     es,
                     state,
                     lambda generation: self.questions(generation, seed=seed),
@@ -163,7 +164,9 @@ class Evolution:
             generations, last, like = int(state.generation), state.params, describe(state)
             del state  # before the best one is rebuilt
             found = None if best == generations else self._best(best, like, run, folder, seed=seed, progress=progress)
-        return Improved(local(last if found is None else found), generations, ended, advise(history, es.plan(like)))
+        return Improved(
+            local(last if found is None else found), generations, ended, advise(read_records(folder), es.plan(like))
+        )
 
     def _best(self, best: int, like: eggroll.ESState, run: DurableRun, folder: Path, *, seed: int, progress: Progress) -> Any:
         """Return the parameters of the best generation, which is not the last one; None if they are lost."""

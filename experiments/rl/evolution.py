@@ -24,7 +24,8 @@ from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Keys, Task
 from eggroll.experiments.rl.report import draw, find_members_at_random
 from eggroll.runs.diagnosis import RECENT, WARNED, advise, find_unusual
 from eggroll.runs.durable import DurableRun
-from eggroll.runs.training import Record, train
+from eggroll.runs.record import Record, read_records
+from eggroll.runs.training import train
 
 Look = Callable[[Sequence[Record]], dict[str, str]]
 MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
@@ -208,9 +209,8 @@ class Evolution:
         )
         with contextlib.closing(run):
             state, done = run.state, int(run.state.generation)
-            history: list[Record] = []
             if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
-                state, history = train(
+                state, _ = train(
                     es,
                     state,
                     progress.statistics,
@@ -225,6 +225,7 @@ class Evolution:
                     durable=run,
                     plot=lambda history, path: draw(path, random_return=random_return),
                 )
+        history = read_records(folder)  # before a resume, too
         unusual = look(history)
         return Trained(
             local(state.params),

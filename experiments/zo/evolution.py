@@ -28,7 +28,8 @@ from eggroll.protocol import Strategy
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.plot import plot_history
-from eggroll.runs.training import Record, train
+from eggroll.runs.record import Record, read_records
+from eggroll.runs.training import train
 
 PER_EXAMPLE = "grzo"  # the recipe with a direction for every example of the batch
 NOISE = {"normal": Dense("normal"), "rademacher": Dense("rademacher"), "lowrank": LowRank(2, "normal")}
@@ -155,7 +156,7 @@ class Evolution:
             seconds, steps = progress.seconds, int(state.generation)
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
         speed = rate([record.seconds for record in history], forwards=self.forwards)
-        advice, skipped = advise(history, tuner.plan(state)), progress.skipped
+        advice, skipped = advise(read_records(folder), tuner.plan(state)), progress.skipped
         tuned = local(tuner.parameters(state))
         return Tuned(tuned, steps, steps * self.forwards, skipped, speed, seconds, ended, advice)
 

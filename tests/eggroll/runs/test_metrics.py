@@ -1,11 +1,13 @@
 """metrics.jsonl: damaged lines are dropped with one warning, the others kept."""
 
 import json
+import math
 import random
 
 import pytest
 
-from eggroll.runs.metrics import open_metrics, read_metrics, seal
+from eggroll.runs.metrics import append_line, open_metrics, read_metrics, seal
+from eggroll.runs.record import Record, read_records
 
 ROWS = [{"generation": g, "mean_fitness": 0.25 * g, "text": "\u00e9"} for g in range(5)]
 
@@ -50,3 +52,18 @@ def test_a_continued_run_keeps_the_sound_lines(folder, caplog):
 def test_lines_of_earlier_versions_have_no_checksum(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"generation": 0}\n{"generation": 1}')
     assert [row["generation"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_records_read_back_as_they_were_written(tmp_path):
+    numbers = dict.fromkeys(("sigma", "best_fitness", "tied_pairs", "effective_rank", "gradient_norm", "moved"), 0.1)
+    numbers |= dict.fromkeys(("std_fitness", "pair_correlation", "update_over_sigma", "update_over_weights"), 1 / 3)
+    numbers |= {"weight_norm": 2.0, "seconds": 1e-3, "members_per_second": 8e3}
+    about = {"invalid": 0, "kept": 0, "skipped": False, "leaf_norms": {"w": 0.7, "b": 0.1}, "extra": {"held_out": 3.0}}
+    records = [Record(generation=g, mean_fitness=-g / 7, **numbers, **about) for g in range(3)]
+    for record in records:
+        append_line(tmp_path, record.generation, record.to_json())
+    assert read_records(tmp_path) == records
+    append_line(tmp_path, 3, '{"generation": 3, "mean_fitness": null}')  # of an earlier version, with fewer numbers
+    last = read_records(tmp_path)[-1]
+    assert last.generation == 3 and math.isnan(last.mean_fitness) and math.isnan(last.weight_norm)
+    assert read_records(tmp_path / "none") == []
