@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from eggroll.journal import JournalError
+from eggroll.state import keys_to_words, words_to_keys
 
 
 class Carried(Protocol):
@@ -19,16 +20,17 @@ class Carried(Protocol):
 
 
 def pack(carried: Any) -> bytes:
-    """Return the bytes of a pytree of arrays."""
-    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(carried))
+    """Return the bytes of a pytree of arrays and typed keys."""
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(keys_to_words(carried)))
 
 
 def unpack(extra: bytes, like: Any) -> Any:
     """Return the pytree of the bytes; JournalError if they are not as many as those of `like`, a pytree of its shapes."""
-    leaves, tree, start = [], jax.tree.structure(like), 0
-    for leaf in map(np.asarray, jax.tree.leaves(like)):
-        leaves.append(np.frombuffer(extra, leaf.dtype, leaf.size, offset=start).reshape(leaf.shape))
-        start += leaf.nbytes
-    if start != len(extra):
-        raise JournalError(f"the journal carries {len(extra)} bytes a generation, this run {start}.")
-    return jax.tree.unflatten(tree, leaves)
+    arrays, tree = jax.tree.flatten(jax.tree.map(np.asarray, keys_to_words(like)))
+    size, leaves, start = sum(array.nbytes for array in arrays), [], 0
+    if size != len(extra):
+        raise JournalError(f"the journal carries {len(extra)} bytes a generation, this run {size}.")
+    for array in arrays:
+        leaves.append(np.frombuffer(extra, array.dtype, array.size, offset=start).reshape(array.shape).copy())  # writable
+        start += array.nbytes
+    return words_to_keys(jax.tree.unflatten(tree, leaves), like)

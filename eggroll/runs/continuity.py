@@ -49,15 +49,13 @@ class Continuity:
         self.is_adopted = changed
         return changed
 
-    def check(self, metrics: Any) -> None:
-        """Raise JournalError if a generation began with another state, given its metrics."""
-        if metrics.checksums is None:
-            return
+    def check(self, before: Any, *, generation: int) -> None:
+        """Raise JournalError if a generation begins with another state, given the checksums of that state."""
         try:
-            compare(self._names, self._expected, metrics.checksums[0])
+            compare(self._names, self._expected, before)
         except OtherState as error:
             raise JournalError(
-                f"the state was changed by hand before generation {int(metrics.generation)}: {list_names(error.names)} are not "
+                f"the state was changed by hand before generation {generation}: {list_names(error.names)} are not "
                 "as the last generation left them. The change would be lost on resume: give the changed state to `adopt` of "
                 "the DurableRun before the next generation, or continue with the state that `step` returned."
             ) from None

@@ -87,7 +87,7 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
     Returns:
         Name of the number, as in `metrics.jsonl` -> a sentence or more; empty: nothing is.
     """
-    last = history[-RECENT:]
+    last = [record for record in history[-RECENT:] if math.isfinite(record.mean_fitness)]  # others were skipped, with a warning
     if not last:
         return {}
 

@@ -74,7 +74,7 @@ class DurableRun(Generic[S]):
         check_not_consumed(initial)
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}.")
-        self._folder, self._every, self._carried, self._es = Path(folder), checkpoint_every, carried, es
+        self._folder, self._every, self._carried, self._es = Path(folder).absolute(), checkpoint_every, carried, es
         self._reevaluated: dict[int, Entry] = {}  # generations in the journal that are evaluated again
         self._continuity = Continuity(initial)
         self._journal: Writer | None = None
@@ -202,8 +202,22 @@ class DurableRun(Generic[S]):
         """
         if self._lock is not None:
             self._lock.check()
-        if metrics is not None:
-            self._continuity.check(metrics)
+        if metrics is not None and metrics.checksums is not None:
+            self._continuity.check(metrics.checksums[0], generation=int(metrics.generation))
+
+    def check_start(self, state: S) -> None:
+        """Check that a state is the one that the run continues from.
+
+        Raises:
+            ValueError: it is of another generation. RunLost, JournalError: as `check`.
+        """
+        self.check()
+        if int(state.generation) != self._next:
+            raise ValueError(
+                f"the state is of generation {int(state.generation)}, and the run in {self._folder} continues at generation "
+                f"{self._next}: pass the attribute `state` of the DurableRun."
+            )
+        self._continuity.check(np.array(list(self._es.checksums(state).values()), np.uint32), generation=self._next)
 
     def adopt(self, state: S) -> None:
         """Carry a state that was changed by hand, such as its weights or the learning rate in its optimizer's state.

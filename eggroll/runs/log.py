@@ -25,7 +25,7 @@ def logged(folder: Path, *, append: bool) -> Iterator[None]:
     if not is_first():
         yield
         return
-    with open(folder / NAME, "a" if append else "w") as file, contextlib.ExitStack() as stack:
+    with open(folder / NAME, "ab" if append else "wb", buffering=0) as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(Copied(sys.stdout, file)))
         stack.enter_context(contextlib.redirect_stderr(Copied(sys.stderr, file)))
         stack.enter_context(_plain_warnings())
@@ -59,7 +59,7 @@ class Copied(io.TextIOBase):
         stream: where the text goes.
     """
 
-    def __init__(self, stream: Any, file: IO[str]):
+    def __init__(self, stream: Any, file: IO[bytes]):
         self.stream, self._file, self._is_new = stream, file, True
 
     def over(self, stream: Any) -> "Copied":
@@ -90,10 +90,9 @@ class Copied(io.TextIOBase):
         return self.stream.fileno()
 
 
-def _write(file: IO[str], text: str) -> None:
+def _write(file: IO[bytes], text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a full disk ends the run where it writes what it needs
-        file.write(text)
-        file.flush()
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def _now() -> str:

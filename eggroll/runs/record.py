@@ -51,8 +51,11 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Return the records of all generations of a run, from its `metrics.jsonl`; numbers that were not finite are NaN."""
-    return [_from_fields(fields) for fields in read_metrics(folder)]
+    """Return the records of all generations of a run, from its `metrics.jsonl`; numbers that were not finite are NaN.
+
+    Lines that a front end adds, which are of no generation, are left out.
+    """
+    return [_from_fields(fields) for fields in read_metrics(folder) if "sigma" in fields]
 
 
 def _from_fields(fields: dict[str, Any]) -> Record:

@@ -24,7 +24,7 @@ from eggroll.runs.durable import DurableRun
 from eggroll.runs.metrics import open_metrics, write_line
 from eggroll.runs.plot import plot_history
 from eggroll.runs.progress import progress_line
-from eggroll.runs.record import Record
+from eggroll.runs.record import Record, read_records
 from eggroll.scan import NextBatch
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def train(
             installed, and otherwise write a plain line every five seconds, later more rarely (`eggroll.runs.progress`).
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
-        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`; it needs a run folder.
+        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`, with the history of the whole run, before it was
+            continued too; it needs a run folder.
         keep_arrays: keep `aux`, `coefficients`, `fitness` and `batch` of every generation in the history; callbacks and
             `on_record` always get them, but for the fitness of generations that ran in one program.
         on_device: k: run up to k generations in one program on the device (`eggroll.scan`), with the same results, bit for bit.
@@ -105,13 +106,14 @@ def train(
     held_out: float | None = None  # the last one
     diagnosis = Diagnosis(es.population_size)
     check = (lambda record=None: None) if durable is None else durable.check
-    check()
+    folder = None if run_folder is None else Path(run_folder).absolute()  # a callback may change the working folder
+    if durable is not None:
+        durable.check_start(state)  # before a file is touched
     with contextlib.ExitStack() as stack:
         metrics_file = None
-        if run_folder is not None:
-            metrics_file = first_does(lambda: stack.enter_context(open_metrics(Path(run_folder), first)))
-            draw = functools.partial(_draw, plot or _plot_fitness, history, Path(run_folder))
-            stack.push(functools.partial(_draw_last, check, draw))
+        if folder is not None:
+            metrics_file = first_does(lambda: stack.enter_context(open_metrics(folder, first)))
+            stack.push(functools.partial(_draw_last, check, plot or _plot_fitness, folder))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         while generations is None or len(history) < generations:
@@ -178,28 +180,28 @@ def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
     plot_history(history, folder / "fitness.png")
 
 
-def _draw(plot: Callable[[Sequence[Record], Path], None], history: Sequence[Record], folder: Path) -> None:
-    """Plot; an error of the disk names the folder."""
-    try:
-        plot(history, folder)
-    except OSError as error:
-        raise OSError(error.errno, f"a figure cannot be written: {error.strerror}", str(folder)) from error
-
-
-def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: Any, error: Any, trace: Any) -> None:
-    """Plot at the end of a run, unless its folder was lost; a failure does not replace `error`, which ended the run."""
+def _draw_last(
+    check_lock: Callable[[], None],
+    plot: Callable[[Sequence[Record], Path], None],
+    folder: Path,
+    kind: Any,
+    error: Any,
+    trace: Any,
+) -> None:
+    """Plot at the end of a run, unless its folder was lost; a figure that fails is a warning, and costs nobody the result."""
 
     def draw_unless_lost() -> None:
         check_lock()
-        draw()
+        try:
+            plot(read_records(folder), folder)
+        except Exception as failed:
+            logger.warning("the figure was not drawn: %s", failed)
 
     if error is None:
         first_does(draw_unless_lost)
     elif is_first() and not isinstance(error, RunLost):
-        try:
+        with contextlib.suppress(RunLost):
             draw_unless_lost()
-        except Exception as failed:
-            logger.warning("the figure was not drawn: %s", failed)
 
 
 def _progress_words(record: Record, held_out: float | None) -> str:

@@ -22,7 +22,8 @@ from eggroll.experiments.egg.models.integer_loss import UNITS_PER_BIT
 from eggroll.experiments.egg.models.sampling import sample
 from eggroll.experiments.egg.problem import Validation
 from eggroll.runs.durable import DurableRun
-from eggroll.runs.training import Record, train
+from eggroll.runs.record import Record, read_records
+from eggroll.runs.training import train
 
 PROMPT = b"import "
 
@@ -124,9 +125,9 @@ def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
         recipe=seed_run.recipe,
     )
     with contextlib.closing(run):
-        state, history = run.state, list[Record]()
+        state = run.state
         if int(state.generation) < config.generations:
-            state, history = train(
+            state, _ = train(
                 es,
                 state,
                 lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
@@ -139,5 +140,5 @@ def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
             )
     params = local(state.params)
     bits = validation(params) if checks.bits is None else checks.bits
-    seconds = statistics.median(record.seconds for record in history) if history else 0.0
-    return Trained(params, bits, int(state.generation), seconds)
+    seconds = [record.seconds for record in read_records(folder)]  # before it was continued, too
+    return Trained(params, bits, int(state.generation), statistics.median(seconds) if seconds else 0.0)

@@ -69,7 +69,9 @@ def find_members_at_random(history: Sequence[Record], random_return: float | Non
     Returns:
         As `find_unusual`; "far" is more than the spread of the population, in the median check.
     """
-    gaps = [record.extra[HELD_OUT] - record.mean_fitness for record in history if HELD_OUT in record.extra]
+    history = [record for record in history if math.isfinite(record.mean_fitness)]
+    gaps = [record.extra.get(HELD_OUT, math.nan) - record.mean_fitness for record in history]
+    gaps = [gap for gap in gaps if math.isfinite(gap)]
     if random_return is None or not gaps:
         return {}
     last = history[-RECENT:]

@@ -135,13 +135,13 @@ class Evolution:
         )
         del initial
         with contextlib.closing(durable):
-            state, history = durable.state, list[Record]()
+            state = durable.state
             done = int(state.generation)
             if config.guidance and not done:
                 progress.suggested = self.guide(state, seed=seed).learning_rate
             progress.begin(seconds_spent(folder))
             if done < self.steps:
-                state, history = train(
+                state, _ = train(
                     tuner,
                     state,
                     lambda step: self._batch(step, seed=seed),
@@ -155,8 +155,9 @@ class Evolution:
                 )
             seconds, steps = progress.seconds, int(state.generation)
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
+        history = read_records(folder)  # before it was continued, too
         speed = rate([record.seconds for record in history], forwards=self.forwards)
-        advice, skipped = advise(read_records(folder), tuner.plan(state)), progress.skipped
+        advice, skipped = advise(history, tuner.plan(state)), progress.skipped
         tuned = local(tuner.parameters(state))
         return Tuned(tuned, steps, steps * self.forwards, skipped, speed, seconds, ended, advice)
 

@@ -1,4 +1,7 @@
-"""A run with member state: generations after the last checkpoint are evaluated again and must reproduce the journal."""
+"""A durable run with member state, whose generations are evaluated again; with what is carried; with wrong states."""
+
+import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 
 import eggroll
 from eggroll.journal import JournalError
+from eggroll.runs.carried import pack, unpack
 
 PARAMS = {"w": 0.3 * jnp.ones((4, 4)), "b": jnp.zeros(4)}
 
@@ -55,3 +59,65 @@ def test_generations_with_other_coefficients_than_the_journal_are_an_error(tmp_p
     go(tmp_path, 5)
     with pytest.raises(JournalError, match="generation 3, evaluated again, gave other coefficients than"):
         go(tmp_path, 8, other=True)
+
+
+def linear(params, batch, key):
+    return (params["w"] @ batch).sum() + params["b"].sum()
+
+
+class Counter:
+    """Carries an array that it changes in place."""
+
+    def __init__(self):
+        self.counts = np.zeros(2)
+
+    def __call__(self, state, record):
+        self.counts += 1
+
+    def save(self):
+        return self.counts
+
+    def load(self, saved):
+        self.counts = saved
+
+
+def test_a_wrong_state_is_refused_before_a_file_is_touched(tmp_path, monkeypatch):
+    """And a callback may change the working folder, and what is carried may be changed in place after a resume."""
+    es = eggroll.EvolutionStrategy(linear, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def start():
+        state = es.init(PARAMS, key=jax.random.key(0))
+        es.plan(state, jnp.ones(4))
+        return state
+
+    def run(state=None, *callbacks):
+        counter = Counter()
+        opened = eggroll.DurableRun("run", es, start(), config={}, carried=counter, checkpoint_every=2)
+        with contextlib.closing(opened):
+            state = opened.state if state is None else state
+            calls = [*callbacks, counter]
+            eggroll.train(es, state, jnp.ones(4), generations=3, run_folder="run", durable=opened, callbacks=calls)
+        return counter.counts
+
+    assert run(None, lambda *_: os.chdir(tmp_path / "elsewhere")).tolist() == [3, 3]
+    os.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*") if path.name != "run.lock"}
+    with pytest.raises(ValueError, match=r"state is of generation 0, and the run in .* continues at generation 3"):
+        run(start())
+    with pytest.raises(JournalError, match="changed by hand before generation 3"):
+        run(start()._replace(generation=jnp.int32(3)))
+    assert before == {path: path.read_bytes() for path in before}
+    assert run().tolist() == [6, 6]
+
+
+def test_carried_arrays_and_keys_are_packed_to_bytes_and_back():
+    carried = {"counts": np.arange(3), "key": jax.random.key(7), "half": jnp.ones(2, jnp.bfloat16), "none": np.zeros((0, 2))}
+    restored = unpack(pack(carried), carried)
+    assert restored["key"] == carried["key"] and restored["none"].shape == (0, 2)
+    restored["counts"] += 1
+    assert restored["counts"].tolist() == [1, 2, 3] and restored["half"].tolist() == [1, 1]
+    for size in (8, 32):
+        with pytest.raises(JournalError, match=f"the journal carries {size} bytes a generation, this run 24"):
+            unpack(bytes(size), carried["counts"])

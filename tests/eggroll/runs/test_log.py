@@ -1,6 +1,7 @@
 """The log of a run has what was printed and its progress, with a terminal or without."""
 
 import io
+import os
 import sys
 import time
 import warnings
@@ -45,6 +46,15 @@ def test_the_log_says_which_error_ended_the_run(tmp_path):
     with pytest.raises(ValueError, match="seven"), logged(tmp_path, append=False):
         raise ValueError("seven")
     assert (tmp_path / NAME).read_text().endswith("ended by ValueError seven\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_does_not_replace_what_ended_the_run(tmp_path):
+    (tmp_path / NAME).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"journal\.bin"), logged(tmp_path, append=True):
+        raise OSError(28, "No space left on device", "journal.bin")
+    with logged(tmp_path, append=True):  # nor does it end a run
+        print("shown")
 
 
 def test_a_warning_is_one_plain_line(tmp_path):

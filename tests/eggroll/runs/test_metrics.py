@@ -63,7 +63,9 @@ def test_records_read_back_as_they_were_written(tmp_path):
     for record in records:
         append_line(tmp_path, record.generation, record.to_json())
     assert read_records(tmp_path) == records
-    append_line(tmp_path, 3, '{"generation": 3, "mean_fitness": null}')  # of an earlier version, with fewer numbers
+    append_line(tmp_path, 3, '{"generation": 2, "validation_accuracy": 0.5}')  # of a front end, and of no generation
+    assert read_records(tmp_path) == records
+    append_line(tmp_path, 3, '{"generation": 3, "sigma": 0.1, "mean_fitness": null}')  # of an earlier version: fewer numbers
     last = read_records(tmp_path)[-1]
     assert last.generation == 3 and math.isnan(last.mean_fitness) and math.isnan(last.weight_norm)
     assert read_records(tmp_path / "none") == []

@@ -120,6 +120,21 @@ def test_writes_metrics_and_a_figure(tmp_path):
     assert continued == [0, 1, 2, 3, 4]
 
 
+def test_the_figure_of_a_continued_run_has_all_of_it_and_costs_nobody_the_result(tmp_path, caplog):
+    es, state = make()
+    drawn = []
+
+    def plot(history, folder):
+        drawn.append([record.generation for record in history])
+        raise OSError(28, "No space left on device", str(folder))
+
+    for count in (3, 2):
+        state, history = train(es, state, jnp.float32(1.0), generations=count, run_folder=tmp_path, plot=plot)
+        assert len(history) == count and int(state.generation) == len(drawn[-1])
+    assert drawn == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert caplog.text.count("the figure was not drawn: [Errno 28] No space left on device") == 2
+
+
 def test_metrics_are_on_disk_while_training_runs(tmp_path):
     es, state = make()
 

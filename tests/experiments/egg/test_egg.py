@@ -130,6 +130,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, texts, tmp_path, monk
         shutil.rmtree(tmp_path / "checkpoints" / damage, ignore_errors=True)
         summary, _ = run(*options, "--resume")
         assert summary | MEASURED == small_run[0] | MEASURED and same(params_of(tmp_path), params_of(small_run[2]))
+        assert summary["bytes_per_second"] > 0  # after the second resume, which has nothing to do, too
     first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[2], tmp_path))
     assert [json.loads(line)["mean_fitness"] for line in first] == [json.loads(line)["mean_fitness"] for line in second]
     out = io.StringIO()

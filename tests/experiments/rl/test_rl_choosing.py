@@ -94,7 +94,8 @@ def test_members_below_random_actions_are_named(mean, held_out, is_named):
     """They are so because of sigma where the unperturbed parameters exceed them by more than their spread."""
     extra = {} if held_out is None else {"held_out_return": held_out}
     record = SimpleNamespace(mean_fitness=mean, std_fitness=2.0, sigma=0.5, extra={})
-    history = [record, *[SimpleNamespace(**vars(record) | {"extra": extra})] * 3, record]
+    skipped = SimpleNamespace(**vars(record) | {"mean_fitness": float("nan"), "std_fitness": float("nan")})
+    history = [record, *[SimpleNamespace(**vars(record) | {"extra": extra})] * 3, record, *[skipped] * 9]
     found = find_members_at_random(history, -8.0)
     assert list(found) == ["held_out_minus_mean"] * is_named and find_members_at_random(history, None) == {}
     assert not is_named or "-9 is below that of random actions, -8, and 5 below" in found["held_out_minus_mean"]
