@@ -17,7 +17,7 @@ from jax import Array
 from eggroll import programs
 from eggroll.population.metrics import Metrics
 from eggroll.protocol import S, Strategy
-from eggroll.state import check_not_consumed
+from eggroll.state import begin
 
 NextBatch = Callable[[Any, Metrics], Any]  # (batch of a generation, its metrics without the fitness) -> batch of the next
 
@@ -65,7 +65,7 @@ def run_scan(
         raise ValueError("next_batch makes all batches but the first, which batch must then be: leave stacked out.")
     if stacked and any(jnp.shape(leaf)[:1] != (length,) for leaf in jax.tree.leaves(batch)):
         raise ValueError(f"a stacked batch needs an entry for each generation: leaves with a leading axis of length, {length}.")
-    check_not_consumed(state)
+    state = begin(state)
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), batch)  # no weak types in the carry of the loop
     key = ("scan", es, length, stacked, next_batch, programs.signature((state, batch)))
     run = functools.partial(_run, es, length, stacked, next_batch)

@@ -48,6 +48,16 @@ def unshare(tree: T) -> T:
     return jax.tree.map(take, tree)
 
 
+def begin(state: T) -> T:
+    """Return the state that a generation begins with: its sigma, which a user may set to a number, is an array.
+
+    A number would be another program. ValueError for a state that was consumed.
+    """
+    check_not_consumed(state)
+    given: Any = state
+    return given._replace(sigma=jnp.asarray(given.sigma, jnp.float32))
+
+
 def check_not_consumed(state: Any) -> None:
     """Raise ValueError when arrays of a state were reused by the generation that followed it, or deleted by the caller."""
     if any(

@@ -30,7 +30,7 @@ from eggroll.population.members import Population, build_member, check_coefficie
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
 from eggroll.settings import check_precision, check_settings
-from eggroll.state import ESState, check_not_consumed
+from eggroll.state import ESState, begin, check_not_consumed
 from eggroll.update import estimator
 from eggroll.update.feedback import Feedback
 from eggroll.update.optimizer import describe_update
@@ -160,7 +160,7 @@ class EvolutionStrategy:
             state: from `init` or the last `step`; consumed (`eggroll.copy_state` keeps a copy).
             batch: any pytree the fitness takes; see `members_per_batch`.
         """
-        check_not_consumed(state)
+        state = begin(state)
         shapes = programs.signature((state, batch))
         plan, program = programs.remember("step", self, shapes, make=lambda: self._prepare_step(state, batch, shapes))
         state, batch = shard_inputs(self.placement, state, batch, batch_over="examples")
@@ -193,7 +193,7 @@ class EvolutionStrategy:
         Raises:
             ValueError: wrong length, unknown or repeated pairs, or no plan yet.
         """
-        plan = known_plan(self, state.params, needed_by="tell")
+        plan, state = known_plan(self, state.params, needed_by="tell"), begin(state)
         check = functools.partial(check_told, shaping=self.shaping, integers=self.sigma is None)
         state, told = shard_inputs(self.placement, state, check(fitness, pairs, population_size=self.population_size))
         score = functools.partial(generation.score_pairs, self, plan)

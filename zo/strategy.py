@@ -30,7 +30,7 @@ from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import Strategy
 from eggroll.settings import check_precision
 from eggroll.signatures import check_signature
-from eggroll.state import ESState, check_not_consumed
+from eggroll.state import ESState, begin, check_not_consumed
 from eggroll.update.optimizer import describe_update
 from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
 from eggroll.zo.estimators import ESTIMATORS, report_losses
@@ -192,7 +192,7 @@ class ZerothOrder:
             evaluates them (`ESTIMATORS[...].unperturbed`), else the mean over the perturbed ones. `metrics.coefficients` are
             -d, so that -coefficients / (2 sigma) are the projected gradients of the two-point estimator.
         """
-        check_not_consumed(state)
+        state = begin(state)
         self.check_batch(batch)
         plan = self._checked_plan(state.params, batch)
         placement, shapes = self.placement, programs.signature((state, batch))

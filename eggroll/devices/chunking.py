@@ -69,6 +69,8 @@ def layout_in_budget(
     if placement is not None:
         layout, batch = placement.local_layout, placement.local_batch(batch)
 
+    state, batch = jax.eval_shape(lambda *given: given, state, batch)  # a sigma or an entry may be a Python number
+
     def temporary_bytes(pairs: int) -> int:
         small = dataclasses.replace(layout, num_pairs=pairs)
         per_member = jax.tree.map(lambda x: jax.ShapeDtypeStruct((pairs, *x.shape[1:]), x.dtype), state.member_state)

@@ -166,7 +166,7 @@ def _patch_and_channels(value: PerturbedArray, delta: LowRankDelta, patch: Seque
     """The factor of the patch, with all of its axes, and that of the output channels, with no other axis."""
     where = "a convolution whose patch is not one side of its matrix"
     (first_name, first), (second_name, second) = delta.sides(value, patch, where)
-    if any(not value.tags[axis] and value.base.shape[axis] > 1 for axis in patch):
+    if value.positions("scale") or any(not value.tags[axis] and value.base.shape[axis] > 1 for axis in patch):
         raise value.unsupported(where)
     own, others = value.positions(first_name), value.positions(second_name)
     first = jnp.expand_dims(first, [place for place, axis in enumerate(patch) if axis not in own])

@@ -32,6 +32,10 @@ class Squared(LazyArray):
         """The path of the parameter."""
         return self.value.source()
 
+    def sliceable(self) -> "Squared":
+        """The squares of what `scan` may slice."""
+        return Squared(self.value.sliceable())
+
     def read(self, where: str, reason: str, *, moves: bool) -> Array:
         """Return the squares of what an operation without a rule reads."""
         return jnp.square(self.value.read(where, reason, moves=moves))

@@ -62,10 +62,15 @@ class Plan:
             if can_build and isinstance(its, PerturbedLeaf):
                 continue  # its members build the parameter where its noise is not of the use's own split
             if not isinstance(its, FrozenLeaf) and _uses(own) != _uses(its):
+                remedy = (
+                    "Call plan(state, batch, function=...) first, with a function that uses all parameters"
+                    if isinstance(own, FrozenLeaf)
+                    else f"Add the rule ('{own.path}', eggroll.Dense()) to `perturbation`"
+                )
                 raise ValueError(
                     f"the function uses parameter '{own.path}' as {its.role} ({its.reason}), but the plan, made for the "
-                    f"function that came first, has it as {own.role} ({own.reason}). Add the rule "
-                    f"('{own.path}', eggroll.Dense()) to `perturbation`, or use a separate strategy for the function."
+                    f"function that came first, has it as {own.role} ({own.reason}). {remedy}, or use a separate strategy for "
+                    "the function."
                 )
 
 

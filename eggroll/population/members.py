@@ -58,7 +58,7 @@ class Population:
         Raises:
             ValueError: no plan yet, or a known index outside the population.
         """
-        if isinstance(index, int) and not 0 <= index < self.size:
+        if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < self.size:
             raise ValueError(f"index must be in [0, {self.size}), got {index}.")
         return self._member(index)
 

@@ -78,7 +78,9 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any, 
     mean = jnp.where(valid, members, 0.0).sum() / count
     variance = jnp.where(valid, (members - mean) ** 2, 0.0).sum() / count
     compared = members if scores is None else _mean_of_columns(scores.astype(wide))[0]
-    weights = jnp.square(coefficients)
+    compared = jnp.where(valid, compared, -jnp.inf)  # where shapings put a member without a fitness
+    largest = jnp.abs(coefficients).max()
+    weights = jnp.square(divide(coefficients, jnp.where(largest > 0, largest, 1.0)))
     nothing = jnp.float32(jnp.nan)
     return FitnessReport(
         mean_fitness=jnp.where(valid.any(), (unit * mean).astype(jnp.float32), nothing),
@@ -87,7 +89,7 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any, 
         invalid=(~valid).sum(),
         tied_pairs=(compared[0::2] == compared[1::2]).astype(jnp.float32).mean(),
         pair_correlation=_correlation(members[0::2], members[1::2], valid[0::2] & valid[1::2]).astype(jnp.float32),
-        effective_rank=rank * weights.sum() ** 2 / jnp.maximum(jnp.square(weights).sum(), jnp.finfo(jnp.float32).tiny),
+        effective_rank=rank * weights.sum() ** 2 / jnp.maximum(jnp.square(weights).sum(), 1.0),  # the largest weight is 1, or 0
         coefficients=jnp.where(valid.any(), coefficients, nothing),
         fitness=fitness,
         aux=aux,
@@ -158,8 +160,12 @@ def _reduce(name: str, values: Array, valid: Array) -> Array:
         return values
     mask = valid.reshape(-1, *([1] * (values.ndim - 1)))
     if name in ("sum", "mean"):
+        if jnp.issubdtype(values.dtype, jnp.floating):
+            values = values.astype(at_least_float32(values.dtype))
         total = jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=0)
         return total if name == "sum" else total / jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    if values.dtype == jnp.bool_:
+        return (mask & values).any(axis=0) if name == "max" else (~mask | values).all(axis=0)
     limits = jnp.finfo(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else jnp.iinfo(values.dtype)
     if name == "max":
         return jnp.where(mask, values, jnp.asarray(limits.min, values.dtype)).max(axis=0)

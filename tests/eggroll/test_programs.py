@@ -90,6 +90,8 @@ def test_a_fitness_without_a_batch_is_checked_too():
     es.ask(state).apply(lambda p, x: jnp.sort(p["w"], axis=0) + x.sum(), jnp.ones((3, 4)))
     with pytest.raises(ValueError, match=r"uses parameter 'w' as low-rank .* has it as dense"):
         es.step(state)
+    with pytest.raises(ValueError, match=r"'b' as dense .* has it as frozen .* Call plan\(state, batch, function=...\) first"):
+        es.ask(state).apply(lambda p, x: p["b"] + x.sum(), jnp.ones((3, 4)))  # a rule for `b` would not help
 
 
 def test_a_fresh_function_in_every_generation_keeps_the_memo_bounded(small_memo, early_warning):

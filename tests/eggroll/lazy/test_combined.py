@@ -12,7 +12,7 @@ from eggroll.lazy.planning import make_plan
 from tests.eggroll.lazy.oracle import check, weights
 from tests.tables import by_default
 
-X, IMAGES = weights(4, 6), weights(2, 5, 5, 4, seed=5)
+X, IMAGES, SERIES = weights(4, 6), weights(2, 5, 5, 4, seed=5), weights(2, 7, 6, seed=15)
 PARAMS = {
     "w": weights(6, 8, seed=1),
     "u": weights(6, 8, seed=2),
@@ -116,6 +116,11 @@ READ = {  # what is combined has to be built
     "product": lambda p, x: x @ jnp.abs(p["a"] @ p["b"]),
     "gain": lambda p, x: x @ jnp.sort(p["w"] * p["g"], axis=1),
     "sliced by a scan": lambda p, x: jax.lax.scan(lambda s, row: (s + row, None), jnp.zeros(8), p["a"] @ p["b"])[0],
+    "squares sliced by a scan": lambda p, x: jax.lax.scan(lambda s, row: (s + row, None), x @ p["w"], 0.5 * p["w"] ** 2)[0],
+    "taps of a kernel, then a convolution with it": lambda p, x: (
+        sum(SERIES[:, k : k + 5] @ p["layers"][k] for k in range(3)),
+        jax.lax.conv_general_dilated(SERIES, p["layers"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
     "padded with an activation": lambda p, x: x @ jnp.concatenate([p["w"], x.T], axis=1),
     "squares": lambda p, x: x @ (p["w"] ** 2 + 1.0) + x @ (p["w"] * p["w"]),
     "plus an activation": lambda p, x: x @ (p["w"] + x[0, 0]),
@@ -159,9 +164,10 @@ def test_members_equal_the_oracle_without_copies(use):
     assert matrices and {(leaf.role, leaf.evaluation) for leaf in matrices} == {("low-rank", "lazy")}
 
 
-@pytest.mark.parametrize(
-    "name", by_default(READ, "sum", "plus an activation", "stacked, what is read", *filter(lambda name: "a sum" in name, READ))
-)
+BUILT = ("sum", "plus an activation", "stacked, what is read", "squares sliced by a scan")
+
+
+@pytest.mark.parametrize("name", by_default(READ, *BUILT, *filter(lambda name: "a sum" in name, READ)))
 def test_what_has_to_be_built_is_right(name):
     check(READ[name], PARAMS, X)
 

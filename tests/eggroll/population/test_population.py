@@ -7,7 +7,9 @@ import optax
 import pytest
 
 import eggroll
+from eggroll import programs
 from eggroll.devices import chunking
+from eggroll.population.metrics import report_fitness
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.zeros(3)}
 X = jax.random.normal(jax.random.key(2), (5, 4))
@@ -93,6 +95,51 @@ def test_aux_is_reduced_over_the_valid_members():
     assert metrics.aux["count"] == 2 * valid.sum()
     assert metrics.aux["all"].shape == (12,)
     np.testing.assert_allclose(metrics.aux["score"], metrics.aux["all"][valid].max(), rtol=1e-6)
+
+
+def test_aux_of_short_floats_and_booleans():
+    """float16 would overflow and bfloat16 lose the small addends; any and all, over the valid members."""
+
+    def with_aux(params, batch, key):
+        score = fitness(params, batch, key)
+        is_valid = score > -1.0
+        aux = {"large": jnp.float16(20000), "close": jnp.bfloat16(1.0078125), "any": ~is_valid, "all": is_valid}
+        return jnp.where(is_valid, score, jnp.nan), aux | {"sum": jnp.float16(20000)}
+
+    es = strategy(with_aux, sigma=0.5, aux={"large": "mean", "close": "mean", "any": "max", "all": "min", "sum": "sum"})
+    metrics = es.step(es.init(PARAMS, key=jax.random.key(0)), X)[1]
+    found, valid = metrics.aux, 12 - int(metrics.invalid)
+    assert 0 < valid < 12
+    assert (float(found["large"]), float(found["close"]), float(found["sum"])) == (20000, 1.0078125, 20000 * valid)
+    assert found["any"].dtype == bool and (bool(found["any"]), bool(found["all"])) == (False, True)
+
+
+def test_a_member_without_a_fitness_is_tied_with_no_other_and_ranks_have_no_unit():
+    fitness = jnp.array([0, jnp.nan, 0, 0, 1, 0, jnp.nan, jnp.nan])
+    report = report_fitness(fitness, jnp.array([1.0, 0, 2, 0]), rank=3, aux=None)
+    assert report.tied_pairs == 0.5 and report.invalid == 3
+    ranks = [report_fitness(fitness, x * jnp.array([1.0, 0, 2, 0]), rank=3, aux=None).effective_rank for x in (1, 1e-15, 1e15)]
+    np.testing.assert_allclose(ranks, 3 * 25 / 17, rtol=1e-6)
+    assert report_fitness(fitness, jnp.zeros(4), rank=3, aux=None).effective_rank == 0
+
+
+def test_a_sigma_and_entries_that_are_numbers():
+    es = strategy(lambda p, b, k: b["c"] * fitness(p, b["x"], k), memory_budget=1 << 30)
+    batch = {"x": X, "c": 2.0}
+    state, first = es.step(es.init(PARAMS, key=jax.random.key(0)), batch)
+    entries = programs.num_entries()
+    for sigma in (0.05, jnp.float32(0.05)):
+        assert es.step(eggroll.copy_state(state)._replace(sigma=sigma), batch)[1].sigma == jnp.float32(0.05)
+    assert programs.num_entries() == entries, "another sigma is no other program"
+
+
+@pytest.mark.parametrize("index", [-1, 12, np.int64(12), jnp.int32(-1)])
+def test_members_outside_the_population_are_refused(index):
+    es = strategy()
+    state = es.init(PARAMS, key=jax.random.key(0))
+    es.plan(state, X)
+    with pytest.raises(ValueError, match=rf"index must be in \[0, 12\), got {index}"):
+        es.ask(state).member(index)
 
 
 @pytest.mark.parametrize("name", ["sum", "mean", "max", "min"])
