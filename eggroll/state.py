@@ -51,8 +51,13 @@ def unshare(tree: T) -> T:
 def begin(state: T) -> T:
     """Return the state that a generation begins with: its sigma, which a user may set to a number, is an array.
 
-    A number would be another program. ValueError for a state that was consumed.
+    A number would be another program.
+
+    Raises:
+        TypeError: it is no state. ValueError: it was consumed.
     """
+    if not isinstance(state, ESState):
+        raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
     check_not_consumed(state)
     given: Any = state
     return given._replace(sigma=jnp.asarray(given.sigma, jnp.float32))

@@ -138,9 +138,7 @@ class EvolutionStrategy:
         return known or self._checked_plan(state, batch, function)
 
     def _checked_plan(self, state: ESState, batch: Any, function: Callable | None = None) -> Plan:
-        if not isinstance(state, ESState):
-            raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
-        check_not_consumed(state)
+        state = begin(state)
         read = functools.partial(self._read_plan, state, batch, function)
         return checked_plan(self, function, state.params, (batch, state.member_state), make=read)
 
