@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eggroll.devices.processes import first_does, is_first
+from eggroll.experiments.common.checkpoint import OLD
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
 from eggroll.files import replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
-_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", "best", "metrics.jsonl")
+_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl")
 Row = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ import tyro
 
 from eggroll import envs
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.checkpoint import find_checkpoint
 from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
 from eggroll.experiments.rl.config import Config, restore_config
@@ -98,7 +99,7 @@ def load_run(
     if options["algorithm"] == "random":
         raise ValueError(f"{folder} is a run of random actions, which has no parameters.")
     saved = folder / names.get(parameters, parameters)
-    if parameters not in names or not saved.is_dir():
+    if parameters not in names or not find_checkpoint(saved).is_dir():
         why = "the run has not ended" if summary is None else f"there is no folder {saved}"
         raise FileNotFoundError(f"{folder} has no {parameters} parameters: {why}.")
     if imports is not None:

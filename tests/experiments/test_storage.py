@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eggroll.experiments.common import warm_start
-from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint
+from eggroll.experiments.common import checkpoint, warm_start
+from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint, saved_shapes
 from eggroll.experiments.common.run import exit_on_error, write_json
 from eggroll.experiments.common.seed_runs import Setting, finished_seeds
 from eggroll.files import Damaged, read_object
@@ -42,6 +42,48 @@ def test_a_checkpoint_is_read_back_and_replaced(tmp_path):
         load_checkpoint(tmp_path / "none", LIKE)
     with pytest.raises(Damaged, match="cannot be read"):
         load_checkpoint(tmp_path / "c", {"other": np.zeros(3)})
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    save_checkpoint(tmp_path / "c", TREE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a checkpoint cannot be written"):
+            save_checkpoint(tmp_path / "c", {"w": np.random.default_rng(0).normal(size=10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(load_checkpoint(tmp_path / "c", LIKE), TREE)
+    save_checkpoint(tmp_path / "c", LIKE)
+    assert same(load_checkpoint(tmp_path / "c", LIKE), LIKE) and [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("whole", range(4))
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch, whole):
+    """The kill comes after `whole` steps of: remove what is left aside, move aside, rename, remove."""
+    save_checkpoint(tmp_path / "c", TREE)
+    steps = []
+
+    def counted(call):
+        def kill_or_call(*arguments, **options):
+            if len(steps) == whole:
+                raise KeyboardInterrupt
+            steps.append(call)
+            return call(*arguments, **options)
+
+        return kill_or_call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", counted(Path.rename))
+        patched.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path / "c", LIKE)
+    assert (tmp_path / "c").exists() == (whole != 2)
+    assert saved_shapes(tmp_path / "c") == [(), (4, 6), (6,)]
+    assert same(load_checkpoint(tmp_path / "c", LIKE), LIKE if whole == 3 else TREE)
+    save_checkpoint(tmp_path / "c", LIKE)
+    assert same(load_checkpoint(tmp_path / "c", LIKE), LIKE) and [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_checkpoint_of_earlier_versions_is_read(tmp_path):

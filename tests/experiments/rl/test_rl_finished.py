@@ -53,6 +53,10 @@ def test_a_run_says_why_it_ended_and_is_loaded_again(finished):
         assert found["mean_return"] == pytest.approx(summary[name]) and found["random_return"] == summary["random_return"]
         assert found["interval"][0] < found["mean_return"] < found["interval"][1] and f"{which} parameters" in lines[0]
         assert (folder / stored["parameters"][which]).is_dir()
+    (folder / "best").rename(folder / "best.old")  # as a kill leaves it
+    found = run("--evaluate", str(folder), "--episodes", "20")[1]
+    (folder / "best.old").rename(folder / "best")
+    assert found["mean_return"] == pytest.approx(summary["best_return"])
 
 
 @pytest.mark.slow
