@@ -233,7 +233,8 @@ class Writer:
             if path.stat().st_size - reader.end > FRAME.size:
                 self.note = f"{reader.note} Its bytes are in {_keep_tail(path, reader.end).name}."
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
-            self._file.truncate(reader.end)
+            if reader.end < path.stat().st_size:  # a run that has ended stays untouched
+                self._file.truncate(reader.end)
             self._file.seek(reader.end)
         else:
             self.note = None

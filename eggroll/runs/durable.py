@@ -51,6 +51,7 @@ class DurableRun(Generic[S]):
             is adopted.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
             `(es, initial)`, with the plan.
+        lock: of the folder, which the caller holds and releases; None: the run holds its own until `close`.
 
     Raises:
         RunInUse: another process, or another object of this one, has the run open.
@@ -70,6 +71,7 @@ class DurableRun(Generic[S]):
         keep: int = 3,
         accept_change: bool = False,
         recipe: Mapping[str, Any] | None = None,
+        lock: RunLock | None = None,
     ):
         check_not_consumed(initial)
         if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
@@ -80,15 +82,16 @@ class DurableRun(Generic[S]):
         self._journal: Writer | None = None
         self._is_due = False  # a checkpoint
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = first_does(lambda: RunLock(self._folder))
+        self._own_lock = first_does(lambda: RunLock(self._folder) if lock is None else None)
+        self._lock = lock or self._own_lock
         try:
             header = make_header(es, initial, recipe=recipe)
             self._open(es, initial, header, config=config, keep=keep, accept_change=accept_change)
         except BaseException:
             if self._journal is not None:
                 self._journal.close()
-            if self._lock is not None:
-                self._lock.release()
+            if self._own_lock is not None:
+                self._own_lock.release()
             raise
 
     def _open(
@@ -286,8 +289,8 @@ class DurableRun(Generic[S]):
                 self._journal.close()
             self.checkpoints.close()
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            if self._own_lock is not None:
+                self._own_lock.release()
 
 
 def _is_same_key(initial: Any, state: Any) -> bool:

@@ -45,6 +45,7 @@ class SeedRun(NamedTuple):
     seed: int
     folder: Path
     recipe: dict[str, Any]  # for its journal: the function that remakes strategy and initial state, and the options
+    lock: RunLock | None = None  # of the folder, held until its summary is written; None: by another process, or not at all
 
 
 def run_seeds(
@@ -73,11 +74,10 @@ def run_seeds(
     for seed in range(config.seed, config.seed + config.seeds):
         folder = seed_folder(config, seed, default=default)
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
-        with _keeps_mark(folder) if config.resume else contextlib.nullcontext():
-            prepare_folder(folder, resume=config.resume)
+        with prepare_folder(folder, resume=config.resume) as lock:
             with logged(folder, append=config.resume):
-                row = train(SeedRun(seed, folder, recipe)) | {"peak_mib": round(peak_mib())}
-        _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row})
+                row = train(SeedRun(seed, folder, recipe, lock)) | {"peak_mib": round(peak_mib())}
+            _write_summary(folder, {"options": options, "seed": seed, **(recorded or {}), **row}, lock)
         rows.append(row)
     if len(rows) == 1:
         return rows[0]
@@ -99,12 +99,18 @@ def _keeps_mark(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         if is_first() and mark is not None and before is not None and read_run() == before:
-            replace_file(path, mark)  # not `first_does`: the others need not have failed
+            with contextlib.suppress(OSError):  # what ended the run is the error to show
+                replace_file(path, mark)  # not `first_does`: the others need not have failed
         raise
 
 
-def _write_summary(folder: Path, summary: Row) -> None:
-    first_does(lambda: write_json(folder / SUMMARY, summary))
+def _write_summary(folder: Path, summary: Row, lock: RunLock | None) -> None:
+    def write() -> None:
+        if lock is not None:
+            lock.check()
+        write_json(folder / SUMMARY, summary)
+
+    first_does(write)
 
 
 def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
@@ -114,23 +120,30 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
     return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
 
 
-def prepare_folder(folder: Path, *, resume: bool) -> None:
-    """Remove the mark of a finished run and, without `resume`, what a run could be continued from.
+@contextlib.contextmanager
+def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
+    """Hold the lock of a folder; first remove the mark of a finished run and, without `resume`, what could be continued.
+
+    Yields:
+        The lock; None in processes other than the first.
 
     Raises:
-        RunInUse: another process writes a run into the folder.
+        RunInUse: another run writes into the folder, which stays as it is.
     """
-    first_does(lambda: _clear(folder, resume=resume))
+    lock = first_does(lambda: RunLock(folder))
+    try:
+        with _keeps_mark(folder) if resume else contextlib.nullcontext():
+            first_does(lambda: _clear(folder, resume=resume))
+            yield lock
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
-    lock = RunLock(folder)
-    try:
-        (folder / SUMMARY).unlink(missing_ok=True)
-        for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    finally:
-        lock.release()
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

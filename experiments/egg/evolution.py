@@ -123,6 +123,7 @@ def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
         checkpoint_every=config.checkpoint_every,
         accept_change=config.accept_change,
         recipe=seed_run.recipe,
+        lock=seed_run.lock,
     )
     with contextlib.closing(run):
         state = run.state

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 
 from eggroll.envs import tasks
@@ -104,9 +103,8 @@ def zo(scratch: Path, *more: str) -> Train:
     evolution = zo_evolution.Evolution(config, loaded.task, loaded.task.judge())
 
     def train(folder: Path, generations: int) -> str:
-        recipe = _seed_run("zo", config, folder).recipe
         with _stop_after(zo_evolution, generations):
-            tuned = evolution.train(loaded.read, key=jax.random.key(0), seed=0, folder=folder, recipe=recipe)
+            tuned = evolution.train(_seed_run("zo", config, folder), loaded.read)
         return fingerprint((tuned.params, _numbers(tuned.steps, tuned.skipped)))
 
     return _quiet(train)
@@ -152,9 +150,8 @@ def reason(scratch: Path) -> Train:
 
     def train(folder: Path, generations: int) -> str:
         progress = _Timeless(validation, check_every=EVERY, examples=0)
-        recipe = _seed_run("reason", config, folder).recipe
         with _stop_after(reason_evolution, generations):
-            improved = evolution.train(seed=0, folder=folder, progress=progress, recipe=recipe)
+            improved = evolution.train(_seed_run("reason", config, folder), progress=progress)
         return fingerprint((improved.params, progress.save(), _numbers(improved.generations)))
 
     return _quiet(train)

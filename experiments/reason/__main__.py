@@ -78,7 +78,7 @@ class Experiment:
             clock=config.clock,
         )
         start = time.perf_counter()
-        improved = self.runs.train(seed=run.seed, folder=folder, progress=progress, recipe=run.recipe)
+        improved = self.runs.train(run, progress=progress)
         params = local(improved.params)
         after = self._check(params)
         result = compare(before["test"], after["test"])

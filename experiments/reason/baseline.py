@@ -7,7 +7,6 @@ Weights are float32; a model of lower precision draws and scores with the weight
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax import Array
 
 from eggroll.envs import tasks
 from eggroll.experiments.common.backprop import gradient_metrics
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.grpo import GRPO, Batch, advantages, groups_without_signal, grpo_loss, log_likelihoods
@@ -160,9 +160,9 @@ class PolicyGradient:
         self._config, self._problem, self._rows = config, problem, problem.task.split("train")
         self._trainer = Trainer(problem, sampling, config.grpo)
 
-    def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
+    def train(self, seed_run: SeedRun, *, progress: Progress) -> Improved:
         """Run as `Evolution.train`, without checkpoints; the best parameters are kept in memory."""
-        config, trainer = self._config, self._trainer
+        config, trainer, seed, folder = self._config, self._trainer, seed_run.seed, seed_run.folder
         strategy: Any = trainer  # implements what the loop needs of a strategy and its state
         best: Any = None
 

@@ -19,6 +19,7 @@ import eggroll
 from eggroll.devices.processes import broadcast_from_first, is_first, local
 from eggroll.envs import tasks
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.measure.unperturbed import GROUPS, Compared, compare
@@ -117,7 +118,7 @@ class Evolution:
         self.strategy.plan(state, self.questions(0, seed=seed))
         return state
 
-    def train(self, *, seed: int, folder: Path, progress: Progress, recipe: dict[str, Any]) -> Improved:
+    def train(self, seed_run: SeedRun, *, progress: Progress) -> Improved:
         """Run the generations, or continue the run in the folder; metrics, figure, journal and checkpoints are written there.
 
         Returns:
@@ -126,7 +127,7 @@ class Evolution:
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
         """
-        config = self._config
+        config, seed, folder = self._config, seed_run.seed, seed_run.folder
         es: Any = self.strategy  # implements what the loop and the journal need of a strategy
         durable = DurableRun(
             folder,
@@ -136,7 +137,8 @@ class Evolution:
             carried=progress,
             checkpoint_every=config.check_every,
             accept_change=config.accept_change,
-            recipe=recipe,
+            recipe=seed_run.recipe,
+            lock=seed_run.lock,
         )
         with contextlib.closing(durable) as run:
             if jax.process_count() == 1:  # otherwise only the first process scores

@@ -206,6 +206,7 @@ class Evolution:
             checkpoint_every=config.checkpoint_every,
             accept_change=config.accept_change,
             recipe=seed_run.recipe,
+            lock=seed_run.lock,
         )
         with contextlib.closing(run):
             state, done = run.state, int(run.state.generation)

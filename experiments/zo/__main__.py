@@ -67,7 +67,7 @@ class Experiment:
         print(f"seed {run.seed}: scoring the model before training; {sizes} examples", flush=True)
         before = self._before = self._before or self._scores(self.loaded.read, held_out)
         print(f"zero-shot: {', '.join(f'{name} {words(found)}' for name, found in before.items())}", flush=True)
-        tuned = self.runs.train(self.loaded.read, key=jax.random.key(run.seed), seed=run.seed, folder=folder, recipe=run.recipe)
+        tuned = self.runs.train(run, self.loaded.read)
         some = Examples(*(array[: len(task.validation.labels)] for array in task.train))
         after = self._scores(lambda: tuned.params, {"train": some, **held_out})
         print(f"seed {run.seed}: test {words(after['test'])}; metrics and model are in {folder}", flush=True)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 
 from eggroll.experiments.common.backprop import gradient_metrics
 from eggroll.experiments.common.loop import Checks, Tuned, rate
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.problem import FineTuning, Score, score
@@ -69,7 +69,7 @@ class Backprop:
         """Return the function from a batch to mean loss and accuracy of parameters."""
         return functools.partial(self._judge, params)
 
-    def train(self, read: Callable[[], Any], *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
+    def train(self, seed_run: SeedRun, read: Callable[[], Any]) -> Tuned:
         """Run the steps; metrics go to the folder. `read` returns the initial parameters, which the run consumes."""
         config, task = self._config, self._task
 
@@ -78,16 +78,16 @@ class Backprop:
 
         progress = Progress(score_validation, Checks(steps=self.steps, checks=config.checks), config=config)
         strategy: Any = self  # implements what the loop needs of a strategy and its state
-        initial: Any = self.init(read(), key=key)
+        initial: Any = self.init(read(), key=jax.random.key(seed_run.seed))
         progress.begin()
         state, history = train(
             strategy,
             initial,
-            lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed),
+            lambda step: batch_of(task.train, step, size=config.batch_size, seed=seed_run.seed),
             generations=self.steps,
             budget=("steps", self.steps),
             callbacks=[progress],
-            run_folder=folder,
+            run_folder=seed_run.folder,
             words=progress.words,
             plot=lambda history, folder: None,  # the run's own figure shows the losses
         )

@@ -15,6 +15,7 @@ from eggroll import zo
 from eggroll.devices.processes import local
 from eggroll.experiments.common.loop import Checks, Tuned, rate, seconds_spent
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.guidance import guide
@@ -104,22 +105,19 @@ class Evolution:
     def _batch(self, step: int, *, seed: int) -> Examples:
         return batch_of(self._task.train, step, size=self._config.batch_size, seed=seed)
 
-    def train(self, read: Callable[[], Any], *, key: Array, seed: int, folder: Path, recipe: dict[str, Any]) -> Tuned:
+    def train(self, seed_run: SeedRun, read: Callable[[], Any]) -> Tuned:
         """Run the remaining steps; metrics, figure, journal and checkpoints go to the folder.
 
         Args:
+            seed_run: its seed gives the key and the batches.
             read: returns the initial parameters, which the run consumes.
-            key: of the run.
-            seed: of its batches.
-            folder: of the run.
-            recipe: for its journal.
 
         Raises:
             ValueError: the folder has a run with other settings, or damaged files.
         """
-        config = self._config
+        config, seed, folder = self._config, seed_run.seed, seed_run.folder
         _refuse_private_checkpoints(folder)
-        tuner, initial = self.start(read(), key=key)
+        tuner, initial = self.start(read(), key=jax.random.key(seed))
         checks = Checks(steps=self.steps, checks=config.checks)
         signs = len(zo.ESTIMATORS[self._recipe.estimator].signs)
         progress = Progress(self._score_validation, checks, config=config, signs=signs, forwards=self.forwards)
@@ -131,7 +129,8 @@ class Evolution:
             carried=progress,
             checkpoint_every=config.checkpoint_every,
             accept_change=config.accept_change,
-            recipe=recipe,
+            recipe=seed_run.recipe,
+            lock=seed_run.lock,
         )
         del initial
         with contextlib.closing(durable):

@@ -1,14 +1,16 @@
 """One writer per run folder."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
-from eggroll.experiments.common.seeds import prepare_folder
+from eggroll.experiments.common.seeds import prepare_folder, run_seeds
 from eggroll.journal import Reader, lock
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.journal.lock import RunInUse, RunLock, RunLost
@@ -148,9 +150,74 @@ def test_a_lock_ends_with_its_process_and_not_with_what_it_started(tmp_path):
 def test_a_command_does_not_clear_the_folder_of_a_live_run(tmp_path):
     held = RunLock(tmp_path)
     (tmp_path / "journal.bin").write_bytes(b"of the live run")
-    with pytest.raises(RunInUse):
-        prepare_folder(tmp_path, resume=False)
+    with pytest.raises(RunInUse), prepare_folder(tmp_path, resume=False):
+        pass
     assert (tmp_path / "journal.bin").exists()
     held.release()
-    prepare_folder(tmp_path, resume=False)
-    assert not (tmp_path / "journal.bin").exists()
+    with prepare_folder(tmp_path, resume=False):
+        assert not (tmp_path / "journal.bin").exists()
+
+
+def run_one(folder, train, *, resume=False):
+    config = SimpleNamespace(folder=folder, seed=0, seeds=1, resume=resume)
+    return run_seeds(config, train, experiment="rl", default="run", options={})
+
+
+def test_a_command_keeps_others_out_until_its_summary_is_written(tmp_path):
+    def start_another():
+        for resume in (False, True):
+            with pytest.raises(RunInUse, match="is in use by process"), prepare_folder(tmp_path, resume=resume):
+                pass
+
+    def train(run):
+        for name in ("best", "best.old"):
+            (tmp_path / name).mkdir()
+        start_another()
+        es, initial = make()
+        with contextlib.closing(DurableRun(tmp_path, es, initial, config={}, lock=run.lock)) as durable:
+            start_another()
+            go(es, durable, durable.state, 1)
+        start_another()
+        assert (tmp_path / "best").exists() and len(list(Reader(tmp_path / "journal.bin"))) == 1
+        return {"score": 1.0}
+
+    assert run_one(tmp_path, train)["score"] == 1
+    with prepare_folder(tmp_path, resume=False):
+        assert {path.name for path in tmp_path.iterdir()} == {lock.NAME, "log.txt"}
+
+
+def test_a_command_that_was_taken_over_does_not_mark_the_run_as_finished(tmp_path):
+    def train(run):
+        os.unlink(tmp_path / lock.NAME)
+        RunLock(tmp_path).release()
+        return {}
+
+    with pytest.raises(RunLost, match="taken over"):
+        run_one(tmp_path, train)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_finished_run_that_is_resumed_and_interrupted_stays_finished(tmp_path):
+    def train(run):
+        es, initial = make()
+        with contextlib.closing(DurableRun(tmp_path, es, initial, config={}, lock=run.lock)) as durable:
+            go(es, durable, durable.state, 1 - int(durable.state.generation))
+        return {"score": 1.0}
+
+    def train_and_stop(run):
+        train(run)
+        raise KeyboardInterrupt
+
+    def continue_and_stop(run):
+        with open(tmp_path / "journal.bin", "ab") as file:
+            file.write(b"a generation")
+        raise KeyboardInterrupt
+
+    run_one(tmp_path, train)
+    mark, journal = ((tmp_path / name).read_bytes() for name in ("summary.json", "journal.bin"))
+    with pytest.raises(KeyboardInterrupt):
+        run_one(tmp_path, train_and_stop, resume=True)
+    assert (tmp_path / "summary.json").read_bytes() == mark and (tmp_path / "journal.bin").read_bytes() == journal
+    with pytest.raises(KeyboardInterrupt):
+        run_one(tmp_path, continue_and_stop, resume=True)
+    assert not (tmp_path / "summary.json").exists()
