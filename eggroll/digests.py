@@ -23,6 +23,16 @@ def digest(function: Callable, *args: Any) -> str:
     return digest_of_jaxpr(jax.make_jaxpr(function)(*args))
 
 
+def digest_setting(setting: Any, *args: Any) -> str:
+    """Return the digest of a setting that is a function; "" if it is none, or does not take these arguments."""
+    if not callable(setting):
+        return ""
+    try:
+        return digest(setting, *args)
+    except Exception:  # the user's code, with arguments that the run may not call it with
+        return ""
+
+
 def digest_of_jaxpr(jaxpr: jexc.ClosedJaxpr) -> str:
     """Return the SHA-256 of a jaxpr and of its constants, shortened to 16 hexadecimal digits, or ""."""
     constants = [*_constants(jaxpr)]

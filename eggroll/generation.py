@@ -162,7 +162,7 @@ def update_parameters(
     Args:
         settings: the strategy.
         plan: the plan that the population was perturbed by.
-        state: before the update.
+        state: before the update; its sigma is the one that the population was perturbed with, whatever a schedule says.
         coefficients: [P], from the report; whole numbers for int8 parameters.
         value: minus the mean fitness of the population, float32 [], for optimizers that read it; None: not known.
         optimizer: any optax transformation; parameters frozen by rule are hidden from it.
@@ -171,7 +171,6 @@ def update_parameters(
     Returns:
         The state of the next generation, and the raw values that `report.make_report` takes.
     """
-    sigma = current_sigma(settings, state)
     new_state, done = sharded.update(
         plan,
         fit_optimizer(
@@ -182,7 +181,7 @@ def update_parameters(
         placement=settings.placement,
         shardings=shardings,
         value=value,
-        sigma=sigma,
+        sigma=state.sigma,
         noise_generation=state.generation // settings.noise_reuse,
         precision=settings.precision,
     )

@@ -34,7 +34,7 @@ from eggroll.state import ESState, begin, check_not_consumed
 from eggroll.update import estimator
 from eggroll.update.feedback import Feedback
 from eggroll.update.optimizer import describe_update
-from eggroll.update.report import UpdateReport, make_report, round_coefficients
+from eggroll.update.report import make_report, round_coefficients
 from eggroll.update.shaping import Shaping
 from eggroll.update.told import check_told
 
@@ -149,7 +149,8 @@ class EvolutionStrategy:
         whole = self.placement is None or self.placement.axis("model") is None  # no weight is sharded
         plan = make_plan(function or self._fitness, state.params, *given, perturbation=self.perturbation, allow_kernels=whole)
         estimator.check_sums(plan, num_pairs=self.layout.num_pairs)
-        return describe_update(plan, self.optimizer, state.params, self, on_mesh=self.mesh is not None)
+        fitness = jax.eval_shape(self._fitness, state.params, *given)[0] if callable(self.shaping) and not function else None
+        return describe_update(plan, self.optimizer, state.params, self, on_mesh=self.mesh is not None, fitness=fitness)
 
     def step(self, state: ESState, batch: Any = None) -> tuple[ESState, Metrics]:
         """Run one generation; return `(state, metrics)`. A later sigma or generation does not compile again.
@@ -203,7 +204,7 @@ class EvolutionStrategy:
         """Repeat the update of a generation without evaluating anything.
 
         Args:
-            state: before the generation; consumed.
+            state: before the generation; consumed. Its sigma is taken to be that of the generation, not asked of a schedule.
             coefficients: float32 [P], its `Metrics.coefficients`.
             mean_fitness: its `Metrics.mean_fitness`, for optimizers that read `value`, such as `reduce_on_plateau`.
             checksums: its `Metrics.checksums[1]`, to compare with; None: nothing is compared.
@@ -265,14 +266,12 @@ class EvolutionStrategy:
     def _advance(
         self, plan: Plan, state: ESState, report: FitnessReport, member_state: Any, sigma: Array
     ) -> tuple[ESState, Metrics]:
-        old = state.member_state
+        old, state = state.member_state, state._replace(sigma=sigma)
         new_state, done = self._update(plan, state, report.coefficients, report.mean_fitness)
         member_state = jax.tree.map(lambda new, old: jnp.where(done.skipped, old, new), member_state, old)
         return new_state._replace(member_state=member_state), Metrics(state.generation, sigma, *report, *done)
 
-    def _update(
-        self, plan: Plan, state: ESState, given: Array, mean: Any, recorded: Any = None
-    ) -> tuple[ESState, UpdateReport]:
+    def _update(self, plan: Plan, state: ESState, given: Array, mean: Any, recorded: Any = None) -> tuple[ESState, Any]:
         rounded = round_coefficients(plan, given, self.shaping)
         state, done = generation.run_update(self, plan, state, rounded, mean, optimizer=self.optimizer, recorded=recorded)
         return state, make_report(plan, done)

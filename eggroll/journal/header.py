@@ -17,6 +17,8 @@ from eggroll.protocol import S, Strategy
 
 VERSION = 4  # of the file format; 2: the plan has the axes of the noise; 3: the mean fitness is recorded; 4: checksums are
 READABLE = (2, 3, 4)
+DIGESTED = ("the fitness", "the optimizer", "the schedule of sigma", "the shaping")
+FUNCTION = "function "  # a setting that is one, with its name
 
 
 class JournalError(ValueError):
@@ -35,7 +37,7 @@ class Header:
     recipe: dict | None = None  # {"function": "module:name", "options": ...}: rebuilds (strategy, initial state)
     version: int = VERSION
     update: int = 1  # version of the update that the run was made with; headers from before it had one have none
-    digests: list | None = None  # of the fitness and of the optimizer's update, as this version of JAX traces them
+    digests: list | None = None  # of `DIGESTED` as this version of JAX traces them, "" where not known; older: of the first two
     environments: list | None = None  # that the run was in (`environment.describe_environment`); not compared
 
     def check(self, other: "Header", *, accept_change: bool = False, replay: bool = False) -> None:
@@ -46,8 +48,8 @@ class Header:
 
         Args:
             other: the header of the run as it is now.
-            accept_change: the fitness and the optimizer may be others.
-            replay: nothing is evaluated, so that the fitness may be another.
+            accept_change: what has a digest may be another.
+            replay: nothing is evaluated, and sigma is recorded, so that only the optimizer must be the same.
         """
         if self.update != other.update and other.config["precision"] not in ("master", "nearest"):
             raise JournalError(
@@ -56,6 +58,8 @@ class Header:
             )
         for name in ("key", "config", "plan", "fingerprint"):
             stored, given = getattr(self, name), getattr(other, name)
+            if name == "config":
+                stored, given = self._settings(other), other._settings(self)
             if stored != given:
                 raise JournalError(f"the journal belongs to another run: its {_difference(name, stored, given)}.")
         changed = self._changed(other, replay=replay)
@@ -73,18 +77,30 @@ class Header:
         known, new = self.environments or [], other.environments or []
         environments = [*known, *(own for own in new if own not in known)] or None
         changed = accept_change and self.digests not in (None, other.digests)
-        current = dataclasses.replace(self, digests=other.digests, versions=other.versions) if changed else self
+        current = self
+        if changed:  # in the config only names of functions can differ
+            current = dataclasses.replace(self, digests=other.digests, versions=other.versions, config=other.config)
         if accept_change and other.recipe is not None:
             current = dataclasses.replace(current, recipe=other.recipe)  # what is read from files may have changed
         return dataclasses.replace(current, version=VERSION, environments=environments)
 
     def _changed(self, other: "Header", *, replay: bool) -> str:
         """Name what changed according to the digests, followed by 'is' or 'are'; empty if nothing did."""
-        if self.digests is None or other.digests is None:
-            return ""
-        compared = [*zip(("the fitness", "the optimizer"), self.digests, other.digests, strict=True)][1 if replay else 0 :]
-        different = [name for name, old, new in compared if old != new and old and new]
+        compared = ("the optimizer",) if replay else DIGESTED
+        known = zip(DIGESTED, self._known_digests, other._known_digests, strict=True)
+        different = [name for name, old, new in known if name in compared and old != new and old and new]
         return f"{' and '.join(different)} {'is' if len(different) == 1 else 'are'}" if different else ""
+
+    @property
+    def _known_digests(self) -> list[str]:
+        """The digest of each of `DIGESTED`, "" where the journal has none."""
+        return [*(self.digests or ()), *[""] * len(DIGESTED)][: len(DIGESTED)]
+
+    def _settings(self, other: "Header") -> dict[str, Any]:
+        """The settings to compare with those of another header: functions without their names where both have digests."""
+        pairs = zip(("sigma", "shaping"), self._known_digests[2:], other._known_digests[2:], strict=True)
+        digested = {name for name, own, its in pairs if own and its}
+        return {name: FUNCTION if name in digested else value for name, value in self.config.items()}
 
 
 def read_copy(path: Path) -> Header | None:
@@ -147,5 +163,5 @@ def _axes(leaf: LeafPlan) -> str:
 def _as_json(value: Any) -> Any:
     """A setting as a JSON value; functions, which have no stable text, by name."""
     if callable(value):
-        return f"function {getattr(value, '__name__', type(value).__name__)}"
+        return f"{FUNCTION}{getattr(value, '__name__', type(value).__name__)}"
     return value if isinstance(value, str | int | float) else repr(value)

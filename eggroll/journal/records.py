@@ -206,7 +206,7 @@ class Writer:
     Args:
         path: the file; created with the header, or continued if it is a journal of the same run.
         header: of the run.
-        accept_change: the fitness and the optimizer may be others than before; the header then has their digests.
+        accept_change: what has a digest may be another than before; the header then has the new digests.
         covered: generation of the checkpoint that the run continues from; earlier generations may be missing from the file.
 
     Raises:

@@ -24,18 +24,20 @@ def replay(es: Strategy[S], state: S, entries: Iterator[Entry], *, until: int | 
         es: the strategy of the run, with its plan.
         state: at any generation; earlier entries are skipped. Consumed where an entry is applied.
         entries: from a `Reader`.
-        until: stop at this generation; None: at the end.
+        until: stop at this generation, not before the state's; None: at the end.
         compared: whether to compare checksums.
 
     Returns:
         The state, bit for bit that of the run in the same environment.
 
     Raises:
-        JournalError: the entries start after the state, or end before `until`; a generation comes out differently; the state
-            was changed by hand between two of them.
+        JournalError: `until` is before the state; the entries start after the state, or end before `until`; a generation comes
+            out differently; the state was changed by hand between two of them.
     """
     check_not_consumed(state)
     reached, here = int(state.generation), environment_id(state)
+    if until is not None and until < reached:
+        raise JournalError(f"cannot replay to generation {until}: the state is at {reached}.")
     same, rounded = True, list[int]()  # whether the state is bit for bit that of the run; generations from elsewhere
     for entry in entries:
         if entry.generation < reached:
@@ -82,8 +84,7 @@ def _is_state_before(es: Strategy[S], state: S, entry: Entry, *, is_here: bool, 
 
 
 def _apply(es: Strategy[S], state: S, entry: Entry, *, compared: bool) -> S:
-    if not callable(es.sigma):
-        state = state._replace(sigma=jax.numpy.float32(entry.sigma))
+    state = state._replace(sigma=jax.numpy.float32(entry.sigma))
     checksums = entry.sums.after if compared and entry.sums is not None else None
     try:
         return es.replay(state, entry.coefficients, mean_fitness=entry.mean_fitness, checksums=checksums)

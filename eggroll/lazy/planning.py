@@ -80,7 +80,7 @@ def make_plan(function: Callable, params: Any, *args: Any, perturbation: Perturb
         raise ValueError("perturbation freezes every parameter, or the function uses none; at least one must be perturbed.")
     rehearsed = _rehearse(function, planned, params, args)
     chosen = tuple(_with_implementation(leaf, allow_kernels) for leaf in rehearsed)
-    return Plan(chosen, jax.tree.structure(params), digests=(digest(function, params, *args), ""))
+    return Plan(chosen, jax.tree.structure(params), digests=(digest(function, params, *args), "", "", ""))
 
 
 def _rehearse(function: Callable, planned: list[LeafPlan], params: Any, args: tuple) -> list[LeafPlan]:

@@ -22,9 +22,9 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
     tree: Any  # jax.tree_util.PyTreeDef of the parameters
     update: str = ""  # how the optimizer lets the parameters be updated, for people
-    digests: tuple[str, str] = dataclasses.field(
-        default=("", ""), compare=False
-    )  # of the function and of the optimizer's update
+    digests: tuple[str, ...] = dataclasses.field(
+        default=("", "", "", ""), compare=False
+    )  # of the function, the optimizer's update, the schedule of sigma and the shaping; "": not known, or no function
 
     @property
     def max_rank(self) -> int:

@@ -174,7 +174,10 @@ class Advance(Generic[S]):
         for record in records:
             try:
                 state = self._es.replay(
-                    state, record.coefficients, mean_fitness=record.mean_fitness, checksums=record.checksums[1]
+                    state._replace(sigma=jnp.float32(record.sigma)),
+                    record.coefficients,
+                    mean_fitness=record.mean_fitness,
+                    checksums=record.checksums[1],
                 )
             except OtherState as error:
                 return (

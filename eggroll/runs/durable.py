@@ -46,9 +46,9 @@ class DurableRun(Generic[S]):
         carried: what is stored with the state; restored on resume.
         checkpoint_every: generations between checkpoints.
         keep: number of most recent checkpoints to keep, in addition to the best.
-        accept_change: continue although fitness or optimizer are not those that the journal was written with, or although its
-            header and the copy of it are damaged, so that this is not known. A state that the journal now rebuilds differently
-            is adopted.
+        accept_change: continue although fitness, optimizer, schedule of sigma or shaping are not those that the journal was
+            written with, or although its header and the copy of it are damaged, so that this is not known. A state that the
+            journal now rebuilds differently is adopted.
         recipe: for the command line, `{"function": "module:name", "options": {...}}`: `name(options)` returns
             `(es, initial)`, with the plan.
         lock: of the folder, which the caller holds and releases; None: the run holds its own until `close`.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from eggroll.digests import digest_of_jaxpr
+from eggroll.digests import digest_of_jaxpr, digest_setting
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trainable
@@ -81,8 +81,10 @@ def read_update(
     return Reading(optimizer, gradients, state.opt_state, wide, extra), extra
 
 
-def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[ESState], *, on_mesh: bool) -> Plan:
-    """Return the plan with what is known of the update: how the optimizer lets parameters be updated, and its digest.
+def describe_update(
+    plan: Plan, optimizer: Any, params: Any, settings: Strategy[ESState], *, on_mesh: bool, fitness: Any = None
+) -> Plan:
+    """Return the plan with what is known of the update: how the optimizer lets parameters be updated, and the digests.
 
     Args:
         plan: of the parameters.
@@ -90,6 +92,7 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
         params: of which shapes and dtypes count.
         settings: the strategy.
         on_mesh: whether it runs on a mesh.
+        fitness: shape and dtype of the fitness of one member; None: not known, taken to be a float.
     """
     found: list[Reading] = []
     how = settings.perturbation, settings.precision
@@ -115,7 +118,10 @@ def describe_update(plan: Plan, optimizer: Any, params: Any, settings: Strategy[
         line = f"one parameter at a time: the optimizer does not update each weight on its own ({reason})"
     else:
         line = f"all parameters at once, all gradients in memory: the optimizer does not update each on its own ({reason})"
-    return dataclasses.replace(plan, update=line, digests=(plan.digests[0], digest_of_jaxpr(found[0].jaxpr)))
+    one = jnp.float32(0) if fitness is None else fitness
+    of_all = jax.ShapeDtypeStruct((settings.population_size, *one.shape), one.dtype)
+    functions = digest_setting(settings.sigma, jnp.int32(0)), digest_setting(settings.shaping, of_all)
+    return dataclasses.replace(plan, update=line, digests=(plan.digests[0], digest_of_jaxpr(found[0].jaxpr), *functions))
 
 
 def _check_feedback(plan: Plan, reading: Reading, leaves: list[int], *, splits: bool) -> None:

@@ -1,4 +1,4 @@
-"""A run is not resumed as another run: the journal knows the fitness and the optimizer by their digests."""
+"""A run is not resumed as another run: the journal knows the functions of its run by their digests."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ import pytest
 
 import eggroll
 from eggroll.digests import digest
-from eggroll.journal import JournalError, Reader, make_header
+from eggroll.journal import JournalError, Reader, make_header, replay
 from eggroll.journal.repair import repair
 from eggroll.runs.durable import DurableRun
 
@@ -30,8 +30,8 @@ def same_but_renamed(parameters, batch, key):
     return -jnp.sum((parameters["w"] * SCALES - batch) ** 2)
 
 
-def go(folder, fitness=fitness, optimizer=None, generations=2, batch=1.0, **options):
-    settings = {"population_size": 4, "sigma": 0.1, "optimizer": optimizer or optax.sgd(0.1)}
+def go(folder, fitness=fitness, optimizer=None, generations=2, batch=1.0, sigma=0.1, shaping="centered_ranks", **options):
+    settings = {"population_size": 4, "sigma": sigma, "shaping": shaping, "optimizer": optimizer or optax.sgd(0.1)}
     es = eggroll.EvolutionStrategy(fitness, **settings)
     initial = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
     es.plan(initial, jnp.float32(batch))
@@ -62,6 +62,57 @@ def test_a_run_that_resumes_as_another_run_is_refused(tmp_path, what):
         go(tmp_path, **changed)
     assert (tmp_path / "journal.bin").read_bytes() == before
     assert go(tmp_path, fitness=same_but_renamed) == 4
+
+
+def columns(params, batch, key):
+    return fitness(params, batch, key) * jnp.ones(3)
+
+
+FUNCTIONS = {  # a setting that is a function, and what it is changed to
+    "schedule of sigma": {"sigma": [optax.exponential_decay(0.1, 1, decay) for decay in (0.9, 0.5)]},
+    "shaping": {"shaping": [lambda f: f - f.mean(), lambda f: 100 * (f - f.mean())], "fitness": [fitness] * 2},
+    "weights of the shaping": {"shaping": [lambda f: f @ jnp.ones(3), lambda f: f @ jnp.arange(3.0)], "fitness": [columns] * 2},
+}
+
+
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_a_changed_schedule_or_shaping_is_refused_or_accepted(tmp_path, what):
+    run, changed = ({name: pair[index] for name, pair in FUNCTIONS[what].items()} for index in (0, 1))
+    go(tmp_path, **run)
+    with pytest.raises(JournalError, match=f"the {what.split(' of the ')[-1]} is not the same as when .*--accept-change"):
+        go(tmp_path, **changed)
+    assert go(tmp_path, generations=1, **run) == 3
+    assert go(tmp_path, accept_change=True, **changed) == 5
+    assert go(tmp_path, generations=1, **changed) == 6
+    with pytest.raises(JournalError, match="is not the same"):
+        go(tmp_path, **run)
+
+
+def test_a_replay_takes_sigma_from_the_journal(tmp_path):
+    run, changed = FUNCTIONS["schedule of sigma"]["sigma"]
+    go(tmp_path, sigma=run)
+    go(tmp_path, sigma=changed, accept_change=True)
+    sigmas = [entry.sigma for entry in Reader(tmp_path / "journal.bin")]
+    np.testing.assert_allclose(sigmas, [0.1, 0.09, 0.025, 0.0125], rtol=1e-6)
+    for sigma in (run, changed):
+        es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=sigma, optimizer=optax.sgd(0.1))
+        state = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
+        es.plan(state, jnp.float32(1))
+        state = replay(es, state, iter(Reader(tmp_path / "journal.bin")))  # compared with the checksums of the run
+        np.testing.assert_allclose(state.sigma, sigma(4), rtol=1e-6)
+
+
+def test_a_function_with_a_digest_may_have_another_name_and_one_without_may_not():
+    def schedule(name, *digests):
+        now, _ = headers()
+        return dataclasses.replace(now, config=now.config | {"sigma": f"function {name}"}, digests=[*now.digests[:2], *digests])
+
+    schedule("cosine", "0", "").check(schedule("warm", "0", ""))
+    schedule("cosine", "0", "").check(schedule("warm", "1", ""), accept_change=True)
+    schedule("cosine", "0", "").continued_by(schedule("warm", "1", ""), accept_change=True).check(schedule("warm", "1", ""))
+    schedule("cosine").check(schedule("cosine", "0", ""))  # written before there were such digests
+    with pytest.raises(JournalError, match="config sigma is 'function cosine', not 'function warm'"):
+        schedule("cosine").check(schedule("warm", "0", ""))
 
 
 def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):

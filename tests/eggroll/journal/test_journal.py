@@ -283,6 +283,8 @@ def test_replay_is_the_run_bit_for_bit(options):
     same(told, replay(again, copy_state(replayed), iter(entries), until=3))
     with pytest.raises(JournalError, match="generation 9 is not in the journal, which ends at 5"):
         replay(again, copy_state(replayed), iter(entries), until=9)
+    with pytest.raises(JournalError, match="cannot replay to generation -1: the state is at 0"):
+        replay(again, copy_state(replayed), iter(entries), until=-1)
     with pytest.raises(JournalError, match="starts with generation 2, after the state's 0"):
         replay(again, replayed, iter(entries[2:]))
 
