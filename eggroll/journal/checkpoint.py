@@ -3,6 +3,7 @@
 With several processes, every process makes the same calls on the same folder.
 """
 
+import contextlib
 import logging
 import math
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 from eggroll.devices.processes import first_does
 from eggroll.journal.fingerprint import fingerprint, fingerprint_of_leaves
 from eggroll.journal.integrity import DamagedConfig, check_config, find_damage, set_aside, write_config, writing
+from eggroll.journal.replaced import find_best, put_aside, settle
 from eggroll.journal.stored import abstract, name_of, put_like, refill, shapes_of, storable
 from eggroll.protocol import S
 from eggroll.state import keys_to_words, words_to_keys
@@ -72,6 +74,7 @@ class Checkpoints:
             self._check_config(config, identified=identified)
             for unfinished in self._folder.glob("states/*.orbax-checkpoint-tmp*"):  # left by a kill during a write
                 shutil.rmtree(unfinished)
+            settle(self._folder)
         self._skip_damaged(move=config is not None)
 
     def _check_config(self, config: Mapping[str, Any], *, identified: bool) -> None:
@@ -132,8 +135,9 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The generation with the best score; None without checkpoints."""
-        return self._manager.best_step()
+        """The generation of the checkpoint with the best score, which `restore_best` reads; None without checkpoints."""
+        kept = find_best(self._folder)
+        return self._manager.best_step() if kept is None else kept
 
     def save(self, state: S, carried: Any = None, *, score: float | None = None, replace: bool = False) -> None:
         """Start to write a checkpoint; it is complete after `wait`, `close`, or the next `save`.
@@ -145,7 +149,8 @@ class Checkpoints:
             state: of a generation without a checkpoint.
             carried: pytree of arrays stored with the state.
             score: higher is better; None or NaN: never the best.
-            replace: a checkpoint of the same generation, which would be an error otherwise.
+            replace: a checkpoint of the same generation, which would be an error otherwise: it stays until this one, which is
+                waited for, is complete, and longer if it has the best score.
 
         Raises:
             OSError: this checkpoint or the last one cannot be written.
@@ -160,10 +165,14 @@ class Checkpoints:
         check = args.JsonSave({"all": fingerprint(stored), "params": fingerprint(state.params), **metrics, **named})
         saved = args.Composite(state=args.StandardSave(stored, save_args=chunks), check=check)
         with writing(self._folder):
-            if replace and int(state.generation) in self.generations:
+            if replace:
                 self._manager.wait_until_finished()
-                self._manager.delete(int(state.generation))
+                first_does(lambda: put_aside(self._folder, int(state.generation)))
+                self._manager.reload()
             self._manager.save(int(state.generation), args=saved, metrics=metrics)
+            if replace:
+                self._manager.wait_until_finished()
+                first_does(lambda: settle(self._folder))
 
     def restore(self, like: S, carried: Any = None, *, generation: int | None = None) -> tuple[S, Any] | None:
         """Read a checkpoint. Memory holds `like`, the result, and at most 256 MiB or the largest array while it is decoded.
@@ -209,6 +218,13 @@ class Checkpoints:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{place} cannot be read: {reason}") from error
         return like._replace(**words_to_keys(stored["state"], like._asdict())), words_to_keys(stored["carried"], carried)
+
+    def restore_best(self, like: S, carried: Any = None) -> tuple[S, Any] | None:
+        """Read the checkpoint with the best score, as `restore` does, even if one with an adopted state has replaced it."""
+        if find_best(self._folder) is None:
+            return self.restore(like, carried, generation=self.best)
+        with contextlib.closing(Checkpoints(self._folder / "best", config=None)) as kept:
+            return kept.restore(like, carried)
 
     def read_state(self, like: S, generation: int) -> S:
         """Read the state of a checkpoint, placed as `like`, whatever is carried with it; ValueError if it is damaged."""

@@ -7,6 +7,7 @@ from eggroll.journal.header import JournalError
 from eggroll.journal.integrity import find_damage
 from eggroll.journal.lock import RunLock
 from eggroll.journal.recovery import describe_lost, mend, plan
+from eggroll.journal.replaced import settle
 
 
 def repair(path: Path) -> list[str]:
@@ -28,6 +29,7 @@ def repair(path: Path) -> list[str]:
         raise JournalError(f"there is no run {path.parent}.")
     lock = RunLock(path.parent)
     try:
+        settle(path.parent / "checkpoints")
         covered = _newest_checkpoint(path.parent / "checkpoints" / "states")
         if not path.exists():
             return _begin(path, covered)

@@ -41,13 +41,14 @@ class Continuity:
         """Whether the state is the one that the last record ends with, as far as it says."""
         return self._recorded is None or np.array_equal(self._recorded, self._expected)
 
-    def adopt(self, checksums: Mapping[str, int]) -> bool:
-        """Take another state; return whether it needs a checkpoint, which the caller writes."""
-        before = self._expected
+    def is_change(self, checksums: Mapping[str, int]) -> bool:
+        """Whether a state, given its checksums, is none that the journal rebuilds: a checkpoint has to carry it."""
+        return self.is_adopted or not self.is_as_recorded or [*checksums.values()] != self._expected.tolist()
+
+    def adopt(self, checksums: Mapping[str, int]) -> None:
+        """Continue with a changed state, of which a checkpoint was written."""
         self._expect(checksums)
-        changed = self.is_adopted or not self.is_as_recorded or not np.array_equal(before, self._expected)
-        self.is_adopted = changed
-        return changed
+        self.is_adopted = True
 
     def check(self, before: Any, *, generation: int) -> None:
         """Raise JournalError if a generation begins with another state, given the checksums of that state."""

@@ -234,6 +234,7 @@ class DurableRun(Generic[S]):
 
         Raises:
             ValueError: it is of another generation.
+            OSError: the checkpoint cannot be written; the run continues with the state that it had.
             RunLost: the folder was moved or deleted, or another process took over; nothing is written.
         """
         check_not_consumed(state)
@@ -243,11 +244,12 @@ class DurableRun(Generic[S]):
         self._adopt(state)
 
     def _adopt(self, state: S) -> None:
-        if self._continuity.adopt(self._es.checksums(state)):
+        checksums = self._es.checksums(state)
+        if self._continuity.is_change(checksums):
             if self._journal is not None:
                 self._journal.sync()
             self.checkpoints.save(state, None if self._carried is None else self._carried.save(), replace=True)
-            self.checkpoints.wait()
+            self._continuity.adopt(checksums)
 
     def record(self, state: S | None, metrics: Any, *, score: float | None = None) -> None:
         """Record a generation; once this returns, a kill does not lose it.

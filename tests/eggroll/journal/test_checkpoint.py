@@ -52,6 +52,31 @@ def test_a_score_that_is_not_a_number_is_never_the_best_and_no_damage(tmp_path):
     assert find_damage(tmp_path / "states/1") is None
 
 
+def test_the_best_checkpoint_survives_one_that_replaces_it(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, config={}, keep=1), make_state(1.0)
+
+    def save(generation, weight, **options):
+        checkpoints.save(make_state(weight)._replace(generation=jnp.int32(generation)), **options)
+
+    save(2, 1.0, score=10)
+    for weight in (2.0, 3.0):  # the second one replaces one that was never the best
+        save(2, weight, replace=True)
+    assert checkpoints.best == 2 and float(checkpoints.restore(state)[0].params["w"][0, 0]) == 3
+    save(4, 4.0, score=0)
+    save(6, 5.0, score=0)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, config={}, keep=1)
+    assert checkpoints.best == 2 and checkpoints.generations == [6]
+    assert float(checkpoints.restore_best(state)[0].params["w"][0, 0]) == 1
+    assert not [*tmp_path.glob("replaced/*")]
+    save(8, 6.0, score=11)
+    checkpoints.wait()
+    assert checkpoints.best == 8 and float(checkpoints.restore_best(state)[0].params["w"][0, 0]) == 6
+    checkpoints.close()
+    Checkpoints(tmp_path, config={}).close()
+    assert not (tmp_path / "best").exists()
+
+
 def test_arrays_above_the_limit_are_written_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "IN_FLIGHT", 15)  # bytes; the matrix has 16
     monkeypatch.setattr(checkpoint, "CHUNK", 8)

@@ -1,6 +1,8 @@
 """A state that `step` did not return is refused or carried, and a wrong replay is seen where it happens."""
 
 import contextlib
+import errno
+import os
 import shutil
 import warnings
 
@@ -73,6 +75,10 @@ def other_key(state):
 CHANGES = {RATE: other_rate, "params/w": other_weights, "key": other_key}
 
 
+def full_disk(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def same(one, other):
     es, _ = make()
     return es.checksums(one) == es.checksums(other) and one.generation == other.generation
@@ -122,6 +128,26 @@ def test_a_run_that_ends_right_after_an_adoption_resumes_with_it_and_a_second_ch
     assert same(state_on_disk(tmp_path), changed)
     go(tmp_path, 1)
     assert [*Reader(tmp_path / "journal.bin")][2].sums.is_adopted
+
+
+def test_an_adoption_that_cannot_be_written_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    options = {"checkpoint_every": 2, "keep": 1}
+    go(tmp_path, 2, **options)
+    go(tmp_path, 2, other_rate, **options)
+    states = tmp_path / "checkpoints" / "states"
+    assert [path.name for path in states.iterdir()] == ["4"]
+    es, opening = opened(tmp_path, **options)
+    with opening as run, monkeypatch.context() as patch:
+        patch.setattr(run.checkpoints._manager, "save", full_disk)
+        with pytest.raises(OSError, match="a checkpoint cannot be written: No space left"):
+            run.adopt(other_rate(run.state))
+        patch.undo()
+        assert not [*states.iterdir()]  # as a kill leaves it
+        eggroll.train(es, run.state, batch_of, generations=1, durable=run, callbacks=[])
+    assert "nothing was changed" in " ".join(repair(tmp_path / "journal.bin"))
+    assert [path.name for path in states.iterdir()] == ["4"]
+    assert int(state_on_disk(tmp_path, **options).generation) == 5
+    assert [entry.sums.is_adopted for entry in Reader(tmp_path / "journal.bin")] == [False, False, True, False, False]
 
 
 @pytest.mark.slow
