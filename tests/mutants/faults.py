@@ -365,7 +365,7 @@ FAULTS = (
     Fault(
         "a run resumes as another run",
         "eggroll/journal/header.py",
-        "different = [name for name, old, new in compared if old != new and old and new]",
+        "different = [name for name, old, new in known if name in compared and old != new and old and new]",
         "different: list[str] = []",
         (JOURNAL,),
     ),
