@@ -2,11 +2,11 @@
 
     train, then validation; each is 0 document 0 document 0 document ...
 
-The byte 0 begins a document. Documents are files, in the order of their paths; the hash of a path below its folder decides the
-split, so that it is the same on every machine. The file is written once into a cache, whole or not at all, under a name that
-changes with any document's path, size or time; a manifest next to it lists its documents and has the hash of its bytes, which
-is compared when a process opens it first. A damaged cache is written anew. `streams` reads it at positions that
-are functions of the generation alone.
+The byte 0 begins a document. Documents are files, in the order of their paths; a file that several paths lead to is one. The
+hash of a path below its folder decides the split, so that it is the same on every machine. The file is written once into a
+cache, whole or not at all, under a name that changes with any document's path, size or time; a manifest next to it lists its
+documents and has the hash of its bytes, which is compared when a process opens it first. A damaged cache is written anew.
+`streams` reads it at positions that are functions of the generation alone.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def load(paths: Sequence[str | Path] = (), *, cache: str | Path, validation_frac
 
 
 def find(paths: Sequence[str | Path] = ()) -> list[Document]:
-    """Return the documents with text of `paths` as `load` takes them, in their order."""
+    """Return the documents with text of `paths` as `load` takes them, in their order; the first name of a file counts."""
     documents = []
     for root in map(Path, paths):
         if not root.exists():
@@ -104,7 +104,10 @@ def find(paths: Sequence[str | Path] = ()) -> list[Document]:
     if not paths:
         root = Path(os.__file__).parent
         documents = [_document(file, file.relative_to(root).as_posix()) for file in _files(root, _NOT_SOURCES, ".py")]
-    return [document for document in documents if document.size > 0]
+    found: dict[Path, Document] = {}
+    for document in documents:
+        found.setdefault(document.path, document)
+    return [document for document in found.values() if document.size > 0]
 
 
 def _files(root: Path, skipped: set[str], suffix: str) -> list[Path]:

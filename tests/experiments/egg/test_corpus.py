@@ -40,6 +40,16 @@ def test_documents_begin_with_a_separator(tmp_path):
     assert [document.name for document in corpus.find([root])] == ["a/x", "b", "c"]
 
 
+def test_a_file_that_several_paths_lead_to_is_one_document(tmp_path):
+    """It would be held out by one name, and trained on by another."""
+    root = folder_of(tmp_path, **{f"more__d{i}": bytes([65 + i]) * (i + 3) for i in range(10)})
+    root.joinpath("link").symlink_to(root / "more" / "d3")
+    for paths in ([root, root / "more"], [root / "more", root], [root / "more" / "d1", root, root]):
+        found = corpus.find(paths)
+        assert len({document.path for document in found}) == len(found) == 10
+    assert [document.name for document in corpus.find([root / "more", root])] == [f"d{i}" for i in range(10)]
+
+
 def test_split_is_by_name_alone(tmp_path):
     names = [document.name for document in corpus.find([ten(tmp_path)])]
     held = dict(zip(names, corpus._split(corpus.find([ten(tmp_path)]), 0.4), strict=True))
