@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -45,7 +45,7 @@ class Config:
     seeds: int = 3
     """Seeds 0, 1, ... of every population."""
     baselines: Path | None = None
-    """A results.json of experiments.egg_baselines at the same data and steps: lines in the figure."""
+    """A results.json of experiments.egg_baselines of the same sizes, data and steps: lines in the figure."""
     folder: Path = Path("runs/egg-scaling")
     """Folder of all results; an interrupted study resumes from it."""
 
@@ -84,7 +84,11 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     config.check()
     check_passed(options, own=OWN, ignored=())
     folder = run_folder(config.folder)
-    lines = read_baselines(config, config.baselines) if config.baselines else {}
+    settings = [make_setting(folder, size, (*config.arguments(size), *options)) for size in config.populations]
+    baselines = None
+    if config.baselines is not None:
+        held_out = egg.parse(settings[0].arguments).validation_bytes
+        baselines = read_baselines(config, config.baselines, validation_bytes=held_out)
     corpora = set[str]()  # the fingerprint of the text that all runs read
 
     def check(setting: Setting, found: Summaries) -> Summaries:
@@ -97,10 +101,12 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         if len(corpora | texts) > 1:
             raise ValueError(f"{setting.folder} has runs on another text; choose another folder.")
         corpora.update(texts)
+        if baselines is not None and corpora - {baselines.corpus}:
+            raise ValueError(f"baselines must have read the text of the runs in {folder}, got another in {config.baselines}.")
         return finished
 
-    settings = [make_setting(folder, size, (*config.arguments(size), *options)) for size in config.populations]
     jobs = one_job_each(settings, range(config.seeds))
+    lines = {} if baselines is None else baselines.bits
     suite = Suite("eggroll.experiments.egg", folder, jobs, report=lambda found: report(config, found, lines=lines), check=check)
     for setting in settings:
         suite.finished(setting)
@@ -115,15 +121,27 @@ def make_setting(folder: Path, population: int, arguments: Sequence[str]) -> Set
     return Setting((str(population),), arguments, parsed.options(), folder / str(population))
 
 
-def read_baselines(config: Config, path: Path) -> dict[str, float]:
-    """Return baseline -> bits per byte from a file of experiments.egg_baselines; ValueError if it read other data."""
+class Baselines(NamedTuple):
+    """Results of experiments.egg_baselines."""
+
+    bits: dict[str, float]  # baseline -> bits per byte of held-out text
+    corpus: str  # fingerprint of the text that they read
+
+
+def read_baselines(config: Config, path: Path, *, validation_bytes: int) -> Baselines:
+    """Read a results.json; ValueError if it is another file, or of another model or other pieces of text than the study."""
     results = read_object(path)
-    expected = {"streams": config.streams, "bytes_per_update": config.bytes_per_update, "updates": config.generations}
+    same = {name: getattr(config, name) for name in ("streams", "bytes_per_update", "layers", "width")}
+    expected = same | {"updates": config.generations, "validation_bytes": validation_bytes}
+    try:
+        found = {name: results["options"][name] for name in expected}
+        baselines = Baselines({name: row["validation_bits"] for name, row in results["baselines"].items()}, results["corpus"])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"baselines must be a results.json of experiments.egg_baselines, got {path}.") from None
     for name, value in expected.items():
-        if results["options"][name] != value:
-            found = results["options"][name]
-            raise ValueError(f"baselines must have {name} {value} as the study has, got {found} in {path}.")
-    return {name: row["validation_bits"] for name, row in results["baselines"].items()}
+        if found[name] != value:
+            raise ValueError(f"baselines must have {name} {value} as the study has, got {found[name]} in {path}.")
+    return baselines
 
 
 def report(config: Config, results: Sequence[Result], *, lines: dict[str, float]) -> Report:

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 
+from eggroll.experiments.common.run import write_json
 from eggroll.experiments.egg import suite
 from eggroll.experiments.egg.suite import Config, make_table, octaves
 
@@ -57,6 +59,36 @@ def test_bad_options_end_with_a_clear_error(options, sentence, tmp_path):
     with pytest.raises(SystemExit, match="error: ") as stopped:
         suite.main(["--folder", str(tmp_path / "study"), *options])
     assert sentence in str(stopped.value)
+
+
+BASELINES = {
+    "options": {"streams": 2, "bytes_per_update": 5, "updates": 2, "layers": 1, "width": 8, "validation_bytes": 2_000_000},
+    "corpus": "text",
+    "baselines": {"egg-adam": {"validation_bits": 4.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "sentence"),
+    [
+        ({}, {}, None),
+        ({"corpus": "another"}, {}, "baselines must have read the text of the runs in .*, got another in "),
+        ({}, {"width": 16}, "baselines must have width 8 as the study has, got 16 in "),
+        ({}, {"layers": 2}, "baselines must have layers 1 as the study has, got 2 in "),
+        ({}, {"validation_bytes": 9}, "baselines must have validation_bytes 2000000 as the study has, got 9 in "),
+        ({"baselines": None}, {}, "baselines must be a results.json of experiments.egg_baselines, got "),
+        ({"options": {}}, {}, "baselines must be a results.json of experiments.egg_baselines, got "),
+    ],
+)
+def test_baselines_are_of_the_same_text_and_model(changes, options, sentence, tmp_path):
+    write_json(tmp_path / "results.json", BASELINES | {"options": BASELINES["options"] | options} | changes)
+    config = Config((4,), 2, 5, 2, 1, 8, 1, tmp_path / "results.json", tmp_path / "study")
+    setting = suite.make_setting(config.folder, 4, config.arguments(4))
+    (setting.folder / "seed-0").mkdir(parents=True)
+    finished = {"generations": 2, "corpus": "text", "bytes_read": 40, "seconds": 1.0, "validation_bits": 5.0}
+    write_json(setting.folder / "seed-0" / "summary.json", {"options": setting.options} | finished)
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
+        assert suite.make_suite(config, []).jobs
 
 
 @pytest.mark.slow
