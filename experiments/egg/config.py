@@ -67,8 +67,8 @@ class Config:
     alpha: float = 1.0
     """Share of the weights that move in the first generation if fitness says nothing, in (0, 1]."""
     alpha_end: float = 1 / 16
-    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which keeps falling.
-    The defaults are the paper's 1 / (0.015 t + 1)."""
+    """The share after alpha_steps generations: alpha / (1 + (alpha / alpha_end - 1) t / alpha_steps), which keeps falling
+    until generation 10,000 or, if later, alpha_steps. The defaults are the paper's 1 / (0.015 t + 1)."""
     alpha_steps: int = 1000
     """Generations until the share is alpha_end."""
     shift: int = 4

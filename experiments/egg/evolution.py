@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 import eggroll
@@ -26,6 +27,7 @@ from eggroll.runs.record import Record, read_records
 from eggroll.runs.training import train
 
 PROMPT = b"import "
+LEAST_SCHEDULE = 10_000  # generations in which the share falls; not those of the run, which may be extended
 
 
 class Trained(NamedTuple):
@@ -49,13 +51,18 @@ def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
         fitness,
         population_size=config.population_size,
         sigma=None,
-        optimizer=eggroll.threshold(config.alpha_of, steps=max(10_000, config.generations)),
+        optimizer=make_optimizer(config),
         perturbation=eggroll.Integer(config.rank, config.distribution, config.shift, config.update),
         shaping=config.shaping,
         members_per_batch=config.group,
         chunk_size=config.chunk_size,
         mesh=parse_mesh(config.mesh),
     )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Make the update of the weights."""
+    return eggroll.threshold(config.alpha_of, steps=max(LEAST_SCHEDULE, config.alpha_steps))
 
 
 def start(config: Config, *, init_key: Array, run_key: Array) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:

@@ -1,6 +1,7 @@
 """Pretraining the integer language model, from its command line to its artefacts, on a text of no size."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from jax.extend import core as jexc
 
+from eggroll.digests import digest
 from eggroll.experiments.common.checkpoint import load_checkpoint
 from eggroll.experiments.egg import __main__ as egg
 from eggroll.experiments.egg import evolution, problem
@@ -237,6 +239,21 @@ def test_presets_and_schedule():
     assert (paper.layers, paper.width, paper.population_size, paper.group) == (6, 256, 65536, 64)
     assert [paper.alpha_of(t) for t in (0, 100, 1000)] == pytest.approx([1, 1 / 2.5, 1 / 16])
     assert parse([]) == Config()
+
+
+def test_the_optimizer_does_not_depend_on_the_generations_of_a_run():
+    """A replay does not know them, and a run may be extended."""
+
+    def digest_of(**options):
+        optimizer = evolution.make_optimizer(dataclasses.replace(CONFIG, **options))
+        sums, weights, number = jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int8), jnp.int32(1)
+        return digest(
+            lambda u, w, d, g: optimizer.update(u, None, w, deviation=d, generation=g)[0], sums, weights, number, number
+        )
+
+    assert digest_of() == digest_of(generations=9_000) == digest_of(generations=12_000)
+    late = dict(alpha_steps=20_000)
+    assert digest_of(**late) == digest_of(**late, generations=30_000) != digest_of(**late, alpha_end=1 / 32)
 
 
 def started(options):
