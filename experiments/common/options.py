@@ -76,6 +76,21 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {values[name]!r}.")
 
 
+def check_integers(config: Any, *names: str, least: int = 1) -> None:
+    """Raise ValueError for the first of some options that is below the least value; None is not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value}.")
+
+
+def check_seeds(config: Any) -> None:
+    """Raise ValueError unless the seeds of the runs, seed, seed + 1, ..., are numbers that JAX's keys tell apart."""
+    check_integers(config, "seeds")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - config.seeds}, got {config.seed}.")
+
+
 def covers(rule: Rule, option: str) -> bool:
     """Return whether a rule is about an option."""
     return any(option == name or option.startswith(f"{name}.") for name in rule.options)

@@ -23,7 +23,7 @@ import jax
 import optax
 import tyro
 
-from eggroll.experiments.common.options import ignored_options, refuse, unless
+from eggroll.experiments.common.options import check_integers, check_seeds, ignored_options, refuse, unless
 from eggroll.experiments.common.run import exit_on_error, jsonable, print_summary, run_folder, use_compilation_cache, write_json
 from eggroll.experiments.egg import baseline as learners
 from eggroll.experiments.egg.data import corpus
@@ -51,7 +51,7 @@ RULES = (
         "chunk_size",
     ),
 )
-_POSITIVE = ("layers", "width", "streams", "updates", "seeds", "validation_every", "validation_bytes")
+_POSITIVE = ("layers", "width", "streams", "updates", "validation_every", "validation_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +95,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for options that have no effect, or that would not get a clear error later."""
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+        check_seeds(self)
+        check_integers(self, *_POSITIVE)
         if not 1 <= self.bytes_per_update <= MAX_TOKENS:
             raise ValueError(f"bytes_per_update must be from 1 to {MAX_TOKENS}, got {self.bytes_per_update}.")
         if "egg-eggroll" in self.baselines and (self.population_size < 2 or self.population_size % (2 * self.streams)):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import ignored_options, refuse, unless
+from eggroll.experiments.common.options import check_integers, check_seeds, ignored_options, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.egg.models import egg
 from eggroll.experiments.egg.models.integer_loss import MAX_TOKENS
@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "paper": {"layers": 6, "width": 256, "population_size": 65536, "group": 4096, "generations": 1000, "validation_every": 100},
 }
-_POSITIVE = ("seeds", "generations", "alpha_steps", "checkpoint_every", "validation_every", "validation_bytes")
+_POSITIVE = ("generations", "alpha_steps", "checkpoint_every", "validation_every", "validation_bytes")
 # Options that may change when a run is resumed: its parameters do not depend on them.
 _NOT_IDENTITY = {"seed", "seeds", "folder", "preset", "data", "cache", "mesh", "chunk_size", "generations", "resume"}
 _NOT_IDENTITY |= {"accept_change"} | {
@@ -127,9 +127,8 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for options that have no effect, or that would not get a clear error later."""
         refuse(ignored_options(self, RULES, Config(), preset_defaults(self)))
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+        check_seeds(self)
+        check_integers(self, *_POSITIVE)
         for name in ("alpha", "alpha_end"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from eggroll.experiments.common.options import check_passed
+from eggroll.experiments.common.options import check_integers, check_passed
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
@@ -51,9 +51,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for options that experiments.egg does not see, or would name differently."""
-        for name in ("streams", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+        check_integers(self, "streams", "seeds")
         wrong = [size for size in self.populations if size < 1 or size % (2 * self.streams)]
         if wrong or len(set(self.populations)) < max(1, len(self.populations)):
             raise ValueError(

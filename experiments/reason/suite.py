@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import check_passed, drop_options, effective, ignored_options, refuse, unless
+from eggroll.experiments.common.options import (
+    check_integers,
+    check_passed,
+    drop_options,
+    effective,
+    ignored_options,
+    refuse,
+    unless,
+)
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, Summaries
 from eggroll.experiments.common.suite import Job, Report, Result, Suite, markdown_table, run_suite
@@ -71,8 +79,7 @@ class Config:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown:
             raise ValueError(f"presets must be out of {', '.join(PRESETS)}, got {unknown[0]}.")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
+        check_integers(self, "seeds", "generations")
         for name in ("architectures", "algorithms", "presets"):
             given = getattr(self, name)
             if len(set(given)) < len(given) or (not given and name != "presets"):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import tyro
 
-from eggroll.experiments.common.options import check_passed
+from eggroll.experiments.common.options import check_integers, check_passed
 from eggroll.experiments.common.run import exit_on_error, finite_median, number, run_folder
 from eggroll.experiments.common.seed_runs import Setting
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
@@ -83,9 +83,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     Raises:
         ValueError, OSError: an option is wrong, or the page is missing or has no marks.
     """
-    for name in ("seeds", "jobs"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
+    check_integers(config, "seeds", "jobs")
     if unknown := [knob for knob in config.knobs if knob not in KNOBS]:
         raise ValueError(f"knobs must be out of {', '.join(KNOBS)}, got {', '.join(unknown)}.")
     if config.page is not None:

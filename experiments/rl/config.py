@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import ignored_options, only_with, refuse, unless
+from eggroll.experiments.common.options import check_integers, check_seeds, ignored_options, only_with, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.common.schedules import Kind
 from eggroll.experiments.rl.ppo import PPO, RULE
@@ -195,20 +195,9 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for options that have no effect, or that would not get a clear error later."""
         refuse(self.ignored())
-        for name in (
-            "seeds",
-            "env_steps",
-            "generations",
-            "episodes",
-            "noise_reuse",
-            "checks",
-            "evaluation_episodes",
-            "checkpoint_every",
-            "on_device",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+        check_seeds(self)
+        check_integers(self, "env_steps", "generations", "episodes", "noise_reuse")
+        check_integers(self, "checks", "evaluation_episodes", "checkpoint_every", "on_device")
         for name in ("sigma", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}.")

@@ -19,7 +19,7 @@ import tyro
 
 from eggroll import envs
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
-from eggroll.experiments.common.options import check_passed, drop_options, effective
+from eggroll.experiments.common.options import check_integers, check_passed, drop_options, effective
 from eggroll.experiments.common.run import number, run_folder
 from eggroll.experiments.common.seed_runs import Setting, search
 from eggroll.experiments.common.suite import Report, Result, Suite, markdown_table, one_job_each, run_suite
@@ -83,9 +83,8 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
     Raises:
         ValueError, ModuleNotFoundError: an option is wrong, or the package of an environment is missing.
     """
-    for name in ("seeds", "jobs"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {getattr(config, name)}.")
+    check_integers(config, "seeds", "jobs")
+    check_integers(config, "search", least=0)
     if config.search and not {*EVOLUTION} & {*config.algorithms}:
         raise ValueError(
             f"--search has no effect with --algorithms {' '.join(config.algorithms)}: it belongs to eggroll and openes."

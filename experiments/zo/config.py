@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from eggroll import zo
-from eggroll.experiments.common.options import ignored_options, only_with, refuse, unless
+from eggroll.experiments.common.options import check_integers, check_seeds, ignored_options, only_with, refuse, unless
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.tasks import RTE, SST2, Classification, Generation, Task
@@ -205,11 +205,8 @@ class Config:
             if getattr(self, name) not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {getattr(self, name)!r}.")
         refuse(self.ignored())
-        numbers = ("seeds", "forwards", "steps", "batch_size", "directions", "checks", "checkpoint_every", "max_length")
-        for name in numbers:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+        check_seeds(self)
+        check_integers(self, "forwards", "steps", "batch_size", "directions", "checks", "checkpoint_every", "max_length")
         for name in ("sigma", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -18,7 +18,15 @@ from typing import Any
 import tyro
 
 from eggroll.experiments.common.models import model_folder
-from eggroll.experiments.common.options import check_passed, drop_options, effective, ignored_options, refuse, unless
+from eggroll.experiments.common.options import (
+    check_integers,
+    check_passed,
+    drop_options,
+    effective,
+    ignored_options,
+    refuse,
+    unless,
+)
 from eggroll.experiments.common.run import run_folder
 from eggroll.experiments.common.seed_runs import Setting, finished_seeds, search
 from eggroll.experiments.common.suite import Job, Suite, one_job_each, run_suite
@@ -70,8 +78,7 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for an option that is wrong or has no effect."""
         refuse(ignored_options(self, OF_SUITE, Config()))
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be an integer >= 1, got {self.seeds}.")
+        check_integers(self, "seeds", "forwards", "validation", "test")
         for name, among in (("studies", STUDIES), ("recipes", RECIPES)):
             given = getattr(self, name)
             if unknown := [one for one in given if one not in among]:

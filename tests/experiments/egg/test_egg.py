@@ -199,6 +199,7 @@ def test_no_floating_number_in_a_generation():
         (["--alpha", "0"], r"alpha must be in \(0, 1\], got 0.0"),
         (["--alpha", "0.01"], "alpha_end must be at most alpha, 0.01, got 0.0625"),
         (["--bytes-per-update", "0"], "bytes_per_update must be from 1 to 350000, got 0"),
+        (["--seed", "-1"], "seed must be an integer from 0 to 4294967295, got -1"),
         (["--generations", "0"], "generations must be an integer >= 1, got 0"),
         (["--temperature", "-1"], "sample_length and temperature must be >= 0, got 5 and -1.0"),
         (["--width", "0"], "width must be an integer from 1 to"),

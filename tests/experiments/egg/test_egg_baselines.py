@@ -178,6 +178,7 @@ def test_command_line_from_options_to_artefacts(names, texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--seed", "-1"], "seed must be an integer from 0 to 4294967295, got -1."),
         (["--updates", "0"], "updates must be an integer >= 1, got 0."),
         (["--width", "24"], "width must be a multiple of 16 for a transformer, got 24."),
         (["--bytes-per-update", "0"], "bytes_per_update must be from 1 to 350000, got 0."),

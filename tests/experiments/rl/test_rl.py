@@ -167,6 +167,7 @@ def test_continuous_sampled_actions_without_normalisation():
     ("arguments", "words"),
     [
         (["--env", "CartPole"], "error: env must name an environment, got 'CartPole'; did you mean CartPole-v1"),
+        (["--seed", "-1"], "error: seed must be an integer from 0 to 4294967295, got -1."),
         (["--episodes", "0"], "error: episodes must be an integer >= 1, got 0."),
         (["--generations", "-1"], "error: generations must be an integer >= 1, got -1."),
         (["--checks", "0"], "error: checks must be an integer >= 1, got 0."),

@@ -125,6 +125,7 @@ def test_other_options_are_refused_and_a_failed_run_is_told(capsys, tmp_path, mo
     [
         (["--envs", "CartPole"], "error: env must name an environment, got 'CartPole'; did you mean CartPole-v1"),
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
+        (["--search", "-1"], "error: search must be an integer >= 0, got -1."),
         (["--jobs", "0"], "error: jobs must be an integer >= 1, got 0."),
         (["--envs", "CartPole-v1", "--sigma", "-1"], "error: sigma must be a finite number > 0"),
     ],

@@ -300,6 +300,7 @@ def test_every_recipe_has_settings_that_check():
         (["--task", "sst3"], "task must be one of sentiment, sst2, rte, got 'sst3'."),
         (["--objective", "f1"], "objective must be one of loss, accuracy, got 'f1'."),
         (["--steps", "0"], "steps must be an integer >= 1, got 0."),
+        (["--seed", "-1"], "seed must be an integer from 0 to 4294967295, got -1."),
         (["--batch-size", "0"], "batch_size must be an integer >= 1, got 0."),
         (["--sigma", "0"], "sigma must be a finite number > 0, got 0.0."),
         (["--learning-rate", "inf"], "learning_rate must be a finite number > 0, got inf."),
