@@ -7,6 +7,7 @@ its artefacts, the improved model in the Hugging Face layout among them.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, lea
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
-from eggroll.experiments.reason.contents import check_contents, read_contents, recorded_contents
+from eggroll.experiments.reason.contents import Contents, check_contents, read_contents, recorded_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
@@ -26,7 +27,8 @@ from eggroll.experiments.reason.measure.memory import run_memory
 from eggroll.experiments.reason.measure.outcome import compare, make_report
 from eggroll.experiments.reason.measure.probe import probe
 from eggroll.experiments.reason.problem import Check, Problem, Sampling, Validation
-from eggroll.experiments.reason.progress import Progress
+from eggroll.experiments.reason.progress import Progress, number_of
+from eggroll.experiments.reason.prompt_lengths import Lengths
 from eggroll.llm import hf
 
 STOPPED = {  # by Ctrl-C
@@ -36,9 +38,12 @@ STOPPED = {  # by Ctrl-C
 
 
 def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
-    """Make the strategy and the initial state of a run again, from the options in its journal; its reward is not imported."""
-    config = dataclasses.replace(restore_config(options), reward=None)
-    inputs = prepare(config, reward=_score_nothing)
+    """Make the strategy and the initial state of a run again, from the options in its journal; its reward is not imported.
+
+    The options do not include how long prompts may be, nor how many are held out: no bit of a replay depends on them.
+    """
+    config = dataclasses.replace(restore_config(options), reward=None, prompt_length=1)
+    inputs = prepare(config, reward=_score_nothing)._replace(lengths=Lengths(0, 0, math.inf))
     if config.model is None:  # the small model is trained with the rows
         check_contents(options.get("contents"), read_contents(config.data, None), advice="restore it")
     evolution = Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))
@@ -57,8 +62,8 @@ def _folder_name(config: Config) -> str:
 class Experiment:
     """A problem and an algorithm; every seed is a run of its own."""
 
-    def __init__(self, config: Config, problem: Problem, sampling: Sampling):
-        self.config, self.problem = config, problem
+    def __init__(self, config: Config, problem: Problem, sampling: Sampling, contents: Contents | None):
+        self.config, self.problem, self.contents = config, problem, contents
         sizes = {"validation": config.validation_size, "test": config.test_size}
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)
@@ -75,6 +80,7 @@ class Experiment:
             check_every=config.check_every,
             examples=config.examples,
             start=accuracy,
+            measure=number_of([self.checks["validation"].prompts, self.contents]),
             clock=config.clock,
         )
         start = time.perf_counter()
@@ -114,7 +120,7 @@ class Experiment:
             lambda run: self.train(run, before),
             experiment="reason",
             default=_folder_name(config),
-            options=config.options(),
+            options=config.options() | {"contents": self.contents},
             recorded={"limits": config.limits},
         )
         model = str(config.model or f"small {config.start.architecture}")
@@ -130,14 +136,15 @@ def run(config: Config, *, reward: Reward | None = None) -> Row:
 
     Args:
         config: the options.
-        reward: a function that takes the place of the reward that they name.
+        reward: a function that takes the place of the reward that they name; its source is one of the contents of the run.
     """
     config.check()
     if start_processes() and (config.algorithm == "grpo" or config.probe):
         raise ValueError("grpo and a probe run in one process; eggroll runs in several.")
     inputs = prepare(config, reward=reward)
     sampling = make_sampling(config, inputs.tokenizer)  # a plan refuses what a run would
-    if config.resume and not config.accept_change and (contents := config.options()["contents"]):
+    contents = read_contents(config.data, config.reward, function=reward)
+    if contents and config.resume and not config.accept_change:
         for seed in range(config.seed, config.seed + config.seeds):
             folder = seed_folder(config, seed, default=_folder_name(config))
             check_contents(recorded_contents(folder), contents, advice="restore it, or continue with --accept-change")
@@ -147,7 +154,7 @@ def run(config: Config, *, reward: Reward | None = None) -> Row:
         return needed.summary()
     problem = load(config, inputs)
     try:
-        return probe(config, problem, sampling) if config.probe else Experiment(config, problem, sampling).run()
+        return probe(config, problem, sampling) if config.probe else Experiment(config, problem, sampling, contents).run()
     finally:
         problem.scorer.close()
 

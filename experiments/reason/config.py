@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 import tyro
 
-from eggroll.experiments.common.options import check_choices, ignored_options, refuse, replace_options
+from eggroll.experiments.common.options import (
+    check_choices,
+    check_integers,
+    check_seeds,
+    ignored_options,
+    refuse,
+    replace_options,
+)
 from eggroll.experiments.common.run import jsonable
 from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.effects import NOT_IDENTITY, RULES, WORKED_TASK
@@ -21,7 +28,6 @@ from eggroll.experiments.reason.warm_start import WarmStart
 from eggroll.llm.decoding import check_sampling
 
 _POSITIVE = (
-    "seeds",
     "prompts",
     "samples",
     "rank",
@@ -30,6 +36,8 @@ _POSITIVE = (
     "validation_size",
     "test_size",
     "max_new_tokens",
+    "generations",
+    "prompt_length",
 )
 _RENAMED = {"room": "max_new_tokens", "ending": "stop_token_ids"}  # options of older commands and journals
 
@@ -102,7 +110,7 @@ class Config:
     learning_rate: float = 0.001
     """Step size of the evolution."""
     anchor: float = 0.0
-    """Decay of the weights towards their initial values, times the step size."""
+    """Decay of the weights towards their initial values, times the step size; of int8 matrices, times their own."""
     shaping: Literal["group_relative", "centered_ranks", "z_score", "pair_sign"] = "group_relative"
     """Fitness shaping: group_relative compares members that answered the same problem, the others the whole population."""
     noise_reuse: int = 1
@@ -221,17 +229,13 @@ class Config:
         """Raise ValueError for options that have no effect, are out of range or contradict each other."""
         check_choices(self)
         refuse(self.ignored())
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}.")
+        check_seeds(self)
+        check_integers(self, *_POSITIVE)
+        check_integers(self, "examples", least=0)
         for name in ("seconds", "sigma", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a finite number > 0, got {value}.")
-        for name in ("generations", "prompt_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be an integer >= 1 or None, got {value}.")
         if self.reward_minimum is not None and not abs(self.reward_minimum) < float("inf"):
             raise ValueError(f"reward_minimum must be a finite number or None, got {self.reward_minimum}.")
         check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.sampling_temperature, top_p=self.top_p)
@@ -250,6 +254,8 @@ class Config:
             raise ValueError("give plan or probe, not both: a plan reads no weights.")
         if self.precision == "feedback" and (self.weights, self.int8.optimizer) != ("int8", "sgd"):
             raise ValueError("precision feedback rebuilds the steps of int8 matrices: add --weights int8 --int8.optimizer sgd.")
+        if self.anchor and self.weights == "int8" and (self.precision == "feedback" or self.int8.threshold is not None):
+            raise ValueError("anchor must be 0 with weights int8 that --precision feedback or --int8.threshold move.")
         if self.algorithm == "grpo" and self.weights == "int8":
             raise ValueError("weights int8 are for eggroll, not for grpo: rounding has no gradient.")
         self.start.check()

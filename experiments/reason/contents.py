@@ -1,28 +1,44 @@
-"""The contents of the user's files that a run is made of, its rows and the code of its reward, by SHA-256.
+"""The contents that a run is made of, the user's rows and the code of the reward, by SHA-256.
 
 They are recorded in the recipe of the journal. A run whose files have changed is not resumed, unless the change is accepted; a
 replay needs the rows, of which the small model may be trained, and never the reward.
 """
 
+import contextlib
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eggroll.envs.tasks import reward_file
+from eggroll.envs.tasks import Reward, reward_file
+from eggroll.envs.tasks.calls import name_of
 from eggroll.journal.recovery import find_header
 from eggroll.llm.sums import digest_file
 
-Contents = dict[str, str]  # path as given, or name of a module -> SHA-256
+Contents = dict[str, str]  # path as given, name of a module or of a function -> SHA-256
 
 
-def read_contents(data: Path | None, rewards: Sequence[str] | None) -> Contents | None:
+def read_contents(data: Path | None, rewards: Sequence[str] | None, *, function: Reward | None = None) -> Contents | None:
     """Return the digests of the file with rows and of those with rewards, not of what these import; None without any.
+
+    Args:
+        data: the file with rows.
+        rewards: names of rewards.
+        function: a reward that was passed as a function; its source is digested where Python has it.
 
     Raises:
         OSError: a file cannot be read.
     """
     files = {str(data): data} | {name.rpartition(":")[0]: reward_file(name) for name in rewards or ()}
-    return {name: digest_file(file) for name, file in files.items() if file is not None} or None
+    found = {name: digest_file(file) for name, file in files.items() if file is not None}
+    with contextlib.suppress(TypeError, OSError):  # an object, or typed into a prompt
+        found |= {} if function is None else {f"reward {name_of(function)}": _digest_source(function)}
+    return found or None
+
+
+def _digest_source(function: Any) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
 
 
 def check_contents(recorded: Mapping[str, str] | None, now: Mapping[str, str] | None, *, advice: str) -> None:

@@ -144,6 +144,7 @@ class Evolution:
             if jax.process_count() == 1:  # otherwise only the first process scores
                 self._await_checkpoint = run.checkpoints.wait
             state = run.state
+            progress.resume(state)
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
             if progress.seconds < config.time_limit and left != 0:
                 state, _ = train(
@@ -255,7 +256,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if config.int8.optimizer == "sgd":
         sigma, moments = config.int8.sigma, []
         rate = eggroll.paper_learning_rate(rate / sigma, sigma=sigma, population_size=config.population_size)
-    last = [optax.scale_by_learning_rate(rate)]
+    last = [*anchored, optax.scale_by_learning_rate(rate)]
     if config.int8.threshold is not None:
         last = [eggroll.standardised_sign(config.int8.threshold), optax.scale(-1.0)]
     integers = optax.chain(*moments, *last)

@@ -6,7 +6,6 @@ The run folder `out` has the rows, journal, checkpoints and metrics of every run
 """
 
 import hashlib
-import inspect
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,7 @@ from eggroll.experiments.reason.__main__ import run
 from eggroll.experiments.reason.config import Config, preset_defaults
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.files import replace_file
-from eggroll.journal.lock import RunLock
 
-ROWS = "rows.jsonl"
 SET = ("model", "data", "reward", "folder", "task", "task_options", "seeds", "plan", "probe")  # by the arguments, or elsewhere
 
 
@@ -46,7 +43,7 @@ def improve(
     Args:
         model: folder of a Hugging Face checkpoint with its tokenizer.
         rows: problems of JSON values, each with "prompt" and what the reward reads, or a JSONL file of them; they are split
-            into train, validation and test (`eggroll.envs.tasks.read_rows`).
+            into train, validation and test (`eggroll.envs.tasks.read_rows`). A run is resumed with the same.
         reward: `reward(prompts=, completions=, **columns) -> list[float | None]`, or names such as "score.py:correct".
         out: run folder; without `resume=True` an earlier run in it is replaced.
         options: those of the command, with underscores, such as `generations=20`, `template="chat"` or `int8={"sigma": 1.0}`.
@@ -58,14 +55,15 @@ def improve(
         ValueError, OSError, ImportError: what the command says in one line.
     """
     out = Path(out).absolute()
-    data = Path(rows) if isinstance(rows, str | Path) else out / ROWS
-    given = reward if callable(reward) else None
-    names = (_identity(reward),) if callable(reward) else (reward,) if isinstance(reward, str) else tuple(reward)
+    given = Path(rows) if isinstance(rows, str | Path) else _encode(rows)
+    data = given if isinstance(given, Path) else out / f"rows-{hashlib.sha256(given).hexdigest()[:12]}.jsonl"
+    names = _names(reward)
     config = replace_options(_configure(options), {"model": Path(model), "data": data, "reward": names, "folder": out})
     config.check()
-    if not isinstance(rows, str | Path):
-        _write_rows(data, rows, resume=config.resume)
-    return Improvement(out / "model", dict(run(config, reward=given)))
+    if isinstance(given, bytes):  # a journal is verified from them, that of an earlier run from its own
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(data, given)
+    return Improvement(out / "model", dict(run(config, reward=reward if callable(reward) else None)))
 
 
 def _configure(options: Mapping[str, Any]) -> Config:
@@ -85,26 +83,19 @@ def _configure(options: Mapping[str, Any]) -> Config:
     return replace_options(preset_defaults(preset), flat)
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, resume: bool) -> None:
-    """Write the rows into the run folder, from which a journal is verified; they must be those of a run that is resumed."""
+def _encode(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as the content of a JSONL file."""
     try:
-        content = "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows).encode()
+        return "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"rows must be of JSON values: {error}.") from None
-    if resume and path.exists() and path.read_bytes() != content:
-        raise ValueError(f"rows must be those that the run in {path.parent} began with, which are in {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(path.parent)
-    try:
-        replace_file(path, content)
-    finally:
-        lock.release()
 
 
-def _identity(reward: Reward) -> str:
-    """The name of a reward with the digest of its source, which tells a changed reward when a run is resumed."""
-    try:
-        source = inspect.getsource(reward)
-    except (TypeError, OSError):  # an object, or typed into a prompt
-        return name_of(reward)
-    return f"{name_of(reward)} (source {hashlib.sha256(source.encode()).hexdigest()[:12]})"
+def _names(reward: str | Sequence[str] | Reward) -> tuple[str, ...]:
+    """Return the names of a reward."""
+    if callable(reward):
+        return (name_of(reward),)
+    names = (reward,) if isinstance(reward, str) else tuple(reward) if isinstance(reward, Sequence) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"reward must be one function, or names such as score.py:correct, got {reward!r}.")
+    return names

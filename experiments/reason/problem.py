@@ -167,6 +167,11 @@ class Validation:
         self._problem, self._sampling = problem, sampling._replace(temperature=0.0, top_p=1.0)
         self._decode = jax.jit(move_as_integers(self._complete_greedily))
 
+    @property
+    def prompts(self) -> list[str]:
+        """Those of the problems."""
+        return [row.prompt for row in self._rows]
+
     def _complete_greedily(self, params: Any, prompts: Any) -> Any:
         return self._problem.complete(params, prompts, key_data(0), sampling=self._sampling)
 

@@ -1,5 +1,6 @@
 """Progress of a reasoning run: rewards, tokens, seconds, checks on validation problems, printed completions."""
 
+import hashlib
 import json
 import math
 import time
@@ -41,6 +42,11 @@ class Report(NamedTuple):
     comparison: Comparison | None = None  # with the unperturbed model, in generations that have one
 
 
+def number_of(measure: Any) -> int:
+    """Return the number, 1 to 2^56, of JSON values that decide what an accuracy is: its problems and its reward."""
+    return 1 + int.from_bytes(hashlib.sha256(json.dumps(measure).encode()).digest()[:7], "big")
+
+
 class Progress:
     """Callback of the training loop; its counts are stored with the state of a run (`eggroll.runs.carried.Carried`).
 
@@ -49,6 +55,7 @@ class Progress:
         check_every: generations between checks.
         examples: completions that a check prints.
         start: validation accuracy of the parameters that training starts from, which a check has to beat.
+        measure: number of what accuracies are measured by (`number_of`): those by another are not compared. 0: not known.
         clock: wall counts the seconds of generations, processor the processor time of all but the checks.
     """
 
@@ -59,12 +66,15 @@ class Progress:
         check_every: int,
         examples: int,
         start: float = -math.inf,
+        measure: int = 0,
         clock: Literal["wall", "processor"] = "wall",
     ):
         self._validation, self._every, self._examples, self._start = validation, check_every, examples, start
         self.seconds, self.best = 0.0, start  # of training; validation accuracy
         self.best_generation = 0  # that reached it, the last of equals; 0: no check beat the start
+        self.begins_anew = False  # the best of the run that is resumed was measured otherwise, and is not known any more
         self.tokens, self.failed, self.scored = 0, 0, False  # failed rewards; whether scores ever differed
+        self._measure = measure
         self._compared, self._clock, self._processor_start = False, clock, time.process_time()
 
     def __call__(self, state: eggroll.ESState, record: Record) -> None:
@@ -155,16 +165,25 @@ class Progress:
     def save(self) -> Any:
         """Return the counts as arrays."""
         numbers = np.array([self.seconds, self.best], np.float64)
-        counts = [self.tokens, self.failed, self.scored, self.best_generation]
+        measure_and_scored = self._measure << 1 | self.scored  # earlier versions, which knew no measure, stored `scored`
+        counts = [self.tokens, self.failed, measure_and_scored, self.best_generation]
         return {"numbers": numbers, "counts": np.array(counts, np.int64)}
 
     def load(self, saved: Any) -> None:
         """Restore the counts from arrays."""
         self.seconds, self.best = (float(value) for value in saved["numbers"])
-        self.tokens, self.failed, scored, self.best_generation = (int(value) for value in saved["counts"])
-        self.scored = bool(scored)
-        if not self.best_generation:
-            self.best = self._start  # which earlier versions did not store
+        self.tokens, self.failed, measure_and_scored, self.best_generation = (int(value) for value in saved["counts"])
+        measure, self.scored = measure_and_scored >> 1, bool(measure_and_scored & 1)
+        self.begins_anew = measure not in (0, self._measure)
+        if self.begins_anew or not self.best_generation:
+            self.best, self.best_generation = self._start, 0  # earlier versions did not store that of the start
+
+    def resume(self, state: eggroll.ESState) -> None:
+        """Check the parameters that a run is resumed with if the best so far was measured otherwise; every process calls it."""
+        if self.begins_anew:
+            words = "resumed with other validation problems or another reward: the best is sought from here"
+            self.check(int(state.generation), local(state.params), words=words)
+            self.begins_anew, self._processor_start = False, time.process_time()
 
 
 def why_ended(config: Config, generation: int, *, seconds: float) -> str:

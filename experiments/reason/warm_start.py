@@ -111,6 +111,8 @@ def _worked_texts(task: Task, template: str) -> list[tuple[str, str]]:
             raise ValueError(
                 f"a task must have the column 'worked' for a warm start, '{task.name}' has {sorted(row.columns)}; give --model."
             )
+        if not isinstance(row.columns["worked"], str):
+            raise ValueError(f"the column 'worked' must be text for a warm start, got {row.columns['worked']!r}; give --model.")
     return [(template.replace("{prompt}", row.prompt), row.columns["worked"]) for row in rows]
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eggroll
 from eggroll.envs import tasks
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
-from eggroll.experiments.reason.evolution import Evolution
+from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
 from eggroll.experiments.reason.measure.memory import RunMemory
 from eggroll.experiments.reason.problem import cut_off
@@ -161,6 +162,21 @@ def test_groups_get_problems_of_their_own(group, shape):
     state = evolution.start(seed=0)
     state, metrics = evolution.strategy.step(state, evolution.questions(0, seed=0))
     assert metrics.fitness.shape == (4, 2) and int(state.generation) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_an_anchor_pulls_int8_matrices_by_their_step_size(optimizer):
+    def step(anchor):
+        given = ["--weights", "int8", "--int8.optimizer", optimizer, "--anchor", str(anchor)]
+        optimizer_of_run = make_optimizer(parse([*TINY, *given]))
+        params = {"w": {"int8": jnp.full((2, 2), 5.0), "scale": jnp.ones(2)}, "b": jnp.ones(2)}
+        state, moved = optimizer_of_run.init(params), jax.tree.map(lambda leaf: leaf + 3, params)
+        updates, _ = optimizer_of_run.update(jax.tree.map(jnp.zeros_like, params), state, moved)
+        return float(updates["w"]["int8"][0, 0]), float(updates["b"][0])
+
+    integers, floats = step(0.1)
+    rate = 0.3 if optimizer == "adam" else eggroll.paper_learning_rate(0.3 / 3.0, sigma=3.0, population_size=4)
+    assert (integers, floats) == pytest.approx((-rate * 0.1 * 3, -0.001 * 0.1 * 3)) and step(0.0) == (0, 0)
 
 
 def answered(rows, right):
@@ -327,6 +343,10 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, 
         (["--weights", "int8", "--int8.window", "4"], "--int8.window has no effect without --precision feedback"),
         (["--weights", "int8", "--algorithm", "grpo"], "weights int8 are for eggroll, not for grpo"),
         (["--start.width", "17"], "start.width must be a multiple of 16, got 17."),
+        (["--weights", "int8", "--anchor", "0.1", "--int8.threshold", "2"], "anchor must be 0 with weights int8 that"),
+        (["--seed", "-1"], "seed must be an integer from 0 to 4294967295, got -1."),
+        (["--seed", "4294967295", "--seeds", "2"], "seed must be an integer from 0 to 4294967294, got 4294967295."),
+        (["--examples", "-1"], "examples must be an integer >= 0, got -1."),
         (["--reward-minimum", "nan"], "reward_minimum must be a finite number or None, got nan."),
         (["--mesh", "members=2"], "mesh must be such as population=4,data=2"),
     ],

@@ -15,7 +15,7 @@ from eggroll.experiments.reason.config import parse
 from eggroll.experiments.reason.measure.outcome import compare, make_report, paired_interval
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.experiments.reason.problem import Check
-from eggroll.experiments.reason.progress import Progress
+from eggroll.experiments.reason.progress import Progress, number_of
 from tests.experiments.reason.reason_runs import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
@@ -71,6 +71,36 @@ def test_the_clock_counts_time_or_work():
         assert least <= progress.seconds <= most and record.extra["seconds_spent"] == progress.seconds
         progress(None, record)  # which did nothing in between
         assert least <= progress.seconds <= 2 * most
+
+
+def checked(progress, generation, accuracy):
+    progress._validation = lambda params, examples: Check(accuracy, 1.0, 1.0, [], None)
+    progress.check(generation, None, words="")
+    return progress
+
+
+@pytest.mark.parametrize("measure", [["of others"], 3])
+def test_the_best_of_other_problems_is_not_compared(measure, capsys):
+    """Its accuracy is not that of these problems: the parameters that the run is resumed with are checked again."""
+    first = checked(Progress(None, check_every=10, examples=0, start=0.5, measure=number_of(["of two"])), 10, 1.0)
+    resumed = Progress(None, check_every=10, examples=0, start=0.3, measure=number_of(measure))
+    resumed.load(first.save())
+    state = SimpleNamespace(generation=15, params={})
+    resumed._validation = lambda params, examples: Check(0.4, 1.0, 1.0, [], None)
+    resumed.resume(state)
+    assert (resumed.best, resumed.best_generation) == (0.4, 15) and "other validation problems" in capsys.readouterr().out
+    again = Progress(None, check_every=10, examples=0, start=0.3, measure=number_of(measure))
+    again.load(checked(resumed, 20, 0.8).save())
+    again.resume(state)  # of these problems: nothing is checked
+    assert (again.best, again.best_generation) == (0.8, 20) and not again.begins_anew
+
+
+def test_the_best_of_an_earlier_version_is_kept():
+    """It has the arrays of today, without what its accuracy was measured by."""
+    earlier = {"numbers": np.array([7.0, 0.9]), "counts": np.array([5, 1, 1, 10], np.int64)}
+    progress = Progress(None, check_every=10, examples=0, start=0.5, measure=number_of(None))
+    progress.load(earlier)
+    assert (progress.best, progress.best_generation, progress.scored, progress.begins_anew) == (0.9, 10, True, False)
 
 
 @pytest.mark.filterwarnings("ignore:no completion up to generation")

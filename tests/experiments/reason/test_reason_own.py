@@ -1,5 +1,6 @@
 """The user's own rows and reward: from the command, from Python, resumed, replayed without the reward, and what is refused."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -11,11 +12,11 @@ import pytest
 from eggroll.envs import tasks
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
+from eggroll.experiments.reason.contents import check_contents, read_contents
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.improve import improve
 from eggroll.experiments.reason.inputs import prepare
 from eggroll.journal import __main__ as journal
-from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
 from tests.eggroll.llm.language_models import QWEN3, random_params, write_checkpoint
@@ -45,6 +46,7 @@ def folder(tmp_path_factory):
     """One working folder for all tests: the small model is made once."""
     path = tmp_path_factory.mktemp("own")
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    (path / "numbers.jsonl").write_text("".join(json.dumps(row | {"worked": 0}) + "\n" for row in SUMS))
     (path / "score.py").write_text(SCORE)
     return path
 
@@ -129,6 +131,7 @@ def test_options_are_restored_from_a_journal(folder):
         (["--model", "model.gguf"], "got a GGUF file: `python -m eggroll.llm.fetch model.gguf FOLDER` converts it."),
         (["--model", "HuggingFaceTB/SmolLM2-135M-Instruct"], "`python -m eggroll.llm.fetch smollm2` makes one of SmolLM2"),
         ([*OWN, "--prompts", "60"], "prompts must be at most 4"),
+        (["--data", "numbers.jsonl", *OWN[2:]], "the column 'worked' must be text for a warm start, got 0; give --model."),
     ],
 )
 def test_what_users_get_wrong_is_one_clear_error(options, sentence, monkeypatch):
@@ -185,7 +188,7 @@ def test_a_call_from_python_is_the_command(folder, capsys):
     journal.main(["verify", "out/python"])
     longer = improve("qwen", rows, letters, out="out/python", resume=True, **sizes() | {"generations": 2})
     assert longer.summary["generations"] == 2
-    with pytest.raises(ValueError, match=r"rows must be those that the run in .* began with"):
+    with pytest.raises(ValueError, match="has a run with other settings: data"):
         improve("qwen", rows[1:], letters, out="out/python", resume=True, **sizes())
     with pytest.raises(ValueError, match="has a run with other settings: reward"):
         improve("qwen", rows, lambda completions, **_: [1.0] * len(completions), out="out/python", resume=True, **sizes())
@@ -204,19 +207,72 @@ def test_a_call_from_python_is_the_command(folder, capsys):
     ],
 )
 def test_wrong_arguments_in_python_leave_the_folder_as_it_is(rows, options, words, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("earlier")
     with pytest.raises(ValueError, match=words):
         improve("qwen", rows, letters, out=tmp_path, **options)
-    assert (tmp_path / "rows.jsonl").read_text() == "earlier"
+    assert not list(tmp_path.iterdir())
 
 
-def test_rows_of_a_run_that_writes_are_not_replaced(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("earlier")
-    lock = RunLock(tmp_path)
-    with pytest.raises(RunInUse):
-        improve("qwen", [{"prompt": "a"}], letters, out=tmp_path)
-    assert (tmp_path / "rows.jsonl").read_text() == "earlier"
-    lock.release()
+@pytest.mark.parametrize("reward", [[letters], [], None, ["score.py:letters", letters]])
+def test_a_reward_in_python_is_a_function_or_names(reward, tmp_path):
+    with pytest.raises(ValueError, match=r"reward must be one function, or names such as score\.py:correct, got "):
+        improve("qwen", SUMS, reward, out=tmp_path)
+
+
+def test_rows_of_an_earlier_run_are_not_replaced(tmp_path, monkeypatch):
+    """Its journal is verified from them, whatever becomes of the next call."""
+    given = []
+    monkeypatch.setattr("eggroll.experiments.reason.improve.run", lambda config, reward: given.append(config.data) or {})
+    for rows in (SUMS, SUMS[1:], SUMS):
+        improve("qwen", rows, letters, out=tmp_path)
+    assert given[0] == given[2] != given[1] and all(data.parent == tmp_path for data in given)
+    assert [len(data.read_text().splitlines()) for data in given] == [64, 63, 64]
+
+
+def test_a_function_is_named_and_its_source_is_one_of_the_contents(monkeypatch):
+    """As for the file of a reward: a change is refused, or accepted on request."""
+    known = read_contents(None, ("letters",), function=letters)
+    assert list(known) == ["reward letters"] and read_contents(None, ("len",), function=len) is None
+    monkeypatch.setattr(inspect, "getsource", lambda function: "another")
+    changed = read_contents(None, ("letters",), function=letters)
+    with pytest.raises(ValueError, match="reward letters has changed since the run began"):
+        check_contents(known, changed, advice="restore it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_changed_function_is_accepted_on_request(accept, folder, capsys, monkeypatch):
+    write_checkpoint(folder / "qwen")
+    options = sizes() | {"out": f"out/function-{accept}"}
+    improve("qwen", SUMS, letters, **options)
+    monkeypatch.setattr(inspect, "getsource", lambda function: "another")
+    options |= {"generations": 2, "resume": True}
+    if not accept:
+        with pytest.raises(ValueError, match="reward letters has changed since the run began"):
+            improve("qwen", SUMS, letters, **options)
+        return
+    assert improve("qwen", SUMS, letters, **options, accept_change=True).summary["generations"] == 2
+    assert improve("qwen", SUMS, letters, **options | {"generations": 3}).summary["generations"] == 3  # it is recorded
+
+
+def test_a_replay_computes_no_lengths(folder, monkeypatch):
+    """A held-out prompt that the run did not ask is as long as it likes."""
+
+    def write(rows):
+        (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tasks.read_rows("long.jsonl").splits["test"][-1].prompt
+
+    long = [row | {"prompt": row["prompt"] + " " * 33_000} for row in SUMS]
+    last = write(long)
+    assert write([*SUMS, *(row for row in long if row["prompt"] == last)]) == last
+    config = parse(tiny("--data", "long.jsonl", *OWN[2:]))
+    options = config.options() | {"seed": 0}
+    assert prepare(config).lengths.longest < 10
+    with pytest.raises(ValueError, match="do not fit the model's context of 32768 tokens"):
+        prepare(restore_config(options))
+    monkeypatch.setattr(reason, "load", lambda config, inputs: inputs)
+    monkeypatch.setattr(reason, "Evolution", lambda config, inputs, _: Namespace(strategy=inputs, start=lambda seed: seed))
+    inputs, _ = reason.remake(options)
+    assert inputs.lengths.of_batch(5, held_out=False, prompt="") == 16
 
 
 def test_options_in_python_are_those_of_the_command(monkeypatch, tmp_path):
@@ -225,7 +281,7 @@ def test_options_in_python_are_those_of_the_command(monkeypatch, tmp_path):
     options = {"preset": "smollm2-sums", "stop": "END", "freeze": ["resident/.*"], "weights": "int8", "int8": {"sigma": 1.0}}
     improve("qwen", [{"prompt": "a"}], letters, out=tmp_path, **options)
     more = ["--weights", "int8", "--int8.sigma", "1.0", "--stop", "END", "--freeze", "resident/.*", "--model", "qwen"]
-    rows = ["--data", str(tmp_path / "rows.jsonl"), "--folder", str(tmp_path), "--reward", *given[0].reward]
+    rows = ["--data", str(given[0].data), "--folder", str(tmp_path), "--reward", *given[0].reward]
     assert given == [parse(["--preset", "smollm2-sums", *more, *rows])]
 
 
