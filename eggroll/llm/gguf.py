@@ -9,7 +9,7 @@ leaves the older checkpoint of the folder, the new one, or none that loads (`exp
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def _read_config(file: _File) -> TransformerConfig:
     model = values.get("general.architecture")
     if model not in MODEL_TYPES:
         raise ValueError(f"the architecture of {path} must be one of {', '.join(MODEL_TYPES)}, got {model!r}.")
-    scaling = values.get(f"{model}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
+    if _is_scaled(values, f"{model}.rope") or "rope_freqs.weight" in file.tensors:
         raise ValueError(f"the rotary positions of {path} are scaled, which is not converted; convert it with transformers.")
     fields: dict[str, Any] = {"model_type": model}
     for name, field in _SIZES.items():
@@ -143,7 +142,7 @@ def _read_config(file: _File) -> TransformerConfig:
             raise ValueError(f"{path} has no field '{model}.{name}'.")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path} has no tensor 'token_embd.weight'.")
-    return from_fields(
+    config = from_fields(
         fields
         | {
             "vocab_size": int(file.tensors["token_embd.weight"].shape[-1]),
@@ -152,6 +151,17 @@ def _read_config(file: _File) -> TransformerConfig:
             "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         }
     )
+    rotated = values.get(f"{model}.rope.dimension_count", config.head_dim)
+    if rotated != config.head_dim:
+        raise ValueError(f"the rotary positions of {path} must rotate all {config.head_dim} numbers of a head, got {rotated}.")
+    return config
+
+
+def _is_scaled(values: Mapping[str, Any], rope: str) -> bool:
+    """Whether positions are scaled: a factor without a type is that of linear scaling, which llama.cpp then applies."""
+    factor = values.get(f"{rope}.scaling.factor", values.get(f"{rope}.scale_linear", 1))
+    kind = values.get(f"{rope}.scaling.type", "none" if factor in (0, 1) else "linear")  # 0: not scaled
+    return kind != "none" or values.get(f"{rope}.scaling.attn_factor", 1) != 1
 
 
 def _tensors(file: _File, config: TransformerConfig) -> list[Tensor]:

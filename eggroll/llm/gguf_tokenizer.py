@@ -2,7 +2,7 @@
 
 A file names the rule (`tokenizer.ggml.pre`); `_CUTS` has those of the supported families, as their own tokenizer.json do. For
 SmolLM2 transformers leaves out the cut around digits when it reads a GGUF file, which changes the tokens of two spaces before a
-digit.
+digit. Fields that a file lacks are those that llama.cpp assumes; without a rule or kinds of tokens it would guess: an error.
 """
 
 from collections.abc import Mapping
@@ -55,19 +55,15 @@ def read_tokenizer(values: Mapping[str, Any], path: Path, *, vocab_size: int) ->
     def field(name: str, default: Any = None) -> Any:
         return values.get(f"tokenizer.{name}", default)
 
-    kind, cut = field("ggml.model"), field("ggml.pre", "gpt-2")
+    kind, cut = field("ggml.model"), field("ggml.pre")
     if kind != "gpt2" or cut not in _CUTS:
         known = f"gpt2 (byte-level BPE) that cuts texts as {', '.join(_CUTS)}"
         raise ValueError(f"the tokenizer of {path} must be {known}, got {kind!r}, {cut!r}; convert it with transformers.")
     tokens, kinds, merges = (field(f"ggml.{name}") for name in ("tokens", "token_type", "merges"))
-    if (
-        not isinstance(tokens, list)
-        or not isinstance(merges, list)
-        or len(tokens) != vocab_size
-        or len(set(tokens)) < len(tokens)
+    if not all(isinstance(part, list) for part in (tokens, kinds, merges)) or not (
+        len(tokens) == len(kinds) == len(set(tokens)) == vocab_size
     ):
-        raise ValueError(f"the tokenizer of {path} must have {vocab_size} different tokens and a list of merges.")
-    kinds = kinds or [1] * len(tokens)
+        raise ValueError(f"the tokenizer of {path} must have {vocab_size} different tokens, their kinds and a list of merges.")
     added = [
         {"id": index, "content": token, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
         | {"special": kind == _CONTROL}
@@ -78,6 +74,10 @@ def read_tokenizer(values: Mapping[str, Any], path: Path, *, vocab_size: int) ->
     outside = [name for name, at in ids.items() if not 0 <= at < len(tokens)]
     if outside:
         raise ValueError(f"the {outside[0]} token of {path} must be below {len(tokens)}, got {ids[outside[0]]}.")
+    is_llama3 = cut == "llama-bpe"
+    starts = field("ggml.add_bos_token", is_llama3)
+    if starts and "bos" not in ids:
+        raise ValueError(f"the tokenizer of {path} begins texts with bos, but has no 'tokenizer.ggml.bos_token_id'.")
     fields = {
         "version": "1.0",
         "truncation": None,
@@ -85,7 +85,7 @@ def read_tokenizer(values: Mapping[str, Any], path: Path, *, vocab_size: int) ->
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _CUTS[cut]},
-        "post_processor": _start(tokens[ids["bos"]], ids["bos"]) if field("ggml.add_bos_token") and "bos" in ids else None,
+        "post_processor": _start(tokens[ids["bos"]], ids["bos"]) if starts else None,
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -95,7 +95,7 @@ def read_tokenizer(values: Mapping[str, Any], path: Path, *, vocab_size: int) ->
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": cut == "llama-bpe",
+            "ignore_merges": is_llama3,
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in merges],
         },

@@ -53,16 +53,23 @@ def write(path, config, params, *, fields=None, tensors=None, tokenizer=None):
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rotary.rope_theta)
+    writer.add_rope_dimension_count(fields.get("rotated", config.head_dim))
     if "scaling" in fields:
         writer.add_rope_scaling_type(fields["scaling"])
+    for name in fields.get("floats", {}):
+        writer.add_float32(f"{model}.rope.{name}", fields["floats"][name])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.get("pre", "smollm"))
+    if fields.get("pre", "smollm"):
+        writer.add_tokenizer_pre(fields.get("pre", "smollm"))
     writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, *[1] * (len(TOKENS) - 2)])
+    if fields.get("kinds", True):
+        writer.add_token_types([3, 3, *[1] * (len(TOKENS) - 2)])
     writer.add_token_merges(["Ġ Ġ", "i n", "Ġ a"])
-    writer.add_bos_token_id(1)
+    if fields.get("start", 1) is not None:
+        writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
-    writer.add_add_bos_token(fields.get("bos", False))
+    if fields.get("bos") is not None:
+        writer.add_add_bos_token(fields["bos"])
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for name, tensor in (tensors or stored(config, params)).items():
         writer.add_tensor(name, tensor)
@@ -120,6 +127,22 @@ def test_a_tokenizer_cuts_as_its_file_says(llama, tmp_path):
     assert tokenizer.encode("  12") == [TOKENS.index(token) for token in ("Ġ", "Ġ", "1", "2")] and tokenizer.prefix == (1,)
 
 
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [({}, ()), ({"pre": "llama-bpe"}, (1,)), ({"pre": "llama-bpe", "bos": False}, ()), ({"bos": True}, (1,))],
+)
+def test_texts_begin_as_in_llama_cpp(tmp_path, fields, start):
+    path = write(tmp_path / "model.gguf", GROUPED, random_params(GROUPED), fields=fields)
+    assert load_tokenizer(convert(path, tmp_path / "folder"), vocab_size=50).prefix == start
+
+
+def test_factors_of_positions_that_are_not_scaled(llama, tmp_path):
+    unscaled = {"scaling": gguf.RopeScalingType.NONE, "floats": {"scaling.factor": 4.0}}
+    for fields in (unscaled, {"floats": {"scaling.factor": 1.0, "scaling.attn_factor": 1.0}}, {"floats": {"scale_linear": 0}}):
+        folder = convert(write(tmp_path / "model.gguf", GROUPED, random_params(GROUPED), fields=fields), tmp_path / "folder")
+        assert hf.check(folder) == hf.check(llama[1])
+
+
 def test_settings_and_checksums_come_along(llama):
     folder = llama[1]
     fields = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config")}
@@ -135,6 +158,13 @@ def test_settings_and_checksums_come_along(llama):
     [
         ({"architecture": "gemma3"}, "architecture of .* must be one of llama, qwen2, qwen3, got 'gemma3'"),
         ({"scaling": gguf.RopeScalingType.YARN}, "rotary positions of .* are scaled"),
+        ({"floats": {"scaling.factor": 4.0}}, "rotary positions of .* are scaled"),
+        ({"floats": {"scale_linear": 4.0}}, "rotary positions of .* are scaled"),
+        ({"scaling": gguf.RopeScalingType.NONE, "floats": {"scaling.attn_factor": 2.0}}, "rotary positions of .* are scaled"),
+        ({"rotated": 2}, "rotary positions of .* must rotate all 4 numbers of a head, got 2"),
+        ({"pre": None}, "the tokenizer of .* must be gpt2 .* got 'gpt2', None"),
+        ({"kinds": False}, "must have 50 different tokens, their kinds and a list of merges"),
+        ({"bos": True, "start": None}, r"begins texts with bos, but has no 'tokenizer\.ggml\.bos_token_id'"),
         ({"pre": "tekken"}, "the tokenizer of .* must be gpt2 .* got 'gpt2', 'tekken'"),
     ],
 )
