@@ -16,8 +16,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without `prefix`."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens."""
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens, with that of special ones such as "</s>" if asked for."""
 
 
 class ByteTokenizer:
@@ -30,8 +30,8 @@ class ByteTokenizer:
         """Return the tokens of a text, without `prefix`."""
         return list(text.encode("utf-8"))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens."""
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens; the special one has none."""
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
 
@@ -79,9 +79,9 @@ class FileTokenizer:
         except Exception as error:  # the package raises no narrower class
             raise ValueError(f"the tokenizer cannot encode {text[:20]!r}: {error}.") from None
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens."""
-        return self._tokenizer.decode(list(tokens))
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens, with that of special ones such as "</s>" if asked for."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
 
 
 def load_tokenizer(folder: str | Path, *, vocab_size: int) -> Tokenizer:

@@ -85,7 +85,8 @@ class Trainer:
         scores = problem.score([row for row in rows for _ in range(settings.samples)], completions).scores
         rewards = scores.values.reshape(settings.prompts, settings.samples)
         relative = advantages(rewards, global_std=settings.global_std).reshape(-1) * scores.has_score
-        batch = Batch(prompts, completions, relative, None, None)
+        read = completions._replace(length=problem.count_tokens(completions))  # what follows a stop text is not rewarded
+        batch = Batch(prompts, read, relative, None, None)
         run, (clipped, norm) = self._learn((state.weights, state.opt_state), state.reference, batch, order_key)
         params = run[0] if self._is_float32 else self._narrow(run[0])
         state = state._replace(params=params, weights=run[0], opt_state=run[1])

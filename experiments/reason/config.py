@@ -83,10 +83,11 @@ class Config:
     max_new_tokens: int = 24
     """Most tokens of a completion."""
     stop: tuple[str, ...] | None = None
-    """Texts that end a completion, such as "\\n" or "<|im_end|>"; one of several tokens cuts the text once it is whole, which
-    takes until max_new_tokens. None: see stop_token_ids."""
+    """Texts that end a completion, such as "\\n" or "Question:", besides the checkpoint's eos_token_id. One of several tokens,
+    or within another token, cuts the text once it is whole, which takes until max_new_tokens. None: no others; for bytes the
+    end of a line."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Ids of stop tokens, instead of stop. None: eos_token_id in generation_config.json; for bytes the end of a line."""
+    """Ids of the only stop tokens, instead of stop and eos_token_id. None: eos_token_id in generation_config.json."""
     temperature: float | None = None
     """Temperature of the completions in training. None: 0, greedy; 1 for grpo."""
     top_p: float = 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
@@ -155,27 +156,37 @@ def make_sampling(config: Config, tokenizer: Tokenizer) -> Sampling:
     """Return how the completions in training are drawn.
 
     Raises:
-        ValueError: an empty stop text, one of several tokens for grpo, or a checkpoint that names no end of a text.
+        ValueError: an empty stop text, a stop token that there is not, or a checkpoint that names no end of a text.
     """
     stop_token_ids = _stop_token_ids(config, tokenizer)
     return Sampling(config.max_new_tokens, config.sampling_temperature, config.top_p, stop_token_ids)
 
 
 def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if config.stop is not None:
-        encoded = [tokenizer.encode(_unescape(text)) for text in config.stop]
-        for text, tokens in zip(config.stop, encoded, strict=True):
-            if not tokens or (config.algorithm == "grpo" and len(tokens) > 1):
-                one = "texts of a single token for grpo, whose loss would count what comes after" if tokens else "texts"
-                raise ValueError(f"stop must be {one}, got {text!r}, which has {len(tokens)} tokens here.")
-        return tuple(tokens[0] for tokens in encoded if len(tokens) == 1)  # the others cut texts: `Problem.texts`
+    """Return the ids that are given, or those that end a text in the checkpoint and stop texts of one token."""
     if config.stop_token_ids is not None:
+        outside = [token for token in config.stop_token_ids if not 0 <= token < tokenizer.vocab_size]
+        if outside:
+            raise ValueError(f"stop_token_ids must be tokens, from 0 to {tokenizer.vocab_size - 1}, got {outside[0]}.")
         return config.stop_token_ids
     folder = model_folder(config.model)
-    if folder is None or isinstance(tokenizer, ByteTokenizer):
-        return (ord("\n"),)
+    ends, stop = () if folder is None else _eos_token_ids(folder), config.stop
+    if isinstance(tokenizer, ByteTokenizer):  # whose texts end with a line
+        ends, stop = (), ("\n",) if stop is None else stop
+    if not ends and stop is None:
+        raise ValueError(f"{config.model} names no eos_token_id: give --stop, the texts that end a completion.")
+    encoded = {text: tokenizer.encode(_unescape(text)) for text in stop or ()}
+    for text, tokens in encoded.items():
+        if not tokens:
+            raise ValueError(f"stop must be texts, got {text!r}, which has 0 tokens here.")
+    single = (tokens[0] for tokens in encoded.values() if len(tokens) == 1)  # the others cut texts: `Problem.texts`
+    return tuple(dict.fromkeys((*ends, *single)))
+
+
+def _eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Return the tokens that end a text, as the files of a checkpoint name them; none if they do not."""
     for path in (folder / "generation_config.json", folder / CONFIG):
         ids = read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ValueError(f"{config.model} names no eos_token_id: give --stop, the texts that end a completion.")
+    return ()

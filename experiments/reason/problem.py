@@ -5,6 +5,7 @@
 Owns the way from rows to tokens and back to scores, which evolution and GRPO share, and the accuracy on held-out rows.
 """
 
+import bisect
 import dataclasses
 import functools
 import re
@@ -119,8 +120,12 @@ class Problem:
         """Decode completions to texts without their stop token or text, in the order of the flattened leading axes."""
         tokens = np.asarray(completions.tokens).reshape(-1, completions.tokens.shape[-1])
         ends = np.asarray(completions.length).reshape(-1) - np.asarray(completions.ended).reshape(-1)
-        texts = [self.tokenizer.decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
-        return [cut_off(text, self.stop) for text in texts]
+        return [read_until(self.tokenizer, row[:end].tolist(), self.stop) for row, end in zip(tokens, ends, strict=True)]
+
+    def count_tokens(self, completions: Completions) -> np.ndarray:
+        """Return the tokens of B completions that their texts depend on, stop token or text included: int32 [B]."""
+        rows = zip(np.asarray(completions.tokens), np.asarray(completions.length), strict=True)
+        return np.array([count_until(self.tokenizer, row[:end].tolist(), self.stop) for row, end in rows], np.int32)
 
     def score(self, rows: Sequence[tasks.Row], completions: Completions) -> Scored:
         """Score completions; `rows` has the problem of each, in the order of the flattened leading axes."""
@@ -209,9 +214,30 @@ class Validation:
         return Completions(*(array[: len(rows)] for array in padded))
 
 
-def cut_off(text: str, stop: Sequence[str]) -> str:
-    """Return a text up to the first of some stop texts in it."""
-    return text[: min((found for found in map(text.find, stop) if found >= 0), default=len(text))]
+def count_until(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int:
+    """Return how many tokens it takes until their text, special ones included, contains a stop text; all if it has none."""
+
+    def contains(count: int) -> bool:
+        text = tokenizer.decode(tokens[:count], special=True)
+        return any(one in text for one in stop)
+
+    whole = len(tokens)
+    return bisect.bisect_left(range(whole), True, key=contains) if stop and contains(whole) else whole
+
+
+def read_until(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> str:
+    """Return the text of tokens up to the first stop text, which may contain special tokens; the text itself has none."""
+    tokens = tokens[: count_until(tokenizer, tokens, stop)]
+    text = tokenizer.decode(tokens)
+    if not stop:
+        return text
+    whole = tokenizer.decode(tokens, special=True)
+    end = min((found for found in map(whole.find, stop) if found >= 0), default=None)
+    if end is None or text == whole:
+        return text[:end]
+    widths = [len(tokenizer.decode(tokens[:count], special=True)) for count in range(len(tokens))]
+    before = bisect.bisect_right(widths, end) - 1  # whole tokens before the stop text
+    return tokenizer.decode(tokens[:before]) + whole[widths[before] : end]
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:

@@ -121,7 +121,8 @@ def test_a_tokenizer_cuts_as_its_file_says(llama, tmp_path):
     tokenizer = load_tokenizer(llama[1], vocab_size=50)
     words = [TOKENS.index(token) for token in ("ĠĠ", "1", "2", "Ġa", "in")]
     assert tokenizer.encode("  12 ain") == words and tokenizer.decode(words) == "  12 ain" and tokenizer.prefix == ()
-    assert tokenizer.encode("<|end|>a")[0] == 0
+    ended = tokenizer.encode("a<|end|>a")
+    assert ended[1] == 0 and [tokenizer.decode(ended, special=special) for special in (False, True)] == ["aa", "a<|end|>a"]
     other = write(tmp_path / "model.gguf", GROUPED, random_params(GROUPED), fields={"pre": "gpt-2", "bos": True})
     tokenizer = load_tokenizer(convert(other, tmp_path / "folder"), vocab_size=50)
     assert tokenizer.encode("  12") == [TOKENS.index(token) for token in ("Ġ", "Ġ", "1", "2")] and tokenizer.prefix == (1,)

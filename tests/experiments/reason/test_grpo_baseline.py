@@ -215,6 +215,16 @@ def test_a_completion_without_a_score_changes_nothing(monkeypatch, standard_prom
     np.testing.assert_array_equal(learned[0].advantages != 0, has_score)
 
 
+def test_what_follows_a_stop_text_is_not_learned_from(monkeypatch, standard_promotion):
+    given, learned = dataclasses.replace(problem(), stop=("4\n",)), []
+    trainer = Trainer(given, SAMPLING, SETTINGS)
+    drawn = Completions(np.array([[52, 10, 55]] * 6), np.full(6, 3), np.full(6, False))
+    monkeypatch.setattr(trainer, "_draw", lambda *_: drawn)
+    monkeypatch.setattr(trainer, "_learn", lambda run, reference, batch, key: (learned.append(batch), (run, (0.0, 0.0)))[1])
+    _, metrics = trainer.step(trainer.init(key=jax.random.key(0)), given.task.split("train"))
+    assert learned[0].completions.length.tolist() == [2] * 6 and metrics.aux.tokens == 18
+
+
 def test_low_precision_keeps_full_weights(standard_promotion):
     given = problem(dtype=jnp.bfloat16)
     trainer = Trainer(given, SAMPLING, dataclasses.replace(SETTINGS, learning_rate=1e-5))

@@ -16,7 +16,7 @@ from eggroll.experiments.reason.config import parse, restore_config
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.inputs import load, make_sampling, prepare
 from eggroll.experiments.reason.measure.memory import RunMemory
-from eggroll.experiments.reason.problem import cut_off
+from eggroll.experiments.reason.problem import Problem, count_until, read_until
 from eggroll.experiments.reason.progress import Progress
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
@@ -224,7 +224,61 @@ def test_stops_are_tokens_or_cut_texts():
     assert sampling("--stop", ";", "\n").stop_token_ids == (59, 10)
     assert sampling("--stop").stop_token_ids == ()
     assert sampling("--stop", "\\nQ:", ";").stop_token_ids == (59,)
-    assert [cut_off(text, ("\nQ:", ";")) for text in ("4\nQ: 5;", "4;\nQ:", "4\nA:")] == ["4", "4", "4\nA:"]
+    for text, cut in (("4\nQ: 5;", "4"), ("4;\nQ:", "4"), ("4\nA:", "4\nA:"), ("é;", "é")):
+        assert read_until(inputs.tokenizer, inputs.tokenizer.encode(text), ("\nQ:", ";")) == cut
+    for token in (257, -7):
+        with pytest.raises(ValueError, match=rf"stop_token_ids must be tokens, from 0 to 256, got {token}\."):
+            sampling("--stop-token-ids", "10", str(token))
+
+
+class Words:
+    """A tokenizer of some words, of which those in brackets are special."""
+
+    words = ("a", "b", "<end>", "4", "\n\n", "\n", "Q", ":", "4\n")
+    vocab_size, prefix = len(words), ()
+
+    def encode(self, text):
+        found = [token for token, word in enumerate(self.words) if text.startswith(word)][-1:]
+        return [*found, *self.encode(text.removeprefix(self.words[found[0]]))] if text else []
+
+    def decode(self, tokens, *, special=False):
+        return "".join(self.words[token] for token in tokens if special or token != 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "text", "count"),
+    [
+        (["4", "\n\n", "a"], ("\n",), "4", 2),  # within another token
+        (["4\n", "a", "\n"], ("\n",), "4", 1),
+        (["4", "Q", ":", "a"], ("Q:",), "4", 3),
+        (["4", "<end>", "\n", "a"], ("<end>\n",), "4", 3),  # special tokens are in no text, but in stop texts
+        (["b", "<end>", "4\n", "a", "a"], ("\n",), "b4", 3),
+        (["4", "<end>", "a", "\n\n"], ("Q:", "a\n"), "4", 4),
+        (["4", "<end>", "a"], ("Q:",), "4a", 3),
+        (["4", "<end>", "a"], (), "4a", 3),
+    ],
+)
+def test_stop_texts_are_found_in_what_tokens_say(words, stop, text, count):
+    tokenizer = Words()
+    tokens = [tokenizer.words.index(word) for word in words]
+    assert read_until(tokenizer, tokens, stop) == text and count_until(tokenizer, tokens, stop) == count
+    problem = Problem(Path(), None, None, tokenizer, None, "", None, None, stop)
+    given = Completions(np.array([tokens, tokens]), np.array([len(tokens), 1]), np.array([False, False]))
+    assert problem.count_tokens(given).tolist() == [count, 1] and problem.texts(given)[0] == text
+
+
+def test_a_checkpoints_end_is_a_stop_with_any_stop_text(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    sampling = lambda *options: make_sampling(parse(["--model", str(tmp_path), *options]), Words()).stop_token_ids  # noqa: E731
+    with_eos = sampling("--stop", "Q:", "\n")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert with_eos == (0, 5) and sampling() == sampling("--stop") == sampling("--stop", "\\n") == (2, 5)
+    assert sampling("--stop-token-ids", "1") == (1,) and sampling("--stop-token-ids") == ()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").unlink()
+    assert sampling("--stop", "Q:") == ()
+    with pytest.raises(ValueError, match="names no eos_token_id: give --stop"):
+        sampling()
 
 
 @pytest.mark.slow
@@ -323,7 +377,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, 
         (["--template", "<|user|>{prompt}"], "has no special token '<|user|>', which the template needs."),
         (["--prompt-length", "2"], "prompt_length must be at least"),
         (["--stop", "\n", ""], "stop must be texts, got '', which has 0 tokens here."),
-        (["--algorithm", "grpo", "--stop", "Q:"], "stop must be texts of a single token for grpo, whose loss would count"),
+        (["--stop-token-ids", "300"], "stop_token_ids must be tokens, from 0 to 256, got 300."),
         (["--stop", "\n", "--stop-token-ids", "10"], "give stop or stop_token_ids, not both"),
         (["--room", "4"], "option --room is now --max-new-tokens."),
         (["--ending=1"], "option --ending is now --stop-token-ids."),
