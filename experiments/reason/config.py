@@ -101,7 +101,7 @@ class Config:
     samples: int = 1
     """Completions of a problem by a member; more than one needs a temperature."""
     pass_k: int | None = None
-    """Fitness of a problem is pass@k of its samples. None: their mean."""
+    """Fitness of a problem is pass@k of its samples, of which those that score at least 1 are right. None: their mean."""
     sigma: float = 0.01
     """Standard deviation of the perturbation of a weight."""
     rank: int = 1

@@ -7,6 +7,7 @@ Completions are decoded for all members together (`eggroll.llm.decoding`); texts
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Evolution:
         complete, every = jax.jit(move_as_integers(self._answer_unperturbed)), config.check_every
         self.strategy = Compared(make_strategy(config), self._answer, self._score, complete=complete, every=every)
         self._await_checkpoint: Callable[[], None] = lambda: None
+        self._has_warned = False
 
     def _answer(self, params: Any, inputs: Any) -> Completions:
         prompts, key = inputs
@@ -91,6 +93,7 @@ class Evolution:
         own = [row for group in rows[:count] for row in group]
         given = outputs if unperturbed is None else Completions(*map(np.concatenate, zip(outputs, unperturbed, strict=True)))
         texts, scores, rest = self._problem.score_beside([*asked, *own], given, count=len(asked))
+        self._warn(scores.values)
         fitness, comparison = self._fitness(scores, groups=len(rows)), None
         if count:
             own_fitness = self._fitness(rest, groups=count)
@@ -98,6 +101,14 @@ class Evolution:
         chosen = np.linspace(0, len(asked) - 1, config.examples).astype(int).tolist() if config.examples else []
         examples = [(asked[i].prompt, texts[i], float(scores.values[i])) for i in chosen]
         return fitness, Report(int(outputs.length.sum()), float(outputs.ended.mean()), scores, examples, {}, comparison)
+
+    def _warn(self, scores: np.ndarray) -> None:
+        """Warn once if pass@k ignores all differences between scores."""
+        low, high = scores.min(), scores.max()
+        if self._config.pass_k is not None and low < high < 1 and not self._has_warned:
+            self._has_warned = True
+            words = f"scores are between {low:g} and {high:g}, but pass_k counts only those of at least 1 as right"
+            warnings.warn(f"{words}, so every fitness is 0; change the reward, or leave out pass_k.", stacklevel=3)
 
     def _fitness(self, scores: tasks.Scores, *, groups: int) -> np.ndarray:
         """Return the fitness of members for every problem of their group [N, prompts]."""

@@ -202,6 +202,18 @@ def test_fitness_is_the_reward_of_the_right_problem(option, expected):
     assert not np.array_equal(evolution._score(outputs, shuffled)[0], expected)
 
 
+def test_partial_scores_alone_are_no_pass_and_say_so_once():
+    evolution = object.__new__(Evolution)
+    evolution.__dict__.update(_config=parse([*TINY, "--pass-k", "2"]), _has_warned=False)
+    evolution._warn(np.array([0.5, 0.5]))
+    evolution._warn(np.array([0.5, 1.0]))
+    with pytest.warns(UserWarning, match="scores are between 0 and 0.5, but pass_k counts only those of at least 1 as right"):
+        evolution._warn(np.array([0.0, 0.5]))
+    evolution._warn(np.array([0.0, 0.5]))
+    evolution.__dict__.update(_config=parse(TINY), _has_warned=False)
+    evolution._warn(np.array([0.0, 0.5]))
+
+
 @pytest.mark.slow
 def test_a_mesh_gives_the_completions_of_one_device(capsys, signal):
     runs = [
