@@ -97,16 +97,28 @@ def _unescape(text: str) -> str:
 
 
 def _lengths(config: Config, template: Template, tokenizer: Tokenizer, task: tasks.Task, *, most: float) -> Lengths:
-    if config.prompt_length is not None:
-        return Lengths(config.prompt_length, config.prompt_length, config.prompt_length)
+    """Return what to pad prompts to; ValueError for a row whose prompt has no tokens, which no model can continue."""
 
     def longest(split: str, size: int) -> int:
-        rows = task.split(split)
-        return max(len(encode_prompt(tokenizer, template, rows[index].prompt)) for index in range(min(size, len(rows))))
+        rows, found = task.split(split), 0
+        for index in range(min(size, len(rows))):
+            count = len(encode_prompt(tokenizer, template, rows[index].prompt))
+            if not count:
+                raise ValueError(f"prompts must have tokens, got {rows[index].prompt!r} in {_name_row(split, rows[index])}.")
+            found = max(found, count)
+        return found
 
     train = task.split("train")  # splits that are no tuple make their rows when they are read
     of_train = longest("train", len(train) if isinstance(train, tuple) else SAMPLE)
-    return Lengths(of_train, max(longest("validation", config.validation_size), longest("test", config.test_size)), most)
+    held_out = max(longest("validation", config.validation_size), longest("test", config.test_size))
+    if config.prompt_length is not None:
+        return Lengths(config.prompt_length, config.prompt_length, config.prompt_length)
+    return Lengths(of_train, held_out, most)
+
+
+def _name_row(split: str, row: tasks.Row) -> str:
+    columns = ", ".join(f"{name} {value!r}" for name, value in row.columns.items())
+    return f"the row of the {split} split with {columns[:60] or 'no other column'}"
 
 
 def load(config: Config, inputs: Inputs) -> Problem:

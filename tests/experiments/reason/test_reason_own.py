@@ -19,6 +19,7 @@ from eggroll.experiments.reason.inputs import prepare
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
 from eggroll.llm.decoding import Completions
+from eggroll.llm.tokenizers import ByteTokenizer
 from tests.eggroll.llm.language_models import QWEN3, random_params, write_checkpoint
 from tests.experiments.reason.reason_runs import tiny
 from tests.tables import slow
@@ -107,6 +108,16 @@ def test_a_reward_takes_the_place_of_a_tasks_own():
     inputs = prepare(parse(tiny("--reward", "last_number", "score.py:letters=0.5")))
     assert inputs.task.reward(prompts=[""], completions=["so 2"], answer=["2"], worked=[""]) == [1 + letters(["so 2"])[0] / 2]
     assert inputs.task.split("test")[0].columns["worked"]
+
+
+@pytest.mark.parametrize("length", [[], ["--prompt-length", "9"]])
+def test_a_row_without_tokens_is_named_before_a_run(length, monkeypatch):
+    Path("empty.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*SUMS, {**SUMS[0], "prompt": ""}]))
+    config = parse(tiny("--data", "empty.jsonl", *OWN[2:], *length))
+    prepare(config)  # every text begins with a token
+    monkeypatch.setattr(ByteTokenizer, "prefix", ())
+    with pytest.raises(ValueError, match=r"prompts must have tokens, got '' in the row of the \w+ split with answer '0'"):
+        prepare(config)
 
 
 def test_options_are_restored_from_a_journal(folder):
