@@ -62,6 +62,11 @@ class Copied(io.TextIOBase):
     def __init__(self, stream: Any, file: IO[bytes]):
         self.stream, self._file, self._is_new = stream, file, True
 
+    @property
+    def encoding(self) -> str | None:  # type: ignore[override]
+        """Of the stream."""
+        return getattr(self.stream, "encoding", None)
+
     def over(self, stream: Any) -> "Copied":
         """Another stream with the same log."""
         return Copied(stream, self._file)

@@ -167,6 +167,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_object(path, jsonable(value))
 
 
+def print_text(text: str) -> None:
+    """Print what may contain any character, such as the text of a model: what standard output cannot encode is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the results of a run as one line of JSON on standard output; NaN and infinities become null."""
     print(json.dumps(jsonable(summary), allow_nan=False), flush=True)

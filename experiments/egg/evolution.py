@@ -13,6 +13,7 @@ from jax import Array
 import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.experiments.common.mesh import parse_mesh
+from eggroll.experiments.common.run import print_text
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.egg.config import Config
 from eggroll.experiments.egg.data.corpus import streams
@@ -102,7 +103,7 @@ class _Checks:
         text = PROMPT + drawn
         (self._folder / "samples").mkdir(exist_ok=True)
         (self._folder / "samples" / f"{generation:06d}.txt").write_bytes(text)
-        print("    " + text.decode(errors="replace").replace("\n", "\n    "), flush=True)
+        print_text("    " + text.decode(errors="replace").replace("\n", "\n    "))
 
     def words(self, record: Record) -> str:
         """The changing part of the progress line."""

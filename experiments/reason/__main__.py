@@ -15,7 +15,7 @@ from typing import Any
 import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
-from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
+from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, print_text, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
@@ -88,7 +88,7 @@ class Experiment:
         params = local(improved.params)
         after = self._check(params)
         result = compare(before["test"], after["test"])
-        print(make_report(run.seed, result, before["test"], after["test"]), flush=True)
+        print_text(make_report(run.seed, result, before["test"], after["test"]))
         print(f"seed {run.seed}: metrics, figure and model are in {folder}", flush=True)
         if not progress.best_generation:
             words = "no check was above the start, so the model is the one that it started from."

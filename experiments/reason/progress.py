@@ -15,6 +15,7 @@ import eggroll
 from eggroll.devices.processes import broadcast_from_first, first_does, is_first, local
 from eggroll.envs import tasks
 from eggroll.experiments.common.loop import print_end
+from eggroll.experiments.common.run import print_text
 from eggroll.experiments.reason.config import Config
 from eggroll.experiments.reason.measure.unperturbed import Comparison
 from eggroll.experiments.reason.problem import Validation
@@ -197,4 +198,4 @@ def why_ended(config: Config, generation: int, *, seconds: float) -> str:
 def print_examples(examples: list[tuple[str, str, float]]) -> None:
     """Print some completions."""
     for prompt, text, score in examples if is_first() else []:
-        print(f"    {score:.2f}  {prompt}{text}".replace("\n", "\n          "), flush=True)
+        print_text(f"    {score:.2f}  {prompt}{text}".replace("\n", "\n          "))

@@ -1,14 +1,29 @@
-"""A run as the user sees it: its folder, its last line."""
+"""A run as the user sees it: its folder, its texts, its last line."""
+
+import io
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 
-from eggroll.experiments.common.run import print_summary, run_folder
+from eggroll.experiments.common.run import print_summary, print_text, run_folder
+from eggroll.experiments.reason.progress import print_examples
+from eggroll.runs.log import NAME, logged
 
 
 def test_summary_is_one_line_of_json(capsys):
     print_summary({"a": float("nan"), "b": np.float32(1.5), "c": jnp.arange(2), "d": [float("inf"), None, True], "e": "x"})
     assert capsys.readouterr().out == '{"a": null, "b": 1.5, "c": [0, 1], "d": [null, null, true], "e": "x"}\n'
+
+
+def test_texts_are_printed_to_a_stream_that_cannot_encode_them(tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    with logged(tmp_path, append=False):
+        print_text("é\ufffd")
+    print_examples([("1+1=", "\ufffd2\ud800", 1.0)])
+    assert out.buffer.getvalue().decode("iso-8859-1") == "é\\ufffd\n    1.00  1+1=\\ufffd2\\ud800\n"
+    assert "é\\ufffd\n" in (tmp_path / NAME).read_text(encoding="utf-8")
 
 
 def test_run_folder(tmp_path, monkeypatch):

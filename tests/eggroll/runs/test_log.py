@@ -57,6 +57,13 @@ def test_a_full_disk_does_not_replace_what_ended_the_run(tmp_path):
         print("shown")
 
 
+def test_the_log_has_every_character(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with logged(tmp_path, append=False):
+        print("\u2713 \ud800")
+    assert "\u2713 \\ud800\n" in (tmp_path / NAME).read_text(encoding="utf-8")
+
+
 def test_a_warning_is_one_plain_line(tmp_path):
     usual = warnings.formatwarning
     with logged(tmp_path, append=False):
