@@ -51,16 +51,18 @@ def unshare(tree: T) -> T:
 def begin(state: T) -> T:
     """Return the state that a generation begins with: its sigma, which a user may set to a number, is an array.
 
-    A number would be another program.
-
-    Raises:
-        TypeError: it is no state. ValueError: it was consumed.
+    A number would be another program. Raises as `check_state`.
     """
+    check_state(state)
+    given: Any = state
+    return given._replace(sigma=jnp.asarray(given.sigma, jnp.float32))
+
+
+def check_state(state: Any) -> None:
+    """Check that a state, or shapes of one, can be used: TypeError for another type, ValueError for one that was consumed."""
     if not isinstance(state, ESState):
         raise TypeError(f"state must be an ESState from init, got {type(state).__name__}.")
     check_not_consumed(state)
-    given: Any = state
-    return given._replace(sigma=jnp.asarray(given.sigma, jnp.float32))
 
 
 def check_not_consumed(state: Any) -> None:

@@ -30,7 +30,7 @@ from eggroll.population.members import Population, build_member, check_coefficie
 from eggroll.population.metrics import FitnessReport, Metrics
 from eggroll.protocol import AskTell
 from eggroll.settings import check_precision, check_settings
-from eggroll.state import ESState, begin, check_not_consumed
+from eggroll.state import ESState, begin, check_not_consumed, check_state
 from eggroll.update import estimator
 from eggroll.update.feedback import Feedback
 from eggroll.update.optimizer import describe_update
@@ -138,7 +138,7 @@ class EvolutionStrategy:
         return known or self._checked_plan(state, batch, function)
 
     def _checked_plan(self, state: ESState, batch: Any, function: Callable | None = None) -> Plan:
-        state = begin(state)
+        check_state(state)
         read = functools.partial(self._read_plan, state, batch, function)
         return checked_plan(self, function, state.params, (batch, state.member_state), make=read)
 

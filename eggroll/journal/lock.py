@@ -45,7 +45,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
-        self._path = folder / NAME
+        self._path = folder.absolute() / NAME  # the process may change its working folder
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by programs that this one starts
         self._close = weakref.finalize(self, os.close, self._file)
         try:

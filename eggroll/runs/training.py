@@ -73,8 +73,8 @@ def train(
             installed, and otherwise write a plain line every five seconds, later more rarely (`eggroll.runs.progress`).
         words: text of the progress line for a generation; None: best and mean fitness, the last held-out score, members per
             second. Not with `progress=False`.
-        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`, with the history of the whole run, before it was
-            continued too; it needs a run folder.
+        plot: `plot(history, run_folder)` at the end, instead of `fitness.png`, with the history of the whole run, of which
+            the part before it was continued has no arrays; it needs a run folder.
         keep_arrays: keep `aux`, `coefficients`, `fitness` and `batch` of every generation in the history; callbacks and
             `on_record` always get them, but for the fitness of generations that ran in one program.
         on_device: k: run up to k generations in one program on the device (`eggroll.scan`), with the same results, bit for bit.
@@ -113,7 +113,8 @@ def train(
         metrics_file = None
         if folder is not None:
             metrics_file = first_does(lambda: stack.enter_context(open_metrics(folder, first)))
-            stack.push(functools.partial(_draw_last, check, plot or _plot_fitness, folder))
+            draw = functools.partial(_draw, plot or _plot_fitness, folder, first, history)
+            stack.push(functools.partial(_draw_last, check, draw))
         name, total = budget or ("generations", generations or 0)
         show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
         while generations is None or len(history) < generations:
@@ -180,20 +181,18 @@ def _plot_fitness(history: Sequence[Record], folder: Path) -> None:
     plot_history(history, folder / "fitness.png")
 
 
-def _draw_last(
-    check_lock: Callable[[], None],
-    plot: Callable[[Sequence[Record], Path], None],
-    folder: Path,
-    kind: Any,
-    error: Any,
-    trace: Any,
-) -> None:
+def _draw(plot: Callable[[Sequence[Record], Path], None], folder: Path, first: int, history: Sequence[Record]) -> None:
+    """Plot the history of a whole run, which was continued from generation `first`."""
+    plot([*(record for record in read_records(folder) if record.generation < first), *history], folder)
+
+
+def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: Any, error: Any, trace: Any) -> None:
     """Plot at the end of a run, unless its folder was lost; a figure that fails is a warning, and costs nobody the result."""
 
     def draw_unless_lost() -> None:
         check_lock()
         try:
-            plot(read_records(folder), folder)
+            draw()
         except Exception as failed:
             logger.warning("the figure was not drawn: %s", failed)
 

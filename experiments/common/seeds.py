@@ -70,9 +70,10 @@ def run_seeds(
     Returns:
         The fields of the only seed, or the means of the numbers of all, with the fields of each under "seeds".
     """
-    rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        folder = seed_folder(config, seed, default=default)
+    rows, seeds = [], range(config.seed, config.seed + config.seeds)
+    # Absolute, and before the first seed: what a user's code does to the working folder moves no run.
+    folders = [seed_folder(config, seed, default=default).absolute() for seed in seeds]
+    for seed, folder in zip(seeds, folders, strict=True):
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
         with prepare_folder(folder, resume=config.resume) as lock:
             with logged(folder, append=config.resume):
@@ -94,7 +95,7 @@ def _keeps_mark(folder: Path) -> Iterator[None]:
     def read_run() -> tuple[int, int] | None:
         return (run.stat().st_size, run.stat().st_mtime_ns) if run.is_file() else None
 
-    mark, before = path.read_bytes() if path.is_file() else None, read_run()
+    mark, before = path.read_bytes() if is_first() and path.is_file() else None, read_run()
     try:
         yield
     except BaseException:

@@ -42,8 +42,8 @@ def remake(options: dict[str, Any]) -> tuple[Any, eggroll.ESState]:
 
     The options do not include how long prompts may be, nor how many are held out: no bit of a replay depends on them.
     """
-    config = dataclasses.replace(restore_config(options), reward=None, prompt_length=1)
-    inputs = prepare(config, reward=_score_nothing)._replace(lengths=Lengths(0, 0, math.inf))
+    config = dataclasses.replace(restore_config(options), reward=None)
+    inputs = prepare(config, reward=_score_nothing, lengths=Lengths(0, 0, math.inf))
     if config.model is None:  # the small model is trained with the rows
         check_contents(options.get("contents"), read_contents(config.data, None), advice="restore it")
     evolution = Evolution(config, load(config, inputs), make_sampling(config, inputs.tokenizer))

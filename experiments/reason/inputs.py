@@ -33,12 +33,13 @@ class Inputs(NamedTuple):
     lengths: Lengths  # that prompts are padded to
 
 
-def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
+def prepare(config: Config, *, reward: tasks.Reward | None = None, lengths: Lengths | None = None) -> Inputs:
     """Make the task, and read what the options name except for the weights, of which only the headers are.
 
     Args:
         config: the options.
         reward: a function instead of the reward that they name, which is then not imported.
+        lengths: what to pad prompts to; None: what the prompts of the run need.
 
     Raises:
         ValueError, OSError, ImportError: a file is missing, damaged or does not fit; a package is missing.
@@ -59,7 +60,9 @@ def prepare(config: Config, *, reward: tasks.Reward | None = None) -> Inputs:
     template = _make_template(config)
     check_template(template, tokenizer)
     context = getattr(model, "max_position_embeddings", None)  # RWKV-7 has no limit
-    lengths = _lengths(config, template, tokenizer, task, most=math.inf if context is None else context - config.max_new_tokens)
+    if lengths is None:
+        most = math.inf if context is None else context - config.max_new_tokens
+        lengths = _lengths(config, template, tokenizer, task, most=most)
     if context is not None and lengths.longest + config.max_new_tokens > context:
         given = f"prompt_length {lengths.longest} and max_new_tokens {config.max_new_tokens}"
         raise ValueError(f"{given} do not fit the model's context of {context} tokens.")

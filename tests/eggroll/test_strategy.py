@@ -419,6 +419,12 @@ def test_a_frozen_key_stays():
     assert_trees_equal(state.params["rng"], params["rng"])
 
 
+def test_a_plan_is_made_from_shapes():
+    es = strategy()
+    shapes = jax.eval_shape(lambda params: es.init(params, key=jax.random.key(0)), PARAMS)
+    assert es.plan(shapes, jax.ShapeDtypeStruct(X.shape, X.dtype)) == es.plan(es.init(PARAMS, key=jax.random.key(0)), X)
+
+
 def test_small_misuses_are_refused_by_a_clear_error():
     es = strategy()
     state = start(es)

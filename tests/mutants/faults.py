@@ -183,8 +183,8 @@ FAULTS = (
     Fault(
         "a change by hand that is not compared",
         "eggroll/runs/continuity.py",
-        "compare(self._names, self._expected, metrics.checksums[0])",
-        "compare(self._names, metrics.checksums[0], metrics.checksums[0])",
+        "compare(self._names, self._expected, before)",
+        "compare(self._names, before, before)",
         (HAND_CHANGES,),
     ),
     Fault(

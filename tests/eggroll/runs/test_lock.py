@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,24 @@ def test_a_command_keeps_others_out_until_its_summary_is_written(tmp_path):
     assert run_one(tmp_path, train)["score"] == 1
     with prepare_folder(tmp_path, resume=False):
         assert {path.name for path in tmp_path.iterdir()} == {lock.NAME, "log.txt"}
+
+
+def test_a_command_stays_in_its_folders_when_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def train(run):
+        os.chdir(tmp_path / "elsewhere")
+        run.lock.check()
+        return {"score": 1.0}
+
+    config = SimpleNamespace(folder=Path("a/run"), seed=0, seeds=2, resume=False)
+    run_seeds(config, train, experiment="rl", default="run", options={})
+    assert [(tmp_path / f"a/run/seed-{seed}/summary.json").exists() for seed in range(2)] == [True, True]
+    os.chdir(tmp_path)
+    held = RunLock(Path("a/run"))
+    os.chdir(tmp_path / "elsewhere")
+    held.check()
 
 
 def test_a_command_that_was_taken_over_does_not_mark_the_run_as_finished(tmp_path):

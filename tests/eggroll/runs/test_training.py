@@ -132,6 +132,10 @@ def test_the_figure_of_a_continued_run_has_all_of_it_and_costs_nobody_the_result
         state, history = train(es, state, jnp.float32(1.0), generations=count, run_folder=tmp_path, plot=plot)
         assert len(history) == count and int(state.generation) == len(drawn[-1])
     assert drawn == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    kept = []
+    look = lambda history, folder: kept.append(history[-1].fitness.shape)  # noqa: E731
+    train(es, state, jnp.float32(1.0), generations=1, run_folder=tmp_path, plot=look, keep_arrays=True)
+    assert kept == [(32,)]
     assert caplog.text.count("the figure was not drawn: [Errno 28] No space left on device") == 2
 
 

@@ -280,6 +280,7 @@ def test_a_replay_computes_no_lengths(folder, monkeypatch):
     assert prepare(config).lengths.longest < 10
     with pytest.raises(ValueError, match="do not fit the model's context of 32768 tokens"):
         prepare(restore_config(options))
+    monkeypatch.setattr("eggroll.experiments.reason.inputs.encode_prompt", pytest.fail)  # no row is read
     monkeypatch.setattr(reason, "load", lambda config, inputs: inputs)
     monkeypatch.setattr(reason, "Evolution", lambda config, inputs, _: Namespace(strategy=inputs, start=lambda seed: seed))
     inputs, _ = reason.remake(options)
