@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.noise.leaves import at_least_float32
+from eggroll.noise.once import rounded_once
 
 REDUCTIONS = ("sum", "mean", "max", "min", "all")
 
@@ -80,7 +81,7 @@ def report_fitness(fitness: Array, coefficients: Array, *, rank: int, aux: Any, 
     compared = members if scores is None else _mean_of_columns(scores.astype(wide))[0]
     compared = jnp.where(valid, compared, -jnp.inf)  # where shapings put a member without a fitness
     largest = jnp.abs(coefficients).max()
-    weights = jnp.square(divide(coefficients, jnp.where(largest > 0, largest, 1.0)))
+    weights = rounded_once(jnp.square(divide(coefficients, jnp.where(largest > 0, largest, 1.0))))
     nothing = jnp.float32(jnp.nan)
     return FitnessReport(
         mean_fitness=jnp.where(valid.any(), (unit * mean).astype(jnp.float32), nothing),
