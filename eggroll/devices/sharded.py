@@ -26,6 +26,7 @@ from eggroll.noise.leaves import FrozenLeaf, LeafPlan
 from eggroll.noise.plan import Plan
 from eggroll.population import evaluate as population
 from eggroll.population.layout import PopulationLayout, Scalars
+from eggroll.population.metrics import widen
 from eggroll.state import ESState
 from eggroll.update import estimator
 from eggroll.update.feedback import Feedback
@@ -34,8 +35,8 @@ from eggroll.update.parameters import update_state, update_state_at_once
 
 OVER_SHARES: dict[str, Callable] = {  # how results of the shares of the batch are joined: the reductions of aux, and "own"
     "own": lambda x, axis: x,
-    "sum": jax.lax.psum,
-    "mean": jax.lax.pmean,
+    "sum": lambda x, axis: jax.lax.psum(widen(x), axis),
+    "mean": lambda x, axis: jax.lax.pmean(widen(x), axis),
     "all": jax.lax.pmean,
     "max": jax.lax.pmax,
     "min": jax.lax.pmin,

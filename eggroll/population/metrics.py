@@ -121,6 +121,11 @@ def _correlation(plus: Array, minus: Array, valid: Array) -> Array:
     return jnp.where(scale > 0, (plus * minus).sum() / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
+def widen(values: Array) -> Array:
+    """Values to be added: floats at least float32, others as they are."""
+    return values.astype(at_least_float32(values.dtype)) if jnp.issubdtype(values.dtype, jnp.floating) else values
+
+
 def valid_members(fitness: Array) -> Array:
     """Members with a finite fitness [N], or a finite entry of [N, K]: bool [N]."""
     return jnp.isfinite(fitness).reshape(fitness.shape[0], -1).any(axis=1)
@@ -161,8 +166,7 @@ def _reduce(name: str, values: Array, valid: Array) -> Array:
         return values
     mask = valid.reshape(-1, *([1] * (values.ndim - 1)))
     if name in ("sum", "mean"):
-        if jnp.issubdtype(values.dtype, jnp.floating):
-            values = values.astype(at_least_float32(values.dtype))
+        values = widen(values)
         total = jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=0)
         return total if name == "sum" else total / jnp.maximum(valid.sum(), 1).astype(jnp.float32)
     if values.dtype == jnp.bool_:

@@ -187,7 +187,7 @@ def _draw(plot: Callable[[Sequence[Record], Path], None], folder: Path, first: i
 
 
 def _draw_last(check_lock: Callable[[], None], draw: Callable[[], None], kind: Any, error: Any, trace: Any) -> None:
-    """Plot at the end of a run, unless its folder was lost; a figure that fails is a warning, and costs nobody the result."""
+    """Plot at the end of a run, unless its folder was lost; a figure that fails is a warning, and the result is kept."""
 
     def draw_unless_lost() -> None:
         check_lock()

@@ -114,7 +114,7 @@ def test_aux_of_short_floats_and_booleans():
     assert found["any"].dtype == bool and (bool(found["any"]), bool(found["all"])) == (False, True)
 
 
-def test_a_member_without_a_fitness_is_tied_with_no_other_and_ranks_have_no_unit():
+def test_a_pair_with_one_valid_member_is_not_tied_and_the_rank_has_no_unit():
     fitness = jnp.array([0, jnp.nan, 0, 0, 1, 0, jnp.nan, jnp.nan])
     report = report_fitness(fitness, jnp.array([1.0, 0, 2, 0]), rank=3, aux=None)
     assert report.tied_pairs == 0.5 and report.invalid == 3
