@@ -134,6 +134,20 @@ def draw_region(leaf: PerturbedLeaf, keys: LeafKeys, pair: Array | int, region: 
     return Factors(leaf.rank, left.shape[-1], right.shape[-1], left, right, None)
 
 
+def cut_factors(leaf: FactoredLeaf, left: Array, right: Array, region: Region) -> tuple[Array, Array]:
+    """Cut factors [..., *stack, r, m] and [..., *stack, r, n] of a leaf to a region."""
+    layers = [(region.starts[axis], region.sizes[axis]) for axis in leaf.stack]
+
+    def cut_factor(factor: Array, axes: Sequence[int]) -> Array:
+        own = factor.reshape(*factor.shape[:-1], *leaf.sizes(axes))
+        lead = own.ndim - len(axes) - 1 - len(layers)
+        parts = [*layers, (0, own.shape[lead + len(layers)]), *((region.starts[axis], region.sizes[axis]) for axis in axes)]
+        starts, sizes = zip(*[(0, size) for size in own.shape[:lead]], *parts, strict=True)
+        return jax.lax.dynamic_slice(own, starts, sizes).reshape(*sizes[: own.ndim - len(axes)], -1)
+
+    return cut_factor(left, leaf.rows), cut_factor(right, leaf.columns)
+
+
 def draw_shared_region(leaf: FlipoutLeaf, key: Array, generation: Array | int, region: Region) -> Array:
     """Draw U of a leaf of role "flipout" in a region, an array of its shape; arguments as for `draws.draw_shared`."""
     dense: DenseLeaf = leaf.shared

@@ -14,13 +14,16 @@ import optax
 from jax import Array
 
 from eggroll.digests import digest_of_jaxpr, digest_setting
+from eggroll.noise.draws import leaf_keys
 from eggroll.noise.leaves import LeafPlan
 from eggroll.noise.plan import Plan
+from eggroll.noise.regions import Region
 from eggroll.noise.rules import Perturbation, is_integer, quantised_leaves, trainable
 from eggroll.protocol import Strategy
 from eggroll.state import ESState, Masters
 from eggroll.update import estimator
 from eggroll.update.feedback import Feedback, is_fed_back, remember
+from eggroll.update.per_block import per_block
 from eggroll.update.precision import float32_params, init_masters
 from eggroll.update.splitting import Reading
 
@@ -33,6 +36,33 @@ class NoiseSource:
     plan: Plan
     key: Array  # typed threefry key of the run
     generation: Array  # int32 [], of the noise
+
+    def map_estimates(self, function: Callable[..., Array], updates: Any, given: Any) -> Any:
+        """`function(estimate, given)` for every leaf of the updates, evaluated block by block where the leaf is updated so.
+
+        Args:
+            function: gets `estimate(coefficients, noise_generation=, sigma=)`, the ascent estimate of any generation, float32,
+                of the leaf or of a block of it; returns values of the same shape, each from the entries at its place.
+            updates: of which shapes count.
+            given: pytree of arrays that belong to no parameter.
+        """
+        flat, tree = jax.tree.flatten((jax.random.key_data(self.key), given))
+
+        def of_leaf(leaf: LeafPlan, own: Array) -> Array:
+            def of_region(region: Region, *flat: Array) -> Array:
+                words, given = jax.tree.unflatten(tree, flat)
+                key = jax.random.wrap_key_data(words, impl="threefry2x32")
+
+                def estimate(coefficients: Array, *, noise_generation: Array, sigma: Array) -> Array:
+                    keys = leaf_keys([leaf], key, noise_generation)[0]
+                    address = {"key": keys, "noise_key": key, "noise_generation": noise_generation}
+                    return estimator.region_gradient(leaf, region, coefficients, sigma=sigma, **address)
+
+                return function(estimate, given)
+
+            return per_block(of_region, own, *flat)
+
+        return self.map_leaves(of_leaf, updates)
 
     def map_leaves(self, function: Callable[[LeafPlan, Array], Array], updates: Any) -> Any:
         """`function(leaf's plan, leaf)` for every leaf of the updates; those that optax has masked stay so."""
@@ -108,7 +138,8 @@ def describe_update(
     coefficients = jax.ShapeDtypeStruct((settings.population_size // 2,), jnp.float32)
     key, value = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
     jax.eval_shape(read, params, key, coefficients, value)
-    split, reason = found[0].split, found[0].reason or "values of one are used for another"
+    split = found[0].split
+    reason = found[0].reason or ("values of one are used for another" if split == "whole" else "not by entries of its gradient")
     fed_back = [index for index, leaf in enumerate(plan.leaves) if is_fed_back(leaf, settings.precision)]
     if fed_back:
         _check_feedback(plan, found[0], fed_back, splits=split == "elements" or (split == "leaves" and not on_mesh))

@@ -31,6 +31,7 @@ from eggroll.update.optimizer import places_of_moments
 from eggroll.update.pair_sums import draw_together
 from eggroll.update.precision import are_short, float32_params, rounding_words
 from eggroll.update.report import summarise
+from eggroll.update.split_update import SplitUpdate
 from eggroll.update.splitting import Reading
 
 
@@ -84,7 +85,7 @@ def update_state(
         The state with new params, opt_state and masters; what `make_report` makes a report of.
     """
     flat_states = jax.tree.leaves(state.opt_state)
-    update = reading.start(flat_states, extra)
+    update = SplitUpdate(reading, flat_states, extra)
 
     def gradient(index: int, place: Region, own: Array, generation: Array, sigma: Array, key: LeafKeys, noise: Any) -> Array:
         return estimator.region_gradient(
@@ -104,7 +105,7 @@ def update_state(
     def compute(index: int, region: Region, old: Held) -> Moves:
         place = _shifted(region, rules[index].origin)
         ascent = gradient(index, place, coefficients, noise_generation, sigma, keys[index], drawn.get(index))
-        return Moves(ascent, *update.of_leaf(index, -ascent, old.param, old.moments))  # optax minimises: a negation here
+        return Moves(ascent, *update.of_leaf(index, place, -ascent, old.param, old.moments))  # optax minimises: a negation here
 
     def feed_back(index: int, region: Region, old: Held) -> Moves:
         leaf, place = plan.leaves[index], _shifted(region, rules[index].origin)
@@ -112,7 +113,7 @@ def update_state(
         def compute_step(of_all: Array, generation: Array, sigma: Array) -> tuple[Array, Array]:
             own, (key,) = part.own(of_all, coefficients.shape[0]), leaf_keys([leaf], state.key, generation)
             ascent = gradient(index, place, own, generation, sigma, key, None)
-            return ascent, update.of_leaf(index, -ascent, old.param, ())[0]
+            return ascent, update.of_leaf(index, place, -ascent, old.param, ())[0]
 
         words = rounding_words(_rounding_key(state.key, window.begun, index), leaf.shape, place.starts, place.sizes)
         return window.step(compute_step, words)

@@ -9,16 +9,16 @@ a transformation that is not recognised as elementwise is merely split less.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jexc
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from eggroll.lazy.forward_only import forward_only
+from eggroll.update.per_block import per_block_p
 
 # fmt: off
 ELEMENTWISE = frozenset((
@@ -117,11 +117,12 @@ class Reading:
         for _, atom in own:
             self._union(own[0][1], atom)
         through = next((kind.through for kind, _ in own if kind.through), "")
+        of_noise = equation.primitive is per_block_p and len(own) == 1 and own[0][1] is equation.invars[0]
         fits = all(
-            kind.uniform if isinstance(kind, Shared) else kind.elementwise and atom.aval.shape == out.aval.shape
+            kind.uniform or of_noise if isinstance(kind, Shared) else kind.elementwise and atom.aval.shape == out.aval.shape
             for kind, atom in zip(kinds, equation.invars, strict=True)
         )
-        elementwise = fits and (name in ELEMENTWISE or (name == "broadcast_in_dim" and len(own) == 1))
+        elementwise = fits and (name in ELEMENTWISE or of_noise or (name == "broadcast_in_dim" and len(own) == 1))
         for var in equation.outvars:
             self._kind[var] = Owned(elementwise, through if elementwise or through else name)
             self._union(own[0][1], var)
@@ -184,21 +185,6 @@ class Reading:
         """Those entries of a flat optimizer state that belong to no parameter."""
         return [states[k] for k in self._shared]
 
-    def start(self, states: Sequence[Array], extra: Any) -> "Update":
-        """Begin an update; what belongs to no parameter is computed here, once.
-
-        Args:
-            states: the flat state of the optimizer; of the entries that belong to parameters, anything.
-            extra: the extra arguments.
-        """
-        known = dict(zip(self.jaxpr.jaxpr.constvars, self.jaxpr.consts, strict=True))
-        known |= {self._states[k]: states[k] for k in self._shared}
-        known |= zip(self._extra, jax.tree.leaves(extra), strict=True)
-        used = [atom for equation in self.jaxpr.jaxpr.eqns for atom in equation.invars]
-        named = [atom for atom in (*used, *self._updates, *self.new_states) if not isinstance(atom, jexc.Literal)]
-        scalars = [*{atom: None for atom in named if atom.aval.shape == () and isinstance(self._kind[atom], Shared)}]
-        return Update(self, known | dict(zip(scalars, self.run(scalars, known), strict=True)))
-
     def ends(self, leaf: int) -> list[Any]:
         """Variables of the results of a parameter: its update, and its new entries of the state."""
         return [self._updates[leaf], *(self.new_states[k] for k in self._of_leaf[leaf])]
@@ -207,36 +193,19 @@ class Reading:
         """Variables that a parameter's update starts from: gradient, parameter, its entries of the state."""
         return [self._gradients[leaf], self._params[leaf], *(self._states[k] for k in self._of_leaf[leaf])]
 
-    def run(self, ends: Sequence[Any], known: dict[Any, Any], *, block: tuple[int, ...] | None = None) -> list[Any]:
-        """Compute variables from known ones.
+    def shared_inputs(self) -> list[Any]:
+        """Variables of the entries of the state that belong to no parameter, and of the extra arguments."""
+        return [*self.shared_states(self._states), *self._extra]
 
-        Args:
-            ends: the variables.
-            known: values by variable.
-            block: shape of the values of a parameter that is updated in blocks, where arrays with equal entries are scalars.
-        """
-        values = dict(known)
+    def shared(self) -> dict[Any, Shared]:
+        """Variables that belong to no parameter, as far as an update reads them."""
+        used = [atom for equation in self.jaxpr.jaxpr.eqns for atom in equation.invars]
+        named = [atom for atom in (*used, *self._updates, *self.new_states) if not isinstance(atom, jexc.Literal)]
+        kinds = {atom: self._kind[atom] for atom in named}
+        return {atom: kind for atom, kind in kinds.items() if isinstance(kind, Shared)}
 
-        def read(atom: Any) -> Any:
-            return jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)) if isinstance(atom, jexc.Literal) else values[atom]
-
-        needed = self._equations_of(ends, known)
-        for equation in self.jaxpr.jaxpr.eqns:
-            if id(equation) not in needed:
-                continue
-            inputs, primitive = [read(atom) for atom in equation.invars], equation.primitive
-            if block is not None and primitive.name in SPREADING:
-                outputs = inputs[:1]
-            else:
-                if block is not None and any(jnp.shape(value) for value in inputs):
-                    inputs = [jnp.broadcast_to(value, block) for value in inputs]
-                outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
-                outputs = outputs if primitive.multiple_results else [outputs]
-            values.update(zip(equation.outvars, outputs, strict=True))
-        return [read(end) if block is None else jnp.broadcast_to(read(end), block) for end in ends]
-
-    def _equations_of(self, ends: Sequence[Any], known: dict[Any, Any]) -> set[int]:
-        """Identities of the equations that lead from known variables to `ends`."""
+    def equations_of(self, ends: Sequence[Any], known: Container[Any]) -> list[Any]:
+        """The equations that lead from known variables to `ends`, in order."""
         needed, waiting = set(), [end for end in ends if not isinstance(end, jexc.Literal)]
         while waiting:
             var = waiting.pop()
@@ -244,7 +213,7 @@ class Reading:
                 continue
             needed.add(id(self._makers[var]))
             waiting.extend(atom for atom in self._makers[var].invars if not isinstance(atom, jexc.Literal))
-        return needed
+        return [equation for equation in self.jaxpr.jaxpr.eqns if id(equation) in needed]
 
     def _inputs_of(self, ends: Sequence[Any]) -> set:
         seen, waiting = set(), [*ends]
@@ -267,32 +236,3 @@ class Reading:
         self._parent.setdefault(a, a)
         self._parent.setdefault(b, b)
         self._parent[self._find(b)] = self._find(a)
-
-
-class Update:
-    """An update in parts, from `Reading.start`."""
-
-    def __init__(self, reading: Reading, known: dict[Any, Any]):
-        self._reading, self._known = reading, known
-
-    def shared_states(self) -> list[Array]:
-        """The new entries of the optimizer's state that belong to no parameter."""
-        return self._reading.run(self._reading.shared_states(self._reading.new_states), self._known)
-
-    def of_leaf(self, leaf: int, gradient: Array, param: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-        """Update a parameter, or a block of one that splits into elements.
-
-        Args:
-            leaf: its index.
-            gradient: descent.
-            param: as the optimizer sees it.
-            states: its entries of the optimizer's state, cut like the gradient.
-
-        Returns:
-            Its update and its new entries of the state.
-        """
-        reading = self._reading
-        known = self._known | dict(zip(reading.inputs(leaf), (gradient, param, *states), strict=True))
-        block = gradient.shape if reading.elementwise[leaf] else None
-        update, *new_states = reading.run(reading.ends(leaf), known, block=block)
-        return update, new_states

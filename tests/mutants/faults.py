@@ -134,8 +134,8 @@ FAULTS = (
     Fault(
         "optimizer ascends the loss",
         "eggroll/update/parameters.py",
-        "*update.of_leaf(index, -ascent, old.param, old.moments)",
-        "*update.of_leaf(index, ascent, old.param, old.moments)",
+        "*update.of_leaf(index, place, -ascent, old.param, old.moments)",
+        "*update.of_leaf(index, place, ascent, old.param, old.moments)",
         (STRATEGY,),
     ),
     Fault(
@@ -172,6 +172,20 @@ FAULTS = (
         "elementwise = fits and (name in ELEMENTWISE",
         "elementwise = True or (name in ELEMENTWISE",
         (SPLITTING,),
+    ),
+    Fault(
+        "a function of all of a parameter is evaluated in blocks",
+        "eggroll/update/splitting.py",
+        "equation.primitive is per_block_p and len(own) == 1 and own[0][1] is equation.invars[0]",
+        "equation.primitive is per_block_p",
+        (SPLITTING,),
+    ),
+    Fault(
+        "factors of a block of layers are those of the first layers",
+        "eggroll/noise/regions.py",
+        "layers = [(region.starts[axis], region.sizes[axis]) for axis in leaf.stack]",
+        "layers = [(0, region.sizes[axis]) for axis in leaf.stack]",
+        (REGIONS,),
     ),
     Fault(
         "a checksum that does not see places",

@@ -21,7 +21,7 @@ def small_blocks(monkeypatch):
 
 
 def check_bounds(row):
-    assert row["mezo_ratio"] <= 1.0 and row["lozo_ratio"] <= 0.15
+    assert max(row["mezo_ratio"], row["adamezo_ratio"]) <= 1.0 and max(row["lozo_ratio"], row["lozo_m_ratio"]) <= 0.15
     assert row["offload_ratio"] <= row["two_blocks_ratio"]
 
 

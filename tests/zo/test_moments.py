@@ -129,6 +129,10 @@ def numpy_subspace(b, refresh, *, projects=True):
 
 MIXED = [X] * 4 + [SICK] + [X] * 9  # the step that is skipped is one where the right factors change
 ADAM = zo.RebuiltAdam(0.8, 0.95, history=5)
+METHODS = {
+    "adamezo": dict(adam=ADAM),
+    "lozo_m": dict(momentum=0.9, perturbation=eggroll.LowRank(2, "normal", refresh=3)),
+}
 
 
 @pytest.mark.slow
@@ -202,17 +206,17 @@ def test_the_history_is_all_that_is_kept_and_memory_does_not_grow_with_it():
     assert temporary[40] - temporary[None] < 8 + 8
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_parameters_are_updated_block_by_block(name):
+    tuner = zo.mezo(loss, learning_rate=0.05, sigma=SIGMA, weight_decay=DECAY, **METHODS[name])
+    assert tuner.plan_of(PARAMS, X).update == "block by block"
+
+
 def test_momentum_of_a_matrix_is_r_m_values_a_direction():
     state = run(zo.lozo_m(loss, learning_rate=0.1, rank=2, directions=3), [])
     shapes = {path: leaf.shape for path, leaf in state.opt_state[0].momenta.items()}
     assert shapes == {"bias": (6,), "kernel": (3, 2, 4), "out": (3, 2, 6)}
     assert values(state.opt_state) == 1 + 6 + 3 * 2 * (4 + 6)
-
-
-METHODS = {
-    "adamezo": dict(adam=ADAM),
-    "lozo_m": dict(momentum=0.9, perturbation=eggroll.LowRank(2, "normal", refresh=3)),
-}
 
 
 @pytest.mark.slow

@@ -5,11 +5,10 @@
 
 g_{t-j} is the estimate of that step, its noise drawn again from its address. The sums are divided by the weights that are in
 them: that is Adam's own correction of the bias until h steps are over, and corrects for the terms that are cut off afterwards,
-which the paper leaves out. One parameter's moments are there at a time.
+which the paper leaves out. The moments of one block of a parameter are there at a time.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from eggroll.update.estimator import leaf_gradient
 from eggroll.update.history import History
 from eggroll.update.optimizer import NoiseSource
 
@@ -97,7 +95,6 @@ def scale_by_rebuilt_adam(settings: RebuiltAdam, directions: int) -> optax.Gradi
         updates: Any, state: History, params: Any = None, *, coefficients: Array, sigma: Array, noise: NoiseSource, **_: Any
     ) -> Any:
         state = state.after(coefficients, noise.generation, sigma)
-        move = lambda leaf, _: -settings.ascent(state, functools.partial(leaf_gradient, leaf, noise_key=noise.key))  # noqa: E731
-        return noise.map_leaves(move, updates), state
+        return noise.map_estimates(lambda estimate, history: -settings.ascent(history, estimate), updates, state), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,6 +9,7 @@ projection is the least-squares one with V_new^T V_new taken as its mean, n. Par
 of their own size, m = b m + (1 - b) g.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from eggroll.noise.draws import draw, from_matrix, leaf_keys
 from eggroll.noise.factored import FactoredLeaf, LowRankLeaf
 from eggroll.noise.leaves import LeafPlan, PerturbedLeaf
 from eggroll.noise.plan import Plan
+from eggroll.noise.regions import Region, cut_factors, of_region
 from eggroll.update.optimizer import NoiseSource
+from eggroll.update.per_block import per_block
 
 
 class SubspaceMomentum(NamedTuple):
@@ -78,12 +81,19 @@ def subspace_momentum(decay: float, plan: Plan, directions: int) -> optax.Gradie
             kept = _in_subspace(leaf, old, noise, state.generation, right)
             new = decay * kept + (1 - decay) * descent.reshape((-1,) + (1,) * (left.ndim - 1)) * left
             momenta[leaf.path] = new
-            return from_matrix(leaf, lowrank_update(jnp.ones(directions), new, right))
+            return per_block(functools.partial(_product, leaf), own, new, right)
 
         moves = noise.map_leaves(move, updates)
         return moves, SubspaceMomentum(noise.generation, momenta)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _product(leaf: FactoredLeaf, region: Region, momentum: Array, right: Array) -> Array:
+    """sum_n N V^T in a region of a parameter."""
+    part, factors = of_region(leaf, region), cut_factors(leaf, momentum, right, region)
+    assert isinstance(part, FactoredLeaf)
+    return from_matrix(part, lowrank_update(jnp.ones(momentum.shape[0]), *factors))
 
 
 def _shape(leaf: PerturbedLeaf, directions: int) -> tuple[int, ...]:

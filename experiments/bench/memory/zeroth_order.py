@@ -9,7 +9,7 @@ send the streams through it, and end. The models read texts whose answers are si
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,29 +29,31 @@ SIZES = {
     "tiny": SMALL,
 }
 BATCH, TOKENS = 16, 64
+RESIDENT = ("mezo", "adamezo", "lozo", "lozo_m")  # recipes that are planned
 
 
 def memory_summary(names: tuple[str, ...]) -> dict[str, Any]:
     """Print a row for every size; return `sizes`, and the worst of every ratio."""
-    print(
-        f"{'float32 model':<14}{'parameters MB':>14}{'plain MB':>10}{'mezo':>8}{'lozo':>8}{'offload':>9}{'two blocks':>12}",
-        flush=True,
-    )
+    kinds = (*RESIDENT, "offload")
+    titles = "".join(f"{title:>14}" for title in ("parameters MB", "plain MB", *kinds, "two blocks"))
+    print(f"{'float32 model':<14}{titles}", flush=True)
     sizes = {}
     for name in names:
         sizes[name] = row = memory_row(SIZES[name])
-        megabytes = (row["parameter_bytes"] / 1e6, row["plain_bytes"] / 1e6)
-        ratios = [row[f"{key}_ratio"] for key in ("mezo", "lozo", "offload")]
-        print(
-            f"{name:<14}{megabytes[0]:>14.0f}{megabytes[1]:>10.0f}{ratios[0]:>8.3f}{ratios[1]:>8.3f}{ratios[2]:>9.3f}{row['two_blocks_ratio']:>12.3f}",
-            flush=True,
-        )
-    worst = {key: max(row[key] for row in sizes.values()) for key in ("mezo_ratio", "lozo_ratio", "offload_ratio")}
+        megabytes = "".join(f"{row[key] / 1e6:>14.0f}" for key in ("parameter_bytes", "plain_bytes"))
+        ratios = "".join(f"{row[key]:>14.3f}" for key in ratio_names((*kinds, "two_blocks")))
+        print(f"{name:<14}{megabytes}{ratios}", flush=True)
+    worst = {key: max(row[key] for row in sizes.values()) for key in ratio_names(kinds)}
     return worst | {"sizes": sizes, "batch": [BATCH, TOKENS]}
 
 
+def ratio_names(kinds: Iterable[str]) -> list[str]:
+    """The keys of the ratios of these kinds of steps."""
+    return [f"{kind}_ratio" for kind in kinds]
+
+
 def memory_row(config: TransformerConfig) -> dict[str, Any]:
-    """Compile the programs of a step of MeZO, LOZO and offloaded MeZO of a decoder."""
+    """Compile the programs of the resident recipes, and of offloaded MeZO, of a decoder."""
     params = jax.eval_shape(functools.partial(init, leaves(config), dtype=jnp.float32), jax.random.key(0))
     batch = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     return planned(decoder_pieces(config), params, batch)
@@ -68,7 +70,7 @@ def planned(pieces: zo.Blocks, params: Any, batch: Any) -> dict[str, Any]:
     size, blocks = tree_bytes(params), jax.tree.leaves(params["blocks"])
     key = jax.eval_shape(lambda: jax.random.key(0))
     plain = _planned_bytes(jax.jit(zo.blocks.whole_loss(pieces)).lower(params, batch, key))
-    tuners = {name: zo.RECIPES[name](pieces, learning_rate=1e-6) for name in ("mezo", "lozo")}
+    tuners = {name: zo.RECIPES[name](pieces, learning_rate=1e-6) for name in RESIDENT}
     lowered = {name: resident_programs(tuner, params, batch) for name, tuner in tuners.items()}
     away = programs_of(step_of(zo.Offload(tuners["mezo"]), params, batch))
     lowered["offload"] = {name: function.lower(*shapes) for name, (function, shapes) in away.items()}

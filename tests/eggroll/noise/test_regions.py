@@ -77,6 +77,26 @@ def test_control_a_region_of_another_place_is_seen():
     assert (drawn == noise[1:2, 2:37]).all() and not (drawn == noise[1:2, 1:36]).all()
 
 
+@pytest.mark.parametrize("name", ["stack", "normal", "refreshed", "many axes"])
+def test_factors_that_are_cut_make_the_product_of_their_place(name):
+    leaf = LEAVES[name]
+    stack, (m, n) = leaf.sizes(leaf.stack), leaf.matrix
+    draw = np.random.default_rng(0).normal
+    left, right = (jnp.asarray(draw(size=(3, *stack, 2, size))) for size in (m, n))
+
+    def product(part, left, right):
+        return draws.from_matrix(part, jnp.einsum("p...rm,p...rn->...mn", left, right, precision="highest"))
+
+    whole = np.asarray(product(leaf, left, right))
+    for blocks in regions.cut(leaf, leaf.shape, limit=300):
+        index = len(blocks) - 1
+        region = blocks.region(index)
+        found = product(regions.of_region(leaf, region), *regions.cut_factors(leaf, left, right, region))
+        place = tuple(slice(int(start), int(start) + size) for start, size in zip(*region, strict=True))
+        np.testing.assert_allclose(found, whole[place], rtol=1e-5, atol=1e-6)
+        assert index == 0 or not np.allclose(found, whole[tuple(slice(size) for size in region.sizes)], atol=1e-2)
+
+
 def test_an_update_of_few_pairs_stays_in_the_caches_of_a_cpu(monkeypatch):
     assert regions.block_limit(1) == regions.CACHED < regions.block_limit(128) == regions.LIMIT
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

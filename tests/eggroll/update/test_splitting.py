@@ -9,6 +9,9 @@ import pytest
 
 import eggroll
 from eggroll.noise import regions
+from eggroll.noise.regions import Region
+from eggroll.update.per_block import per_block
+from eggroll.update.split_update import SplitUpdate
 from eggroll.update.splitting import Reading
 from tests.tables import by_default, covering
 
@@ -62,6 +65,10 @@ def gradients(step):
     return {name: jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, PARAMS.items(), strict=True)}
 
 
+def whole(array):
+    return Region((0,) * array.ndim, array.shape)
+
+
 @pytest.mark.parametrize("name", by_default(list(OPTIMIZERS), *SOME))
 def test_an_update_in_parts_is_the_update_in_one(name, standard_promotion):
     optimizer, split = OPTIMIZERS[name]
@@ -77,13 +84,14 @@ def test_an_update_in_parts_is_the_update_in_one(name, standard_promotion):
         return
     expected, expected_state = optimizer.update(gradients(2), state, PARAMS, **extra)
     flat = jax.tree.leaves(state)
-    parts, of_leaves = reading.start(flat, extra), []
+    parts, of_leaves = SplitUpdate(reading, flat, extra), []
     for index, (gradient, param) in enumerate(zip(*map(jax.tree.leaves, (gradients(2), PARAMS)), strict=True)):
         own = reading.states_of(index, flat)
-        update, new = parts.of_leaf(index, gradient, param, own)
+        update, new = parts.of_leaf(index, whole(gradient), gradient, param, own)
         of_leaves.append((update, new))
         if reading.elementwise[index] and gradient.ndim == 2:  # a block is what it is in the whole
-            block, _ = parts.of_leaf(index, gradient[2:4], param[2:4], [moment[2:4] for moment in own])
+            rows = Region((2, 0), (2, gradient.shape[1]))
+            block, _ = parts.of_leaf(index, rows, gradient[2:4], param[2:4], [moment[2:4] for moment in own])
             np.testing.assert_allclose(block, update[2:4], rtol=1e-5, atol=1e-7)
     joined = reading.join_states([new for _, new in of_leaves], parts.shared_states())
     assert jax.tree.structure(joined) == jax.tree.structure(expected_state)
@@ -91,6 +99,42 @@ def test_an_update_in_parts_is_the_update_in_one(name, standard_promotion):
         np.testing.assert_allclose(values(got), values(known), rtol=1e-5, atol=1e-6)
     for (got, _), known in zip(of_leaves, jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, known, rtol=1e-5, atol=1e-6)
+
+
+def of_places(scales, *, of_gradient=False):
+    """An optimizer that adds to every entry its place in the first axis, times the sum of what is given."""
+
+    def function(region, given):
+        if not region.sizes:
+            return jnp.zeros(())
+        rows = jnp.float32(region.starts[0]) + jnp.arange(float(region.sizes[0]))
+        return given.sum() * jnp.broadcast_to(rows.reshape(-1, *(1 for _ in region.sizes[1:])), region.sizes)
+
+    def update(updates, state, params=None, **extra):
+        given = (lambda u: u) if of_gradient else (lambda _: scales * state)
+        return jax.tree.map(lambda u: u + per_block(function, u, given(u)), updates), state + 1
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.float32(2), update)
+
+
+def test_a_function_of_blocks_is_evaluated_where_they_are(standard_promotion):
+    optimizer = of_places(jnp.arange(3.0))
+    reading, state = Reading(optimizer, gradients(2), jnp.float32(2), PARAMS, {}), [jnp.float32(2)]
+    assert reading.split == "elements"
+    (b, _, w), parts = jax.tree.leaves(gradients(2)), SplitUpdate(reading, state, {})
+    np.testing.assert_allclose(parts.of_leaf(0, whole(b), b, b, ())[0], b + 6 * jnp.arange(8))
+    np.testing.assert_allclose(
+        parts.of_leaf(2, Region((2, 3), (2, 4)), w[2:4, 3:7], w[2:4, 3:7], ())[0], w[2:4, 3:7] + np.array([[12], [18]])
+    )
+    expected = jax.tree.leaves(optimizer.update(gradients(2), jnp.float32(2))[0])[2]
+    np.testing.assert_allclose(expected, w + 6 * jnp.arange(6)[:, None])
+    batched = jax.vmap(lambda state: optimizer.update(gradients(2), state)[0])(jnp.arange(2.0))
+    np.testing.assert_allclose(batched["w"], w + jnp.arange(2)[:, None, None] * 3 * jnp.arange(6)[:, None])
+    assert parts.shared_states() == [3]
+
+
+def test_a_function_of_blocks_that_is_given_values_of_a_parameter_is_of_the_whole():
+    assert Reading(of_places(jnp.float32(1), of_gradient=True), gradients(2), jnp.float32(2), PARAMS, {}).split == "leaves"
 
 
 def transformation(update, init=lambda params: ()):
@@ -127,9 +171,10 @@ def test_what_crosses_between_parameters_is_seen(name, standard_promotion):
     assert reading.split == split
     if split != "whole":
         flat = jax.tree.leaves(state)
-        parts, expected = reading.start(flat, {}), jax.tree.leaves(optimizer.update(gradient, state, TWO)[0])
+        parts, expected = SplitUpdate(reading, flat, {}), jax.tree.leaves(optimizer.update(gradient, state, TWO)[0])
         for index, known in enumerate(expected):
             leaf = jax.tree.leaves(gradient)[index], jax.tree.leaves(TWO)[index], reading.states_of(index, flat)
+            leaf = whole(leaf[0]), *leaf
             np.testing.assert_allclose(parts.of_leaf(index, *leaf)[0], known, rtol=1e-5, atol=1e-7)
 
 
