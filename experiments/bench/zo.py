@@ -3,6 +3,7 @@
     memory                   temporaries of a step beyond plain inference, over the parameters (`zeroth_order`)
     torch_ratio              seconds of a step of a real model / those of the same step in torch (`torch_loop`)
     offload_ratio            resident step / offloaded step, for every number of directions: one upload serves all of them
+    transfer_ratio           offloaded step with blocks transferred as bfloat16 / as float32, by noise; 64 rows
     forwards_per_second      of every recipe, on the resident model
     lowrank_batched_speedup  16 directions, one after another / all in one pass over a matrix that no cache holds
 
@@ -12,7 +13,7 @@ Compared forms are interleaved in one process. On CPU an "upload" is a copy in m
 import dataclasses
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from eggroll.llm.models.transformer import leaves
 from eggroll.population.evaluate import evaluate
 from eggroll.population.layout import PopulationLayout
 
+NOISES: tuple[Literal["normal", "rademacher"], ...] = ("normal", "rademacher")
 DIRECTIONS = {"fzoo": 8, "spsa15": 8, "grzo": 8}  # of a step; 1 of the other recipes
 
 
@@ -70,6 +72,11 @@ def run(config: ZO) -> None:
         times = interleaved_ms(_make_both_steps(config, count), repeats=config.repeats)
         ratios[str(count)] = ratio = times["resident"] / times["offloaded"]
         print(f"{count:>10}{times['resident']:>13.1f}{times['offloaded']:>14.1f}{ratio:>8.3f}", flush=True)
+    times = interleaved_ms(_transfers(config), repeats=config.repeats)
+    transfers = {noise: times[f"{noise} bfloat16"] / times[f"{noise} float32"] for noise in NOISES}
+    print(
+        "blocks as bfloat16 / float32: " + "  ".join(f"{noise} {ratio:.2f}" for noise, ratio in transfers.items()), flush=True
+    )
     steps = {name: _make_step(tuner, config) for name, tuner in _recipes().items()}
     times = interleaved_ms(steps, repeats=config.repeats)
     rates = {name: 1e3 * forwards_of(tuner) / times[name] for name, tuner in _recipes().items()}
@@ -78,10 +85,9 @@ def run(config: ZO) -> None:
     speedup = times["separate"] / times["batched"]
     apart, together = times["separate"], times["batched"]
     print(f"16 low-rank directions: {apart:.1f} ms one by one, {together:.1f} ms in one pass: {speedup:.2f}x")
-    summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "forwards_per_second": rates}
-    print_summary(
-        summary | model_parts | {"lowrank_batched_speedup": speedup, "config": dataclasses.asdict(config), "about": about}
-    )
+    summary = {"offload_ratio": ratios[str(config.directions[-1])], "offload_ratios": ratios, "transfer_ratio": transfers}
+    summary |= model_parts | {"forwards_per_second": rates, "lowrank_batched_speedup": speedup}
+    print_summary(summary | {"config": dataclasses.asdict(config), "about": about})
 
 
 def _torch_ratios(config: ZO) -> dict[str, float] | None:
@@ -140,6 +146,16 @@ def _stepping(tuner: Any, params: Any, batch: Any) -> Callable[[], Any]:
 def _make_both_steps(config: ZO, directions: int) -> dict[str, Callable[[], Any]]:
     tuner = zo.mezo(PIECES, learning_rate=1e-6, directions=directions, chunk_directions=1)
     return {"resident": _make_step(tuner, config), "offloaded": _make_step(zo.Offload(tuner), config)}
+
+
+def _transfers(config: ZO) -> dict[str, Callable[[], Any]]:
+    """Steps in which the blocks weigh more than the products."""
+    config, forms = dataclasses.replace(config, tokens=64), {}
+    for noise in NOISES:
+        tuner = zo.mezo(PIECES, learning_rate=1e-6, perturbation=eggroll.Dense(noise))
+        forms[f"{noise} float32"] = _make_step(zo.Offload(tuner), config)
+        forms[f"{noise} bfloat16"] = _make_step(zo.Offload(tuner, transfer_dtype=jnp.bfloat16), config)
+    return forms
 
 
 def _recipes() -> dict[str, zo.ZerothOrder]:

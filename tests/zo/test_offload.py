@@ -12,6 +12,7 @@ import eggroll
 from eggroll import programs, zo
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.zo.offload import passes
+from eggroll.zo.offload.devices import rounding_words
 from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
@@ -155,6 +156,28 @@ def test_short_floats_are_transferred_and_small_updates_accumulate():
     slope = arrived @ wanted / (wanted @ wanted)
     error = (arrived - slope * wanted).std() / np.linalg.norm(wanted)
     assert abs(slope - 1) < 5 * error < slope
+
+
+def moments(words):
+    """z-scores of 8 x 16 keys of words at 2^14 places: of the mean, of the bits, of products with the next place and key."""
+    uniform = np.asarray(words & 0xFFFF, np.float64) / 2**16 - 0.5 + 2.0**-17
+    n, variance = uniform.size, (1 - 2.0**-32) / 12
+    bits = np.unpackbits(np.asarray(words).view(np.uint8)).reshape(n, 32).mean(axis=0) - 0.5
+    products = [(uniform * np.roll(uniform, 1, axis=axis)).mean() / variance * np.sqrt(n) for axis in (0, 1, 2)]
+    return np.array([uniform.mean() * np.sqrt(n / variance), *(2 * bits * np.sqrt(n)), *products])
+
+
+def test_words_of_rounding_are_random():
+    """Generations and leaves have keys of their own: 36 z-scores, each within 5."""
+    split = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(split, (0, None))(split(KEY, jnp.arange(8)), jnp.arange(16))
+    places = jnp.arange(1 << 14, dtype=jnp.uint32)
+    words = jax.jit(jax.vmap(jax.vmap(lambda key: rounding_words(key, places))))(keys)
+    assert np.abs(moments(words)).max() < 5
+    apart = jax.vmap(jax.vmap(lambda key: rounding_words(key, jnp.uint32(7) + places[:64])))(keys)
+    np.testing.assert_array_equal(apart, words[..., 7:71])  # a word belongs to its place
+    counted = (places * jnp.uint32(0x9E3779B9) + jax.random.key_data(keys)[..., :1]).reshape(words.shape)
+    assert np.abs(moments(counted)).max() > 5  # the control: counters that are not mixed
 
 
 @pytest.mark.slow

@@ -179,10 +179,10 @@ class Devices:
             first_index=first_index,
         )
 
-    def slice_of_uniform(self, key: Array, count: int) -> Array:
-        """This device's slice [count] of uniform numbers in [0, 1) that do not depend on the number of devices."""
+    def slice_of_words(self, key: Array, count: int) -> Array:
+        """This device's slice [count] of `rounding_words`, which do not depend on the number of devices."""
         first = (jax.lax.axis_index(AXES) * count).astype(jnp.uint32)
-        return uniform_at(key, first + jnp.arange(count, dtype=jnp.uint32))
+        return rounding_words(key, first + jnp.arange(count, dtype=jnp.uint32))
 
     def streams(self, directions: int, signs: tuple[float, ...]) -> tuple[Array, Array]:
         """The streams of this device: directions [a] and their signs [a, b]; b is 1 where devices share a direction.
@@ -212,9 +212,21 @@ class Devices:
         return total / weight
 
 
-def uniform_at(key: Array, places: Array) -> Array:
-    """Uniform numbers in [0, 1) at places of a parameter, uint32 of any shape: the same however it is cut into parts."""
-    return (addresses.words_at(jax.random.key_data(key), places) >> 8).astype(jnp.float32) * 2.0**-24
+def rounding_words(key: Array, places: Array) -> Array:
+    """Random words at places of a parameter, uint32 of any shape: the same however it is cut into parts.
+
+    A hash of place and key. Noise has threefry's words, which take longer than a short float saves in a copy of memory; whether
+    an entry is rounded up or down asks less of them.
+    """
+    first, second = jax.random.key_data(key)
+    return _mix(_mix(places * jnp.uint32(0x9E3779B9) + first) ^ second)
+
+
+def _mix(word: Array) -> Array:
+    """A bijection of words in which every bit of the result depends on every bit (lowbias32, hash-prospector)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        word = (word ^ (word >> shift)) * jnp.uint32(factor)
+    return word ^ (word >> 16)
 
 
 def add_device_axes(tree: Any) -> Any:

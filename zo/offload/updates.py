@@ -23,8 +23,8 @@ from eggroll.noise.regions import BlockGrid, Region, cut
 from eggroll.noise.rules import Frozen
 from eggroll.update.checksums import has_checksum, sum_array
 from eggroll.update.estimator import region_gradient
-from eggroll.update.precision import is_low, stochastic_round
-from eggroll.zo.offload.devices import Devices, Sliced, is_sliced, uniform_at
+from eggroll.update.precision import is_low, store
+from eggroll.zo.offload.devices import Devices, Sliced, is_sliced, rounding_words
 from eggroll.zo.offload.state import Pending
 from eggroll.zo.optimizers.descent import Descent
 
@@ -53,7 +53,7 @@ def update_resident(descent: Descent, plan: Plan, resident: Any, pending: Pendin
 
             new = _updated(descent, values, planned, _ascent(descent, pending, estimate), pending)
             if is_low(leaf):
-                new = stochastic_round(new, leaf.dtype, uniform=uniform_at(key, _places(leaf.shape, region)))
+                new = store(new, leaf.dtype, on_grid=False, words=rounding_words(key, _places(leaf.shape, region)))
             return new, _sum_both(planned, region, values, new)
 
         def update_next(index: Array, carry: tuple[Array, Array], blocks: BlockGrid) -> tuple[Array, Array]:
@@ -99,7 +99,7 @@ def update_block(
         estimate = functools.partial(devices.slice_of_gradient, planned, noise_key=run_key, first_index=index)
         new = _updated(descent, leaf.values, planned, _ascent(descent, pending, estimate), pending)
         if is_low(leaf.values):
-            new = stochastic_round(new, leaf.values.dtype, uniform=devices.slice_of_uniform(key, new.size))
+            new = store(new, leaf.values.dtype, on_grid=False, words=devices.slice_of_words(key, new.size))
         return dataclasses.replace(leaf, values=new)
 
     return _update_leaves(update, plan, block, pending, run_key, index)
