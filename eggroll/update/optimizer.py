@@ -139,7 +139,9 @@ def describe_update(
     key, value = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
     jax.eval_shape(read, params, key, coefficients, value)
     split = found[0].split
-    reason = found[0].reason or ("values of one are used for another" if split == "whole" else "not by entries of its gradient")
+    reason = found[0].reason or (
+        "values of one are used for another" if split == "whole" else "an update reads more than the entry of the gradient"
+    )
     fed_back = [index for index, leaf in enumerate(plan.leaves) if is_fed_back(leaf, settings.precision)]
     if fed_back:
         _check_feedback(plan, found[0], fed_back, splits=split == "elements" or (split == "leaves" and not on_mesh))

@@ -26,11 +26,16 @@ def per_block(function: Callable[..., Array], like: Array, *given: Array) -> Arr
     Args:
         function: from a region of `like`, and what is given, to the values there.
         like: a gradient or an update of the parameter that the function belongs to.
-        *given: arrays that belong to no parameter. Other values that are being traced must not be used by the function.
+        *given: arrays that belong to no parameter.
+
+    Raises:
+        ValueError: the function uses values that are being traced and are not given.
     """
     whole = Region((0,) * like.ndim, like.shape)
     jaxpr = jax.make_jaxpr(functools.partial(function, whole))(*given)  # also for the digest of the update
-    return per_block_p.bind(like, *given, jaxpr=jaxpr, function=function)
+    if any(isinstance(constant, jax.core.Tracer) for constant in jaxpr.consts):
+        raise ValueError("a function of noise uses traced values that it is not given: pass them as `given`.")
+    return per_block_p.bind(like, *given, jaxpr=jaxpr, function=lambda *known: function(*known))  # whose text says nothing
 
 
 def _of_whole(like: Any, *given: Any, jaxpr: jexc.ClosedJaxpr, **_: Any) -> Any:

@@ -25,10 +25,12 @@ class SplitUpdate:
     def __init__(self, reading: Reading, states: Sequence[Array], extra: Any):
         self._reading, jaxpr = reading, reading.jaxpr
         self._known = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-        given = [*reading.shared_states(states), *jax.tree.leaves(extra)]
-        self._known |= zip(reading.shared_inputs(), given, strict=True)
-        of_blocks = [atom for equation in jaxpr.jaxpr.eqns if equation.primitive is per_block_p for atom in equation.invars]
-        once = [var for var in reading.shared() if var.aval.shape == () or any(var is atom for atom in of_blocks)]
+        inputs = [*reading.shared_states(states), *jax.tree.leaves(extra)]
+        self._known |= zip(reading.shared_inputs(), inputs, strict=True)
+        noisy = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive is per_block_p]
+        given = {atom for equation in noisy for atom in equation.invars[1:] if not isinstance(atom, jexc.Literal)}
+        kinds = reading.shared().items()
+        once = [var for var, kind in kinds if var.aval.shape == () or (var in given and not kind.uniform)]
         self._known |= zip(once, self._run(once, self._known), strict=True)
 
     def shared_states(self) -> list[Array]:
@@ -71,7 +73,9 @@ class SplitUpdate:
         for equation in self._reading.equations_of(ends, known):
             inputs, primitive = [read(atom) for atom in equation.invars], equation.primitive
             if region is not None and primitive is per_block_p:
-                outputs = [equation.params["function"](region, *inputs[1:])]
+                pairs = zip(inputs[1:], equation.invars[1:], strict=True)
+                given = [jnp.broadcast_to(value, atom.aval.shape) for value, atom in pairs]
+                outputs = [equation.params["function"](region, *given)]
             elif block is not None and primitive.name in SPREADING:
                 outputs = inputs[:1]
             else:

@@ -12,7 +12,7 @@ import eggroll
 from eggroll import programs, zo
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.zo.offload import passes
-from eggroll.zo.offload.devices import rounding_words
+from eggroll.zo.offload.devices import hash_words
 from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
@@ -172,9 +172,9 @@ def test_words_of_rounding_are_random():
     split = jax.vmap(jax.random.fold_in, (None, 0))
     keys = jax.vmap(split, (0, None))(split(KEY, jnp.arange(8)), jnp.arange(16))
     places = jnp.arange(1 << 14, dtype=jnp.uint32)
-    words = jax.jit(jax.vmap(jax.vmap(lambda key: rounding_words(key, places))))(keys)
+    words = jax.jit(jax.vmap(jax.vmap(lambda key: hash_words(key, places))))(keys)
     assert np.abs(moments(words)).max() < 5
-    apart = jax.vmap(jax.vmap(lambda key: rounding_words(key, jnp.uint32(7) + places[:64])))(keys)
+    apart = jax.vmap(jax.vmap(lambda key: hash_words(key, jnp.uint32(7) + places[:64])))(keys)
     np.testing.assert_array_equal(apart, words[..., 7:71])  # a word belongs to its place
     counted = (places * jnp.uint32(0x9E3779B9) + jax.random.key_data(keys)[..., :1]).reshape(words.shape)
     assert np.abs(moments(counted)).max() > 5  # the control: counters that are not mixed

@@ -180,9 +180,9 @@ class Devices:
         )
 
     def slice_of_words(self, key: Array, count: int) -> Array:
-        """This device's slice [count] of `rounding_words`, which do not depend on the number of devices."""
+        """This device's slice [count] of `hash_words`, which do not depend on the number of devices."""
         first = (jax.lax.axis_index(AXES) * count).astype(jnp.uint32)
-        return rounding_words(key, first + jnp.arange(count, dtype=jnp.uint32))
+        return hash_words(key, first + jnp.arange(count, dtype=jnp.uint32))
 
     def streams(self, directions: int, signs: tuple[float, ...]) -> tuple[Array, Array]:
         """The streams of this device: directions [a] and their signs [a, b]; b is 1 where devices share a direction.
@@ -212,11 +212,10 @@ class Devices:
         return total / weight
 
 
-def rounding_words(key: Array, places: Array) -> Array:
+def hash_words(key: Array, places: Array) -> Array:
     """Random words at places of a parameter, uint32 of any shape: the same however it is cut into parts.
 
-    A hash of place and key. Noise has threefry's words, which take longer than a short float saves in a copy of memory; whether
-    an entry is rounded up or down asks less of them.
+    A hash of place and key: threefry's words, which noise is made of, take longer than copying a short float saves.
     """
     first, second = jax.random.key_data(key)
     return _mix(_mix(places * jnp.uint32(0x9E3779B9) + first) ^ second)

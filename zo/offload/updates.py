@@ -24,7 +24,7 @@ from eggroll.noise.rules import Frozen
 from eggroll.update.checksums import has_checksum, sum_array
 from eggroll.update.estimator import region_gradient
 from eggroll.update.precision import is_low, store
-from eggroll.zo.offload.devices import Devices, Sliced, is_sliced, rounding_words
+from eggroll.zo.offload.devices import Devices, Sliced, hash_words, is_sliced
 from eggroll.zo.offload.state import Pending
 from eggroll.zo.optimizers.descent import Descent
 
@@ -53,7 +53,7 @@ def update_resident(descent: Descent, plan: Plan, resident: Any, pending: Pendin
 
             new = _updated(descent, values, planned, _ascent(descent, pending, estimate), pending)
             if is_low(leaf):
-                new = store(new, leaf.dtype, on_grid=False, words=rounding_words(key, _places(leaf.shape, region)))
+                new = store(new, leaf.dtype, on_grid=False, words=hash_words(key, _places(leaf.shape, region)))
             return new, _sum_both(planned, region, values, new)
 
         def update_next(index: Array, carry: tuple[Array, Array], blocks: BlockGrid) -> tuple[Array, Array]:

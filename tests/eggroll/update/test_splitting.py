@@ -1,5 +1,7 @@
 """How far optax's updates split, and that an update in parts is the update in one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import optax.contrib
 import pytest
 
 import eggroll
+from eggroll import digests
 from eggroll.noise import regions
 from eggroll.noise.regions import Region
 from eggroll.update.per_block import per_block
@@ -131,6 +134,42 @@ def test_a_function_of_blocks_is_evaluated_where_they_are(standard_promotion):
     batched = jax.vmap(lambda state: optimizer.update(gradients(2), state)[0])(jnp.arange(2.0))
     np.testing.assert_allclose(batched["w"], w + jnp.arange(2)[:, None, None] * 3 * jnp.arange(6)[:, None])
     assert parts.shared_states() == [3]
+
+
+def test_a_function_of_blocks_may_be_given_equal_entries_that_are_used_elsewhere(standard_promotion):
+    def update(updates, state, params=None):
+        ones = jax.tree.map(lambda u: state * jnp.ones(u.shape), updates)
+        return jax.tree.map(lambda u, own: own * u + per_block(_sum_of, u, own), updates, ones), state
+
+    optimizer, w = optax.GradientTransformationExtraArgs(lambda params: jnp.float32(2), update), gradients(2)["w"]
+    reading = Reading(optax.with_extra_args_support(optimizer), gradients(2), jnp.float32(2), PARAMS, {})
+    assert reading.split == "elements"
+    rows, parts = Region((2, 0), (2, 8)), SplitUpdate(reading, [jnp.float32(2)], {})
+    np.testing.assert_allclose(parts.of_leaf(2, rows, w[2:4], w[2:4], ())[0], 2 * w[2:4] + 2 * w.size, rtol=1e-6)
+
+
+def _sum_of(region, given):
+    return jnp.broadcast_to(given.sum(), region.sizes)
+
+
+def test_a_function_of_blocks_is_given_what_is_traced():
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u: per_block(lambda region: _sum_of(region, state), u), updates), state
+
+    with pytest.raises(ValueError, match="traced values that it is not given: pass them as `given`"):
+        Reading(optax.GradientTransformationExtraArgs(None, update), gradients(2), jnp.float32(2), PARAMS, {})
+
+
+def test_the_text_of_a_function_of_blocks_is_not_what_it_closes_over():
+    def digest_with(reason):
+        function = lambda u: per_block(functools.partial(_sum_with, reason), u, u.sum())  # noqa: E731
+        return digests.digest(function, jnp.ones(3))
+
+    assert digest_with("one reason") == digest_with("another") != digests.digest(lambda u: u, jnp.ones(3))
+
+
+def _sum_with(reason, region, given):
+    return _sum_of(region, given)
 
 
 def test_a_function_of_blocks_that_is_given_values_of_a_parameter_is_of_the_whole():
