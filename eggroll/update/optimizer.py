@@ -140,7 +140,7 @@ def describe_update(
     jax.eval_shape(read, params, key, coefficients, value)
     split = found[0].split
     reason = found[0].reason or (
-        "values of one are used for another" if split == "whole" else "an update reads more than the entry of the gradient"
+        "values of one are used for another" if split == "whole" else "an update depends on more than its entry of the gradient"
     )
     fed_back = [index for index, leaf in enumerate(plan.leaves) if is_fed_back(leaf, settings.precision)]
     if fed_back:

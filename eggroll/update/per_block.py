@@ -2,8 +2,8 @@
 
     per_block(function, like, *given)[region] = function(region, *given)
 
-`splitting` reads from `like`, of which only the shape counts, which parameter it belongs to, and evaluates it in the regions
-that are updated. Everywhere else it is an array like any other: the function of the whole parameter.
+`splitting` reads from `like`, of which only the shape counts, which parameter it belongs to; `split_update` evaluates it in the
+regions that are updated. Everywhere else it is an array like any other: the function of the whole parameter.
 """
 
 import functools
