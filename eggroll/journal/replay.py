@@ -91,6 +91,6 @@ def _apply(es: Strategy[S], state: S, entry: Entry, *, compared: bool) -> S:
     except OtherState as error:
         raise JournalError(
             f"generation {entry.generation}, replayed, gives other values than the run had: {list_names(error.names)} differ. "
-            "The optimizer or the code of the update is another one, or memory is faulty: restore them, or continue a run from "
-            "what they give now with accept_change=True (--accept-change)."
+            "The optimizer or the code of the update is another one (as in an older or newer eggroll), or memory is faulty: "
+            "restore them, or continue a run from what they give now with accept_change=True (--accept-change)."
         ) from None

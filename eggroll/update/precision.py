@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
@@ -132,8 +133,10 @@ def stochastic_round(value: Array, dtype: Any, *, uniform: Array) -> Array:
         Array of `dtype`, each entry one of the two neighbours of its value.
     """
     info = jnp.finfo(dtype)
-    exponent = jnp.maximum(jnp.frexp(value)[1] - 1, int(info.minexp))
-    ulp = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
+    exponent = jax.lax.bitcast_convert_type(value, jnp.int32) & 0x7F800000  # where it lies in a float32; frexp is slower
+    least = max(float(info.smallest_normal), 2.0 ** (info.nmant - 126))  # the unit is not subnormal in float32 either
+    exponent = jnp.maximum(exponent, np.float32(least).view(np.int32))
+    ulp = jax.lax.bitcast_convert_type(exponent, jnp.float32) * jnp.float32(2.0**-info.nmant)
     whole = jnp.floor(value / ulp)
     up = uniform < value / ulp - whole
     rounded = (whole + up.astype(jnp.float32)) * ulp

@@ -36,8 +36,8 @@ def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_stochastic_rounding_keeps_what_is_not_finite(dtype):
-    value = jnp.array([jnp.nan, jnp.inf, -jnp.inf])
+def test_stochastic_rounding_keeps_zero_and_what_is_not_finite(dtype):
+    value = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.0, -0.0])
     np.testing.assert_array_equal(
         np.asarray(stochastic_round(value, dtype, uniform=jnp.zeros(value.shape)).astype(jnp.float32)), np.asarray(value)
     )
