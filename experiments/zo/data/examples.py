@@ -1,5 +1,6 @@
 """Examples of a task as padded arrays, and batches of them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
         records: at least one.
         task: turns records into text.
         tokenizer: turns text into tokens.
-        max_length: most tokens of an example; longer prompts lose their beginning, the same for all candidates.
+        max_length: most tokens of an example; longer prompts lose their beginning, the same for all candidates, and a warning
+            says how many.
 
     Returns:
         The examples, padded to the longest.
@@ -35,16 +37,20 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
         ValueError: a record that does not fit the task, a prompt or candidate without tokens, a candidate that fills
             max_length.
     """
-    rows, labels = [], []
+    rows, labels, lengths = [], [], []
     for record in records:
         question = task.question(record)
         targets = [tokenizer.encode(candidate) for candidate in question.candidates]
         for candidate, target in zip(question.candidates, targets, strict=True):
             if not target:
                 raise ValueError(f"{record.place}: the tokenizer turns {candidate!r}, a text to be predicted, into no tokens.")
-        context = _context(record, question.prompt, targets, tokenizer, max_length)
+        context, length = _context(record, question.prompt, targets, tokenizer, max_length)
         rows.append([(context, target) for target in targets])
         labels.append(question.label)
+        lengths.append(length)
+    if cut := sum(length > max_length for length in lengths):
+        lost = f"{cut} of {len(lengths)} prompts lose their beginning at max_length {max_length}"
+        warnings.warn(f"{lost}; {max(lengths)} leaves all whole.", stacklevel=2)
     length = max(len(context) + len(target) for row in rows for context, target in row)
     tokens = np.zeros((len(rows), len(rows[0]), length), np.int32)
     mask, targets_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
@@ -57,18 +63,21 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
     return Examples(tokens, mask, targets_mask, np.array(labels, np.int32))
 
 
-def _context(record: Record, prompt: str, targets: list[list[int]], tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """Return the tokens before every candidate: the tokenizer's prefix and the end of the prompt."""
+def _context(
+    record: Record, prompt: str, targets: list[list[int]], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], int]:
+    """Return the tokens before every candidate, the tokenizer's prefix and the end of the prompt; and the length of all."""
     longest = max(map(len, targets))
     limit = max_length - len(tokenizer.prefix) - longest
     if limit < 1:
         raise ValueError(
             f"{record.place}: a text to be predicted has {longest} tokens, which leaves no place for a prompt in {max_length}."
         )
-    context = [*tokenizer.prefix, *tokenizer.encode(prompt)[-limit:]]
+    tokens = tokenizer.encode(prompt)
+    context = [*tokenizer.prefix, *tokens[-limit:]]
     if not context:
         raise ValueError(f"{record.place}: the tokenizer turns the prompt {prompt!r} into no tokens.")
-    return context
+    return context, len(tokenizer.prefix) + len(tokens) + longest
 
 
 def batch_of(examples: Examples, step: int, *, size: int, seed: int = 0) -> Examples:

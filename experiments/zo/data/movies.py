@@ -20,7 +20,7 @@ MOST_WORDS = 12
 
 
 def read_movies() -> list[dict[str, Any]]:
-    """Return the 2,340 short clear sentences, {"text": ..., "label": 0 or 1}, downloaded once.
+    """Return the 2,340 different short clear sentences, {"text": ..., "label": 0 or 1}, downloaded once.
 
     Raises:
         ValueError, RuntimeError: as of `fetch_file`.
@@ -31,8 +31,12 @@ def read_movies() -> list[dict[str, Any]]:
 
 
 def parse(content: str) -> list[dict[str, Any]]:
-    """Return the short clear sentences of lines of number, rating and text, apart by tabs."""
+    """Return the short clear sentences of lines of number, rating and text, apart by tabs; the first of equal ones."""
     rows = (line.rstrip("\r").split("\t") for line in content.split("\n") if line.strip())
     found = [(float(rating), text.strip()) for _, rating, text in rows]
     short = [(rating, text) for rating, text in found if len(text.split()) <= MOST_WORDS]
-    return [{"text": text, "label": int(rating > 0)} for rating, text in short if abs(rating) >= CLEAR]
+    labels = dict[str, int]()
+    for rating, text in short:
+        if abs(rating) >= CLEAR:
+            labels.setdefault(text, int(rating > 0))
+    return [{"text": text, "label": label} for text, label in labels.items()]

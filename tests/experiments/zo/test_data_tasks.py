@@ -62,7 +62,9 @@ def test_templates_with_several_fields(tmp_path):
 
 
 def test_long_prompts_lose_their_beginning_alike_for_every_candidate(tmp_path):
-    got = load(jsonl(tmp_path, {"text": "x" * 50 + "abc", "label": 0}), SST2, BYTES, max_length=20)
+    lines = {"text": "x" * 50 + "abc", "label": 0}, {"text": "abc", "label": 1}
+    with pytest.warns(UserWarning, match="^1 of 2 prompts lose their beginning at max_length 20; 70 leaves"):
+        got = load(jsonl(tmp_path, *lines), SST2, BYTES, max_length=20)
     assert got.tokens.shape[2] == 20
     assert [text_of(row, mask) for row, mask in zip(got.tokens[0], got.mask[0], strict=True)] == [
         "abc It was terrible",  # 9 of 20 tokens for " terrible", 1 for the start

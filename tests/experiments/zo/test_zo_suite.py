@@ -91,7 +91,7 @@ def test_an_unfinished_seed_keeps_what_it_continues_from(results, tmp_path):
 def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_path, monkeypatch):
     """Rates are three for every recipe; backprop is left out where the objective has no gradient."""
     content = "".join(f"{n}\t{rating}\tsentence number {n}\r\n" for n, rating in enumerate([-2.0, 2.0, 0.5] * 10))
-    records = movies.parse(content + "31\t3.0\t" + "long " * 13 + "\r\n")
+    records = movies.parse(content + "31\t3.0\t" + "long " * 13 + "\r\n32\t1.5\tsentence number 1\r\n")
     assert len(records) == 20 and records[:2] == [{"text": f"sentence number {n}", "label": n} for n in (0, 1)]
     monkeypatch.setitem(studies.STUDIES, "movies", studies.STUDIES["movies"]._replace(records=lambda: records))
     config = zo_suite.Config(
