@@ -54,6 +54,7 @@ class Advance(Generic[S]):
         self._es, self._length, self._next_batch, self._is_replayed = es, on_device, next_batch, is_replayed
         self._batches, self._changes = batches, changes
         self._paths: list[str] = []  # of the parameters
+        self._has_scanned = False  # a single generation then runs in the program that is there
 
     def __call__(self, state: S, most: int) -> tuple[S, list[Record]]:
         """Run at most `most` generations, at least one; no records: the batches have ended."""
@@ -65,9 +66,10 @@ class Advance(Generic[S]):
         if not batches:
             return state, []
         with report_lost_process(f"generation {generation}"):
-            if count == 1 or (self._changes and len(batches) == 1):
+            count = len(batches) if self._changes else count
+            if count == 1 and not self._has_scanned:
                 return self._step(state, batches[0])
-            return self._scan(state, batches, len(batches) if self._changes else count)
+            return self._scan(state, batches, count)
 
     def _take(self, generation: int, count: int) -> Sequence[Any]:
         """The batches of the next generations, only one if it is the same for all; fewer, or none, where an iterator ends."""
@@ -114,6 +116,7 @@ class Advance(Generic[S]):
             stacked=self._changes,
             next_batch=self._next_batch,
         )
+        self._has_scanned = True
         metrics, follows = jax.device_get((found, None if self._next_batch is None else following))
         seconds = (time.perf_counter() - start) / count
         records = self._records(state, metrics, follows, count, seconds)
@@ -121,7 +124,7 @@ class Advance(Generic[S]):
             self._is_replayed = False  # they are compared
             if differing := self._compare(copy_state(before), records):
                 warnings.warn(f"{differing}: generations run one by one instead, as with on_device=1.", stacklevel=4)
-                self._length = 1
+                self._length, self._has_scanned = 1, False
                 return self._step_through(before, batches)
         if self._next_batch is not None:
             self._batches = records[-1].batch

@@ -196,14 +196,22 @@ def test_batches_of_a_function_or_an_iterator_are_stacked():
     assert len(history) == 7
 
 
-def test_a_shorter_last_scan_compiles_nothing():
-    go_on = functools.partial(eggroll.train, strategy(), progress=False, on_device=K, next_batch=next_batch)
-    state, _ = go_on(initial(), jnp.float32(1), generations=2 * K)
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_shorter_last_scan_compiles_nothing(left):
+    es = strategy()
+    train = functools.partial(eggroll.train, es, batches=jnp.float32(1), progress=False, next_batch=next_batch)
+    state, _ = train(initial(), generations=2 * K, on_device=K)
     with pytest.MonkeyPatch.context() as patch:
         compiled = []
-        patch.setattr(jax._src.compiler, "compile_or_get_cached", lambda *given, **_: compiled.append(given))
-        go_on(state, jnp.float32(1), generations=2)
+        compile_once = jax._src.compiler.compile_or_get_cached
+        patch.setattr(
+            jax._src.compiler, "compile_or_get_cached", lambda *given, **named: compiled.append(1) or compile_once(*given, **named)
+        )
+        state, _ = train(state, generations=K + left, on_device=K)
     assert not compiled
+    single, _ = train(initial(), generations=2 * K)
+    single, _ = train(single, generations=K + left)  # from the first batch again
+    assert_same(single, state)
 
 
 def test_an_update_that_rounds_otherwise_in_a_scan_runs_one_by_one_instead(tmp_path, reference, monkeypatch):
