@@ -5,8 +5,11 @@ result is an error that names it, not one of the loop that carries it.
 """
 
 import math
+import sysconfig
+import traceback
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment
 from eggroll.signatures import check_signature
 
 _checked: weakref.WeakSet[Environment] = weakref.WeakSet()
+_FOLDERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
 ONE_FLAG = " One flag `done` becomes two: terminated where the task ended, truncated where the time limit was reached."
 
 
@@ -88,7 +92,12 @@ def _check_call(about: str, name: str, function: Callable, arguments: tuple[str,
 
 
 def _trace(about: str, name: str, function: Callable, *arguments: Any) -> Any:
-    """Shapes and dtypes of a function's result; TypeError where the function needs values that JAX has not computed yet."""
+    """Shapes and dtypes of a function's result.
+
+    Raises:
+        TypeError: the function needs values that JAX has not computed yet.
+        ValueError: the function raises an error of its own; the message has its type, and the line that raised it.
+    """
     try:
         return jax.eval_shape(function, *arguments)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
@@ -97,6 +106,20 @@ def _trace(about: str, name: str, function: Callable, *arguments: Any) -> Any:
             f"({type(error).__name__}); write jnp for np, and jnp.where or jax.lax.cond for if. A simulator in NumPy is played "
             "by envs.Simulator."
         ) from error
+    except Exception as error:
+        raise ValueError(f"{about}: {describe_error(name, error)}") from error
+
+
+def describe_error(name: str, error: Exception) -> str:
+    """Describe an error of an author's function: its type, and the last line that is not of an installed package."""
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if not _is_installed(line.filename)]
+    where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    return f"{name} raised {type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
+
+
+def _is_installed(file: str) -> bool:
+    """Whether code is of Python or of a package, this one included, rather than of an author."""
+    return "site-packages" in file or file.startswith(("<", *_FOLDERS))
 
 
 def _check_declared(environment: Environment) -> None:

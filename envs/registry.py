@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from eggroll.envs.checks import check_environment
+from eggroll.envs.checks import check_environment, describe_error
 from eggroll.envs.protocol import Environment, with_time_limit
 from eggroll.envs.suites.deferred import deferred
 
@@ -105,14 +105,17 @@ def make(name: str, *, max_steps: int | None = None) -> Environment:
     Raises:
         ValueError: no suite has it; the message suggests the nearest names.
         ModuleNotFoundError: the suite is not installed; the message has the command that installs it.
-        TypeError, ValueError: a registered environment is not as `Environment` describes it.
+        TypeError, ValueError: a registered environment is not as `Environment` describes it, or raises an error.
     """
     environment = _make_registered(name) if name in _registered else _make_from_suite(str(name))
     return environment if max_steps is None else with_time_limit(environment, max_steps)
 
 
 def _make_registered(name: str) -> Environment:
-    environment = _registered[name]()
+    try:
+        environment = _registered[name]()
+    except Exception as error:
+        raise ValueError(f"env '{name}': {describe_error('its factory', error)}") from error
     if not isinstance(environment, Environment):
         numpy = "; envs.Simulator plays an environment of gymnasium" * hasattr(environment, "observation_space")
         raise TypeError(f"the factory of '{name}' must return an envs.Environment, got {type(environment).__name__}{numpy}.")

@@ -76,9 +76,12 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 def _draw_fitness(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, references: Mapping[str, float]) -> None:
     at, mean, spread = (_column(rows, name) for name in (x, "mean_fitness", "std_fitness"))
-    axes.plot(at, _column(rows, "best_fitness"), color="tab:orange", linewidth=1, label="best member")
+    best = _column(rows, "best_fitness")
+    if not np.isnan(best).all():
+        axes.plot(at, best, color="tab:orange", linewidth=1, label="best member")
     axes.plot(at, mean, color="tab:blue", label="mean")
-    axes.fill_between(at, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="mean ± standard deviation")
+    if not np.isnan(spread).all():
+        axes.fill_between(at, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="mean ± standard deviation")
     for name, label in HELD_OUT.items():
         if checks := [row for row in rows if row.get(name) is not None]:
             axes.plot(_column(checks, x), _column(checks, name), "o-", color="tab:red", markersize=4, label=label)

@@ -3,7 +3,7 @@
 A bar drawn by rich where standard error is a terminal, with the words below it, where 80 columns have room for both;
 otherwise, and in the log of a run (`eggroll.runs.log`), a plain line every few seconds:
 
-    generations 0 of 50: compiling, or in the first of this run, 0:00:10
+    generations, of 50: compiling, or in the first of this run, 0:00:10
     generations 12 of 50: best 0.41  mean 0.33  4 members/s, 0:05:20, ETA 0:15:08
 """
 
@@ -24,7 +24,7 @@ SHARE = 0.02  # later, the share of the elapsed time that passes between lines
 
 
 @contextlib.contextmanager
-def progress_line(name: str, total: float, *, enabled: bool | None = None) -> Iterator[Callable[[float, str], None]]:
+def progress_line(name: str, total: float, *, enabled: bool | None = None) -> Iterator[Callable[..., None]]:
     """Show the progress while the context is open.
 
     Args:
@@ -34,13 +34,14 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
             installed, and otherwise write plain lines, the first after `FIRST_SECONDS`.
 
     Yields:
-        `show(completed, words)`: how many are done, and the words next to the bar.
+        `show(completed, words, total)`: how many are done, the words next to the bar and, where it is not that from above, how
+        many are likely in the end.
 
     Raises:
         ModuleNotFoundError: `enabled` is True and rich is not installed.
     """
     if enabled is False:
-        yield lambda completed, words: None
+        yield lambda completed, words, total=None: None
         return
     if not (enabled or (sys.stderr.isatty() and _has_rich())):
         with _PlainLines(name, total, _write_error) as plain:
@@ -56,10 +57,10 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
             if isinstance(stream, Copied) and above is not stream:  # rich shows above the bar what is printed
                 stack.enter_context(redirect(stream.over(above)))
 
-        def show(completed: float, words: str) -> None:
-            bar.update(task, completed=min(completed, total), words=words)
+        def show(completed: float, words: str, likely: float = total) -> None:
+            bar.update(task, completed=min(completed, likely), total=likely, words=words)
             if lines is not None:
-                lines.show(completed, words)
+                lines.show(completed, words, likely)
 
         yield show
 
@@ -106,8 +107,8 @@ class _PlainLines:
         self._ended.set()
         self._thread.join()
 
-    def show(self, completed: float, words: str) -> None:
-        now = time.monotonic()
+    def show(self, completed: float, words: str, total: float | None = None) -> None:
+        now, self._total = time.monotonic(), self._total if total is None else total
         self._first = self._first or (now, completed)
         self._last = now, completed, words
 
@@ -119,7 +120,7 @@ class _PlainLines:
     def _line(self) -> str:
         elapsed, of = _duration(time.monotonic() - self._start), f"of {self._total:,.0f}"
         if self._first is None or self._last is None:
-            return f"{self._name} 0 {of}: {STARTING}, {elapsed}"
+            return f"{self._name}, {of}: {STARTING}, {elapsed}"
         (began, before), (now, completed, words) = self._first, self._last
         speed = (completed - before) / (now - began) if now > began else 0.0
         left = max(0.0, self._total - completed) / speed if speed > 0 else math.inf

@@ -148,7 +148,11 @@ def train(
                     durable.record(state if is_last else None, record, score=score)
                 if not keep_arrays:
                     history[-1] = dataclasses.replace(record, aux=None, coefficients=None, fitness=None, batch=None)
-            show(record.extra[name] if budget else len(history), words(record) if words else _progress_words(record, held_out))
+            told = words(record) if words else _progress_words(record, held_out)
+            if budget:
+                show(record.extra[name], told, _likely_total(budget, generations, history))
+            else:
+                show(len(history), told)
             if stops:
                 break
     return state, history
@@ -175,6 +179,15 @@ def _is_spent(budget: tuple[str, float] | None, record: Record) -> bool:
         missing = f"budget names {name!r}, which was not in record.extra after generation {record.generation}"
         raise ValueError(f"{missing}: on_record has to put it there or, without on_device, a callback.")
     return record.extra[name] >= amount
+
+
+def _likely_total(budget: tuple[str, float], generations: int | None, history: Sequence[Record]) -> float:
+    """How much of the budget is spent when the run ends, should it go on as it did so far."""
+    name, amount = budget
+    if generations is None or len(history) < 2:
+        return amount
+    first, last = (record.extra[name] for record in (history[0], history[-1]))
+    return min(amount, last + (generations - len(history)) * (last - first) / (len(history) - 1))
 
 
 def _plot_fitness(history: Sequence[Record], folder: Path) -> None:

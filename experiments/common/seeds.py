@@ -10,12 +10,15 @@ from typing import Any, NamedTuple, Protocol
 from eggroll.devices.processes import first_does, is_first
 from eggroll.experiments.common.checkpoint import OLD
 from eggroll.experiments.common.memory import peak_mib
-from eggroll.experiments.common.run import SUMMARY, run_folder, write_json
+from eggroll.experiments.common.run import SUMMARY, named_folder, run_folder, write_json
 from eggroll.files import replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
-_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl")
+_OF_A_RUN = (  # what a new run in the folder replaces, and one that is resumed keeps
+    *("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl"),
+    *("checkpoint", "model", "fitness.png", "curves.png", "policy.gif"),
+)
 Row = dict[str, Any]
 
 
@@ -118,7 +121,7 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
     """Make the folder of a seed; if the options name none it is `runs/<default>-<seed>`."""
     if config.folder is None:
         return run_folder(f"{default}-{seed}")
-    return run_folder(config.folder if config.seeds == 1 else config.folder / f"seed-{seed}")
+    return run_folder(config.folder if config.seeds == 1 else named_folder(config.folder) / f"seed-{seed}")
 
 
 @contextlib.contextmanager
@@ -143,7 +146,7 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 def _clear(folder: Path, *, resume: bool) -> None:
     (folder / SUMMARY).unlink(missing_ok=True)
-    for path in () if resume else (folder / name for name in _KEPT_BY_RESUME):
+    for path in () if resume else (folder / name for name in _OF_A_RUN):
         if path.is_dir():
             shutil.rmtree(path)
         else:

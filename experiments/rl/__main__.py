@@ -99,10 +99,11 @@ def _evaluate(
         print(f"{seed}: {best}, whose parameters return {best_returns.mean():.4g}", flush=True)
     above_random = is_above(returns, random_returns)
     if not above_random:
-        means = f"{returns.mean():.4g} is not above that of random actions, {random_returns.mean():.4g}"
+        how = "not above" if returns.mean() <= random_returns.mean() else "less than two standard errors above"
+        means = f"{returns.mean():.4g} is {how} that of random actions, {random_returns.mean():.4g}"
         print(f"{seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
     elif trained.unusual and not checks.met:
-        print(f"{seed}: {trained.advice}", flush=True)
+        print(f"{seed}: if more can be reached: {trained.advice}", flush=True)
     print(f"{seed}: metrics, figure, best and last parameters are in {run.folder}", flush=True)
     if config.render:
         first_does(lambda: _render(evaluation.task, trained, run.folder / "policy.gif", key=key))

@@ -1,5 +1,6 @@
 """The baselines of `experiments.rl`: PPO and the random policy, with the interface of `experiments.rl.evolution.Evolution`."""
 
+import contextlib
 import json
 import statistics
 import time
@@ -40,8 +41,12 @@ class PolicyGradient:
         every = config.env_steps / config.checks
         folder, held_out = seed_run.folder, ""
         checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
-        run, rows = self._start(keys.training), []  # it draws the initial parameters too
-        with open(folder / "metrics.jsonl", "w") as file, progress_line("env steps", config.env_steps) as show:
+        run = self._start(keys.training)  # it draws the initial parameters too
+        rows: list[dict[str, Any]] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: draw(folder, random_return=random_return) if rows else None)  # when it is stopped, too
+            file = stack.enter_context(open(folder / "metrics.jsonl", "w"))
+            show = stack.enter_context(progress_line("env steps", config.env_steps))
             for update in range(self._trainer.updates):
                 start = time.perf_counter()
                 run, metrics = self._advance(run)
@@ -59,7 +64,6 @@ class PolicyGradient:
                 show(rows[-1]["env_steps"], words)
                 if checks.met:
                     break
-        draw(folder, random_return=random_return)
         return Trained(
             actor,
             learner.statistics,

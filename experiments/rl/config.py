@@ -69,6 +69,8 @@ RULES = (
         "hidden_sizes",
         "activation",
     ),
+    unless(lambda config: config.mesh is not None, "with --mesh, where generations run one by one", "on_device"),
+    unless(lambda config: _has_no_activation(config), "without a hidden layer that has one", "activation"),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
     RULE,
 )
@@ -221,6 +223,11 @@ def _own_network(config: Config) -> bool:
     """Whether the network is a class of the user's: "source:Class"."""
     source, _, name = (config.network or "").rpartition(":")
     return bool(source) and name.isidentifier()
+
+
+def _has_no_activation(config: Config) -> bool:
+    """Whether the network that is named has no dense layer but the last, and a recurrent one of gates."""
+    return config.network in ("mlp", "gru") and len(config.hidden_sizes) <= (config.network == "gru")
 
 
 def restore_config(options: Mapping[str, Any]) -> Config:

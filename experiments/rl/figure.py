@@ -13,14 +13,17 @@ from eggroll.experiments.common.bootstrap import mean_interval
 
 COLORS = {"eggroll": "#0072b2", "openes": "#d55e00", "ppo": "#009e73", "random": "#555555"}  # told apart by the colour-blind
 COLUMNS = 4
-AXES: dict[Literal["env_steps", "seconds"], str] = {"env_steps": "environment steps", "seconds": "seconds of training"}
+AXES: dict[Literal["env_steps", "seconds"], str] = {
+    "env_steps": "environment steps",
+    "seconds": "seconds of training, without compilation",
+}
 
 
 class Curve(NamedTuple):
     """The held-out checks of a seed, in order."""
 
     env_steps: Sequence[float]
-    seconds: Sequence[float]  # of training until the check
+    seconds: Sequence[float]  # of training until the check, without compilation
     returns: Sequence[float]
 
 
@@ -60,7 +63,7 @@ def _draw(panel: Axes, algorithm: str, curves: Sequence[Curve], axis: Literal["e
         return
     along = [getattr(curve, axis) for curve in curves]
     start, end = max(at[0] for at in along), min(at[-1] for at in along)
-    grid = np.linspace(start, max(start, end), 25)
+    grid = np.linspace(start, end if start < end else max(at[-1] for at in along), 25)  # a run that has ended keeps its return
     returns = np.array([np.interp(grid, at, curve.returns) for at, curve in zip(along, curves, strict=True)])  # [seeds, grid]
     low, high = np.array([mean_interval(at) for at in returns.T]).T
     panel.plot(grid, returns.mean(axis=0), color=COLORS[algorithm], label=algorithm)

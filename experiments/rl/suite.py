@@ -169,10 +169,16 @@ def report(folder: Path, results: Sequence[Result]) -> Report:
 def read_curve(folder: Path) -> Curve:
     """Read the held-out checks of a run."""
     rows = list(read_metrics(folder))
-    elapsed = itertools.accumulate(row["seconds"] for row in rows)
+    elapsed = itertools.accumulate(without_compilation([row["seconds"] for row in rows]))
     checks = [(row, seconds) for row, seconds in zip(rows, elapsed, strict=True) if row.get("held_out_return") is not None]
     steps, returns = ([row[name] for row, _ in checks] for name in ("env_steps", "held_out_return"))
     return Curve(steps, [seconds for _, seconds in checks], returns)
+
+
+def without_compilation(seconds: Sequence[float]) -> list[float]:
+    """Seconds of generations, with the median in place of one that took more than ten times as long: it compiled."""
+    usual = statistics.median(seconds) if seconds else 0.0
+    return [usual if own > 10 * usual else own for own in seconds]
 
 
 def add_equal_seconds(row: Row, curves: Mapping[str, Sequence[Curve]]) -> Row:

@@ -155,6 +155,24 @@ def test_a_step_that_is_not_a_jax_function(wrong):
         envs.check_environment(dataclasses.replace(RIGHT, step=wrong))
 
 
+def test_an_error_of_the_author_is_told_with_environment_function_and_line(monkeypatch):
+    def step(key, state, action):
+        return jnp.zeros(3) + jnp.zeros(4)
+
+    line = step.__code__.co_firstlineno + 1
+    with pytest.raises(
+        ValueError, match=rf"^env 'mine': step raised TypeError: .*\(test_signatures\.py, line {line}\)$"
+    ) as caught:
+        envs.check_environment(dataclasses.replace(RIGHT, step=step))
+    assert isinstance(caught.value.__cause__, TypeError)
+    monkeypatch.setattr(registry, "_registered", {})
+    envs.register("broken", lambda: {}["size"])
+    with pytest.raises(
+        ValueError, match=r"^env 'broken': its factory raised KeyError: 'size' \(test_signatures\.py, line \d+\)$"
+    ):
+        envs.make("broken")
+
+
 def test_one_that_fits():
     assert envs.check_environment(dataclasses.replace(RIGHT)) is None
 

@@ -2,11 +2,14 @@
 
 import io
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 
 from eggroll.experiments.common.run import print_summary, print_text, run_folder
+from eggroll.experiments.common.seeds import seed_folder
 from eggroll.experiments.reason.progress import print_examples
 from eggroll.runs.log import NAME, logged
 
@@ -31,3 +34,5 @@ def test_run_folder(tmp_path, monkeypatch):
     assert run_folder("first").resolve() == tmp_path / "runs" / "first"
     assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
     assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
+    several = SimpleNamespace(folder=Path("first"), seeds=2)
+    assert seed_folder(several, 1, default="").resolve() == tmp_path / "runs" / "first" / "seed-1"

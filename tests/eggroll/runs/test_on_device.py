@@ -202,11 +202,13 @@ def test_a_shorter_last_scan_compiles_nothing(left):
     train = functools.partial(eggroll.train, es, batches=jnp.float32(1), progress=False, next_batch=next_batch)
     state, _ = train(initial(), generations=2 * K, on_device=K)
     with pytest.MonkeyPatch.context() as patch:
-        compiled = []
-        compile_once = jax._src.compiler.compile_or_get_cached
-        patch.setattr(
-            jax._src.compiler, "compile_or_get_cached", lambda *given, **named: compiled.append(1) or compile_once(*given, **named)
-        )
+        compiled, compile_now = [], jax._src.compiler.compile_or_get_cached
+
+        def count(*given, **named):
+            compiled.append(given)
+            return compile_now(*given, **named)
+
+        patch.setattr(jax._src.compiler, "compile_or_get_cached", count)
         state, _ = train(state, generations=K + left, on_device=K)
     assert not compiled
     single, _ = train(initial(), generations=2 * K)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 import eggroll
-from eggroll.runs import progress
+from eggroll.runs import progress, training
 from eggroll.runs.training import Record, train
 from eggroll.state import copy_state
 
@@ -196,8 +197,18 @@ def test_plain_lines_when_not_a_terminal(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
     train(es, state, jnp.float32(1.0), generations=3, callbacks=[wait])
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("generations 0 of 3: compiling, or in the first of this run, 0:00:0")
+    assert out == "" and err.startswith("generations, of 3: compiling, or in the first of this run, 0:00:0")
     assert re.search(r"^generations 2 of 3: generation 6  best .* members/s, 0:00:0\d, ETA 0:00:0\d$", err, re.MULTILINE)
+
+
+def test_the_limit_that_comes_first_decides_what_is_left():
+    def history(*tokens):
+        return [SimpleNamespace(extra={"tokens": count}) for count in tokens]
+
+    likely = functools.partial(training._likely_total, ("tokens", 1000))
+    assert likely(None, history(10, 20)) == 1000 and likely(4, history(10)) == 1000
+    assert likely(4, history(10, 20)) == 40 and likely(400, history(10, 20)) == 1000
+    assert likely(4, history(510, 520)) == 540  # a run that is continued
 
 
 def test_progress_line_on_standard_error(capfd, monkeypatch):

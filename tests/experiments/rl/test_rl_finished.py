@@ -12,7 +12,7 @@ import pytest
 
 from eggroll.experiments.common.run import INTERRUPTED, write_json
 from eggroll.experiments.rl import __main__ as rl
-from eggroll.experiments.rl import evolution
+from eggroll.experiments.rl import baseline, evolution
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.finished import is_asked_for, load_run
 from eggroll.experiments.rl.report import interval
@@ -151,12 +151,24 @@ def test_a_run_that_is_stopped_says_how_far_it_came(capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_policy_of_ppo_is_loaded_too(tmp_path):
+def test_a_policy_of_ppo_is_loaded_too_until_another_run_begins(tmp_path, monkeypatch):
     sizes = ["--ppo.num-envs", "4", "--ppo.rollout-steps", "8", "--hidden-sizes", "8", "--env-steps", "128", "--checks", "2"]
     lines, summary = run("--algorithm", "ppo", "--env", "Pendulum-v1", *sizes, "--folder", str(tmp_path))
     assert lines[0].startswith("seed 0: ended by --env-steps 128 after 4 updates, 128 steps")
     assert run("--evaluate", str(tmp_path))[1]["mean_return"] == pytest.approx(summary["best_return"])
-    assert (tmp_path / "fitness.png").exists()
+    drawn = (tmp_path / "fitness.png").read_bytes()
+    check, calls = baseline.HeldOutChecks.__call__, []
+
+    def stop(*given, **named):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return check(*given, **named)
+
+    monkeypatch.setattr(baseline.HeldOutChecks, "__call__", stop)
+    with pytest.raises(SystemExit):
+        rl.main(["--algorithm", "ppo", "--env", "Pendulum-v1", *sizes, "--folder", str(tmp_path), "--seed", "1"])
+    assert (tmp_path / "fitness.png").read_bytes() != drawn and not (tmp_path / "checkpoint").exists()
 
 
 def test_render_without_a_folder_belongs_to_training():

@@ -5,13 +5,22 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from eggroll.experiments.common.bootstrap import difference_interval, mean_interval
 from eggroll.experiments.common.seed_runs import search
 from eggroll.experiments.rl import suite as rl_suite
-from eggroll.experiments.rl.figure import Curve
+from eggroll.experiments.rl.figure import Curve, _draw
 from eggroll.experiments.rl.search import SEED
-from eggroll.experiments.rl.suite import add_equal_seconds, compare, make_row, make_setting, make_table, search_settings
+from eggroll.experiments.rl.suite import (
+    add_equal_seconds,
+    compare,
+    make_row,
+    make_setting,
+    make_table,
+    read_curve,
+    search_settings,
+)
 
 SHORT = ["--evaluation-episodes", "4", "--max-steps", "20"]
 TINY = ["--population-size", "4", "--hidden-sizes", "4", "--env-steps", "100", *SHORT]
@@ -75,6 +84,20 @@ def test_returns_at_equal_seconds_are_those_of_the_last_checks_until_the_quickes
     assert row.equal_seconds == 2.0 and np.isnan(row.return_then)
     untrained = make_row("a", "random", [summary(0.0)])
     assert np.isnan(add_equal_seconds(untrained, curves | {"random": [Curve([], [], [])]}).equal_seconds)
+
+
+def test_seconds_are_those_of_training_without_compilation(tmp_path):
+    rows = [{"seconds": seconds, "env_steps": 10 * n} for n, seconds in enumerate([9.0, 0.1, 0.2, 0.1, 0.1], 1)]
+    rows[0]["held_out_return"], rows[3]["held_out_return"] = 1.0, 2.0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = read_curve(tmp_path)
+    assert curve.env_steps == [10, 40] and curve.seconds == pytest.approx([0.1, 0.5]) and curve.returns == [1.0, 2.0]
+
+
+def test_curves_that_do_not_overlap_are_drawn_to_the_end_of_the_last():
+    panel = Figure().subplots()
+    _draw(panel, "eggroll", [Curve([1, 2], [1.0, 2.0], [0.0, 1.0]), Curve([1, 2], [4.0, 6.0], [2.0, 3.0])], "seconds")
+    assert panel.lines[0].get_xdata()[[0, -1]].tolist() == [4, 6] and panel.lines[0].get_ydata()[-1] == 2
 
 
 def test_a_budget_multiplies_the_steps_of_each_task(tmp_path):
