@@ -80,7 +80,8 @@ def suggest_learning_rate(
         raise ValueError(f"batches must be two or more, whose common gradient counts, got {len(batches)}.")
     check_not_consumed(state)
     recipe = tuner.tuner if isinstance(tuner, Offload) else tuner
-    at_once = recipe.chunk_directions or recipe.directions  # the memory of a step is enough
+    # The memory of a step is enough: one direction with the whole batch where each has an example of its own.
+    at_once = 1 if ESTIMATORS[recipe.estimator].per_example else recipe.chunk_directions or recipe.directions
     measuring = dataclasses.replace(recipe, estimator=THREE_POINT, directions=directions, chunk_directions=at_once)
     offloaded = dataclasses.replace(tuner, tuner=measuring) if isinstance(tuner, Offload) else None
     reports = [_measure(measuring, state, batch) if offloaded is None else offloaded.measure(state, batch) for batch in batches]

@@ -4,12 +4,13 @@
     state = tuner.init(params, key=jax.random.key(0))
     state, metrics = tuner.step(state, batch)
 
-All are `mezo` with other defaults, and take all that `mezo` takes.
+All are `mezo` with other defaults, and take what `mezo` takes, but for what they set themselves.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from eggroll.noise import addresses
 from eggroll.noise.rules import Dense, Flipout, LowRank, Perturbation
 from eggroll.zo.blocks import Blocks
 from eggroll.zo.optimizers.descent import Descent
@@ -67,7 +68,15 @@ def adamezo(
     return mezo(loss, learning_rate=learning_rate, adam=RebuiltAdam(b1, b2, history), **options)
 
 
-def lozo(loss: Loss, *, learning_rate: Rate, rank: int = 2, refresh: int = 50, **options: Any) -> ZerothOrder:
+def lozo(
+    loss: Loss,
+    *,
+    learning_rate: Rate,
+    rank: int = 2,
+    refresh: int = 50,
+    distribution: addresses.Distribution = "normal",
+    **options: Any,
+) -> ZerothOrder:
     """LOZO (arXiv 2410.07698): low-rank normal noise whose right factor lasts `refresh` steps; vectors get dense noise.
 
     The noise is U V^T / sqrt(rank), of unit variance, where LOZO has U V^T: a sigma here is sqrt(rank) of theirs, and with its
@@ -78,9 +87,10 @@ def lozo(loss: Loss, *, learning_rate: Rate, rank: int = 2, refresh: int = 50, *
         learning_rate: constant or a schedule.
         rank: of the perturbation of a matrix.
         refresh: steps that share a right factor.
+        distribution: of the factors' entries.
         **options: of `mezo`.
     """
-    return mezo(loss, learning_rate=learning_rate, perturbation=LowRank(rank, "normal", refresh=refresh), **options)
+    return mezo(loss, learning_rate=learning_rate, perturbation=LowRank(rank, distribution, refresh=refresh), **options)
 
 
 def lozo_m(loss: Loss, *, learning_rate: Rate, momentum: float = 0.9, **options: Any) -> ZerothOrder:

@@ -31,7 +31,8 @@ class Need(NamedTuple):
     what: str  # lies on a device
     device: int  # on each device
     held: int = 0  # there already, of `device`
-    host: int = 0  # of blocks in the memory of this host
+    host: int = 0  # in the memory of this host
+    on_host: str = "the host holds all blocks"
 
 
 def devices_of(mesh: Mesh | None) -> list[Any]:
@@ -91,16 +92,15 @@ def check_room(need: Need, devices: Sequence[Any], advice: Collection[str], *, o
     count, platform = len(devices), devices[0].platform
     where = f"{count} {platform} device{'s' * (count > 1)}"
     parts = f"{'each device holds' if count > 1 else 'the device holds'} {need.what}"
-    blocks = "the host holds all blocks"
     if platform == "cpu":
-        told = f"{parts}; {blocks}" if need.host else parts
+        told = f"{parts}; {need.on_host}" if need.host else parts
         _check(told, where, count * need.device + need.host - need.held, free_host_bytes(), [*advice, *on_device])
         return
     where, free = f"each of {where}" if count > 1 else where, min(map(free_bytes, devices))
     _check(parts, where, need.device - need.held, free, [*advice, *on_device])
     pinned = int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30) if platform == "gpu" else need.host
     limited = [*advice, f"a higher {PINNED_LIMIT}"] if pinned < min(need.host, free_host_bytes()) else advice
-    _check(blocks, "the host", need.host, min(free_host_bytes(), pinned), limited)
+    _check(need.on_host, "the host", need.host, min(free_host_bytes(), pinned), limited)
 
 
 def _check(what: str, where: str, needed: int, free: int, advice: Collection[str]) -> None:
@@ -130,8 +130,11 @@ def check_resident(params: Any, mesh: Mesh | None, *, precision: str, perturbati
     need = resident_need(params, devices, masters=masters, donate=donate)
     shorter = ["bfloat16 parameters with precision='stochastic'"] if stores_float32(params) else []
     shorter = ["precision='stochastic'"] if any(masters) else shorter
-    fewer = ["fewer devices"] if len(devices) > 1 and devices[0].platform == "cpu" else []
-    check_room(need, devices, [*fewer, "zo.Offload", *shorter])
+    on_cpu, offload = devices[0].platform == "cpu", ["zo.Offload"]
+    if on_cpu and not any(masters):  # its memory is the host's, too
+        offload = ["zo.Offload with transfer_dtype=jnp.bfloat16"] if stores_float32(params) else []
+    fewer = ["fewer devices"] if on_cpu and len(devices) > 1 else []
+    check_room(need, devices, [*fewer, *offload, *shorter])
 
 
 def check_offloaded(params: Any, mesh: Mesh, *, transfer_dtype: Any) -> None:

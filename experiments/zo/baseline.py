@@ -76,7 +76,9 @@ class Backprop:
         def score_validation(state: Any) -> Score:
             return score(self.judge(state.params), task.validation)
 
-        progress = Progress(score_validation, Checks(steps=self.steps, checks=config.checks), config=config)
+        progress = Progress(
+            score_validation, Checks(steps=self.steps, checks=config.checks), learning_rate=config.learning_rate
+        )
         strategy: Any = self  # implements what the loop needs of a strategy and its state
         initial: Any = self.init(read(), key=jax.random.key(seed_run.seed))
         progress.begin()

@@ -1,6 +1,7 @@
 """Whether the memory can hold the model of a run, before any weight is read: `eggroll.zo.room`, in the words of the options."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,23 +24,32 @@ def check_capacity(config: Config, model: hf.Config) -> None:
         config: of the run.
         model: the sizes.
     """
-    trains, dtype = not config.evaluate, jnp.dtype(config.dtype if config.model else "float32")
+    trains, by_block, dtype = not config.evaluate, config.offload, jnp.dtype(config.dtype if config.model else "float32")
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes_of(model))
-    mesh = parse_mesh(config.mesh) if trains and config.recipe != BACKPROP else None
+    size = dtype.itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    mesh = parse_mesh(config.mesh) if (trains or by_block) and config.recipe != BACKPROP else None
     devices, is_long = devices_of(mesh), dtype.itemsize > 2
     shorter = ["--dtype bfloat16"] if config.model and is_long else []
     if trains and config.recipe == BACKPROP:
-        size = dtype.itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         need = Need("parameters, gradient and moments of adam", OF_ADAM * size)
         check_room(need, devices, ["a recipe other than adam", *shorter])
-    elif trains and config.offload:
+    elif by_block:
         need = offloaded_need(params, Devices(mesh).mesh, transfer_dtype=config.transfer_dtype)
+        need = need._replace(host=need.host + size, on_host="the host holds all blocks and, at start and end, the model")
         transferred = ["--transfer-dtype bfloat16"] if is_long and config.transfer_dtype is None else []
         check_room(need, devices, [*transferred, *shorter])
     else:
-        need = resident_need(params, devices, masters=[trains and not is_long] * len(jax.tree.leaves(params)))
-        fewer = ["a mesh of fewer devices"] if len(devices) > 1 and devices[0].platform == "cpu" else []
-        check_room(need, devices, [*fewer, "--offload"] if trains else shorter)
+        copied = trains and not is_long and config.precision in (None, "master")
+        need = resident_need(params, devices, masters=[copied] * len(jax.tree.leaves(params)))
+        check_room(need, devices, _fewer_bytes(devices, shorter, copied=copied) if trains else shorter)
+
+
+def _fewer_bytes(devices: Sequence[Any], shorter: Sequence[str], *, copied: bool) -> list[str]:
+    """What needs less than to hold all parameters, and float32 copies of them if they are `copied`, on every device."""
+    on_cpu = devices[0].platform == "cpu"  # whose memory is the host's, too
+    rounded = ["--precision stochastic"] if copied else [f"{option} --precision stochastic" for option in shorter]
+    fewer = ["a mesh of fewer devices"] if on_cpu and len(devices) > 1 else []
+    return [*fewer, *([] if on_cpu and not copied else ["--offload"]), *rounded]
 
 
 def shapes_of(model: hf.Config) -> Any:

@@ -21,7 +21,7 @@ RECIPES = (*zo.RECIPES, BACKPROP)
 TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "rte": RTE}
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
 OWN = ("learning_rate", "sigma", "directions", "weight_decay")  # arguments of a recipe that are options of their own
-_DENSE = ("mezo", "adamezo", "fzoo", "spsa15")  # recipes whose noise can be another one
+_DENSE = ("mezo", "adamezo", "fzoo", "spsa15")  # recipes whose noise can be of low rank, too
 _OF_RECIPES = (
     "sigma",
     "directions",
@@ -30,6 +30,7 @@ _OF_RECIPES = (
     "weight_decay",
     "chunk_directions",
     "offload",
+    "precision",
     "mesh",
     "checkpoint_every",
     "resume",
@@ -42,7 +43,13 @@ _APART = ("seed", "seeds", "folder", "mesh", "checkpoint_every", "resume", "acce
 _OWN_TASK = "with --label-words or --answer, which make a task of their own"
 RULES = (
     only_with("recipe", tuple(zo.RECIPES), *_OF_RECIPES),
-    only_with("recipe", _DENSE, "perturbation"),
+    unless(
+        lambda config: config.perturbation == "lowrank" and config.recipe not in _DENSE,
+        "as lowrank with a recipe whose noise has a form of its own",
+        "perturbation",
+    ),
+    unless(lambda config: config.model is None or config.dtype == "float32", "without --dtype bfloat16", "precision"),
+    unless(lambda config: config.offload, "with --offload, whose short floats are rounded stochastically", "precision"),
     unless(lambda config: not config.offload, "without --offload: it is of blocks in the host's memory", "transfer_dtype"),
     unless(lambda config: config.probe, "with --probe, which measures in any case", "guidance"),
     unless(lambda config: not config.resume, "without --resume: a new run has nothing that changed", "accept_change"),
@@ -115,7 +122,7 @@ class Config:
     sigma: float | None = None
     """Standard deviation of the perturbation of a weight. None: the small model's, or the recipe's default."""
     perturbation: Literal["normal", "rademacher", "lowrank"] | None = None
-    """Noise of the directions: dense of that distribution, or of rank 2. None: the recipe's default."""
+    """Noise of the directions: of that distribution in the form of the recipe, or of rank 2. None: the recipe's default."""
     learning_rate: float | None = None
     """Step size. None: the small model's, or the recipe's default; --probe measures one."""
     weight_decay: float = 0.0
@@ -126,6 +133,8 @@ class Config:
     """Directions evaluated at a time; None: all. Dense noise holds a copy of the parameters for each."""
     offload: bool = False
     """Keep the blocks in the host's memory, and one at a time on the device."""
+    precision: Literal["master", "stochastic", "nearest"] | None = None
+    """How bfloat16 parameters are updated: with float32 copies (6 bytes a parameter instead of 2), or rounded. None: master."""
     transfer_dtype: Literal["bfloat16", "float16"] | None = None
     """Type of float32 blocks in the host's memory and on their way, rounded stochastically. None: unchanged."""
     mesh: str | None = None
@@ -172,7 +181,7 @@ class Config:
         Raises:
             ValueError: not name=value, or nothing that the recipe has.
         """
-        has = [name for name in arguments(self.recipe) if name not in (*OWN, "perturbation", "adam")]
+        has = [name for name in arguments(self.recipe) if name not in (*OWN, "perturbation", "distribution", "adam")]
         found = {}
         for text in self.options:
             name, equals, value = text.partition("=")
@@ -189,6 +198,8 @@ class Config:
     def settings(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _APART}
+        if self.precision is None:
+            del fields["precision"]  # which runs from before the option do not have
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
     def identity(self, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +247,8 @@ def arguments(recipe: str) -> dict[str, Any]:
     if recipe == BACKPROP:
         return {"learning_rate": inspect.Parameter.empty}
     found: dict[str, Any] = {}
-    for make in (zo.mezo, zo.RECIPES[recipe]):  # recipes hand what they do not name to mezo
+    between = (zo.lozo,) if recipe == "lozo_m" else ()
+    for make in (zo.mezo, *between, zo.RECIPES[recipe]):  # recipes hand on what they do not name
         kinds = inspect.signature(make).parameters.values()
         found |= {kind.name: kind.default for kind in kinds if kind.kind is inspect.Parameter.KEYWORD_ONLY}
     return found

@@ -50,9 +50,10 @@ def evaluate(config: Config) -> Row:
         config, summary = _of_run(config, config.folder)
     loaded = load(config)
     judge, parts = loaded.task.judge(), {"validation": loaded.task.validation, "test": loaded.task.test}
+    judge_of = Evolution(config, loaded.task, judge).judge if config.offload else functools.partial(functools.partial, judge)
 
     def scores(name: str, params: Any) -> dict[str, Score]:
-        found = score_parts(functools.partial(judge, params), parts)
+        found = score_parts(judge_of(params), parts)
         if is_first():
             print(f"{name}: {', '.join(f'{part} {words(score)}' for part, score in found.items())}", flush=True)
         return found

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from eggroll.experiments.zo.progress import Progress, why_ended
 from eggroll.files import Damaged, read_object
 from eggroll.journal import Reader, replay
 from eggroll.journal.checkpoint import Checkpoints
-from eggroll.noise.rules import Dense, LowRank
+from eggroll.noise.rules import Dense, Flipout, LowRank
 from eggroll.protocol import Strategy
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
@@ -48,17 +49,33 @@ def make_tuner(config: Config, task: FineTuning) -> zo.ZerothOrder:
     if config.recipe == PER_EXAMPLE:
         given.setdefault("directions", config.batch_size)
     given |= {"weight_decay": config.weight_decay} if config.weight_decay else {}
-    given |= {"perturbation": NOISE[config.perturbation]} if config.perturbation else {}
-    if config.probe:
+    if config.perturbation:
+        given |= _noise(config.recipe, config.perturbation)
+    if has["learning_rate"] is inspect.Parameter.empty and (config.probe or config.evaluate):
         given.setdefault("learning_rate", 1.0)  # of no consequence
     refused = [name for name in given if name not in has]
     if refused:
         raise ValueError(f"recipe {config.recipe} has no {refused[0]}.")
+    given |= {"precision": config.precision} if config.precision else {}
     make, pieces, mesh = zo.RECIPES[config.recipe], task.pieces(config.objective), parse_mesh(config.mesh)
     try:
         return make(pieces, **given, **config.given(), chunk_directions=config.chunk_directions, mesh=mesh)
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _noise(recipe: str, name: str) -> dict[str, Any]:
+    """The argument of a recipe that sets its noise."""
+    if recipe in ("lozo", "lozo_m"):
+        return {"distribution": name}
+    distribution: Any = name
+    return {"perturbation": Flipout(distribution) if recipe == PER_EXAMPLE else NOISE[name]}
+
+
+def constant_rate(tuner: zo.ZerothOrder) -> float | None:
+    """The learning rate of a tuner; None: a schedule."""
+    rate = tuner.optimizer.learning_rate
+    return float(rate) if isinstance(rate, int | float) else None
 
 
 def forwards_of(tuner: zo.ZerothOrder) -> int:
@@ -100,7 +117,8 @@ class Evolution:
 
     def guide(self, state: Any, *, seed: int) -> zo.Guidance:
         """Measure gradient and curvature on the first two batches of a run, from its initial state; print what they suggest."""
-        return guide(self._tuner, state, [self._batch(step, seed=seed) for step in range(2)], self._config)
+        learning_rate = None if self._config.probe else constant_rate(self._recipe)
+        return guide(self._tuner, state, [self._batch(step, seed=seed) for step in range(2)], learning_rate=learning_rate)
 
     def _batch(self, step: int, *, seed: int) -> Examples:
         return batch_of(self._task.train, step, size=self._config.batch_size, seed=seed)
@@ -120,7 +138,13 @@ class Evolution:
         tuner, initial = self.start(read(), key=jax.random.key(seed))
         checks = Checks(steps=self.steps, checks=config.checks)
         signs = len(zo.ESTIMATORS[self._recipe.estimator].signs)
-        progress = Progress(self._score_validation, checks, config=config, signs=signs, forwards=self.forwards)
+        progress = Progress(
+            self._score_validation,
+            checks,
+            learning_rate=constant_rate(self._recipe),
+            signs=signs,
+            forwards=self.forwards,
+        )
         durable = DurableRun(
             folder,
             tuner,

@@ -6,19 +6,20 @@ from typing import Any
 
 from eggroll import zo
 from eggroll.devices.processes import is_first
-from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.zo.guidance import DIRECTIONS
 
 
-def guide(tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Examples], config: Config) -> zo.Guidance:
+def guide(
+    tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Examples], *, learning_rate: float | None
+) -> zo.Guidance:
     """Measure, print and return what the loss does along some directions.
 
     Args:
         tuner: of the run to come.
         state: its initial one, which is not consumed.
         batches: two, of the run.
-        config: its options.
+        learning_rate: of the run; None: it has none that is constant.
     """
     recipe = tuner.tuner if isinstance(tuner, zo.Offload) else tuner
     sharing = 1 if recipe.mesh is None else recipe.mesh.shape.get("population", 1)
@@ -29,7 +30,7 @@ def guide(tuner: zo.ZerothOrder | zo.Offload, state: Any, batches: Sequence[Exam
         )
     found = zo.suggest_learning_rate(tuner, state, batches, directions=directions)
     if is_first():
-        print(describe(found, directions=directions, rate=None if config.probe else config.learning_rate), flush=True)
+        print(describe(found, directions=directions, rate=learning_rate), flush=True)
     return found
 
 

@@ -74,7 +74,7 @@ def load(config: Config, folder: Path | None = None) -> Loaded:
 
 def _where(config: Config) -> contextlib.AbstractContextManager[Any]:
     """Where weights are read to: the device, or the host's memory for a model that a device need not hold."""
-    if config.offload and not config.evaluate:
+    if config.offload:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     return contextlib.nullcontext()
 

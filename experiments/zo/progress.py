@@ -26,17 +26,23 @@ class Progress:
     Args:
         score: of the validation examples, from a state.
         checks: when to score.
-        config: of the run.
+        learning_rate: of the run, for advice; None: a schedule.
         signs: forwards of a direction, 2 or 1, whose losses are the fitness of a step; None: a step has no directions.
         forwards: of a step.
     """
 
     def __init__(
-        self, score: Callable[[Any], Score], checks: Checks, *, config: Config, signs: int | None = None, forwards: int = 1
+        self,
+        score: Callable[[Any], Score],
+        checks: Checks,
+        *,
+        learning_rate: float | None,
+        signs: int | None = None,
+        forwards: int = 1,
     ):
         self.skipped = 0
         self.suggested = math.nan  # learning rate, where one was measured
-        self._score, self._checks, self._config = score, checks, config
+        self._score, self._checks, self._learning_rate = score, checks, learning_rate
         self._signs, self._forwards = signs, forwards
         self._validation = ""
         self._losses: list[float] = []  # of the last steps, each above the one before
@@ -73,7 +79,7 @@ class Progress:
         if len(self._losses) <= GROWING or self._has_warned:
             return
         first, self._has_warned = self._losses[0], True
-        rate = self._config.learning_rate
+        rate = self._learning_rate
         advice = "too high" if rate is None else f"too high, try --learning-rate {self._lower(rate):.1g} instead of {rate:g}"
         grew = f"the loss grew in {GROWING} steps in a row, from {first:.4g} to {loss:.4g} after step {done}"
         warnings.warn(f"{grew}: the learning rate is {advice}.", stacklevel=4)

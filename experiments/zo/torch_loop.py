@@ -35,7 +35,7 @@ class TorchLoop:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self._torch: Any = torch
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(LlamaConfig.from_dict(to_fields(config))).eval()
         self._batch = torch.tensor(tokens, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)

@@ -146,9 +146,11 @@ def test_adamezo_is_adam_over_the_last_estimates():
 
 
 @pytest.mark.slow
-def test_lozo_m_is_momentum_in_the_subspace():
+@pytest.mark.parametrize("distribution", by_default(["normal", "rademacher"], "normal"))
+def test_lozo_m_is_momentum_in_the_subspace(distribution):
     """14 steps, V new at 4 (skipped: the next one projects), 8 and 12; without the projection (the control) elsewhere."""
-    tuner = zo.lozo_m(loss, learning_rate=0.1, refresh=4, sigma=SIGMA, directions=2, weight_decay=DECAY)
+    options = dict(refresh=4, sigma=SIGMA, directions=2, weight_decay=DECAY, distribution=distribution)
+    tuner = zo.lozo_m(loss, learning_rate=0.1, **options)
     found, draw = flat(run(tuner, MIXED).params), drawn_factors(tuner)
     np.testing.assert_allclose(found, numpy_run(tuner, draw, MIXED, numpy_subspace(0.9, 4)), atol=2e-5)
     assert np.abs(found - numpy_run(tuner, draw, MIXED, numpy_subspace(0.9, 4, projects=False))).max() > 1e-3

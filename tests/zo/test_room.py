@@ -32,10 +32,16 @@ def refused(message):
             False,
             2000,
             "the model does not fit: the device holds the parameters. That needs 2.56e-06 GB on 1 cpu device; 2e-06 GB are "
-            "free, 5.6e-07 GB too few. Try zo.Offload, or bfloat16 parameters with precision='stochastic'.",
+            "free, 5.6e-07 GB too few. Try zo.Offload with transfer_dtype=jnp.bfloat16, or bfloat16 parameters with "
+            "precision='stochastic'.",
         ),
         (1, True, 0, None),
-        (2, False, 5000, FEWER + " 1.2e-07 GB too few. Try fewer devices, or zo.Offload, or bfloat16"),
+        (
+            2,
+            False,
+            5000,
+            FEWER + " 1.2e-07 GB too few. Try fewer devices, or zo.Offload with transfer_dtype=jnp.bfloat16, or bfloat16",
+        ),
         (2, True, RESIDENT + BLOCKS, None),
     ],
 )
@@ -54,7 +60,7 @@ def test_short_parameters_may_have_masters(precision, bytes_of_one, monkeypatch)
     monkeypatch.setattr(room, "free_host_bytes", lambda: need)
     tuner.init(params, key=jax.random.key(0))
     monkeypatch.setattr(room, "free_host_bytes", lambda: need - 1)
-    advice = "zo.Offload, or precision='stochastic'" if precision == "master" else "zo.Offload"
+    advice = "zo.Offload, or precision='stochastic'" if precision == "master" else "a smaller model"
     with pytest.raises(ValueError, match=rf"\. Try {advice}\.$"):
         tuner.init(params, key=jax.random.key(0))
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
 from eggroll.llm import hf
+from eggroll.noise.rules import Dense, Flipout, LowRank
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
 MEASURED = {"seconds": 0, "forwards_per_second": 0, "peak_mib": 0}
@@ -170,6 +172,8 @@ def test_scores_of_a_finished_run_and_of_a_model(whole, place, capsys, monkeypat
     options = [*place[1][len(START) :], "--model", str(folder / "model"), "--evaluate"]
     model = run(capsys, *options)
     assert [model[name] for name in names] == pytest.approx([summary[name] for name in names])
+    by_block = run(capsys, *options, *(() if "--offload" in options else ("--offload",)))
+    assert [by_block[name] for name in names] == pytest.approx([summary[name] for name in names])
 
 
 def test_a_folder_that_cannot_be_scored_is_a_clear_error(tmp_path):
@@ -287,6 +291,25 @@ def test_batches_differ_by_seed(whole):
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "noise"),
+    [
+        ("mezo", Dense("rademacher")),
+        ("lozo", LowRank(2, "rademacher", refresh=50)),
+        ("lozo_m", LowRank(4, "rademacher", refresh=50)),
+        ("grzo", Flipout("rademacher")),
+    ],
+)
+def test_every_recipe_takes_rademacher_noise(recipe, noise):
+    options = ["--options", "rank=4"] if recipe == "lozo_m" else []
+    config = parse([*START, "--recipe", recipe, "--perturbation", "rademacher", *options])
+    config.check()
+    assert (
+        evolution.make_tuner(config, SimpleNamespace(pieces=lambda objective: lambda params, batch, key: 0.0)).perturbation
+        == noise
+    )
+
+
 def test_every_recipe_has_settings_that_check():
     for recipe in RECIPES:
         parse(["--recipe", recipe, *([] if recipe in SMALL else ["--learning-rate", "1"])]).check()
@@ -312,8 +335,13 @@ def test_every_recipe_has_settings_that_check():
         (["--model", "nowhere"], "learning_rate must be given: none is known for mezo on this model; --probe measures one."),
         (["--model", "nowhere", "--learning-rate", "1"], "model must be a folder with a checkpoint, got nowhere."),
         (
-            ["--recipe", "lozo", "--perturbation", "normal"],
-            "--perturbation has no effect with --recipe lozo: it belongs to mezo,",
+            ["--recipe", "lozo", "--perturbation", "lowrank"],
+            "--perturbation has no effect as lowrank with a recipe whose noise has a form of its own",
+        ),
+        (["--precision", "stochastic"], "--precision has no effect without --dtype bfloat16"),
+        (
+            ["--model", "x", "--dtype", "bfloat16", "--offload", "--precision", "master"],
+            "--precision has no effect with --offload,",
         ),
         (["--transfer-dtype", "bfloat16"], "--transfer-dtype has no effect without --offload: it is of blocks in the"),
         (["--evaluate", "--probe"], "give evaluate or probe, not both."),

@@ -61,8 +61,7 @@ def step(progress, number, loss):
 
 
 def test_a_loss_that_grows_is_said_once(capsys):
-    config = Config(learning_rate=1e-3)
-    progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), config=config, forwards=2)
+    progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), learning_rate=1e-3, forwards=2)
     progress.suggested = 2e-5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +83,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
     """Metrics of an earlier version have the seconds of the steps alone."""
     rows = [{"generation": n, "seconds": 2.0} for n in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), config=Config())
+    progress = Progress(lambda state: Score(0.5, 0.75), Checks(steps=100, checks=1), learning_rate=None)
     progress.begin(seconds_spent(tmp_path))
     line = step(progress, 2, 1.0).extra
     assert 4 <= line["seconds_spent"] <= progress.seconds < 5
@@ -112,18 +111,32 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss():
 @pytest.mark.parametrize(
     ("arguments", "free", "words"),
     [
-        ([], 0.9, r"holds the parameters\. .* too few\. Try --offload\."),
+        ([], 0.9, r"holds the parameters\. .* too few\. Try a smaller model\."),
         (
             ["--mesh", "population=2"],
             1.9,
-            r"each device holds .* on 2 cpu devices; .* Try a mesh of fewer devices, or --offload\.",
+            r"each device holds .* on 2 cpu devices; .* Try a mesh of fewer devices\.",
         ),
         (["--recipe", "adam"], 3.9, r"holds parameters, gradient and moments of adam\. .* Try a recipe other than adam\."),
-        (["--offload"], 0.9, r"and 1 of 1 blocks; the host holds all blocks\. .* Try --transfer-dtype bfloat16\."),
-        (["--evaluate", "--offload"], 0.9, r"holds the parameters\. .* Try a smaller model\."),
-        (["--model", "x", "--dtype", "bfloat16"], 1.4, r"and float32 masters of them\. .* Try --offload\."),
+        (
+            ["--offload"],
+            1.8,
+            r"1 of 1 blocks; the host holds all blocks and, at .*, the model\. .* Try --transfer-dtype bfloat16\.",
+        ),
+        (["--evaluate", "--offload"], 1.8, r"and 1 of 1 blocks; the host holds all blocks and, at start and end, the model\."),
+        (["--model", "x"], 0.9, r"\. Try --dtype bfloat16 --precision stochastic\."),
+        (
+            ["--model", "x", "--dtype", "bfloat16"],
+            1.4,
+            r"float32 masters of them\. .* Try --offload, or --precision stochastic\.",
+        ),
+        (
+            ["--model", "x", "--dtype", "bfloat16", "--precision", "stochastic"],
+            0.4,
+            r"the parameters\. .* Try a smaller model\.",
+        ),
         (["--model", "x", "--evaluate"], 0.9, r"\. Try --dtype bfloat16\."),
-        (["--model", "x", "--offload"], 0.9, r"\. Try --transfer-dtype bfloat16, or --dtype bfloat16\."),
+        (["--model", "x", "--offload"], 1.8, r"\. Try --transfer-dtype bfloat16, or --dtype bfloat16\."),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(arguments, free, words, monkeypatch):
