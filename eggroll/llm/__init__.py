@@ -17,8 +17,8 @@ A model with random parameters that reads bytes, and two members of a population
     >>> es.ask(state).apply(complete, prompts).tokens.shape     # [N, B, max_new_tokens]
     (2, 1, 3)
 
-The engine does not import this package. Checkpoints and tokenizers need `pip install 'eggroll-jax[llm]'`, chat templates
-`'eggroll-jax[chat]'`; both are imported when they are used.
+The engine does not import this package. Checkpoints and tokenizers need the extra `llm`, chat templates
+the extra `chat`; both are imported when they are used.
 """
 
 from eggroll.llm.chat import ChatTemplate

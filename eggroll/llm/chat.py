@@ -40,7 +40,7 @@ class ChatTemplate:
             import jinja2  # noqa: F401  transformers renders with it
             import transformers
         except ImportError as error:
-            message = f"a chat template needs transformers and jinja2: pip install 'eggroll-jax[chat]' ({error})."
+            message = f"a chat template needs the extra chat: pip install transformers jinja2 ({error})."
             raise ImportError(message) from None
         self._folder = folder
         for name in READ:

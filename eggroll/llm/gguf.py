@@ -1,4 +1,4 @@
-"""Convert a GGUF file, the format of llama.cpp, to a checkpoint folder. Needs `pip install 'eggroll-jax[gguf]'`, not torch.
+"""Convert a GGUF file, the format of llama.cpp, to a checkpoint folder. Needs the extra `gguf`, not torch.
 
     tensor = dequantised numbers, float32      q and k of Llama: rows of a head reordered from pairs (x0 y0 x1 y1 ...) to halves
 
@@ -87,7 +87,7 @@ def import_reader() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"a GGUF file needs the package gguf: pip install 'eggroll-jax[gguf]' ({error}).") from None
+        raise ImportError(f"a GGUF file needs the package gguf, of the extra gguf: pip install gguf ({error}).") from None
     return gguf
 
 

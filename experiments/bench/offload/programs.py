@@ -35,6 +35,8 @@ def slice_bytes(step: Step) -> int:
 def device_bytes(step: Step, name: str, used: Usage) -> int:
     """Return the bytes on a device while a program runs."""
     meanwhile = OTHER_BLOCKS[name] * slice_bytes(step)
+    if name in ("update_block", "visit"):  # the others read the resident parameters, which are then among their arguments
+        meanwhile += tree_bytes(step.state.resident)
     if name == "update_block":
-        meanwhile += tree_bytes(step.state.resident) + tree_bytes((step.carry, step.aux)) // step.streams.devices.mesh.size
+        meanwhile += tree_bytes((step.carry, step.aux)) // step.streams.devices.mesh.size
     return used.peak + meanwhile
