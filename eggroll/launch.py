@@ -78,6 +78,9 @@ def _terminate(running: list[subprocess.Popen]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["--help"], ["-h"]):
+        sys.stdout.write(f"{__doc__}\n")
+        return
     if len(given) < 2 or not given[0].isdigit() or int(given[0]) < 1:
         sys.exit("usage: python -m eggroll.launch PROCESSES (SCRIPT | -m MODULE) [ARGUMENTS ...]")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # terminates the processes too

@@ -47,8 +47,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, config: Mapping[str, Any] | None, keep: int = 3, identified: bool = False):
-        import orbax.checkpoint as ocp
-
+        try:
+            import orbax.checkpoint as ocp
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("orbax"):
+                raise
+            message = "checkpoints need orbax, of the extra experiments: pip install orbax-checkpoint installs it."
+            raise ModuleNotFoundError(message, name=error.name) from None
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}.")
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every step of every save, and raises what it logs

@@ -91,7 +91,7 @@ def run(config: ZO) -> None:
 
 
 def _torch_ratios(config: ZO) -> dict[str, float] | None:
-    """Seconds of a step of MeZO and LOZO, ours over torch's; None without torch."""
+    """Seconds of a step of MeZO, with either noise, and LOZO, ours over torch's with the same noise; None without torch."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
         print("torch_ratio needs torch and transformers: make parity", flush=True)
         return None
@@ -99,12 +99,15 @@ def _torch_ratios(config: ZO) -> dict[str, float] | None:
     batch = draw.integers(model.vocab_size, size=(BATCH, TOKENS), dtype=np.int32), np.arange(BATCH, dtype=np.int32)
     params = init(leaves(model), jax.random.key(0))
     loop = TorchLoop(model, *batch)
-    forms: dict[str, Callable[[], object]] = {"mezo torch": loop.mezo, "lozo torch": loop.lozo}
-    for name in ("mezo", "lozo"):
-        tuner = zo.RECIPES[name](decoder_pieces(model), learning_rate=1e-6, sigma=SIGMA)
-        forms[name] = _stepping(tuner, params, batch)
+    noises = {"mezo": eggroll.Dense("rademacher"), "mezo_normal": eggroll.Dense("normal")}
+    pieces, rates = decoder_pieces(model), dict[str, Any](learning_rate=1e-6, sigma=SIGMA)
+    tuners = {name: zo.mezo(pieces, perturbation=noise, **rates) for name, noise in noises.items()} | {
+        "lozo": zo.lozo(pieces, **rates)
+    }
+    forms: dict[str, Callable[[], object]] = {f"{name} torch": getattr(loop, name) for name in tuners}
+    forms |= {name: _stepping(tuner, params, batch) for name, tuner in tuners.items()}
     times = interleaved_ms(forms, repeats=config.repeats)
-    ratios = {name: times[name] / times[f"{name} torch"] for name in ("mezo", "lozo")}
+    ratios = {name: times[name] / times[f"{name} torch"] for name in tuners}
     for name, ratio in ratios.items():
         ours, theirs = times[name] / 1e3, times[f"{name} torch"] / 1e3
         print(f"{name}, {config.models[0]}: {ours:.2f} s a step, {theirs:.2f} s in torch: {ratio:.3f}", flush=True)

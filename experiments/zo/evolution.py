@@ -204,8 +204,7 @@ class Evolution:
         """Return the function from a batch to mean loss and accuracy of whole parameters, on the device as in training."""
         if not self._config.offload:
             return functools.partial(self._judge, params)
-        batch = self._batch(0, seed=0)
-        return functools.partial(self._judge_by_block, self._tuner.init(params, key=jax.random.key(0), batch=batch))
+        return functools.partial(self._judge_by_block, self._tuner.init(params, key=jax.random.key(0)))
 
     def _score_validation(self, state: Any) -> Score:
         if self._config.offload:

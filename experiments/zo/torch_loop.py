@@ -42,7 +42,11 @@ class TorchLoop:
         self._step, self._right = 0, dict[str, Any]()
 
     def mezo(self) -> float:
-        """Run a step of MeZO; return its projected gradient d."""
+        """Run a step of MeZO with Rademacher noise; return its projected gradient d."""
+        return self._run_step(self._add_signs)
+
+    def mezo_normal(self) -> float:
+        """Run a step of MeZO with normal noise; return its projected gradient d."""
         return self._run_step(self._add_dense)
 
     def lozo(self) -> float:
@@ -75,6 +79,10 @@ class TorchLoop:
 
     def _add_dense(self, param: Any, name: str, amplitude: float, generator: Any) -> None:
         param.add_(self._torch.randn(param.shape, generator=generator), alpha=amplitude)
+
+    def _add_signs(self, param: Any, name: str, amplitude: float, generator: Any) -> None:
+        bits = self._torch.randint(0, 2, param.shape, generator=generator, dtype=param.dtype)  # faster than bernoulli_
+        param.add_(bits.mul_(2).sub_(1), alpha=amplitude)
 
     def _add_low_rank(self, param: Any, name: str, amplitude: float, generator: Any) -> None:
         if param.ndim != 2:

@@ -8,6 +8,7 @@ Resident programs are the losses of a step and its update; offloaded ones update
 send the streams through it, and end. The models read texts whose answers are single tokens: logits at the last position.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,7 @@ from eggroll.experiments.bench.offload.model import step_of
 from eggroll.experiments.bench.offload.programs import programs_of
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
+from eggroll.noise.rules import Dense
 
 SIZES = {
     "smollm2": TransformerConfig(49152, 576, 1536, 30, 9, 3, 64, model_type="llama", tie_word_embeddings=True),
@@ -71,6 +73,7 @@ def planned(pieces: zo.Blocks, params: Any, batch: Any) -> dict[str, Any]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     plain = _planned_bytes(jax.jit(zo.blocks.whole_loss(pieces)).lower(params, batch, key))
     tuners = {name: zo.RECIPES[name](pieces, learning_rate=1e-6) for name in RESIDENT}
+    tuners["mezo"] = dataclasses.replace(tuners["mezo"], perturbation=Dense("normal"))  # which takes more than signs
     lowered = {name: resident_programs(tuner, params, batch) for name, tuner in tuners.items()}
     away = programs_of(step_of(zo.Offload(tuners["mezo"]), params, batch))
     lowered["offload"] = {name: function.lower(*shapes) for name, (function, shapes) in away.items()}

@@ -236,6 +236,11 @@ def test_launch_says_how_it_is_used(arguments):
         launch.main(arguments)
 
 
+def test_launch_explains_itself(capsys):
+    launch.main(["--help"])
+    assert "python -m eggroll.launch 4 -m" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
 def test_ending_the_launcher_ends_its_processes(tmp_path, how):
     script = tmp_path / "one.py"

@@ -1,6 +1,7 @@
 """A checkpoint is read back with the bytes that were written, or refused; arrays are hashed and written in pieces."""
 
 import hashlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +111,9 @@ def test_pieces_have_the_fingerprint_of_the_whole(monkeypatch):
     scalar, key = fingerprint({"w": jnp.float32(1)}), fingerprint({"w": jax.random.key(0)})
     assert scalar == hashlib.sha256(b"['w'] float32 ();" + np.float32(1).tobytes()).hexdigest()
     assert key == fingerprint({"w": jax.random.key_data(jax.random.key(0))}) and key != scalar
+
+
+def test_orbax_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^checkpoints need orbax, .* pip install orbax-checkpoint installs it\.$"):
+        Checkpoints(tmp_path, config={})

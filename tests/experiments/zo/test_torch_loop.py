@@ -8,7 +8,7 @@ from eggroll.experiments.zo import torch_loop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rank"), [("mezo", 64), ("lozo", torch_loop.RANK)])
+@pytest.mark.parametrize(("name", "rank"), [("mezo", 64), ("mezo_normal", 64), ("lozo", torch_loop.RANK)])
 def test_a_step_descends_along_its_noise_by_the_projected_gradient(name, rank, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
