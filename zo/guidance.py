@@ -19,8 +19,10 @@ tr H / n bounds its length. So B = (A - E[c]) / 2, and the eta that lowers the l
     eta = signal / (A / n + (1 - 1/n) B),        signal = E[p q] / E[p^2],   at most 1
 
 Twice that eta gains nothing, and more makes the loss grow. That is one step: in a run the curvature grows and the signal fades,
-so that a tenth of eta is suggested, at which a step still gains a fifth (2 f - f^2 at the fraction f of eta). For noise that is
-not normal B is approximate, and matters only where n > 1.
+so that a tenth of eta is suggested, at which a step still gains a fifth (2 f - f^2 at the fraction f of eta).
+
+Signs have no diagonal in A, which is smaller by 2 sum_i g_i^2 H_ii / |g|^2, so that nothing known gives B; normal noise of the
+same form is measured in their place, which errs to smaller rates. For low-rank noise B is approximate, and matters where n > 1.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ import numpy as np
 from eggroll import programs
 from eggroll.devices.mesh import shard_inputs
 from eggroll.noise.leaves import PerturbedLeaf
+from eggroll.noise.rules import Frozen, Perturbation, Spec
 from eggroll.population.metrics import FitnessReport
 from eggroll.state import check_not_consumed
 from eggroll.zo.estimators import ESTIMATORS, Estimator, coefficients
@@ -82,7 +85,10 @@ def suggest_learning_rate(
     recipe = tuner.tuner if isinstance(tuner, Offload) else tuner
     # The memory of a step is enough: one direction with the whole batch where each has an example of its own.
     at_once = 1 if ESTIMATORS[recipe.estimator].per_example else recipe.chunk_directions or recipe.directions
-    measuring = dataclasses.replace(recipe, estimator=THREE_POINT, directions=directions, chunk_directions=at_once)
+    noise = _normal(recipe.perturbation)
+    measuring = dataclasses.replace(
+        recipe, estimator=THREE_POINT, directions=directions, chunk_directions=at_once, perturbation=noise
+    )
     offloaded = dataclasses.replace(tuner, tuner=measuring) if isinstance(tuner, Offload) else None
     reports = [_measure(measuring, state, batch) if offloaded is None else offloaded.measure(state, batch) for batch in batches]
     losses = -np.stack([jax.device_get(report.fitness) for report in reports]).reshape(len(batches), directions, 2)
@@ -90,6 +96,14 @@ def suggest_learning_rate(
     plan = (offloaded or measuring).plan(state, batches[0])
     multipliers = {leaf.sigma_multiplier for leaf in plan.leaves if isinstance(leaf, PerturbedLeaf)}
     return guide(losses[..., 0], losses[..., 1], base, sigma=float(state.sigma), tuner=recipe, multipliers=multipliers)
+
+
+def _normal(perturbation: Perturbation) -> Perturbation:
+    """The same noise with normal entries."""
+    if isinstance(perturbation, Spec):
+        return perturbation if isinstance(perturbation, Frozen) else dataclasses.replace(perturbation, distribution="normal")
+    rules: Any = [(pattern, _normal(spec)) for pattern, spec in perturbation]
+    return rules
 
 
 def _measure(tuner: ZerothOrder, state: Any, batch: Any) -> FitnessReport:

@@ -18,7 +18,9 @@ def test_a_step_descends_along_its_noise_by_the_projected_gradient(name, rank, m
     d = getattr(loop, name)()
     noise = {path: (before[path] - param.detach()) / (0.1 * d) for path, param in loop.model.named_parameters()}
     assert abs(torch.cat([z.ravel() for z in noise.values()]).std().item() - 1) < 0.1
-    assert torch.linalg.matrix_rank(noise["model.layers.0.self_attn.q_proj.weight"], rtol=1e-3) == rank
+    of_matrix = noise["model.layers.0.self_attn.q_proj.weight"]
+    assert rank >= torch.linalg.matrix_rank(of_matrix, rtol=1e-3) >= (rank if rank < 64 else 60)
+    assert ((of_matrix.abs() - 1).abs().max() < 1e-2) == (name == "mezo")  # signs
 
     def loss_at(amplitude):
         with torch.no_grad():
