@@ -20,7 +20,7 @@ from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment
 from eggroll.signatures import check_signature
 
 _checked: weakref.WeakSet[Environment] = weakref.WeakSet()
-_FOLDERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
+_FOLDERS = (sysconfig.get_path("stdlib"), Path(__file__).parent, Path(__file__).parent.parent / "eggroll")
 ONE_FLAG = " One flag `done` becomes two: terminated where the task ended, truncated where the time limit was reached."
 
 
@@ -119,7 +119,8 @@ def describe_error(name: str, error: Exception) -> str:
 
 def _is_installed(file: str) -> bool:
     """Whether code is of Python or of a package, this one included, rather than of an author."""
-    return "site-packages" in file or file.startswith(("<", *_FOLDERS))
+    installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
+    return bool(installed) or file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in _FOLDERS)
 
 
 def _check_declared(environment: Environment) -> None:

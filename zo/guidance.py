@@ -83,7 +83,7 @@ def suggest_learning_rate(
         raise ValueError(f"batches must be two or more, whose common gradient counts, got {len(batches)}.")
     check_not_consumed(state)
     recipe = tuner.tuner if isinstance(tuner, Offload) else tuner
-    # The memory of a step is enough: one direction with the whole batch where each has an example of its own.
+    # As many as in a step; one, with the whole batch, where each has an example of its own.
     at_once = 1 if ESTIMATORS[recipe.estimator].per_example else recipe.chunk_directions or recipe.directions
     noise = _normal(recipe.perturbation)
     measuring = dataclasses.replace(

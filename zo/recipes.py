@@ -31,7 +31,7 @@ def mezo(
     second_moment: float | None = None,
     adam: RebuiltAdam | None = None,
     momentum: float | None = None,
-    perturbation: Perturbation = Dense("rademacher"),
+    perturbation: Perturbation | None = None,
     **options: Any,
 ) -> ZerothOrder:
     """MeZO (arXiv 2305.17333), and n-SPSA with more directions: two forwards a direction, dense noise.
@@ -46,24 +46,19 @@ def mezo(
         directions: perturbations a step.
         weight_decay: decoupled; biases and normalisation are exempt.
         second_moment: MEAZO's decay rate, None: plain MeZO.
-        adam: see `adamezo`; signs, whose squares are all equal, leave nothing to its second moment: give it normal noise.
+        adam: see `adamezo`.
         momentum: see `lozo_m`.
-        perturbation: noise of the directions.
+        perturbation: noise of the directions; None: dense, of signs or, with `adam`, normal, since the squares of signs are all
+            equal and would leave its second moment nothing.
         **options: other fields of `ZerothOrder`; an unknown one is a TypeError.
     """
     optimizer = Descent(learning_rate, weight_decay=weight_decay, second_moment=second_moment, adam=adam, momentum=momentum)
-    return ZerothOrder(loss, directions=directions, sigma=sigma, optimizer=optimizer, perturbation=perturbation, **options)
+    noise = Dense("rademacher" if adam is None else "normal") if perturbation is None else perturbation
+    return ZerothOrder(loss, directions=directions, sigma=sigma, optimizer=optimizer, perturbation=noise, **options)
 
 
 def adamezo(
-    loss: Loss,
-    *,
-    learning_rate: Rate,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    history: int = 10,
-    perturbation: Perturbation = Dense("normal"),
-    **options: Any,
+    loss: Loss, *, learning_rate: Rate, b1: float = 0.9, b2: float = 0.999, history: int = 10, **options: Any
 ) -> ZerothOrder:
     """AdaMeZO (arXiv 2605.00650): MeZO with Adam's moments, rebuilt from the coefficients of the last steps.
 
@@ -73,10 +68,9 @@ def adamezo(
         b1: decay rate of the first moment.
         b2: of the second.
         history: steps that the moments are made of; a step draws the noise of all of them again.
-        perturbation: noise of the directions.
         **options: of `mezo`.
     """
-    return mezo(loss, learning_rate=learning_rate, adam=RebuiltAdam(b1, b2, history), perturbation=perturbation, **options)
+    return mezo(loss, learning_rate=learning_rate, adam=RebuiltAdam(b1, b2, history), **options)
 
 
 def lozo(

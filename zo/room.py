@@ -31,8 +31,8 @@ class Need(NamedTuple):
     what: str  # lies on a device
     device: int  # on each device
     held: int = 0  # there already, of `device`
-    host: int = 0  # in the memory of this host
-    on_host: str = "the host holds all blocks"
+    host: int = 0  # of blocks in the memory of this host
+    read: int = 0  # of the whole model, which the host holds as well while it is read or written
 
 
 def devices_of(mesh: Mesh | None) -> list[Any]:
@@ -92,15 +92,17 @@ def check_room(need: Need, devices: Sequence[Any], advice: Collection[str], *, o
     count, platform = len(devices), devices[0].platform
     where = f"{count} {platform} device{'s' * (count > 1)}"
     parts = f"{'each device holds' if count > 1 else 'the device holds'} {need.what}"
+    blocks = "the host holds all blocks" + " and, at start and end, the model" * bool(need.read)
     if platform == "cpu":
-        told = f"{parts}; {need.on_host}" if need.host else parts
-        _check(told, where, count * need.device + need.host - need.held, free_host_bytes(), [*advice, *on_device])
+        told, host = f"{parts}; {blocks}" if need.host else parts, need.host + need.read
+        _check(told, where, count * need.device + host - need.held, free_host_bytes(), [*advice, *on_device])
         return
     where, free = f"each of {where}" if count > 1 else where, min(map(free_bytes, devices))
     _check(parts, where, need.device - need.held, free, [*advice, *on_device])
-    pinned = int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30) if platform == "gpu" else need.host
-    limited = [*advice, f"a higher {PINNED_LIMIT}"] if pinned < min(need.host, free_host_bytes()) else advice
-    _check(need.on_host, "the host", need.host, min(free_host_bytes(), pinned), limited)
+    _check(blocks, "the host", need.host + need.read, free_host_bytes(), advice)
+    if platform == "gpu":
+        pinned = int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30)
+        _check("the host holds all blocks", "the host, pinned", need.host, pinned, [*advice, f"a higher {PINNED_LIMIT}"])
 
 
 def _check(what: str, where: str, needed: int, free: int, advice: Collection[str]) -> None:

@@ -58,7 +58,8 @@ def progress_line(name: str, total: float, *, enabled: bool | None = None) -> It
                 stack.enter_context(redirect(stream.over(above)))
 
         def show(completed: float, words: str, likely: float = total) -> None:
-            bar.update(task, completed=min(completed, likely), total=likely, words=words)
+            next(row for row in bar.tasks if row.id == task).total = likely  # `update` would forget the speed
+            bar.update(task, completed=min(completed, likely), words=words)
             if lines is not None:
                 lines.show(completed, words, likely)
 

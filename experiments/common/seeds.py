@@ -15,10 +15,8 @@ from eggroll.files import replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
-_OF_A_RUN = (  # what a new run in the folder replaces, and one that is resumed keeps
-    *("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl"),
-    *("checkpoint", "model", "fitness.png", "curves.png", "policy.gif"),
-)
+_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl")
+_RESULTS = ("checkpoint", "fitness.png", "curves.png", "bits_per_byte.png", "policy.gif")  # but not a model, which may be read
 Row = dict[str, Any]
 
 
@@ -121,7 +119,10 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
     """Make the folder of a seed; if the options name none it is `runs/<default>-<seed>`."""
     if config.folder is None:
         return run_folder(f"{default}-{seed}")
-    return run_folder(config.folder if config.seeds == 1 else named_folder(config.folder) / f"seed-{seed}")
+    if config.seeds == 1:
+        return run_folder(config.folder)
+    own, earlier = named_folder(config.folder) / f"seed-{seed}", config.folder / f"seed-{seed}"  # where 0.2 put it
+    return run_folder(earlier if config.resume and earlier.is_dir() and not own.exists() else own)
 
 
 @contextlib.contextmanager
@@ -145,9 +146,12 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
+    is_run = any(
+        (folder / name).exists() for name in (SUMMARY, "journal.bin", "metrics.jsonl")
+    )  # else its files are the user's
     (folder / SUMMARY).unlink(missing_ok=True)
-    for path in () if resume else (folder / name for name in _OF_A_RUN):
-        if path.is_dir():
+    for path in () if resume else (folder / name for name in (*_KEPT_BY_RESUME, *_RESULTS * is_run)):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

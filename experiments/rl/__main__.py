@@ -99,7 +99,7 @@ def _evaluate(
         print(f"{seed}: {best}, whose parameters return {best_returns.mean():.4g}", flush=True)
     above_random = is_above(returns, random_returns)
     if not above_random:
-        how = "not above" if returns.mean() <= random_returns.mean() else "less than two standard errors above"
+        how = "less than two standard errors above" if returns.mean() > random_returns.mean() else "not above"
         means = f"{returns.mean():.4g} is {how} that of random actions, {random_returns.mean():.4g}"
         print(f"{seed}: the mean return {means}. {trained.advice}".rstrip(), flush=True)
     elif trained.unusual and not checks.met:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +20,8 @@ from eggroll.experiments.rl.problem import Evaluation, HeldOutChecks, Task, Trai
 from eggroll.experiments.rl.report import draw
 from eggroll.runs.metrics import seal
 from eggroll.runs.progress import progress_line
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyGradient:
@@ -44,7 +48,7 @@ class PolicyGradient:
         run = self._start(keys.training)  # it draws the initial parameters too
         rows: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: draw(folder, random_return=random_return) if rows else None)  # when it is stopped, too
+            stack.callback(_draw, folder, random_return=random_return)  # when it is stopped, too
             file = stack.enter_context(open(folder / "metrics.jsonl", "w"))
             show = stack.enter_context(progress_line("env steps", config.env_steps))
             for update in range(self._trainer.updates):
@@ -73,6 +77,14 @@ class PolicyGradient:
             invalid=sum(row["invalid"] for row in rows),
             checks=checks,
         )
+
+
+def _draw(folder: Path, *, random_return: float | None) -> None:
+    """Draw the figure; one that fails is a warning, and hides neither the result nor what ended the run."""
+    try:
+        draw(folder, random_return=random_return)
+    except Exception as failed:
+        logger.warning("the figure was not drawn: %s", failed)
 
 
 def _row(metrics: Metrics, update: int, *, env_steps: int) -> dict[str, Any]:

@@ -35,9 +35,8 @@ def check_capacity(config: Config, model: hf.Config) -> None:
         check_room(need, devices, ["a recipe other than adam", *shorter])
     elif by_block:
         need = offloaded_need(params, Devices(mesh).mesh, transfer_dtype=config.transfer_dtype)
-        need = need._replace(host=need.host + size, on_host="the host holds all blocks and, at start and end, the model")
         transferred = ["--transfer-dtype bfloat16"] if is_long and config.transfer_dtype is None else []
-        check_room(need, devices, [*transferred, *shorter])
+        check_room(need._replace(read=size), devices, [*transferred, *shorter])
     else:
         copied = trains and not is_long and config.precision in (None, "master")
         need = resident_need(params, devices, masters=[copied] * len(jax.tree.leaves(params)))

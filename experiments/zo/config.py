@@ -17,6 +17,7 @@ from eggroll.experiments.zo.data.tasks import RTE, SST2, Classification, Generat
 from eggroll.experiments.zo.warm_start import RULE, WarmStart
 
 BACKPROP = "adam"
+MEZO_NOISE = "rademacher"  # of `zo.mezo` unless it is given
 RECIPES = (*zo.RECIPES, BACKPROP)
 TASKS: dict[str, Classification] = {"sentiment": sentiment.TASK, "sst2": SST2, "rte": RTE}
 BYTES = Classification("{text}:", {"0": "-", "1": "+"})  # sentiment for the small model, which reads bytes
@@ -198,13 +199,16 @@ class Config:
     def settings(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _APART}
-        if self.precision is None:
-            del fields["precision"]  # which runs from before the option do not have
+        if (self.recipe, self.perturbation) == ("mezo", None):
+            fields["perturbation"] = MEZO_NOISE  # None in a run stands for normal noise, the default before
         return jsonable({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
 
     def identity(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a run must share with the `stored` ones that it resumes, if any: not its length."""
-        return self.settings() | {name: stored.get(name) for name in _LIMITS}
+        settings = self.settings() | {name: stored.get(name) for name in _LIMITS}
+        if stored and _noise_of(stored) == settings["perturbation"]:
+            settings["perturbation"] = stored.get("perturbation")
+        return settings
 
     def ignored(self) -> dict[str, str]:
         """Return the options that are set and have no effect, each with the error that says so."""
@@ -236,10 +240,21 @@ class Config:
             raise ValueError(f"learning_rate must be given: none is known for {self.recipe} on this model{known}.")
 
 
+def _noise_of(stored: Mapping[str, Any]) -> str | None:
+    """The noise of a run with the given settings."""
+    noise = stored.get("perturbation")
+    return "normal" if (stored.get("recipe"), noise) == ("mezo", None) else noise
+
+
 def config_from(settings: dict[str, Any]) -> Config:
     """Return the configuration with the given `Config.settings()`, as stored in the header of a journal."""
     paths = {name: Path(settings[name]) for name in ("model", "data") if settings[name] is not None}
-    return Config(**settings | paths | {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])})
+    return Config(
+        **settings
+        | {"perturbation": _noise_of(settings)}
+        | paths
+        | {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])}
+    )
 
 
 def arguments(recipe: str) -> dict[str, Any]:

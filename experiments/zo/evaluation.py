@@ -15,7 +15,7 @@ from eggroll.experiments.common.run import SUMMARY
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, small_defaults
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evolution import Evolution
-from eggroll.experiments.zo.inputs import Loaded, load
+from eggroll.experiments.zo.inputs import Loaded, load, where
 from eggroll.experiments.zo.problem import Score, score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
@@ -65,7 +65,10 @@ def evaluate(config: Config) -> Row:
     steps, best = summary["steps"], best_step(read_metrics(config.folder), summary, by=config.objective)
     dtype = config.dtype if config.model else "float32"
     row = {"folder": str(config.folder), "steps": steps}
-    row |= score_fields(last := scores(f"last, step {steps}", hf.load(config.folder / MODEL, dtype)[2]))
+    loaded.read()  # and dropped: parameters that nothing needs yet
+    with where(config):
+        tuned = hf.load(config.folder / MODEL, dtype)[2]
+    row |= score_fields(last := scores(f"last, step {steps}", tuned))
     if config.recipe == BACKPROP and 0 < best < steps:
         return row  # it keeps no journal
     row["best_step"] = best

@@ -54,7 +54,7 @@ def load(config: Config, folder: Path | None = None) -> Loaded:
     records = _read_task(config, folder)
     source, dtype = model_folder(config.model) or warm_start(config.start), config.dtype if config.model else "float32"
     check_capacity(config, hf.check(source))
-    with _where(config):
+    with where(config):
         model, decoder, params = hf.load(source, dtype)
     tokenizer = load_tokenizer(source, vocab_size=model.vocab_size)
     everything = [record for split in records for record in split]
@@ -66,13 +66,13 @@ def load(config: Config, folder: Path | None = None) -> Loaded:
     unused = [params]
 
     def read() -> Any:
-        with _where(config):
+        with where(config):
             return unused.pop() if unused else hf.load(source, dtype)[2]
 
     return Loaded(source, model, read, FineTuning(decoder, *parts))
 
 
-def _where(config: Config) -> contextlib.AbstractContextManager[Any]:
+def where(config: Config) -> contextlib.AbstractContextManager[Any]:
     """Where weights are read to: the device, or the host's memory for a model that a device need not hold."""
     if config.offload:
         return jax.default_device(jax.local_devices(backend="cpu")[0])

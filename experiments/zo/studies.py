@@ -62,8 +62,8 @@ class Study(NamedTuple):
 
 _MOVIES = ("--task", "sst2", "--max-length", "48")
 STUDIES = {
-    "movies": Study("movies", read_movies, _MOVIES),
-    "movies-accuracy": Study("movies", read_movies, (*_MOVIES, "--sigma", "0.003"), "accuracy"),
+    "movies": Study("sentences", read_movies, _MOVIES),
+    "movies-accuracy": Study("sentences", read_movies, (*_MOVIES, "--sigma", "0.003"), "accuracy"),
     "sums": Study("sums", _sums, ("--template", "12 + 35 = 47\n{prompt}", "--answer", " {answer}", "--max-length", "48")),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eggroll.experiments.common.run import print_summary, print_text, run_folder
-from eggroll.experiments.common.seeds import seed_folder
+from eggroll.experiments.common.seeds import prepare_folder, seed_folder
 from eggroll.experiments.reason.progress import print_examples
 from eggroll.runs.log import NAME, logged
 
@@ -34,5 +34,30 @@ def test_run_folder(tmp_path, monkeypatch):
     assert run_folder("first").resolve() == tmp_path / "runs" / "first"
     assert run_folder("elsewhere/second").resolve() == tmp_path / "elsewhere" / "second"
     assert run_folder(tmp_path / "third").is_dir() and run_folder("first").is_dir()
-    several = SimpleNamespace(folder=Path("first"), seeds=2)
+    several = SimpleNamespace(folder=Path("first"), seeds=2, resume=False)
     assert seed_folder(several, 1, default="").resolve() == tmp_path / "runs" / "first" / "seed-1"
+
+
+def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
+    """A folder without a run has files of the user, and a model may be what is read."""
+    for name in ("model", "checkpoint", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "samples").symlink_to(tmp_path / "data")
+
+    def begin(*, resume):
+        with prepare_folder(tmp_path, resume=resume):
+            return {path.name for path in tmp_path.iterdir()} - {"run.lock"}
+
+    assert begin(resume=False) == {"model", "checkpoint", "data"}
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert begin(resume=True) == {"model", "checkpoint", "data", "metrics.jsonl"}
+    assert begin(resume=False) == {"model", "data"}
+
+
+def test_a_resumed_seed_is_found_where_earlier_versions_put_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    several = SimpleNamespace(folder=Path("first"), seeds=2, resume=True)
+    (tmp_path / "first" / "seed-1").mkdir(parents=True)
+    assert [str(seed_folder(several, seed, default="")) for seed in (0, 1)] == ["runs/first/seed-0", "first/seed-1"]
+    (tmp_path / "runs" / "first" / "seed-1").mkdir()
+    assert str(seed_folder(several, 1, default="")) == "runs/first/seed-1"

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from eggroll import zo
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.opt import OPTConfig, leaves, make_decoder
+from eggroll.noise.rules import Dense
 from eggroll.zo.blocks import check_blocks
 from eggroll.zo.offload.devices import AXES, BATCH, OWN, SAME, SLICES, Devices, Sliced
 from eggroll.zo.offload.passes import program
@@ -59,7 +60,8 @@ def make_step(config: OPTConfig, mesh: Mesh, *, tokens: int, recipe: str = "mezo
         tokens: of every text; every device along "data" has one text.
         recipe: of `zo.RECIPES`.
     """
-    away = zo.Offload(zo.RECIPES[recipe](pieces_of(config), learning_rate=1e-6, mesh=mesh))
+    options = {"perturbation": Dense("normal")} if recipe == "mezo" else {}  # which takes more than signs
+    away = zo.Offload(zo.RECIPES[recipe](pieces_of(config), learning_rate=1e-6, mesh=mesh, **options))
     params = jax.eval_shape(functools.partial(init, leaves(config), dtype=jnp.bfloat16), jax.random.key(0))
     return step_of(away, params, jax.ShapeDtypeStruct((mesh.shape["data"], tokens), jnp.int32))
 

@@ -70,3 +70,14 @@ def test_a_warning_is_one_plain_line(tmp_path):
         assert warnings.formatwarning("sigma is too small", UserWarning, "a.py", 3) == "warning: sigma is too small\n"
         assert warnings.formatwarning("old", DeprecationWarning, "a.py", 3).startswith("a.py:3: ")
     assert warnings.formatwarning is usual
+
+
+def test_a_bar_whose_end_changes_knows_the_time_left(monkeypatch):
+    pytest.importorskip("rich")
+    bar = progress._make_bar()
+    monkeypatch.setattr(progress, "_make_bar", lambda: bar)
+    with progress.progress_line("steps", 100.0, enabled=True) as show:
+        for done in (1, 2, 3):
+            show(done, "", 50 + done)
+            time.sleep(0.01)
+    assert bar.tasks[0].total == 53 and bar.tasks[0].time_remaining is not None

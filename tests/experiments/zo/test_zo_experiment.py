@@ -135,7 +135,7 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
     config = config_from(json.loads(json.dumps(options)))
-    assert config == dataclasses.replace(whole[0].config, folder=None, guidance=True)
+    assert config == dataclasses.replace(whole[0].config, folder=None, guidance=True, perturbation="rademacher")
 
 
 @pytest.mark.slow
@@ -308,6 +308,15 @@ def test_every_recipe_takes_rademacher_noise(recipe, noise):
         evolution.make_tuner(config, SimpleNamespace(pieces=lambda objective: lambda params, batch, key: 0.0)).perturbation
         == noise
     )
+
+
+def test_a_run_of_mezo_from_before_keeps_its_normal_noise():
+    settings = parse([*START, "--recipe", "mezo"]).settings()
+    assert settings["perturbation"] == "rademacher"
+    before = settings | {"perturbation": None}
+    assert config_from(before).perturbation == "normal" and config_from(settings).perturbation == "rademacher"
+    assert parse([*START, "--recipe", "mezo", "--perturbation", "normal"]).identity(before)["perturbation"] is None
+    assert parse([*START, "--recipe", "mezo"]).identity(before)["perturbation"] == "rademacher"  # another run, which is refused
 
 
 def test_every_recipe_has_settings_that_check():

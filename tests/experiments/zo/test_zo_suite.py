@@ -105,13 +105,13 @@ def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_
     assert list(tried) == pytest.approx([2e-5 / 3, 2e-5, 6e-5]) and len({found.folder for found in tried.values()}) == 3
     lines = {
         folder: {path.stem: path.read_text().splitlines() for path in (tmp_path / "suite" / "data" / folder).iterdir()}
-        for folder in ("movies-4-6", "movies-4-6-search")
+        for folder in ("sentences-4-6", "sentences-4-6-search")
     }
     reported, searched = lines.values()
     assert searched["train"] == reported["train"] and searched["validation"] == reported["validation"]
     assert [len(reported[name]) for name in ("train", "validation", "test")] == [10, 4, 6] and len(searched["test"]) == 1
     assert len({line for part in reported.values() for line in part}) == 20
-    assert "movies-4-6-search" in " ".join(next(iter(tried.values())).arguments)
+    assert "sentences-4-6-search" in " ".join(next(iter(tried.values())).arguments)
     scored = {"validation_loss": 0.5, "validation_accuracy": 0.75}
     of = [SimpleNamespace(options={"objective": name}) for name in ("loss", "accuracy")]
     assert [zo_suite.score(setting, scored) for setting in of] == [-0.5, 0.75]
