@@ -162,7 +162,7 @@ def test_bfloat16_model_scores_in_float32(tmp_path):
     config = transformer.TransformerConfig(257, 16, 24, 2, 2, 1, head_dim=8, tie_word_embeddings=True)
     params = init_params(config, key=jax.random.key(0), dtype=jnp.bfloat16)
     files = sentiment.write(tmp_path, train=4, validation=1, test=1)
-    batch = load(files["train"], sentiment.TASK, BYTES, max_length=48)
+    batch = load(files["train"], sentiment.TASK, BYTES, max_length=66)
     decoder, width = transformer.make_decoder(config), 5
 
     @jax.jit
