@@ -20,7 +20,7 @@ from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment
 from eggroll.signatures import check_signature
 
 _checked: weakref.WeakSet[Environment] = weakref.WeakSet()
-_FOLDERS = (sysconfig.get_path("stdlib"), Path(__file__).parent, Path(__file__).parent.parent / "eggroll")
+_FOLDERS = (sysconfig.get_path("stdlib"), Path(__file__).parents[1])
 ONE_FLAG = " One flag `done` becomes two: terminated where the task ended, truncated where the time limit was reached."
 
 

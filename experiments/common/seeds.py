@@ -121,7 +121,7 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
         return run_folder(f"{default}-{seed}")
     if config.seeds == 1:
         return run_folder(config.folder)
-    own, earlier = named_folder(config.folder) / f"seed-{seed}", config.folder / f"seed-{seed}"  # where 0.2 put it
+    own, earlier = named_folder(config.folder) / f"seed-{seed}", config.folder / f"seed-{seed}"  # where earlier versions put it
     return run_folder(earlier if config.resume and earlier.is_dir() and not own.exists() else own)
 
 
@@ -146,9 +146,8 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
-    is_run = any(
-        (folder / name).exists() for name in (SUMMARY, "journal.bin", "metrics.jsonl")
-    )  # else its files are the user's
+    # Without one of these nothing ran here, and other files are the user's.
+    is_run = any((folder / name).exists() for name in (SUMMARY, "journal.bin", "metrics.jsonl"))
     (folder / SUMMARY).unlink(missing_ok=True)
     for path in () if resume else (folder / name for name in (*_KEPT_BY_RESUME, *_RESULTS * is_run)):
         if path.is_dir() and not path.is_symlink():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from eggroll import envs
 from eggroll.envs import registry
+from eggroll.files import read_object
 
 ZERO, FALSE = jnp.float32(0), jnp.bool_(False)
 
@@ -165,6 +167,12 @@ def test_an_error_of_the_author_is_told_with_environment_function_and_line(monke
     ) as caught:
         envs.check_environment(dataclasses.replace(RIGHT, step=step))
     assert isinstance(caught.value.__cause__, TypeError)
+
+    def reset(key):
+        return read_object(Path("missing"))  # the author's line counts, not that of the library
+
+    with pytest.raises(ValueError, match=r"reset raised FileNotFoundError: .*\(test_signatures\.py, line \d+\)$"):
+        envs.check_environment(dataclasses.replace(RIGHT, reset=reset))
     monkeypatch.setattr(registry, "_registered", {})
     envs.register("broken", lambda: {}["size"])
     with pytest.raises(
