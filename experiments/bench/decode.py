@@ -10,7 +10,6 @@ noise, and the steps: that of the whole minus that of completions of one token, 
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ class Work(NamedTuple):
 
 def run(config: Decode) -> None:
     """Run the benchmark; the last line of standard output is JSON."""
-    about = machine() | {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+    about = machine()
     about |= {"rounds": config.repeats, "rank": config.rank}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     columns = COLUMNS if config.model is None else MODEL_COLUMNS

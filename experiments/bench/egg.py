@@ -5,7 +5,6 @@ forward; the update; the whole generation.
 """
 
 import dataclasses
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +57,7 @@ def run(config: EGG) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     row = {"median": _row(config.train, times, statistics.median), "least": _row(config.train, times, min)}
-    about = machine() | {"load": round(os.getloadavg()[0], 1), "rounds": config.repeats}
+    about = machine() | {"rounds": config.repeats}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'':<8}" + "".join(f"{column:>18}" for column in row["median"]))
     for name, numbers in row.items():

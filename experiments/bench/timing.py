@@ -1,12 +1,16 @@
 """Times several forms of the same work in one process, interleaved, so that a busy machine affects all of them equally."""
 
+import contextlib
 import functools
 import importlib.metadata
 import math
+import os
+import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -77,8 +81,8 @@ def _call_repeatedly(form: Callable[[], object], count: int) -> object:
     return form()
 
 
-def machine() -> dict[str, str]:
-    """Device, versions and commit of this run."""
+def machine() -> dict[str, Any]:
+    """Device, processor, cores of this run, load (runnable processes, last minute), versions and commit."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -86,4 +90,14 @@ def machine() -> dict[str, str]:
         commit = "unknown"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "quax")}
     device = jax.devices()[0]
-    return {"device": f"{jax.device_count()} x {device.device_kind}", "commit": commit, **versions}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    host = {"processor": _processor(), "cores": cores, "load": round(os.getloadavg()[0], 1)}
+    return {"device": f"{jax.device_count()} x {device.device_kind}", **host, "commit": commit, **versions}
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -80,9 +80,9 @@ def test_forms_are_interleaved():
     assert calls[4:] == ["a", "b"] * 3
 
 
-def test_machine_names_device_and_versions():
+def test_machine_names_device_processor_and_versions():
     about = machine()
-    assert about["jax"] == jax.__version__ and about["device"]
+    assert about["jax"] == jax.__version__ and about["device"] and about["processor"] and about["cores"] >= 1
 
 
 @pytest.mark.slow
