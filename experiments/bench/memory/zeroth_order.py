@@ -5,7 +5,9 @@
 in bytes of temporaries, and of results that do not lie in the memory of donated arguments.
 
 Resident programs are the losses of a step and its update; offloaded ones update the resident parameters, begin, update a block,
-send the streams through it, and end. The models read texts whose answers are single tokens: logits at the last position.
+send the streams through it, and end. The models read texts whose answers are single tokens: logits at the last position. Where
+JAX has two devices, MeZO is also planned on meshes that share the signs of a direction ("population") or the texts ("data");
+bytes are those of one device.
 """
 
 import dataclasses
@@ -15,11 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from eggroll import generation, zo
+from eggroll.devices.mesh import update_shardings
 from eggroll.experiments.bench.kernel_generation import ONE_BILLION, SMALL
 from eggroll.experiments.bench.memory.programs import tree_bytes, usage
-from eggroll.experiments.bench.offload.model import step_of
+from eggroll.experiments.bench.offload.model import placed, step_of
 from eggroll.experiments.bench.offload.programs import programs_of
 from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
@@ -32,11 +37,12 @@ SIZES = {
 }
 BATCH, TOKENS = 16, 64
 RESIDENT = ("mezo", "adamezo", "lozo", "lozo_m")  # recipes that are planned
+SHARED = ("population", "data")  # what MeZO's two devices of a mesh share
 
 
 def memory_summary(names: tuple[str, ...]) -> dict[str, Any]:
     """Print a row for every size; return `sizes`, and the worst of every ratio."""
-    kinds = (*RESIDENT, "offload")
+    kinds = (*RESIDENT, "offload", *(SHARED if jax.device_count() > 1 else ()))
     titles = "".join(f"{title:>14}" for title in ("parameters MB", "plain MB", *kinds, "two blocks"))
     print(f"{'float32 model':<14}{titles}", flush=True)
     sizes = {}
@@ -77,6 +83,9 @@ def planned(pieces: zo.Blocks, params: Any, batch: Any) -> dict[str, Any]:
     lowered = {name: resident_programs(tuner, params, batch) for name, tuner in tuners.items()}
     away = programs_of(step_of(zo.Offload(tuners["mezo"]), params, batch))
     lowered["offload"] = {name: function.lower(*shapes) for name, (function, shapes) in away.items()}
+    for axis in SHARED if jax.device_count() > 1 else ():
+        mesh = Mesh(np.array(jax.devices()[:2]), (axis,))
+        lowered[axis] = resident_programs(dataclasses.replace(tuners["mezo"], mesh=mesh), params, batch)
     found = {name: {step: _planned_bytes(one) for step, one in programs.items()} for name, programs in lowered.items()}
     row: dict[str, Any] = {f"{name}_ratio": (max(own.values()) - plain) / size for name, own in found.items()}
     two_blocks = 2 * tree_bytes(blocks) / blocks[0].shape[0]
@@ -100,14 +109,24 @@ def decoder_pieces(config: TransformerConfig) -> zo.Blocks:
 
 def resident_programs(tuner: zo.ZerothOrder, params: Any, batch: Any) -> dict[str, Any]:
     """Lower the two programs of a resident step."""
-    plan = tuner.plan_of(params, batch)
+    plan, placement = tuner.plan_of(params, batch), tuner.placement
     state = jax.eval_shape(lambda params: tuner.init(params, key=jax.random.key(0)), params)
     coefficients = jax.ShapeDtypeStruct((tuner.directions,), jnp.float32)
-    update: Callable = functools.partial(generation.update_parameters, tuner, plan, optimizer=tuner.optax_optimizer(plan))
+    shardings = update_shardings(placement, state)
+    if placement is not None:
+        state = jax.tree.map(_put, state, shardings[0])
+        coefficients = _put(coefficients, placement.replicated)
+        batch = placed(batch, placement.mesh, placement.batch_spec(split=True, padded=False))
+    settings: dict[str, Any] = {"optimizer": tuner.optax_optimizer(plan), "shardings": shardings and shardings[0]}
+    update: Callable = functools.partial(generation.update_parameters, tuner, plan, **settings)
     return {
         "score": jax.jit(functools.partial(tuner.score, plan)).lower(state, batch),
-        "update": jax.jit(update, donate_argnums=0).lower(state, coefficients),
+        "update": jax.jit(update, donate_argnums=0, out_shardings=shardings).lower(state, coefficients),
     }
+
+
+def _put(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _planned_bytes(lowered: Any) -> int:

@@ -69,11 +69,11 @@ def make_step(config: OPTConfig, mesh: Mesh, *, tokens: int, recipe: str = "mezo
 def step_of(away: zo.Offload, params: Any, batch: Any) -> Step:
     """Return the step of an offloaded model, from the shapes of its parameters and of a batch."""
     mesh = away.devices.mesh
-    batch = _placed(batch, mesh, BATCH if mesh.shape["data"] > 1 else SAME)
+    batch = placed(batch, mesh, BATCH if mesh.shape["data"] > 1 else SAME)
     streams = away.streams_of(away.tuner.plan_of(params, batch), params)
     state = jax.eval_shape(lambda resident: away.without_blocks(resident, jax.random.key(0)), params["resident"])
-    state = _placed(state, mesh, SAME)
-    carry, aux = _placed(jax.eval_shape(program(streams, "begin"), state, batch), mesh, OWN)
+    state = placed(state, mesh, SAME)
+    carry, aux = placed(jax.eval_shape(program(streams, "begin"), state, batch), mesh, OWN)
     block = jax.tree.map(functools.partial(_slices, devices=away.devices), params["blocks"])
     return Step(streams, state, block, batch, carry, aux, check_blocks(params))
 
@@ -100,6 +100,7 @@ def _slices(leaf: Any, *, devices: Devices) -> Sliced:
     return Sliced(values, shape, leaf.dtype)
 
 
-def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+def placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Place every shape of a tree on a mesh."""
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

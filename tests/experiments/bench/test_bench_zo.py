@@ -18,6 +18,7 @@ def test_numbers_of_a_small_run(capsys):
     assert set(summary["forwards_per_second"]) == {"mezo", "adamezo", "lozo", "lozo_m", "fzoo", "spsa15", "grzo"}
     assert summary["lowrank_batched_speedup"] > 0 and set(summary["transfer_ratio"]) == {"normal", "rademacher"}
     assert summary["memory"]["mezo_ratio"] == summary["memory"]["sizes"]["tiny"]["mezo_ratio"]
+    assert all(0 < summary["memory"][f"{axis}_ratio"] < summary["memory"]["mezo_ratio"] for axis in ("population", "data"))
     assert summary["torch_ratio"] is None or set(summary["torch_ratio"]) == {"mezo", "mezo_normal", "lozo"}
 
 
