@@ -164,7 +164,7 @@ def test_dense_noise_has_the_moments_of_optax():
     rates = {"adam": dict(learning_rate=0.02, adam=ADAM), "momentum": dict(learning_rate=0.2, momentum=0.9)}
     for name, optimizer in stored.items():
         theirs = run(zo.ZerothOrder(loss, directions=2, sigma=SIGMA, optimizer=optimizer), [X] * 5)
-        ours = run(zo.mezo(loss, directions=2, sigma=SIGMA, **rates[name]), [X] * 5)
+        ours = run(zo.mezo(loss, directions=2, sigma=SIGMA, perturbation=eggroll.Dense("normal"), **rates[name]), [X] * 5)
         np.testing.assert_allclose(flat(ours.params), flat(theirs.params), atol=1e-5, err_msg=name)
         assert np.abs(flat(ours.params) - flat(PARAMS)).max() > 0.01
 
@@ -197,7 +197,8 @@ def test_the_history_is_all_that_is_kept_and_memory_does_not_grow_with_it():
     chain = lambda params, batch, key: functools.reduce(lambda x, w: jnp.tanh(x @ w), params.values(), batch).mean()  # noqa: E731
     temporary = {}
     for history in (None, 2, 40):
-        tuner = zo.mezo(chain, learning_rate=0.1, directions=3, adam=history and zo.RebuiltAdam(history=history))
+        adam = history and zo.RebuiltAdam(history=history)
+        tuner = zo.mezo(chain, learning_rate=0.1, directions=3, perturbation=eggroll.Dense("normal"), adam=adam)
         state = tuner.init(params, key=KEY, batch=jnp.ones((2, 64)))
         assert values(state.opt_state) == (history * (3 + 2) + 1 if history else 0)
         plan = tuner.plan(state)
