@@ -5,7 +5,7 @@
     continuous      a squashed value, low + (high - low) (tanh(u) + 1) / 2; u is the output, or a normal draw around it
     per agent       the same for every row of the output
 
-An axis without finite bounds is not squashed. A masked action has the logit -inf.
+An axis with an infinite bound is clipped to the other one, not squashed. A masked action has the logit -inf.
 """
 
 import itertools
@@ -95,6 +95,6 @@ def _continuous(space: Continuous, output: Array, key: Array | None) -> Array:
 
 def _squash(space: Continuous, value: Array) -> Array:
     low, high = jnp.asarray(space.low, jnp.float32), jnp.asarray(space.high, jnp.float32)
-    bounded = jnp.isfinite(low) & jnp.isfinite(high)
+    bounded, clipped = jnp.isfinite(low) & jnp.isfinite(high), jnp.clip(value, low, high)
     low, high = jnp.where(bounded, low, 0.0), jnp.where(bounded, high, 0.0)
-    return jnp.where(bounded, low + (high - low) * (jnp.tanh(value) + 1.0) / 2.0, value)
+    return jnp.where(bounded, low + (high - low) * (jnp.tanh(value) + 1.0) / 2.0, clipped)

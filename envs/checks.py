@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eggroll.envs.actions import output_size
 from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, PerAgent, Transition
@@ -132,11 +133,37 @@ def _check_declared(environment: Environment) -> None:
         names = ", ".join(f"envs.{kind.__name__}" for kind in (Discrete, Continuous, MultiDiscrete, PerAgent))
         raise TypeError(f"{about}: action_space must be one of {names}, got {type(space).__name__}.")
     inner = space.space if isinstance(space, PerAgent) else space
-    if isinstance(inner, Continuous) and not tuple(inner.shape) == jnp.shape(inner.low) == jnp.shape(inner.high):
+    if isinstance(space, PerAgent):
+        _check_sizes(about, "agents", (space.agents,))
+        if shape[:1] != (space.agents,):
+            raise ValueError(f"{about}: observation_shape must begin with its {space.agents} agents, got {shape}.")
+    if isinstance(inner, Discrete):
+        _check_sizes(about, "n", (inner.n,))
+    if isinstance(inner, MultiDiscrete):
+        _check_sizes(about, "sizes", inner.sizes)
+    if isinstance(inner, Continuous):
+        _check_bounds(about, inner)
+        if environment.action_mask is not None:
+            raise ValueError(f"{about}: action_mask must be None with continuous actions.")
+
+
+def _check_sizes(about: str, name: str, sizes: Any) -> None:
+    """Check numbers of actions or agents."""
+    counts = tuple(sizes) if isinstance(sizes, tuple | list) else ()
+    if not counts or not all(isinstance(count, int | np.integer) and count >= 1 for count in counts):
+        expected = "integers >= 1" if name == "sizes" else "an integer >= 1"
+        raise ValueError(f"{about}: {name} of action_space must be {expected}, got {sizes if name == 'sizes' else sizes[0]!r}.")
+
+
+def _check_bounds(about: str, space: Continuous) -> None:
+    """Check the bounds of continuous actions."""
+    if not tuple(space.shape) == jnp.shape(space.low) == jnp.shape(space.high):
         raise ValueError(
-            f"{about}: the bounds of continuous actions must be arrays of their shape {tuple(inner.shape)}, "
-            f"got {jnp.shape(inner.low)} and {jnp.shape(inner.high)}."
+            f"{about}: the bounds of continuous actions must be arrays of their shape {tuple(space.shape)}, "
+            f"got {jnp.shape(space.low)} and {jnp.shape(space.high)}."
         )
+    if not np.all(np.asarray(space.low) <= np.asarray(space.high)):  # NaN is neither
+        raise ValueError(f"{about}: low must be at most high in every axis of action_space, got {space.low} and {space.high}.")
 
 
 def _check_observation(environment: Environment, observation: Any, function: str) -> None:
@@ -167,9 +194,6 @@ def _check_scalar(about: str, name: str, value: Any, expected: str, kinds: tuple
 
 def _check_mask(environment: Environment, mask: Any) -> None:
     space = environment.action_space
-    inner = space.space if isinstance(space, PerAgent) else space
-    if isinstance(inner, Continuous):
-        return  # `choose_action` says that these have none
     shape = (*((space.agents,) if isinstance(space, PerAgent) else ()), output_size(space))
     if getattr(mask, "shape", None) != shape or mask.dtype != jnp.bool_:
         raise ValueError(f"env '{environment.name}': action_mask must return bool{list(shape)}, got {_describe(mask)}.")

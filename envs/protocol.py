@@ -75,7 +75,7 @@ class Environment:
         draw: `draw(state)`, called outside jit, returns a picture, a numpy array uint8 [height, width, 3]; None: no pictures.
 
     Raises:
-        ValueError: `max_steps` is less than 1.
+        ValueError: `max_steps` is not an integer, or is less than 1.
     """
 
     name: str
@@ -89,8 +89,8 @@ class Environment:
     draw: Callable[[Any], np.ndarray] | None = None
 
     def __post_init__(self):
-        if not self.max_steps >= 1:
-            raise ValueError(f"env '{self.name}' must have max_steps >= 1, got {self.max_steps!r}.")
+        if not isinstance(self.max_steps, int | np.integer) or self.max_steps < 1:
+            raise ValueError(f"env '{self.name}' must have max_steps, an integer >= 1, got {self.max_steps!r}.")
 
 
 def with_time_limit(environment: Environment, max_steps: int) -> Environment:
@@ -106,7 +106,7 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
     Raises:
         ValueError: `max_steps` is not a positive integer, or above the environment's own limit.
     """
-    if not isinstance(max_steps, int) or max_steps < 1:
+    if not isinstance(max_steps, int | np.integer) or max_steps < 1:
         raise ValueError(f"max_steps must be an integer >= 1, got {max_steps!r}.")
     if max_steps > environment.max_steps:
         raise ValueError(

@@ -53,7 +53,7 @@ def plot_history(
     axes: Any = figure.subplot_mosaic(layout, height_ratios=(2.4, *[1] * len(lower)))
     _draw_fitness(axes["fitness"], rows, x, references or {})
     for name in names:
-        axes[name].plot(_column(rows, x), _column(rows, name), color="tab:green", linewidth=1)
+        _plot_line(axes[name], _column(rows, x), _column(rows, name), color="tab:green", linewidth=1)
         axes[name].set_ylabel(PANELS[name], fontsize=9)
     for panel in axes.values():
         panel.grid(alpha=0.3)
@@ -74,12 +74,19 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
+def _plot_line(axes: Any, at: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """Plot a line, and a point where a value has no neighbours to be joined with."""
+    known = np.pad(np.isfinite(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    axes.plot(at, values, marker=".", markevery=np.flatnonzero(alone).tolist(), **style)
+
+
 def _draw_fitness(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, references: Mapping[str, float]) -> None:
     at, mean, spread = (_column(rows, name) for name in (x, "mean_fitness", "std_fitness"))
     best = _column(rows, "best_fitness")
     if not np.isnan(best).all():
-        axes.plot(at, best, color="tab:orange", linewidth=1, label="best member")
-    axes.plot(at, mean, color="tab:blue", label="mean")
+        _plot_line(axes, at, best, color="tab:orange", linewidth=1, label="best member")
+    _plot_line(axes, at, mean, color="tab:blue", label="mean")
     if not np.isnan(spread).all():
         axes.fill_between(at, mean - spread, mean + spread, color="tab:blue", alpha=0.2, label="mean ± standard deviation")
     for name, label in HELD_OUT.items():

@@ -57,7 +57,8 @@ def train(
         es: any strategy (`eggroll.protocol.Strategy`).
         state: from `es.init`, or from an earlier `train` to continue it.
         batches: one batch for all generations, an iterator of batches, or a function from generation (int) to batch.
-        generations: how many to run at most, counted from here; None: the budget decides.
+        generations: how many to run at most, counted from here; 0: the run has ended, only its figure is drawn; None: the
+            budget decides.
         budget: `(name, amount)`: stop once `record.extra[name]` is at least `amount`: a total (environment steps, tokens) that
             `on_record` keeps or, without `on_device`, a callback. The progress line then counts it.
         target: stop once the mean fitness of the population is at least this.
@@ -116,7 +117,8 @@ def train(
             draw = functools.partial(_draw, plot or _plot_fitness, folder, first, history)
             stack.push(functools.partial(_draw_last, check, draw))
         name, total = budget or ("generations", generations or 0)
-        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=progress if is_first() else False))
+        shown = progress if is_first() and generations != 0 else False
+        show = stack.enter_context(progress_line(name.replace("_", " "), total, enabled=shown))
         while generations is None or len(history) < generations:
             limits = (
                 on_device,
@@ -161,8 +163,8 @@ def train(
 def _check(generations: Any, budget: Any, target: Any, callbacks: Any) -> None:
     if generations is None and budget is None:
         raise ValueError("generations or budget must be given: without either the run would not end.")
-    if generations is not None and (not isinstance(generations, int) or generations < 1):
-        raise ValueError(f"generations must be an integer >= 1, got {generations!r}.")
+    if generations is not None and (not isinstance(generations, int) or generations < 0):
+        raise ValueError(f"generations must be an integer >= 0, got {generations!r}.")
     if budget is not None and not (isinstance(budget, tuple) and len(budget) == 2 and budget[1] > 0):
         raise ValueError(f"budget must be (name, amount > 0), got {budget!r}.")
     if target is not None and not (isinstance(target, int | float) and not math.isnan(target)):

@@ -135,18 +135,17 @@ def pretrain(config: Config, inputs: Inputs, seed_run: SeedRun) -> Trained:
     )
     with contextlib.closing(run):
         state = run.state
-        if int(state.generation) < config.generations:
-            state, _ = train(
-                es,
-                state,
-                lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
-                generations=config.generations - int(state.generation),
-                callbacks=[checks],
-                run_folder=folder,
-                durable=run,
-                words=checks.words,
-                plot=lambda _, path: plot_bits(path, inputs.references),
-            )
+        state, _ = train(
+            es,
+            state,
+            lambda generation: streams(corpus, generation, groups=config.streams, length=config.bytes_per_update),
+            generations=max(0, config.generations - int(state.generation)),
+            callbacks=[checks],
+            run_folder=folder,
+            durable=run,
+            words=checks.words,
+            plot=lambda _, path: plot_bits(path, inputs.references),
+        )
     params = local(state.params)
     bits = validation(params) if checks.bits is None else checks.bits
     seconds = [record.seconds for record in read_records(folder)]  # before it was continued, too

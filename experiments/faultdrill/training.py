@@ -95,11 +95,10 @@ def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[st
     if die is not None:
         _arm(run, *die)
     with contextlib.closing(run):
-        if (left := generations - started_at) > 0:
-            callbacks: list[Any] = [carried, _report]
-            state, _ = train(
-                es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run, plot=draw_nothing
-            )
+        left, callbacks = max(0, generations - started_at), [carried, _report]
+        state, _ = train(
+            es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run, plot=draw_nothing
+        )
     return fingerprint((state.params, state.opt_state, carried.save()))
 
 

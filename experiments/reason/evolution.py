@@ -157,19 +157,18 @@ class Evolution:
             state = run.state
             progress.resume(state)
             left = None if config.generations is None else max(0, config.generations - int(state.generation))
-            if progress.seconds < config.time_limit and left != 0:
-                state, _ = train(
-                    es,
-                    state,
-                    lambda generation: self.questions(generation, seed=seed),
-                    generations=left,
-                    budget=config.budget,
-                    callbacks=[progress],
-                    run_folder=folder,
-                    durable=run,
-                    words=progress.words,
-                    plot=lambda history, path: draw(path),
-                )
+            state, _ = train(
+                es,
+                state,
+                lambda generation: self.questions(generation, seed=seed),
+                generations=left if progress.seconds < config.time_limit else 0,
+                budget=config.budget,
+                callbacks=[progress],
+                run_folder=folder,
+                durable=run,
+                words=progress.words,
+                plot=lambda history, path: draw(path),
+            )
             run.checkpoints.wait()
             ended = why_ended(config, int(state.generation), seconds=progress.seconds)
             run.check()

@@ -138,17 +138,19 @@ def _step(
     action_key, step_key = jax.random.split(key)
     environment, log_std = model.environment, params["log_std"]
     mask = None if environment.action_mask is None else environment.action_mask(lane.state)
-    seen = model.see(statistics, lane.observation)
+    sound = jnp.isfinite(lane.observation).all()
+    observation = jnp.where(sound, lane.observation, statistics.mean)
+    seen = model.see(statistics, observation)
     output = model.output(params, seen)
     raw = sample(environment.action_space, output, log_std, key=action_key, mask=mask)
     log_prob, _ = log_prob_and_entropy(environment.action_space, output, log_std, raw, mask=mask)
     after = environment.step(step_key, lane.state, to_action(environment.action_space, raw))
-    finite = jnp.isfinite(after.reward) & jnp.isfinite(after.observation).all()
+    finite = sound & jnp.isfinite(after.reward) & jnp.isfinite(after.observation).all()
     reward, terminated = jnp.where(finite, after.reward, 0.0), after.terminated | ~finite
     episode_return, discounted_return = lane.episode_return + reward, gamma * lane.discounted_return + reward
     step = Step(
         observation=seen,
-        centred=lane.observation - statistics.mean,
+        centred=observation - statistics.mean,
         raw_action=raw,
         mask=mask,
         log_prob=log_prob,

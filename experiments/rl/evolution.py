@@ -209,23 +209,23 @@ class Evolution:
             lock=seed_run.lock,
         )
         with contextlib.closing(run):
-            state, done = run.state, int(run.state.generation)
-            if progress.env_steps < config.env_steps and not checks.met and done != config.generations:
-                state, _ = train(
-                    es,
-                    state,
-                    progress.statistics,
-                    generations=None if config.generations is None else config.generations - done,
-                    budget=("env_steps", config.env_steps),
-                    callbacks=[progress],
-                    on_device=config.on_device if es.mesh is None else 1,
-                    next_batch=next_statistics,
-                    on_record=progress.on_record,
-                    quiet=progress.quiet,
-                    run_folder=folder,
-                    durable=run,
-                    plot=lambda history, path: draw(path, random_return=random_return),
-                )
+            state = run.state
+            left = None if config.generations is None else config.generations - int(state.generation)
+            state, _ = train(
+                es,
+                state,
+                progress.statistics,
+                generations=0 if progress.env_steps >= config.env_steps or checks.met else left,
+                budget=("env_steps", config.env_steps),
+                callbacks=[progress],
+                on_device=config.on_device if es.mesh is None else 1,
+                next_batch=next_statistics,
+                on_record=progress.on_record,
+                quiet=progress.quiet,
+                run_folder=folder,
+                durable=run,
+                plot=lambda history, path: draw(path, random_return=random_return),
+            )
         history = read_records(folder)  # before a resume, too
         unusual = look(history)
         return Trained(

@@ -3,6 +3,7 @@
 import flax.linen as nn
 
 from eggroll import envs
+from eggroll.envs.checks import describe_error
 from eggroll.experiments.common.options import refuse
 from eggroll.experiments.rl.config import Config, preset_defaults
 from eggroll.experiments.rl.distributions import num_log_stds
@@ -51,8 +52,9 @@ def make_network(config: Config, environment: envs.Environment, *, outputs: int)
         found = find_class(name, "--network")
         try:
             network = found(outputs=outputs)
-        except TypeError as error:
-            raise ValueError(f"--network {name} is made as {found.__name__}(outputs={outputs}), but {error}.") from error
+        except Exception as error:  # the user's code
+            made = f"--network {name} is made as {found.__name__}(outputs={outputs}), which"
+            raise ValueError(f"{describe_error(made, error)}.") from error
     else:
         network = {"mlp": MLP, "cnn": CNN, "gru": GRU}[name](config.hidden_sizes, outputs, config.activation)
     if config.algorithm == "ppo" and hasattr(network, "initial_memory"):

@@ -132,7 +132,12 @@ def check_network(name: str, network: Any, environment: envs.Environment, *, out
             f"{about} cannot read observations float32{list(seen.shape)}: {type(error).__name__}: {words}"
         ) from error
     if hasattr(network, "initial_memory"):
-        check_recurrent(network.initial_memory(), made)
+        if (memory := network.initial_memory()) is None:
+            raise ValueError(f"{about}: initial_memory() must return arrays; a network without a memory has no such method.")
+        try:
+            check_recurrent(memory, made)
+        except ValueError as error:
+            raise ValueError(f"{about}: {error}") from None
         made = made[1]
     if getattr(made, "shape", None) != (outputs,) or not jnp.issubdtype(made.dtype, jnp.floating):
         got = f"{made.dtype}{list(made.shape)}" if hasattr(made, "shape") else f"a {type(made).__name__}"

@@ -67,7 +67,8 @@ def find_members_at_random(history: Sequence[Record], random_return: float | Non
         random_return: of random actions; None: not known.
 
     Returns:
-        As `find_unusual`; "far" is more than the spread of the population, in the median check.
+        As `find_unusual`; "far" is more than the spread of the population, in the median check. The members are worse in the
+        median generation and in the last one: of a run that has just begun to learn, the median is old.
     """
     history = [record for record in history if math.isfinite(record.mean_fitness)]
     gaps = [record.extra.get(HELD_OUT, math.nan) - record.mean_fitness for record in history]
@@ -77,7 +78,7 @@ def find_members_at_random(history: Sequence[Record], random_return: float | Non
     last = history[-RECENT:]
     mean, spread = (statistics.median(getattr(record, name) for record in last) for name in ("mean_fitness", "std_fitness"))
     gap = statistics.median(gaps)
-    if mean >= random_return or gap <= spread:
+    if max(mean, last[-1].mean_fitness) >= random_return or gap <= spread:
         return {}
     words = (
         f"The members' mean return of {mean:.4g} is below that of random actions, {random_return:.4g}, and {gap:.3g} below the "

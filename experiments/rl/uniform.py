@@ -8,7 +8,8 @@ from eggroll import envs
 
 
 def uniform_action(space: envs.ActionSpace, *, key: Array, mask: Array | None = None) -> Array:
-    """Draw an action uniformly: from all allowed choices, or between the bounds; unbounded axes are standard normal.
+    """Draw an action uniformly: from all allowed choices, or between the bounds; an axis with an infinite bound is
+    standard normal, clipped to the other one.
 
     Args:
         space: the environment's action space.
@@ -25,10 +26,10 @@ def uniform_action(space: envs.ActionSpace, *, key: Array, mask: Array | None = 
         return envs.choose_action(space, jnp.zeros(envs.output_size(space), jnp.float32), key=key, mask=mask)
     low, high = jnp.asarray(space.low, jnp.float32), jnp.asarray(space.high, jnp.float32)
     bounded = jnp.isfinite(low) & jnp.isfinite(high)
-    low, width = jnp.where(bounded, low, 0.0), jnp.where(bounded, high - low, 0.0)
     uniform_key, normal_key = jax.random.split(key)
-    inside = low + width * jax.random.uniform(uniform_key, space.shape)
-    return jnp.where(bounded, inside, jax.random.normal(normal_key, space.shape))
+    outside = jnp.clip(jax.random.normal(normal_key, space.shape), low, high)
+    low, width = jnp.where(bounded, low, 0.0), jnp.where(bounded, high - low, 0.0)
+    return jnp.where(bounded, low + width * jax.random.uniform(uniform_key, space.shape), outside)
 
 
 def play_uniform(environment: envs.Environment, *, key: Array, episodes: int) -> envs.Episode:

@@ -163,19 +163,18 @@ class Evolution:
             if config.guidance and not done:
                 progress.suggested = self.guide(state, seed=seed).learning_rate
             progress.begin(seconds_spent(folder))
-            if done < self.steps:
-                state, _ = train(
-                    tuner,
-                    state,
-                    lambda step: self._batch(step, seed=seed),
-                    generations=self.steps - done,
-                    budget=("steps", self.steps),
-                    callbacks=[progress],
-                    run_folder=folder,
-                    durable=durable,
-                    words=progress.words,
-                    plot=_draw_fitness,
-                )
+            state, _ = train(
+                tuner,
+                state,
+                lambda step: self._batch(step, seed=seed),
+                generations=max(0, self.steps - done),
+                budget=("steps", self.steps),
+                callbacks=[progress],
+                run_folder=folder,
+                durable=durable,
+                words=progress.words,
+                plot=_draw_fitness,
+            )
             seconds, steps = progress.seconds, int(state.generation)
             ended = why_ended(config, steps, forwards=self.forwards, seconds=seconds)
         history = read_records(folder)  # before it was continued, too

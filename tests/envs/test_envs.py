@@ -74,9 +74,9 @@ def test_bad_time_limit(max_steps):
         envs.with_time_limit(counting(), max_steps)
 
 
-@pytest.mark.parametrize("max_steps", [0, -1])
+@pytest.mark.parametrize("max_steps", [0, 4.0, None])
 def test_an_environment_without_steps_is_refused(max_steps):
-    with pytest.raises(ValueError, match=f"env 'counting' must have max_steps >= 1, got {max_steps}"):
+    with pytest.raises(ValueError, match=f"env 'counting' must have max_steps, an integer >= 1, got {max_steps}"):
         counting(ends_at=3, max_steps=max_steps)
 
 
@@ -193,6 +193,8 @@ def test_deterministic_actions():
     action = envs.choose_action(BOX, jnp.float32([0.5, 7.0]))
     np.testing.assert_allclose(action, [1 + 3 * np.tanh(0.5), 7.0], rtol=1e-6)
     np.testing.assert_array_equal(envs.choose_action(BOX, jnp.float32([99.0, 0.0]))[0], 4.0)
+    half = envs.Continuous((2,), np.float32([0, -np.inf]), np.float32([np.inf, 0]))
+    assert envs.choose_action(half, jnp.float32([-3, -3])).tolist() == [0, -3]  # between the bounds
     sampled_head = jnp.float32([0.5, 7.0, -1.0, -1.0])
     np.testing.assert_array_equal(envs.choose_action(BOX, sampled_head), action)
 

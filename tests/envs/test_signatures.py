@@ -133,6 +133,28 @@ DECLARED = [
         {"action_space": envs.Continuous((2,), np.float32(-1), np.ones(2, np.float32))},
         "env 'mine': the bounds of continuous actions must be arrays of their shape (2,), got () and (2,).",
     ),
+    (
+        {"action_space": envs.Continuous((1,), np.ones(1, np.float32), np.zeros(1, np.float32))},
+        "env 'mine': low must be at most high in every axis of action_space, got [1.] and [0.].",
+    ),
+    (
+        {"action_space": envs.Continuous((1,), np.full(1, np.nan), np.ones(1))},
+        "env 'mine': low must be at most high in every axis of action_space, got [nan] and [1.].",
+    ),
+    ({"action_space": envs.Discrete(0)}, "env 'mine': n of action_space must be an integer >= 1, got 0."),
+    ({"action_space": envs.Discrete(2.0)}, "env 'mine': n of action_space must be an integer >= 1, got 2.0."),
+    ({"action_space": envs.MultiDiscrete(())}, "env 'mine': sizes of action_space must be integers >= 1, got ()."),
+    (
+        {"action_space": envs.PerAgent(3, envs.Discrete(2))},
+        "env 'mine': observation_shape must begin with its 3 agents, got (2,).",
+    ),
+    (
+        {
+            "action_space": envs.Continuous((1,), -np.ones(1), np.ones(1)),
+            "action_mask": lambda state: jnp.ones(1, bool),
+        },
+        "env 'mine': action_mask must be None with continuous actions.",
+    ),
 ]
 
 

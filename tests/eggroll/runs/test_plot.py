@@ -38,6 +38,12 @@ def test_steps_are_on_the_x_axis_and_nothing_else_is_drawn_as_fitness(drawn, tmp
     assert [label.get_text() for label in generations.get_xticklabels()] == ["0", "1", "2", "3"]
 
 
+def test_a_value_without_neighbours_is_a_point(drawn, tmp_path):
+    plot_history([row(0), row(1), row(2, mean_fitness=None), row(3)], tmp_path / "x.png")
+    best, mean = drawn[0].axes[0].lines
+    assert (best.get_markevery(), mean.get_markevery()) == ([], [3]) and mean.get_marker() == "."
+
+
 def test_what_a_run_does_not_have_is_not_in_the_legend(drawn, tmp_path):
     plot_history([row(0, best_fitness=None, std_fitness=None)], tmp_path / "x.png")
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["mean"]

@@ -16,6 +16,7 @@ import pytest
 
 import eggroll
 from eggroll.runs import progress, training
+from eggroll.runs.record import read_records
 from eggroll.runs.training import Record, train
 from eggroll.state import copy_state
 
@@ -236,7 +237,7 @@ def test_quiet_without_rich_unless_asked(capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        (dict(generations=0), ValueError, "generations must be an integer >= 1, got 0"),
+        (dict(generations=-1), ValueError, "generations must be an integer >= 0, got -1"),
         (dict(generations=2.5), ValueError, "generations must be an integer"),
         (dict(generations=1, target="high"), ValueError, "target must be a number or None, got 'high'"),
         (dict(generations=1, target=float("nan")), ValueError, "target must be a number"),
@@ -248,6 +249,16 @@ def test_bad_arguments(options, error, words):
     es, state = make()
     with pytest.raises(error, match=words):
         train(es, state, jnp.float32(1.0), **options)
+
+
+def test_a_run_that_has_ended_gets_its_figure_which_a_kill_may_have_cost(tmp_path, capfd):
+    es, state = make()
+    state, history = train(es, state, jnp.float32(1.0), generations=3, run_folder=tmp_path)
+    (tmp_path / "fitness.png").unlink()
+    capfd.readouterr()
+    again, nothing = train(es, state, jnp.float32(1.0), generations=0, run_folder=tmp_path)
+    assert again is state and nothing == [] and (tmp_path / "fitness.png").exists() and len(read_records(tmp_path)) == 3
+    assert capfd.readouterr() == ("", "")
 
 
 def test_record_writes_null_for_what_is_not_finite():

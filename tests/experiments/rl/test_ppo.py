@@ -1,5 +1,6 @@
 """The PPO baseline: hand-computed advantages, distributions against their definitions, whole runs."""
 
+import dataclasses
 import itertools
 import math
 
@@ -161,6 +162,19 @@ def test_an_observation_that_is_not_finite_is_counted_and_ends_the_episode():
     learner, metrics = jax.jit(small_train(broken, env_steps=32))(jax.random.key(0))
     assert int(metrics.invalid[0]) == 16 and float(metrics.mean_return[0]) == 1.0  # every second step
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learner.params))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_first_observation_that_is_not_finite_is_counted_and_poisons_nothing():
+    sound = counter(terminates=True, limit=5)
+
+    def reset(key):
+        return jnp.where(jax.random.bernoulli(key), jnp.nan, 0.0)[None], jnp.int32(0)
+
+    broken = dataclasses.replace(sound, name="broken", reset=reset)
+    learner, metrics = jax.jit(small_train(broken, env_steps=64))(jax.random.key(0))
+    assert 0 < int(metrics.invalid.sum()) < 64
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((learner.params, learner.statistics)))
 
 
 @pytest.mark.parametrize(

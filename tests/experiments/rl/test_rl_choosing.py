@@ -98,6 +98,7 @@ def test_members_below_random_actions_are_named(mean, held_out, is_named):
     history = [record, *[SimpleNamespace(**vars(record) | {"extra": extra})] * 3, record, *[skipped] * 9]
     found = find_members_at_random(history, -8.0)
     assert list(found) == ["held_out_minus_mean"] * is_named and find_members_at_random(history, None) == {}
+    assert find_members_at_random([*history, SimpleNamespace(**vars(record) | {"mean_fitness": -2.0})], -8.0) == {}  # it learns
     assert not is_named or "-9 is below that of random actions, -8, and 5 below" in found["held_out_minus_mean"]
 
 

@@ -71,6 +71,20 @@ class Forgets(Counter):
         return x, nn.Dense(self.outputs)(x)
 
 
+class Empty(Linear):
+    def initial_memory(self):
+        return None
+
+    @nn.compact
+    def __call__(self, memory, x):
+        return memory, nn.Dense(self.outputs)(x)
+
+
+class Broken(Linear):
+    def __post_init__(self):
+        raise KeyError("sizes")
+
+
 class NoModule:
     def __init__(self, outputs):
         pass
@@ -152,16 +166,24 @@ NETWORKS = [
     ((*FLAT, "gru", "--algorithm", "ppo"), "--network gru has a memory, which --algorithm ppo does not train; use eggroll or"),
     (
         (*FLAT, "mine.py:Missing"),
-        "--network: mine.py has no class 'Missing'; it has Linear, Short, Counter, Forgets, No",
+        "--network: mine.py has no class 'Missing'; it has Linear, Short, Counter, Forgets, Em",
     ),
     ((*FLAT, "absent:Linear"), "--network: there is no module 'absent';"),
-    ((*FLAT, "flax.linen:Dense"), "--network flax.linen:Dense is made as Dense(outputs=3), but "),
+    ((*FLAT, "flax.linen:Dense"), "--network flax.linen:Dense is made as Dense(outputs=3), which raised TypeError: "),
+    (
+        (*FLAT, "mine.py:Broken"),
+        "--network mine.py:Broken is made as Broken(outputs=3), which raised KeyError: 'sizes' (mine.py",
+    ),
+    ((*FLAT, "mine.py:Empty"), "network mine.py:Empty in env 'mine/flat': initial_memory() must return arrays; a network"),
     ((*FLAT, "mine.py:NoModule"), "network mine.py:NoModule must be a flax.linen.Module, got NoModule."),
     (
         (*FLAT, "mine.py:Short"),
         "network mine.py:Short in env 'mine/flat' must return float32[3] for one observation, got",
     ),
-    ((*FLAT, "mine.py:Forgets"), "policy must return its memory as it came: it is int32[], got float32[4]."),
+    (
+        (*FLAT, "mine.py:Forgets"),
+        "network mine.py:Forgets in env 'mine/flat': policy must return its memory as it came: it is int32[], got float32[4].",
+    ),
     (
         (*IMAGE, "mine.py:Linear"),
         "network mine.py:Linear in env 'mine/image' cannot read observations float32[6, 5, 2]: AssertionError: a vector is",
