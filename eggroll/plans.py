@@ -16,7 +16,9 @@ def known_plan(strategy: Any, params: Any, *, needed_by: str) -> Plan:
     check_not_consumed(params)
     plan = programs.find("plan", strategy, programs.signature(params))
     if plan is None:
-        raise ValueError(f"{needed_by} needs the plan: call ask(state).apply(fn, batch) or plan(state, batch, function=fn)")
+        own = hasattr(strategy, "loss")  # a strategy that knows the function it plans for
+        how = "plan(state, batch)" if own else "ask(state).apply(fn, batch) or plan(state, batch, function=fn)"
+        raise ValueError(f"{needed_by} needs the plan: call {how}")
     return plan
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from eggroll.noise.factored import FactoredLeaf
 from eggroll.noise.leaves import DenseLeaf, LeafPlan
@@ -42,7 +43,10 @@ def check_blocks(params: Any) -> int:
     sizes = {jax.tree_util.keystr(path): leaf.shape[:1] for path, leaf in leaves}
     if not sizes or len(set(sizes.values())) != 1 or () in sizes.values():
         raise ValueError(f"blocks must be stacked, every leaf with the same leading axis; the leading axes are {sizes}.")
-    return next(iter(sizes.values()))[0]
+    count = next(iter(sizes.values()))[0]
+    if not count:
+        raise ValueError("there must be one block or more, got leaves of 0.")
+    return count
 
 
 def whole_loss(blocks: Blocks) -> Callable:
@@ -54,6 +58,29 @@ def whole_loss(blocks: Blocks) -> Callable:
         return blocks.end(params["resident"], x, batch)
 
     return loss
+
+
+def total_and_weight(result: Any) -> tuple[jax.Array, jax.Array]:
+    """A loss as float32 total and weight.
+
+    Raises:
+        ValueError: it is neither a real scalar nor (total, weight).
+    """
+    parts = result if isinstance(result, tuple) else (result, 1.0)
+    if len(parts) != 2 or not all(map(_is_real, parts)):
+        got = ", ".join(_described(part) for part in (result if isinstance(result, tuple) else (result,)))
+        raise ValueError(f"loss must be a scalar or (total, weight), got {got or 'an empty tuple'}.")
+    total, weight = (jnp.asarray(part).astype(jnp.float32) for part in parts)
+    return total, weight
+
+
+def _is_real(value: Any) -> bool:
+    is_number = isinstance(value, int | float) or hasattr(value, "dtype")
+    return is_number and jnp.shape(value) == () and not jnp.issubdtype(jnp.result_type(value), jnp.complexfloating)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else f"a {type(value).__name__}"
 
 
 def stacked_plan(plan: Plan) -> Plan:

@@ -137,7 +137,9 @@ def guide(
         multipliers: the different sigma multipliers of the parameters.
     """
     plus, minus, base = (np.asarray(losses, np.float64) for losses in (plus, minus, base))
-    if not all(np.isfinite(losses).all() for losses in (plus, minus, base)):
+    if not np.isfinite(base).all():
+        return NOTHING._replace(reason="the loss of the unperturbed parameters was not finite; look at the model and the data")
+    if not all(np.isfinite(losses).all() for losses in (plus, minus)):
         return NOTHING._replace(reason="a loss was not finite; lower sigma")
     p, c = (plus - minus) / (2 * sigma), (plus - 2 * base[:, None] + minus) / sigma**2
     square, count = np.mean(p**2), len(p)

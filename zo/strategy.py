@@ -32,7 +32,7 @@ from eggroll.settings import check_precision
 from eggroll.signatures import check_signature
 from eggroll.state import ESState, begin, check_not_consumed
 from eggroll.update.optimizer import describe_update
-from eggroll.zo.blocks import Blocks, stacked_plan, whole_loss
+from eggroll.zo.blocks import Blocks, stacked_plan, total_and_weight, whole_loss
 from eggroll.zo.estimators import ESTIMATORS, report_losses
 from eggroll.zo.optimizers.descent import Descent
 from eggroll.zo.room import check_resident
@@ -73,8 +73,13 @@ class ZerothOrder:
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.loss) and not isinstance(self.loss, Blocks):
-            raise TypeError(f"loss must be a function or Blocks, got {type(self.loss).__name__}.")
+        pieces = self.loss if isinstance(self.loss, Blocks) else [self.loss]
+        if not all(map(callable, pieces)):
+            raise TypeError(f"loss must be a function or Blocks of functions, got {self.loss!r}.")
+        if not isinstance(self.optimizer, Descent) and not (
+            hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")
+        ):
+            raise TypeError(f"optimizer must be a zo.Descent or an optax transformation, got {self.optimizer!r}.")
         for name in ("directions", "chunk_directions"):
             value = getattr(self, name)
             if not (value is None and name != "directions") and not (isinstance(value, int) and value >= 1):
@@ -252,11 +257,7 @@ class ZerothOrder:
         """The loss as (total, weight), float32."""
         loss = whole_loss(self.loss) if isinstance(self.loss, Blocks) else self.loss
         check_signature("loss", loss, ("params", "batch", "key"))
-        result = loss(params, batch, key)
-        total, weight = result if isinstance(result, tuple) else (result, jnp.float32(1))
-        if jnp.shape(total) or jnp.shape(weight):
-            raise ValueError(f"loss must be a scalar or (total, weight), got shapes {jnp.shape(total)}, {jnp.shape(weight)}.")
-        return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight).astype(jnp.float32)
+        return total_and_weight(loss(params, batch, key))
 
     def score(self, plan: Plan, state: ESState, batch: Any) -> FitnessReport:
         """Evaluate the losses of a step, and report them with the coefficients; `step` compiles this."""

@@ -116,7 +116,7 @@ def find_unusual(history: Sequence[Record], plan: Plan) -> dict[str, str]:
         found["tied_pairs"] = f"{share}, which teach nothing. {_untie(sigma)}."
     if correlation > SHARED:
         shared = f"The members of a pair had nearly the same fitness (pair_correlation {correlation:.4f})"
-        found["pair_correlation"] = f"{shared}, which is that of their random key. Raise sigma (now {sigma:g})."
+        found["pair_correlation"] = f"{shared}, which is that of their random key or examples. Raise sigma (now {sigma:g})."
     if sigma > 3 * weight:
         found["weight_norm"] = (
             f"Sigma ({sigma:g}) is {sigma / weight if weight else math.inf:.3g} times as large as the weights (root mean "

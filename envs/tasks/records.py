@@ -17,11 +17,12 @@ class Record(NamedTuple):
         Raises:
             ValueError: it is missing, or neither text nor a number.
         """
-        value = self.fields.get(field)
-        if value is None:
+        if field not in self.fields:
             raise ValueError(f"{self.place}: field '{field}' is missing; the line has {', '.join(self.fields) or 'none'}.")
+        value = self.fields[field]
         if not isinstance(value, str | int | float):
-            raise ValueError(f"{self.place}: field '{field}' must be text or a number, got a {type(value).__name__}.")
+            got = "null" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"{self.place}: field '{field}' must be text or a number, got {got}.")
         return str(value)
 
 
@@ -45,7 +46,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _parsed(line: bytes, place: str) -> Record:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8; nested too deeply
         raise ValueError(f"{place}: not valid JSON: {error}.") from None
     if not isinstance(fields, dict):

@@ -22,10 +22,12 @@ def parse_mesh(text: str | None) -> Mesh | None:
     if any(name not in AXES or not size.isdigit() or int(size) < 1 for name, _, size in parts):
         raise ValueError(f"mesh must be such as population=4,data=2, with axes out of {', '.join(AXES)}, got {text!r}.")
     sizes = {name: int(size) for name, _, size in parts}
+    if len(sizes) < len(parts):
+        raise ValueError(f"mesh {text!r} names an axis twice.")
     count = 1
     for size in sizes.values():
         count *= size
     here = jax.device_count()
-    if len(sizes) < len(parts) or count > here or (count < here and jax.process_count() > 1):
+    if count > here or (count < here and jax.process_count() > 1):
         raise ValueError(f"mesh {text!r} has {count} devices, this run has {here}; several processes must use all.")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])

@@ -17,6 +17,7 @@ from eggroll.runs.log import logged
 
 _KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl")
 _RESULTS = ("checkpoint", "fitness.png", "curves.png", "bits_per_byte.png", "policy.gif")  # but not a model, which may be read
+MODEL = "model"  # of a run: the folder of its last parameters
 Row = dict[str, Any]
 
 
@@ -123,6 +124,22 @@ def seed_folder(config: Seeded, seed: int, *, default: str) -> Path:
         return run_folder(config.folder)
     own, earlier = named_folder(config.folder) / f"seed-{seed}", config.folder / f"seed-{seed}"  # where earlier versions put it
     return run_folder(earlier if config.resume and earlier.is_dir() and not own.exists() else own)
+
+
+def refuse_own_model(config: Seeded, model: Path | None, *, default: str) -> None:
+    """Raise ValueError where a run would replace the model that it starts from.
+
+    Args:
+        config: seeds and folder.
+        model: folder of a checkpoint.
+        default: as for `run_seeds`.
+    """
+    if model is None or model.name != MODEL:
+        return
+    for seed in range(config.seed, config.seed + config.seeds):
+        own = seed_folder(config, seed, default=default)
+        if (own / MODEL).resolve() == model.resolve():
+            raise ValueError(f"--model {model} is that of the run in {own}, which would replace it; choose another --folder.")
 
 
 @contextlib.contextmanager

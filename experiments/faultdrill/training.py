@@ -95,7 +95,7 @@ def work(folder: Path, *, generations: int, checkpoint_every: int, die: tuple[st
     if die is not None:
         _arm(run, *die)
     with contextlib.closing(run):
-        left, callbacks = max(0, generations - started_at), [carried, _report]
+        left, callbacks = max(0, generations - started_at), list[Any]([carried, _report])
         state, _ = train(
             es, state, batch_of, generations=left, callbacks=callbacks, run_folder=folder, durable=run, plot=draw_nothing
         )

@@ -16,7 +16,7 @@ import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, print_text, start_processes
-from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
+from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.contents import Contents, check_contents, read_contents, recorded_contents
@@ -64,6 +64,7 @@ class Experiment:
 
     def __init__(self, config: Config, problem: Problem, sampling: Sampling, contents: Contents | None):
         self.config, self.problem, self.contents = config, problem, contents
+        refuse_own_model(config, config.model, default=_folder_name(config))
         sizes = {"validation": config.validation_size, "test": config.test_size}
         self.checks = {split: Validation(self.problem, split, size=size, sampling=sampling) for split, size in sizes.items()}
         self.runs = (Evolution if config.algorithm == "eggroll" else PolicyGradient)(config, self.problem, sampling)
@@ -95,7 +96,7 @@ class Experiment:
             print(f"seed {run.seed}: {words} {improved.advice}".rstrip(), flush=True)
         seconds = time.perf_counter() - start
         first_does(lambda: draw(folder))  # again, with the last check
-        first_does(lambda: hf.save(folder / "model", problem.config, params, source=problem.source))
+        first_does(lambda: hf.save(folder / MODEL, problem.config, params, source=problem.source))
         return {
             **_accuracies(after),
             **_accuracies(before, "_before"),

@@ -14,11 +14,11 @@ import jax
 
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, run_folder, start_processes
-from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds, seed_folder
+from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples
-from eggroll.experiments.zo.evaluation import MODEL, evaluate, score_fields, score_parts
+from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
 from eggroll.experiments.zo.inputs import load
@@ -53,6 +53,7 @@ class Experiment:
 
     def __init__(self, config: Config):
         self.config, self._default = config, f"zo-{config.recipe}"
+        refuse_own_model(config, config.model, default=self._default)
         shared = None if config.seeds == 1 else config.folder  # several seeds share the data
         root = seed_folder(config, config.seed, default=self._default) if shared is None else run_folder(shared)
         self.loaded = load(config, root)
@@ -71,9 +72,7 @@ class Experiment:
         some = Examples(*(array[: len(task.validation.labels)] for array in task.train))
         after = self._scores(lambda: tuned.params, {"train": some, **held_out})
         print(f"seed {run.seed}: test {words(after['test'])}; metrics and model are in {folder}", flush=True)
-        losses = after["validation"].loss, before["validation"].loss
-        if not losses[0] < losses[1]:
-            told = f"the validation loss {losses[0]:.4g} is not below that before, {losses[1]:.4g}"
+        if told := self._without_gain(before["validation"], after["validation"]):
             print(f"seed {run.seed}: {told}. {tuned.advice}".rstrip(), flush=True)
 
         def write() -> None:
@@ -91,6 +90,14 @@ class Experiment:
             **score_fields(after),
             **score_fields(before, "_before"),
         }
+
+    def _without_gain(self, before: Score, after: Score) -> str | None:
+        """Say so if the objective is no better than before."""
+        if self.config.objective == "accuracy":
+            told = f"the validation accuracy {after.accuracy:.3f} is not above that before, {before.accuracy:.3f}"
+            return None if after.accuracy > before.accuracy else told
+        told = f"the validation loss {after.loss:.4g} is not below that before, {before.loss:.4g}"
+        return None if after.loss < before.loss else told
 
     def _scores(self, read: Callable[[], Any], parts: Mapping[str, Examples]) -> dict[str, Score]:
         return score_parts(self.runs.judge(read()), parts)

@@ -12,6 +12,7 @@ from eggroll.devices.processes import is_first
 from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import SUMMARY
+from eggroll.experiments.common.seeds import MODEL
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, small_defaults
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evolution import Evolution
@@ -22,7 +23,6 @@ from eggroll.llm import hf
 from eggroll.runs.metrics import read_metrics
 
 Row = dict[str, Any]
-MODEL = "model"  # of a run: the folder of its last parameters
 
 
 def score_parts(judged: Callable[[Examples], tuple[Any, Any]], parts: Mapping[str, Examples]) -> dict[str, Score]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,27 @@ class Evolution:
         self._judges = [zo.Offload(dataclasses.replace(self._recipe, loss=task.pieces(name))) for name in judges]
         self.forwards = forwards_of(self._recipe)
         self.steps = steps_of(config, self.forwards)
+        if not config.evaluate:  # now, before a run in the folder makes way for this one
+            self._check_batch()
 
     def start(self, params: Any, *, key: Array) -> tuple[Strategy[Any], Any]:
         """Return the tuner, with its plan, and the initial state, which takes over resident parameters."""
         batch = self._batch(0, seed=self._config.seed)
-        self._recipe.check_batch(batch)
         if isinstance(self._tuner, zo.Offload):
             return self._tuner, self._tuner.init(params, key=key, batch=batch)
         return self._tuner, self._tuner.init(params, key=key, batch=batch, donate=True)
+
+    def _check_batch(self) -> None:
+        size, parts = self._config.batch_size, self._data_parts
+        self._recipe.check_batch(self._batch(0, seed=self._config.seed))
+        if size % parts:
+            raise ValueError(f"batch_size must be a multiple of the {parts} devices of mesh axis 'data', got {size}.")
+
+    @property
+    def _data_parts(self) -> int:
+        """Devices that share the examples of a batch."""
+        mesh = self._recipe.mesh
+        return 1 if mesh is None else mesh.shape.get("data", 1)
 
     def guide(self, state: Any, *, seed: int) -> zo.Guidance:
         """Measure gradient and curvature on the first two batches of a run, from its initial state; print what they suggest."""
@@ -211,6 +225,8 @@ class Evolution:
         return score(self.judge(local(state.params)), self._task.validation)
 
     def _judge_by_block(self, state: Any, batch: Examples) -> tuple[Any, Any]:
+        parts = self._data_parts  # means stay what they are where every example is there as often as any other
+        batch = Examples(*(np.repeat(array, parts // math.gcd(len(array), parts), axis=0) for array in batch))
         loss, wrong = (judge.loss(state, batch, key=state.key) for judge in self._judges)
         return loss, 1 - float(wrong)
 

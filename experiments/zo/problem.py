@@ -70,7 +70,8 @@ class FineTuning:
         def end(resident: Any, x: Array, batch: Examples) -> tuple[Array, Array]:
             answered = answers(decoder, resident, x, batch, width=width)
             if objective == "accuracy":
-                wrong = 1 - is_right(answered, batch).astype(jnp.float32)
+                unknown = jnp.isnan(answered.scores).any(axis=1)  # then the forward counts as one without a loss
+                wrong = jnp.where(unknown, jnp.nan, 1 - is_right(answered, batch).astype(jnp.float32))
                 return wrong.sum(), jnp.float32(wrong.size)
             loss, weight = candidate_loss(answered.scores, batch)
             return loss.sum(), weight.sum()
@@ -136,10 +137,10 @@ def answers(decoder: Decoder, resident: Any, x: Array, batch: Examples, *, width
 
 
 def is_right(answered: Answers, batch: Examples) -> Array:
-    """Return whether the answer to each example is right: bool [B]."""
+    """Return whether the answer to each example is right, which it is not where a score is NaN: bool [B]."""
     if answered.scores.shape[1] == 1:
         return answered.greedy[:, 0]
-    return jnp.argmax(answered.scores, axis=1) == batch.labels
+    return (jnp.argmax(answered.scores, axis=1) == batch.labels) & ~jnp.isnan(answered.scores).any(axis=1)
 
 
 def score(judged: Callable[[Examples], tuple[Any, Any]], examples: Examples) -> Score:

@@ -91,6 +91,9 @@ def test_blocks_stay_in_host_memory_and_are_consumed():
     kinds = {leaf.sharding.memory_kind for own in state.blocks for leaf in jax.tree.leaves(own)}
     assert kinds == {"pinned_host"}
     assert all(leaf.is_deleted() for own in first.blocks for leaf in jax.tree.leaves(own))  # the host holds them once
+    for use in (away.parameters, lambda state: away.loss(state, BATCH, key=KEY)):
+        with pytest.raises(ValueError, match="consumed"):
+            use(first)
 
 
 def live_bytes():

@@ -1,6 +1,7 @@
 """Zeroth-order optimisation: against an independent NumPy MeZO, the gradient, and what each recipe promises."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import eggroll
 from eggroll import zo
 from eggroll.noise.draws import draw_pair
+from eggroll.zo.blocks import total_and_weight
 from eggroll.zo.estimators import ESTIMATORS, coefficients
 from tests.tables import by_default, covering
 
@@ -310,7 +312,11 @@ def test_train_and_durable_runs_take_a_tuner(tmp_path):
         (dict(sigma=0.0), ValueError, "sigma must be a finite number > 0"),
         (dict(estimator="three_point"), ValueError, "estimator must be one of two_point, one_sided, fzoo, curvature"),
         (dict(estimator="fzoo"), ValueError, "directions must be >= 2"),
-        (dict(weight_decay=-1.0), ValueError, "weight_decay must be >= 0"),
+        (dict(weight_decay=-1.0), ValueError, "weight_decay must be a finite number >= 0"),
+        (dict(weight_decay=None), ValueError, "weight_decay must be a finite number >= 0, got None"),
+        (dict(second_moment="x"), ValueError, r"second_moment must be in \[0, 1\), got 'x'"),
+        (dict(learning_rate="x"), ValueError, "learning_rate must be a finite number > 0 or a schedule, got 'x'"),
+        (dict(adam=0.9), TypeError, "adam must be a zo.RebuiltAdam, got 0.9"),
         (dict(second_moment=1.0), ValueError, r"second_moment must be in \[0, 1\)"),
         (dict(learning_rate=0.0), ValueError, "learning_rate must be a finite number > 0"),
         (dict(lerning_rate=0.0), TypeError, "lerning_rate"),
@@ -324,11 +330,29 @@ def test_wrong_settings_are_refused(options, error, words):
 
 def test_wrong_use_is_refused():
     tuner = zo.mezo(loss, learning_rate=0.1)
-    with pytest.raises(ValueError, match="replay needs the plan"):
+    with pytest.raises(ValueError, match=r"replay needs the plan: call plan\(state, batch\)$"):
         tuner.replay(start(tuner), jnp.zeros(1))
     with pytest.raises(ValueError, match=r"coefficients must have shape \(1,\), got \(2,\)"):
         tuner.replay(start(tuner), jnp.zeros(2))
-    with pytest.raises(ValueError, match="loss must be a scalar or"):
-        run(zo.mezo(lambda p, b, k: b[:, 0], learning_rate=0.1), 1)
     with pytest.raises(TypeError, match="loss must be a function or Blocks"):
         zo.mezo(None, learning_rate=0.1)
+    with pytest.raises(TypeError, match="loss must be a function or Blocks of functions"):
+        zo.mezo(zo.Blocks(1, 2, 3), learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"optimizer must be a zo\.Descent or an optax transformation, got 3"):
+        zo.ZerothOrder(loss, directions=1, sigma=0.1, optimizer=3)
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x: x, "float32[2]"),
+        (lambda x: (x.sum(), 1.0, 2.0), "float32[], a float, a float"),
+        (lambda x: [x.sum(), 1.0], "a list"),
+        (lambda x: {"loss": x.sum()}, "a dict"),
+        (lambda x: x.sum().astype(complex), "complex64[]"),
+        (lambda x: (), "an empty tuple"),
+    ],
+)
+def test_what_is_no_loss_is_refused(result, got):
+    with pytest.raises(ValueError, match=re.escape(f"loss must be a scalar or (total, weight), got {got}.")):
+        total_and_weight(result(jnp.ones(2, jnp.float32)))

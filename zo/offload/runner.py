@@ -63,6 +63,8 @@ class Offload:
     transfer_dtype: Any = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tuner, ZerothOrder):
+            raise TypeError(f"tuner must be a zo.ZerothOrder, got {type(self.tuner).__name__}.")
         if not isinstance(self.tuner.loss, Blocks):
             raise TypeError("only a model in pieces can be offloaded: the loss of the tuner must be Blocks.")
         if not isinstance(self.tuner.optimizer, Descent):
@@ -72,8 +74,7 @@ class Offload:
         if self.tuner.precision != "master":
             raise ValueError("precision has no effect on offloaded blocks, which are rounded stochastically; leave it out.")
         _ = self.devices  # checks the mesh
-        short = self.transfer_dtype is None or jnp.issubdtype(self.transfer_dtype, jnp.floating)
-        if not short or (self.transfer_dtype is not None and jnp.dtype(self.transfer_dtype).itemsize > 2):
+        if self.transfer_dtype is not None and not _is_short_float(self.transfer_dtype):
             raise ValueError(f"transfer_dtype must be a float of 16 bits or fewer, or None, got {self.transfer_dtype!r}.")
 
     @functools.cached_property
@@ -240,6 +241,7 @@ class Offload:
         Raises:
             ValueError: the number of devices along "data" does not divide the number of examples.
         """
+        check_not_consumed(state)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run, key = self._pass(state), self.devices.replicate(key)
         resident = run.resident()
@@ -251,6 +253,7 @@ class Offload:
 
     def parameters(self, state: OffloadState) -> Any:
         """Return the parameters in their own dtypes, blocks stacked as NumPy arrays; the state stays as it is."""
+        check_not_consumed(state)
         like = jax.tree.leaves(state.blocks[0], is_leaf=is_sliced)
         stacked = [np.empty((len(state.blocks), *leaf.shape), leaf.dtype) for leaf in like]
         run = self._pass(state)
@@ -293,3 +296,10 @@ class Offload:
 
 
 _: type[Strategy[OffloadState]] = Offload  # checked by mypy
+
+
+def _is_short_float(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 2
+    except TypeError:  # no dtype at all
+        return False

@@ -24,7 +24,7 @@ from eggroll.noise.plan import Plan
 from eggroll.population.members import member_params
 from eggroll.population.metrics import FitnessReport
 from eggroll.update.parameters import is_skipped
-from eggroll.zo.blocks import Blocks
+from eggroll.zo.blocks import Blocks, total_and_weight
 from eggroll.zo.estimators import Estimator, report_losses
 from eggroll.zo.offload import checksums
 from eggroll.zo.offload.devices import Devices, add_device_axes, drop_device_axes
@@ -103,7 +103,7 @@ class Streams:
 
         def end(params: Any, carried: Any) -> tuple[Array, Array]:
             x, entry = (carried[0], carried[2]) if estimator.per_example else (carried, batch)
-            return _total(self.pieces.end(params, x, entry))
+            return total_and_weight(self.pieces.end(params, x, entry))
 
         parts = self._streams(end, self.resident_plan, state.resident, x, state)
         losses = self.devices.losses(parts, self.directions, len(estimator.signs))
@@ -187,10 +187,4 @@ class Streams:
 
     def loss(self, resident: Any, x: Any, batch: Any) -> Array:
         """The loss at the end of an unperturbed stream."""
-        return self.devices.ratio(_total(self.pieces.end(resident, drop_device_axes(x), batch)))
-
-
-def _total(result: Any) -> tuple[Array, Array]:
-    """A loss, or (total, weight), as a float32 total and weight."""
-    total, weight = result if isinstance(result, tuple) else (result, 1.0)
-    return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+        return self.devices.ratio(total_and_weight(self.pieces.end(resident, drop_device_axes(x), batch)))

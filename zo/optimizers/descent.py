@@ -1,6 +1,7 @@
 """What turns the estimate into an update: optax transformations of zeroth-order fine-tuning."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jax import Array
 
 from eggroll.noise.plan import Plan
 from eggroll.noise.rules import paths
-from eggroll.zo.optimizers.rebuilt_adam import RebuiltAdam, scale_by_rebuilt_adam
+from eggroll.zo.optimizers.rebuilt_adam import RebuiltAdam, number, scale_by_rebuilt_adam
 from eggroll.zo.optimizers.subspace_momentum import subspace_momentum
 
 EXEMPT = r".*(bias|norm|ln_|layernorm).*"  # biases and normalisation do not decay
@@ -32,6 +33,7 @@ class Descent:
 
     Raises:
         ValueError: a number outside its range, two of the last three, or an `exempt` that is no pattern or has no effect.
+        TypeError: `adam` is something else.
     """
 
     learning_rate: float | Callable[[Any], Any]
@@ -43,13 +45,15 @@ class Descent:
     momentum: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay!r}.")
-        if not callable(self.learning_rate) and not 0 < self.learning_rate < float("inf"):
+        if not 0 <= number(self.weight_decay) < math.inf:
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}.")
+        if not callable(self.learning_rate) and not 0 < number(self.learning_rate) < math.inf:
             raise ValueError(f"learning_rate must be a finite number > 0 or a schedule, got {self.learning_rate!r}.")
         for name in ("second_moment", "momentum"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) is not None and not 0 <= number(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
+        if not isinstance(self.adam, RebuiltAdam | None):
+            raise TypeError(f"adam must be a zo.RebuiltAdam, got {self.adam!r}.")
         if self.exempt != EXEMPT and not self.weight_decay:
             raise ValueError(
                 "exempt has no effect without weight_decay, from which it exempts parameters; give a weight_decay."

@@ -9,6 +9,8 @@ which the paper leaves out. The moments of one block of a parameter are there at
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,11 @@ from jax import Array
 
 from eggroll.update.history import History
 from eggroll.update.optimizer import NoiseSource
+
+
+def number(value: Any) -> float:
+    """A setting as a number, of Python or of NumPy; NaN, which is in no range, if it is none."""
+    return float(value) if isinstance(value, numbers.Real) else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +49,12 @@ class RebuiltAdam:
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= number(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
         if not (isinstance(self.history, int) and self.history >= 1):
             raise ValueError(f"history must be an integer >= 1, got {self.history!r}.")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be > 0, got {self.epsilon!r}.")
+        if not 0 < number(self.epsilon) < math.inf:
+            raise ValueError(f"epsilon must be a finite number > 0, got {self.epsilon!r}.")
 
     def init(self, directions: int) -> History:
         """The history before the first step, with n coefficients a step."""

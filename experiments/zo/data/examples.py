@@ -34,8 +34,8 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
         The examples, padded to the longest.
 
     Raises:
-        ValueError: a record that does not fit the task, a prompt or candidate without tokens, a candidate that fills
-            max_length.
+        ValueError: a record that does not fit the task, a prompt or candidate without tokens, two candidates of the same
+            tokens, a candidate that fills max_length.
     """
     rows, labels, lengths = [], [], []
     for record in records:
@@ -44,6 +44,8 @@ def encode(records: Sequence[Record], task: Task, tokenizer: Tokenizer, *, max_l
         for candidate, target in zip(question.candidates, targets, strict=True):
             if not target:
                 raise ValueError(f"{record.place}: the tokenizer turns {candidate!r}, a text to be predicted, into no tokens.")
+        if len({*map(tuple, targets)}) < len(targets):
+            raise ValueError(f"{record.place}: two of the candidates {question.candidates} have the same tokens.")
         context, length = _context(record, question.prompt, targets, tokenizer, max_length)
         rows.append([(context, target) for target in targets])
         labels.append(question.label)

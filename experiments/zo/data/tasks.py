@@ -87,6 +87,10 @@ def _fields(template: str) -> list[str]:
         raise ValueError(f"template {template!r} is not well formed: {error}.") from None
     if not names or "" in names:
         raise ValueError(f"template {template!r} must name fields in braces, such as '{{text}}'.")
+    try:
+        template.format(**dict.fromkeys(names, ""))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"template {template!r} is not well formed: {error}.") from None
     return names
 
 

@@ -299,7 +299,7 @@ def test_lost_processes_are_told_only_where_there_are_several():
         ("members=2", "mesh must be such as population=4,data=2"),
         ("population", "mesh must be such as"),
         ("population=0", "mesh must be such as"),
-        ("population=1,population=1", "has 1 devices"),
+        ("population=1,population=1", "names an axis twice"),
         ("population=512", "mesh 'population=512' has 512 devices, this run has "),
     ],
 )

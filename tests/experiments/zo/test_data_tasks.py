@@ -246,6 +246,7 @@ GOOD = {"text": "a", "label": 1}
         ([GOOD, {"text": "a"}], "data.jsonl, line 2: field 'label' is missing; the line has text"),
         ([{}], "data.jsonl, line 1: field 'label' is missing; the line has none"),
         ([{"text": ["a"], "label": 1}], "line 1: field 'text' must be text or a number, got a list"),
+        ([{"text": None, "label": 1}], "line 1: field 'text' must be text or a number, got null"),
         ([GOOD, {"text": "a", "label": 2}], "data.jsonl, line 2: label '2' is unknown, expected one of 0, 1"),
     ],
 )
@@ -260,8 +261,8 @@ def test_file_that_is_not_text_is_refused_by_a_clear_error(tmp_path):
         read_records(tmp_path / "data.jsonl")
 
 
-def test_separators_of_unicode_do_not_end_a_line(tmp_path):
-    path = jsonl(tmp_path, json.dumps({"text": "a\u2028b", "label": 1}, ensure_ascii=False), GOOD)
+def test_separators_of_unicode_do_not_end_a_line_nor_does_a_mark_of_byte_order_begin_one(tmp_path):
+    path = jsonl(tmp_path, "\ufeff" + json.dumps({"text": "a\u2028b", "label": 1}, ensure_ascii=False), GOOD)
     assert [record.fields["text"] for record in read_records(path)] == ["a\u2028b", "a"]
 
 
@@ -269,6 +270,8 @@ def test_candidates_that_cannot_be_predicted_are_refused_by_a_clear_error(tmp_pa
     path = jsonl(tmp_path, GOOD, GOOD)
     with pytest.raises(ValueError, match="line 1: the tokenizer turns '', a text to be predicted, into no tokens"):
         load(path, Classification("{text}", {"0": "", "1": "x"}), BYTES, max_length=64)
+    with pytest.raises(ValueError, match=r"line 1: two of the candidates \('x', 'x'\) have the same tokens"):
+        load(path, Classification("{text}", {"0": "x", "1": "x"}), BYTES, max_length=64)
     with pytest.raises(
         ValueError, match="line 1: a text to be predicted has 9 tokens, which leaves no place for a prompt in 10"
     ):

@@ -360,6 +360,7 @@ def test_every_recipe_has_settings_that_check():
         (["--label-words", "0", "a", "1", "b"], "label_words need a template, such as '{text} It was'."),
         (["--label-words", "0", "a", "1", "b", "--answer", "{a}"], "label_words make a classification and answer a generation"),
         (["--template", "{text"], "template '{text' is not well formed"),
+        (["--template", "{text!q}"], "template '{text!q}' is not well formed: Unknown conversion specifier"),
         (["--data", "nowhere"], "data must be a JSONL file or a folder with train, validation and test, got nowhere."),
         (["--data", "."], "data . has no train.jsonl, validation.jsonl, test.jsonl."),
         (["--data", "data/test.jsonl"], "data data/test.jsonl has 6 records, 10 are needed to split one file."),
@@ -369,6 +370,10 @@ def test_every_recipe_has_settings_that_check():
         (["--mesh", "population=64"], "mesh 'population=64' has 64 devices, this run has"),
         (["--mesh", "model=1", "--offload"], "blocks are offloaded over mesh axes population and data, got 'model'."),
         (["--recipe", "lozo_m", "--offload"], "momentum cannot be deferred block by block"),
+        (
+            ["--mesh", "data=2", "--batch-size", "3"],
+            "batch_size must be a multiple of the 2 devices of mesh axis 'data', got 3.",
+        ),
         (["--recipe", "grzo", "--directions", "3"], "estimator grzo gives every direction an example: batch leaves need"),
         (["--recipe", "fzoo", "--forwards", "8"], "forwards 8 are fewer than the 9 of one step of fzoo."),
         (["--recipe", "fzoo", "--directions", "1"], "estimator fzoo divides by the spread of the losses"),
@@ -378,7 +383,23 @@ def test_every_recipe_has_settings_that_check():
 def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     options = [*place[1][: len(START)], "--data", "data", "--batch-size", "4", "--folder", str(place[0] / "bad")]
     options = drop_options(options, parse([*options, *arguments]).ignored())
+    run = place[0] / "bad" / "journal.bin"
+    run.parent.mkdir(exist_ok=True)
+    run.write_bytes(b"")
     with pytest.raises(SystemExit) as ended:
         zo.main([*options, *arguments])
     assert str(ended.value).startswith(f"error: {words}") and "\n" not in str(ended.value)
     assert "{" not in capsys.readouterr().out
+    assert run.exists()  # a command that cannot run removes no run
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(whole, place):
+    _, _, folder = whole
+    before = weights(folder)
+    with pytest.raises(
+        SystemExit, match=r"^error: --model \S+ is that of the run in \S+, which would replace it; choose another"
+    ):
+        zo.main(
+            [*place[1][len(START) :], *WHOLE, "--learning-rate", "1", "--model", str(folder / "model"), "--folder", str(folder)]
+        )
+    assert weights(folder) == before and (folder / "journal.bin").exists()

@@ -1,5 +1,7 @@
 """The loss and the scores of a fine-tuning task, the small model, and the splits of its data."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from eggroll.envs.tasks.records import read_records
 from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.data.tasks import Classification, Generation
+from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.inputs import read_splits
 from eggroll.experiments.zo.problem import FineTuning, score
 from eggroll.experiments.zo.warm_start import Text, WarmStart, init, train
@@ -60,6 +63,35 @@ def test_a_generated_answer_is_right_when_every_token_is_the_likeliest():
     params = {"resident": {"next": jnp.roll(jnp.eye(4), 1, axis=1)}, "blocks": {"none": jnp.zeros((1, 1))}}
     judge = FineTuning(decoder, examples, examples, examples).judge()
     assert score(lambda batch: judge(params, batch), examples).accuracy == 0.5
+
+
+def test_an_answer_whose_score_is_not_a_number_is_not_right_and_has_no_accuracy_to_improve():
+    tokens, targets = np.array([[[1, 2], [1, 3]]] * 2, np.int32), np.array([[[False, True]] * 2] * 2)
+    examples = Examples(tokens, np.ones((2, 2, 2), bool), targets, np.zeros(2, np.int32))
+    decoder = Decoder(
+        lambda resident, tokens, mask: (jax.nn.one_hot(tokens, 4), ()),
+        lambda own, x, aux: x,
+        lambda resident, x: x @ resident["next"],
+    )
+    tuning = FineTuning(decoder, examples, examples, examples)
+    for scale, accuracy in ((1.0, 1.0), (jnp.nan, 0.0)):
+        params = {"resident": {"next": scale * jnp.roll(jnp.eye(4), 1, axis=1)}, "blocks": {"none": jnp.zeros((1, 1))}}
+        assert float(tuning.judge()(params, examples)[1]) == accuracy
+        wrong, count = whole_loss(tuning.pieces("accuracy"))(params, examples, None)
+        assert float(wrong / count) == pytest.approx(1 - accuracy, nan_ok=True) if accuracy else jnp.isnan(wrong / count)
+
+
+def test_blocks_are_scored_on_devices_that_share_a_batch_of_any_size():
+    """9 examples on 2 devices: each twice, which leaves the means as they are."""
+    runs, examples = Evolution.__new__(Evolution), Examples(*[np.arange(9)] * 4)
+    runs._recipe, seen = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 2})), []
+
+    def loss(state, batch, key):
+        seen.append(len(batch.labels))
+        return batch.labels.mean()
+
+    runs._judges = [SimpleNamespace(loss=loss)] * 2
+    assert runs._judge_by_block(SimpleNamespace(key=None), examples) == (4.0, -3.0) and seen == [18, 18]
 
 
 def test_scores_weigh_parts_by_what_is_in_them():
