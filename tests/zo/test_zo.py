@@ -336,6 +336,8 @@ def test_wrong_use_is_refused():
         tuner.replay(start(tuner), jnp.zeros(2))
     with pytest.raises(TypeError, match="loss must be a function or Blocks"):
         zo.mezo(None, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 2.0"):
+        zo.scale_by_projected_gradient(2.0)
     with pytest.raises(TypeError, match="loss must be a function or Blocks of functions"):
         zo.mezo(zo.Blocks(1, 2, 3), learning_rate=0.1)
     with pytest.raises(TypeError, match=r"optimizer must be a zo\.Descent or an optax transformation, got 3"):

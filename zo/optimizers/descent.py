@@ -113,7 +113,12 @@ def scale_by_projected_gradient(decay: float = 0.99, epsilon: float = 1e-8) -> o
     Args:
         decay: in [0, 1).
         epsilon: added to the root.
+
+    Raises:
+        ValueError: `decay` is outside its range.
     """
+    if not 0 <= number(decay) < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
 
     def init(params: Any) -> ProjectedMoment:
         return ProjectedMoment(jnp.int32(0), jnp.float32(0))
