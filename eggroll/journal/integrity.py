@@ -83,9 +83,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> bool:
     names = [name for name in {**saved, **given} if saved.get(name) != given.get(name)]
     if names:
         differing = ", ".join(f"{name} (was {saved.get(name)!r}, is {given.get(name)!r})" for name in names)
-        raise ValueError(
-            f"{path.parent} has a run with other settings: {differing}. Continue it with its own, or choose a folder."
-        )
+        remedy = "Continue it with its own settings, or choose another folder."
+        raise ValueError(f"{path.parent} has a run with other settings: {differing}. {remedy}")
     return True
 
 
