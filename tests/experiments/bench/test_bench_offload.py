@@ -52,8 +52,8 @@ def test_bytes_on_a_device_are_those_of_a_program_and_of_what_lies_there_meanwhi
     streams, mask = (1 + 1) * 16 * 64 * 2, 16 * 16
     found = {name: programs.device_bytes(step, name, Usage(100, 10, 5, 1000)) for name in programs.OTHER_BLOCKS}
     blocks = 2 * ON_FOUR // 4
-    assert found["begin"] == found["update_resident"] == 1105 and found["visit"] == found["end"] == 1105 + blocks
-    assert found["update_block"] == 1105 + blocks + resident + streams + mask
+    assert found["begin"] == found["update_resident"] == 1105 and found["end"] == 1105 + blocks
+    assert found["visit"] == 1105 + blocks + resident and found["update_block"] == 1105 + blocks + resident + streams + mask
 
 
 SCHEDULE = """HloModule step, is_scheduled=true
