@@ -5,6 +5,7 @@ result is an error that names it, not one of the loop that carries it.
 """
 
 import math
+import operator
 import sysconfig
 import traceback
 import weakref
@@ -143,14 +144,15 @@ def _check_declared(environment: Environment) -> None:
         _check_sizes(about, "sizes", inner.sizes)
     if isinstance(inner, Continuous):
         _check_bounds(about, inner)
-        if environment.action_mask is not None:
-            raise ValueError(f"{about}: action_mask must be None with continuous actions.")
 
 
 def _check_sizes(about: str, name: str, sizes: Any) -> None:
     """Check numbers of actions or agents."""
-    counts = tuple(sizes) if isinstance(sizes, tuple | list) else ()
-    if not counts or not all(isinstance(count, int | np.integer) and count >= 1 for count in counts):
+    try:
+        fits = min(map(operator.index, sizes)) >= 1
+    except (TypeError, ValueError):  # no integers, or nothing
+        fits = False
+    if not fits:
         expected = "integers >= 1" if name == "sizes" else "an integer >= 1"
         raise ValueError(f"{about}: {name} of action_space must be {expected}, got {sizes if name == 'sizes' else sizes[0]!r}.")
 
@@ -162,7 +164,8 @@ def _check_bounds(about: str, space: Continuous) -> None:
             f"{about}: the bounds of continuous actions must be arrays of their shape {tuple(space.shape)}, "
             f"got {jnp.shape(space.low)} and {jnp.shape(space.high)}."
         )
-    if not np.all(np.asarray(space.low) <= np.asarray(space.high)):  # NaN is neither
+    traced = any(isinstance(bound, jax.core.Tracer) for bound in (space.low, space.high))
+    if not traced and not np.all(np.asarray(space.low) <= np.asarray(space.high)):  # NaN is neither
         raise ValueError(f"{about}: low must be at most high in every axis of action_space, got {space.low} and {space.high}.")
 
 
@@ -194,6 +197,9 @@ def _check_scalar(about: str, name: str, value: Any, expected: str, kinds: tuple
 
 def _check_mask(environment: Environment, mask: Any) -> None:
     space = environment.action_space
+    inner = space.space if isinstance(space, PerAgent) else space
+    if isinstance(inner, Continuous):
+        return  # of any shape, for a policy of the author's; `choose_action` says that these have none
     shape = (*((space.agents,) if isinstance(space, PerAgent) else ()), output_size(space))
     if getattr(mask, "shape", None) != shape or mask.dtype != jnp.bool_:
         raise ValueError(f"env '{environment.name}': action_mask must return bool{list(shape)}, got {_describe(mask)}.")

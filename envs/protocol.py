@@ -5,6 +5,7 @@ Several agents are one environment: observations [agents, features], actions [ag
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,8 +90,16 @@ class Environment:
     draw: Callable[[Any], np.ndarray] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.max_steps, int | np.integer) or self.max_steps < 1:
+        if not is_count(self.max_steps):
             raise ValueError(f"env '{self.name}' must have max_steps, an integer >= 1, got {self.max_steps!r}.")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer >= 1, of Python, NumPy or JAX."""
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 def with_time_limit(environment: Environment, max_steps: int) -> Environment:
@@ -106,7 +115,7 @@ def with_time_limit(environment: Environment, max_steps: int) -> Environment:
     Raises:
         ValueError: `max_steps` is not a positive integer, or above the environment's own limit.
     """
-    if not isinstance(max_steps, int | np.integer) or max_steps < 1:
+    if not is_count(max_steps):
         raise ValueError(f"max_steps must be an integer >= 1, got {max_steps!r}.")
     if max_steps > environment.max_steps:
         raise ValueError(

@@ -112,8 +112,9 @@ def train(
         durable.check_start(state)  # before a file is touched
     with contextlib.ExitStack() as stack:
         metrics_file = None
-        if folder is not None:
+        if folder is not None and generations != 0:
             metrics_file = first_does(lambda: stack.enter_context(open_metrics(folder, first)))
+        if folder is not None:
             draw = functools.partial(_draw, plot or _plot_fitness, folder, first, history)
             stack.push(functools.partial(_draw_last, check, draw))
         name, total = budget or ("generations", generations or 0)

@@ -134,12 +134,12 @@ def refuse_own_model(config: Seeded, model: Path | None, *, default: str) -> Non
         model: folder of a checkpoint.
         default: as for `run_seeds`.
     """
-    if model is None or model.name != MODEL:
+    if model is None or model.resolve().name != MODEL:
         return
     for seed in range(config.seed, config.seed + config.seeds):
         own = seed_folder(config, seed, default=default)
         if (own / MODEL).resolve() == model.resolve():
-            raise ValueError(f"--model {model} is that of the run in {own}, which would replace it; choose another --folder.")
+            raise ValueError(f"model {model} is that of the run in {own}, which would replace it; choose another folder.")
 
 
 @contextlib.contextmanager

@@ -123,6 +123,8 @@ def check_network(name: str, network: Any, environment: envs.Environment, *, out
     if not isinstance(network, nn.Module):
         raise TypeError(f"network {name} must be a flax.linen.Module, got {type(network).__name__}.")
     about, seen = f"network {name} in env '{environment.name}'", _seen(environment)
+    if hasattr(network, "initial_memory") and network.initial_memory() is None:
+        raise ValueError(f"{about}: initial_memory() must return arrays; a network without a memory has no such method.")
     try:
         params = jax.eval_shape(lambda key: init_network(network, environment, key=key), jax.random.key(0))
         made = jax.eval_shape(lambda params: network.apply(params, *_arguments(network, environment)), params)
@@ -132,10 +134,8 @@ def check_network(name: str, network: Any, environment: envs.Environment, *, out
             f"{about} cannot read observations float32{list(seen.shape)}: {type(error).__name__}: {words}"
         ) from error
     if hasattr(network, "initial_memory"):
-        if (memory := network.initial_memory()) is None:
-            raise ValueError(f"{about}: initial_memory() must return arrays; a network without a memory has no such method.")
         try:
-            check_recurrent(memory, made)
+            check_recurrent(network.initial_memory(), made)
         except ValueError as error:
             raise ValueError(f"{about}: {error}") from None
         made = made[1]

@@ -104,7 +104,7 @@ class Evolution:
         self._tuner = zo.Offload(self._recipe, config.transfer_dtype) if config.offload else self._recipe
         # The same parameters under other objectives, block by block.
         judges = ("loss", "accuracy") if config.offload else ()
-        self._judges = [zo.Offload(dataclasses.replace(self._recipe, loss=task.pieces(name))) for name in judges]
+        self._judges = [zo.Offload(dataclasses.replace(self._recipe, loss=task.pieces(name, judged=True))) for name in judges]
         self.forwards = forwards_of(self._recipe)
         self.steps = steps_of(config, self.forwards)
         if not config.evaluate:  # now, before a run in the folder makes way for this one

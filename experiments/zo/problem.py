@@ -56,11 +56,12 @@ class FineTuning:
         """Tokens of the longest candidate, the number of positions that need logits; if it is 1, an example is one text."""
         return max(int(part.targets.sum(axis=-1).max()) for part in (self.train, self.validation, self.test))
 
-    def pieces(self, objective: str) -> zo.Blocks:
+    def pieces(self, objective: str, *, judged: bool = False) -> zo.Blocks:
         """Return the objective, lower is better, as `(total, weight)` of a model in pieces.
 
         Args:
             objective: "loss", or "accuracy": the share of wrong answers, which has no gradient.
+            judged: an answer whose score is NaN is a wrong one, as in `judge`; otherwise its forward has no loss.
         """
         decoder, width = self.decoder, self.answer_tokens
 
@@ -70,7 +71,7 @@ class FineTuning:
         def end(resident: Any, x: Array, batch: Examples) -> tuple[Array, Array]:
             answered = answers(decoder, resident, x, batch, width=width)
             if objective == "accuracy":
-                unknown = jnp.isnan(answered.scores).any(axis=1)  # then the forward counts as one without a loss
+                unknown = jnp.isnan(answered.scores).any(axis=1) & (not judged)
                 wrong = jnp.where(unknown, jnp.nan, 1 - is_right(answered, batch).astype(jnp.float32))
                 return wrong.sum(), jnp.float32(wrong.size)
             loss, weight = candidate_loss(answered.scores, batch)

@@ -328,6 +328,11 @@ def test_wrong_settings_are_refused(options, error, words):
         run(zo.mezo(loss, **({"learning_rate": 0.1} | options)), 1)
 
 
+@pytest.mark.parametrize("rate", [np.float32(0.1), np.array(0.1), jnp.float32(0.1), jnp.bfloat16(0.1), 1])
+def test_a_number_may_be_one_of_numpy_or_jax(rate):
+    assert zo.mezo(loss, learning_rate=rate, weight_decay=rate).optimizer.learning_rate is rate
+
+
 def test_wrong_use_is_refused():
     tuner = zo.mezo(loss, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"replay needs the plan: call plan\(state, batch\)$"):

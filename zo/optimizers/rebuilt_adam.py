@@ -10,7 +10,6 @@ which the paper leaves out. The moments of one block of a parameter are there at
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,9 @@ from eggroll.update.optimizer import NoiseSource
 
 
 def number(value: Any) -> float:
-    """A setting as a number, of Python or of NumPy; NaN, which is in no range, if it is none."""
-    return float(value) if isinstance(value, numbers.Real) else math.nan
+    """A setting as a number, of Python, NumPy or JAX; NaN, which is in no range, if it is none."""
+    is_array = hasattr(value, "dtype") and value.shape == () and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+    return float(value) if is_array or isinstance(value, int | float) else math.nan
 
 
 @dataclasses.dataclass(frozen=True)

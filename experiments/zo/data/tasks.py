@@ -89,7 +89,9 @@ def _fields(template: str) -> list[str]:
         raise ValueError(f"template {template!r} must name fields in braces, such as '{{text}}'.")
     try:
         template.format(**dict.fromkeys(names, ""))
-    except (ValueError, LookupError, AttributeError) as error:
+    except (LookupError, AttributeError):  # "{a.b}", "{a:{b}}"
+        raise ValueError(f"template {template!r} must name fields of a line and nothing within them.") from None
+    except ValueError as error:
         raise ValueError(f"template {template!r} is not well formed: {error}.") from None
     return names
 

@@ -58,7 +58,7 @@ FINE = {"sigma": 0.1, "tied_pairs": 0.0, "update_over_sigma": 0.1, "pair_correla
         ({"tied_pairs": 0.8}, r"^80% of the pairs .* Raise sigma \(now 0.1\), sample actions .*\.$"),
         (
             {"update_over_sigma": 300.0, "pair_correlation": 0.9999},
-            r"by 300 sigma.* the learning rate\. .*random key\. Raise",
+            r"by 300 sigma.* the learning rate\. .*random key or examples\. Raise",
         ),
         (
             {"sigma": 5.0},

@@ -257,6 +257,7 @@ def test_a_run_that_has_ended_gets_its_figure_which_a_kill_may_have_cost(tmp_pat
     (tmp_path / "fitness.png").unlink()
     capfd.readouterr()
     again, nothing = train(es, state, jnp.float32(1.0), generations=0, run_folder=tmp_path)
+    train(es, es.init(PARAMS, key=jax.random.key(0)), generations=0, run_folder=tmp_path)  # whatever the state
     assert again is state and nothing == [] and (tmp_path / "fitness.png").exists() and len(read_records(tmp_path)) == 3
     assert capfd.readouterr() == ("", "")
 

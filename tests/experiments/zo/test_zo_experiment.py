@@ -360,6 +360,7 @@ def test_every_recipe_has_settings_that_check():
         (["--label-words", "0", "a", "1", "b"], "label_words need a template, such as '{text} It was'."),
         (["--label-words", "0", "a", "1", "b", "--answer", "{a}"], "label_words make a classification and answer a generation"),
         (["--template", "{text"], "template '{text' is not well formed"),
+        (["--template", "{text.size}"], "template '{text.size}' must name fields of a line and nothing within them."),
         (["--template", "{text!q}"], "template '{text!q}' is not well formed: Unknown conversion specifier"),
         (["--data", "nowhere"], "data must be a JSONL file or a folder with train, validation and test, got nowhere."),
         (["--data", "."], "data . has no train.jsonl, validation.jsonl, test.jsonl."),
@@ -395,11 +396,10 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
 
 def test_a_run_does_not_replace_the_model_that_it_starts_from(whole, place):
     _, _, folder = whole
-    before = weights(folder)
-    with pytest.raises(
-        SystemExit, match=r"^error: --model \S+ is that of the run in \S+, which would replace it; choose another"
-    ):
-        zo.main(
-            [*place[1][len(START) :], *WHOLE, "--learning-rate", "1", "--model", str(folder / "model"), "--folder", str(folder)]
-        )
+    before, start = weights(folder), place[0] / "start"
+    start.symlink_to(folder / "model")
+    options = [*place[1][len(START) :], *WHOLE, "--learning-rate", "1", "--folder", str(folder)]
+    for model in (folder / "model", start):
+        with pytest.raises(SystemExit, match=r"^error: model \S+ is that of the run in \S+, which would replace it; choose"):
+            zo.main([*options, "--model", str(model)])
     assert weights(folder) == before and (folder / "journal.bin").exists()

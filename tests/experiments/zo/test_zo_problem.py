@@ -77,6 +77,8 @@ def test_an_answer_whose_score_is_not_a_number_is_not_right_and_has_no_accuracy_
     for scale, accuracy in ((1.0, 1.0), (jnp.nan, 0.0)):
         params = {"resident": {"next": scale * jnp.roll(jnp.eye(4), 1, axis=1)}, "blocks": {"none": jnp.zeros((1, 1))}}
         assert float(tuning.judge()(params, examples)[1]) == accuracy
+        judged, count = whole_loss(tuning.pieces("accuracy", judged=True))(params, examples, None)
+        assert 1 - judged / count == accuracy  # offloaded
         wrong, count = whole_loss(tuning.pieces("accuracy"))(params, examples, None)
         assert float(wrong / count) == pytest.approx(1 - accuracy, nan_ok=True) if accuracy else jnp.isnan(wrong / count)
 
