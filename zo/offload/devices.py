@@ -273,3 +273,11 @@ def part_of_gradient(
         return drawn(part, first_word=first // addresses.WORD if leaf.distribution == "rademacher" else first)
     flat = jnp.ravel(drawn(leaf))
     return jax.lax.dynamic_slice_in_dim(jnp.pad(flat, (0, padded - flat.size)), first, count)
+
+
+def is_short_float(dtype: Any) -> bool:
+    """Whether a dtype is a float of 16 bits or fewer."""
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 2
+    except TypeError:  # no dtype at all
+        return False

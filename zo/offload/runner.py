@@ -37,7 +37,7 @@ from eggroll.update.report import report_deferred
 from eggroll.zo.blocks import Blocks, check_blocks, split_plan
 from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.checksums import checksum_names
-from eggroll.zo.offload.devices import Devices, is_sliced
+from eggroll.zo.offload.devices import Devices, is_short_float, is_sliced
 from eggroll.zo.offload.passes import Pass, program
 from eggroll.zo.offload.state import OffloadState, Pending
 from eggroll.zo.offload.streams import Streams
@@ -74,7 +74,7 @@ class Offload:
         if self.tuner.precision != "master":
             raise ValueError("precision has no effect on offloaded blocks, which are rounded stochastically; leave it out.")
         _ = self.devices  # checks the mesh
-        if self.transfer_dtype is not None and not _is_short_float(self.transfer_dtype):
+        if self.transfer_dtype is not None and not is_short_float(self.transfer_dtype):
             raise ValueError(f"transfer_dtype must be a float of 16 bits or fewer, or None, got {self.transfer_dtype!r}.")
 
     @functools.cached_property
@@ -296,10 +296,3 @@ class Offload:
 
 
 _: type[Strategy[OffloadState]] = Offload  # checked by mypy
-
-
-def _is_short_float(dtype: Any) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 2
-    except TypeError:  # no dtype at all
-        return False
