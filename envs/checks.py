@@ -5,11 +5,10 @@ result is an error that names it, not one of the loop that carries it.
 """
 
 import math
-import operator
 import sysconfig
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from eggroll.envs.actions import output_size
-from eggroll.envs.protocol import ActionSpace, Continuous, Discrete, Environment, MultiDiscrete, PerAgent, Transition
+from eggroll.envs.protocol import (
+    ActionSpace,
+    Continuous,
+    Discrete,
+    Environment,
+    MultiDiscrete,
+    PerAgent,
+    Transition,
+    is_count,
+)
 from eggroll.signatures import check_signature
 
 _checked: weakref.WeakSet[Environment] = weakref.WeakSet()
@@ -148,11 +156,7 @@ def _check_declared(environment: Environment) -> None:
 
 def _check_sizes(about: str, name: str, sizes: Any) -> None:
     """Check numbers of actions or agents."""
-    try:
-        fits = min(map(operator.index, sizes)) >= 1
-    except (TypeError, ValueError):  # no integers, or nothing
-        fits = False
-    if not fits:
+    if not isinstance(sizes, Iterable) or not (counts := list(sizes)) or not all(map(is_count, counts)):
         expected = "integers >= 1" if name == "sizes" else "an integer >= 1"
         raise ValueError(f"{about}: {name} of action_space must be {expected}, got {sizes if name == 'sizes' else sizes[0]!r}.")
 

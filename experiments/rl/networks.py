@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import envs
-from eggroll.envs.checks import check_recurrent
+from eggroll.envs.checks import check_recurrent, describe_error
 
 SMALL_IMAGE = 10  # the longer side from which no convolution halves an image
 
@@ -123,8 +123,7 @@ def check_network(name: str, network: Any, environment: envs.Environment, *, out
     if not isinstance(network, nn.Module):
         raise TypeError(f"network {name} must be a flax.linen.Module, got {type(network).__name__}.")
     about, seen = f"network {name} in env '{environment.name}'", _seen(environment)
-    if hasattr(network, "initial_memory") and network.initial_memory() is None:
-        raise ValueError(f"{about}: initial_memory() must return arrays; a network without a memory has no such method.")
+    _check_memory(about, network)
     try:
         params = jax.eval_shape(lambda key: init_network(network, environment, key=key), jax.random.key(0))
         made = jax.eval_shape(lambda params: network.apply(params, *_arguments(network, environment)), params)
@@ -142,6 +141,15 @@ def check_network(name: str, network: Any, environment: envs.Environment, *, out
     if getattr(made, "shape", None) != (outputs,) or not jnp.issubdtype(made.dtype, jnp.floating):
         got = f"{made.dtype}{list(made.shape)}" if hasattr(made, "shape") else f"a {type(made).__name__}"
         raise ValueError(f"{about} must return float32[{outputs}] for one observation, got {got}.")
+
+
+def _check_memory(about: str, network: Any) -> None:
+    try:
+        memory = network.initial_memory() if hasattr(network, "initial_memory") else ()
+    except Exception as error:  # the user's code
+        raise ValueError(f"{about}: {describe_error('initial_memory', error)}") from error
+    if memory is None:
+        raise ValueError(f"{about}: initial_memory() must return arrays; a network without a memory has no such method.")
 
 
 def _seen(environment: envs.Environment) -> Array:

@@ -80,6 +80,11 @@ class Empty(Linear):
         return memory + 1, nn.Dense(self.outputs)(x)
 
 
+class Lost(Counter):
+    def initial_memory(self):
+        return {}["size"]
+
+
 class Broken(Linear):
     def __post_init__(self):
         raise KeyError("sizes")
@@ -174,6 +179,7 @@ NETWORKS = [
         (*FLAT, "mine.py:Broken"),
         "--network mine.py:Broken is made as Broken(outputs=3), which raised KeyError: 'sizes' (mine.py",
     ),
+    ((*FLAT, "mine.py:Lost"), "network mine.py:Lost in env 'mine/flat': initial_memory raised KeyError: 'size' (mine.py"),
     ((*FLAT, "mine.py:Empty"), "network mine.py:Empty in env 'mine/flat': initial_memory() must return arrays; a network"),
     ((*FLAT, "mine.py:NoModule"), "network mine.py:NoModule must be a flax.linen.Module, got NoModule."),
     (
