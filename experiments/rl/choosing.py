@@ -1,8 +1,9 @@
 """What each setting of evolution strategies does: `python -m eggroll.experiments.rl_choosing --help`.
 
-A baseline on Pendulum, and settings that differ from it in one option, at equal environment steps (`experiments.common.suite`).
-The table has the returns next to the numbers that a run writes and by which it recognises a bad setting; docs/choosing.md shows
-it. The last line of standard output is a JSON object.
+A baseline on Pendulum, and settings that differ from it in one option, at equal environment steps (`experiments.common.suite`);
+then symptoms that Pendulum does not show, on other tasks, each setting followed by its remedy. The table has the returns next to
+the numbers that a run writes and by which it recognises a bad setting; docs/choosing.md shows it. The last line of standard
+output is a JSON object.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ BASELINE = (
     *("--learning-rate", "0.02", "--target", "inf", "--checks", "5", "--resume"),
 )
 OWN = ("env", "algorithm", "seed", "target")
-KNOBS: dict[str, tuple[str, ...]] = {  # name -> options, each of which is a row
+KNOBS: dict[str, tuple[str, ...]] = {  # setting, or symptom -> options, each a row
     "population": ("--population-size 16", "--population-size 256"),
     "sigma": ("--sigma 1e-5", "--sigma 0.5", "--sigma 5"),
     "step size": ("--learning-rate 0.002", "--learning-rate 2"),
@@ -39,18 +40,23 @@ KNOBS: dict[str, tuple[str, ...]] = {  # name -> options, each of which is a row
     "episodes": ("--episodes 4",),
     "observations": ("--no-normalise",),
     "noise reuse": ("--noise-reuse 4",),
+    "ties": ("--env CartPole-v1 --sigma 1e-4 --learning-rate 2e-5", "--env CartPole-v1"),
+    "unsteady": (
+        "--env Acrobot-v1 --population-size 8 --learning-rate 0.1",
+        "--env Acrobot-v1 --population-size 8 --learning-rate 0.1 --learning-rate-schedule cosine",
+    ),
 }
 MARKS = "<!-- measured: begin -->\n", "<!-- measured: end -->"  # of a page, around the table
 NUMBERS = ("std_fitness", "tied_pairs", "pair_correlation", "gradient_norm", "update_over_sigma", "weight_norm")
-HEAD = ("setting", "options", "median return [lowest, highest]", "generations", *NUMBERS, "named by the run")
+HEAD = ("setting", "options", "median return [lowest, highest]", "best parameters", "generations", *NUMBERS, "named by the run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what each setting does on Pendulum. Other options go to all runs of experiments.rl."""
+    """Measure what each setting does, mostly on Pendulum. Other options go to all runs of experiments.rl."""
 
     knobs: tuple[str, ...] = tuple(KNOBS)
-    """Settings to vary, next to the baseline."""
+    """Settings to vary, and symptoms, next to the baseline."""
     seeds: int = 3
     """Seeds 0, 1, ... of every row."""
     jobs: int = 1
@@ -67,6 +73,7 @@ class Row(NamedTuple):
     setting: str
     options: str
     returns: tuple[float, ...]  # of the seeds; NaN of one that was not finite
+    best_returns: tuple[float, ...]  # those of the parameters of the best held-out check
     generations: int
     numbers: dict[str, float]  # medians over seeds and the last generations
     unusual: tuple[str, ...]  # numbers that a seed named
@@ -118,6 +125,7 @@ def make_row(result: Result) -> Row:
         knob,
         option,
         returns=tuple(number(summary["mean_return"]) for summary in found.values()),
+        best_returns=tuple(number(summary["best_return"]) for summary in found.values()),
         generations=round(statistics.median(summary["generations"] for summary in found.values())),
         numbers={name: finite_median(line[name] for line in lines) for name in NUMBERS},
         unusual=tuple(sorted({name for summary in found.values() for name in summary["unusual"]})),
@@ -128,13 +136,18 @@ def make_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
     cells = []
     for row in rows:
-        spread = "-"
-        if all(map(math.isfinite, row.returns)):
-            spread = f"{statistics.median(row.returns):.0f} [{min(row.returns):.0f}, {max(row.returns):.0f}]"
+        best = f"{finite_median(row.best_returns):.0f}"
         numbers = [f"{value:.3g}" for value in row.numbers.values()]
         named = ", ".join(f"`{name}`" for name in row.unusual)
-        cells.append([row.setting, f"`{row.options}`" if row.options else "", spread, str(row.generations), *numbers, named])
+        option = f"`{row.options}`" if row.options else ""
+        cells.append([row.setting, option, _spread(row.returns), best, str(row.generations), *numbers, named])
     return markdown_table(HEAD, cells)
+
+
+def _spread(returns: Sequence[float]) -> str:
+    if not all(map(math.isfinite, returns)):
+        return "-"
+    return f"{statistics.median(returns):.0f} [{min(returns):.0f}, {max(returns):.0f}]"
 
 
 def split_page(page: Path) -> tuple[str, str, str]:

@@ -27,8 +27,8 @@ def test_the_page_has_the_rows_that_the_command_writes():
     assert [head] == choosing.make_table([]).splitlines()[:1]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(name, option.strip("`")) for name, option, *_ in cells] == choosing.labels(choosing.KNOBS)
-    numbers = r"-?\d+ \[-?\d+, -?\d+\]"
-    assert all(len(row) == len(choosing.HEAD) and re.fullmatch(numbers, row[2]) and row[3].isdigit() for row in cells)
+    returns = r"-?\d+ \[-?\d+, -?\d+\] -?\d+ \d+"
+    assert all(len(row) == len(choosing.HEAD) and re.fullmatch(returns, " ".join(row[2:5])) for row in cells)
 
 
 def test_the_options_and_numbers_that_the_page_names_exist():
@@ -49,16 +49,18 @@ def test_a_row_has_the_medians_of_the_last_generations(tmp_path):
         folder = setting.folder / f"seed-{seed}"
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(seal(json.dumps(line)) for line in lines))
-        found[seed] = {"mean_return": mean_return, "generations": 30, "unusual": ["weight_norm"] if seed else []}
+        unusual = ["weight_norm"] if seed else []
+        found[seed] = {"mean_return": mean_return, "best_return": 2 * seed, "generations": 30, "unusual": unusual}
     (row,) = choosing.make_table([choosing.make_row(Result(setting, found))]).splitlines()[2:]
     numbers = " | ".join(["20.5"] * len(choosing.NUMBERS))  # generations 10 to 29 of each
-    assert row == f"| sigma | `--sigma 5` | -3 [-8, -1] | 30 | {numbers} | `weight_norm` |"
-    found[2]["mean_return"] = None  # not finite
+    assert row == f"| sigma | `--sigma 5` | -3 [-8, -1] | 2 | 30 | {numbers} | `weight_norm` |"
+    for seed in found:
+        found[seed] |= {"mean_return": None, "best_return": None}  # not finite
     lines = [dict.fromkeys(choosing.NUMBERS) for _ in range(30)]
     for seed in found:
         (setting.folder / f"seed-{seed}/metrics.jsonl").write_text("".join(seal(json.dumps(line)) for line in lines))
     (row,) = choosing.make_table([choosing.make_row(Result(setting, found))]).splitlines()[2:]
-    assert row.startswith("| sigma | `--sigma 5` | - | 30 | nan | nan | ")
+    assert row.startswith("| sigma | `--sigma 5` | - | nan | 30 | nan | nan | ")
 
 
 @pytest.mark.parametrize(
