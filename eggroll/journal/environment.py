@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 UPDATE = 2  # version of the arithmetic of an update; 2: block by block, with other random bits for stochastic rounding
-PACKAGES = ("jax", "jaxlib", "optax", "eggroll")
+PACKAGES = ("jax", "jaxlib", "optax", "eggroll-jax")
 
 
 def describe_environment(state: Any) -> str:

@@ -1,9 +1,9 @@
 """What each setting of evolution strategies does: `python -m eggroll.experiments.rl_choosing --help`.
 
 A baseline on Pendulum, and settings that differ from it in one option, at equal environment steps (`experiments.common.suite`);
-then symptoms that Pendulum does not show, on other tasks, each setting followed by its remedy. The table has the returns next to
-the numbers that a run writes and by which it recognises a bad setting; docs/choosing.md shows it. The last line of standard
-output is a JSON object.
+then symptoms that Pendulum does not show, on other tasks, each followed by its remedy. The table has the returns next to the
+numbers that a run writes and by which it recognises a bad setting; docs/choosing.md shows it. The last line of standard output
+is a JSON object.
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ class Evolution:
         judges = ("loss", "accuracy") if config.offload else ()
         self._judges = [zo.Offload(dataclasses.replace(self._recipe, loss=task.pieces(name, judged=True))) for name in judges]
         self.forwards = forwards_of(self._recipe)
-        self.steps = steps_of(config, self.forwards)
+        self.steps = 0 if config.probe or config.evaluate else steps_of(config, self.forwards)
         if not config.evaluate:  # now, before a run in the folder makes way for this one
             self._check_batch()
 
