@@ -44,6 +44,7 @@ KNOBS: dict[str, tuple[str, ...]] = {  # setting, or symptom -> options, each a 
     "unsteady": (
         "--env Acrobot-v1 --population-size 8 --learning-rate 0.1",
         "--env Acrobot-v1 --population-size 8 --learning-rate 0.1 --learning-rate-schedule cosine",
+        "--env Acrobot-v1 --population-size 8 --learning-rate 0.01",
     ),
 }
 MARKS = "<!-- measured: begin -->\n", "<!-- measured: end -->"  # of a page, around the table
