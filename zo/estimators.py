@@ -69,8 +69,9 @@ def _grzo(plus: Array, other: Array, base: Array, sigma: Array, valid: Array) ->
 
 
 def _spread(values: Array, valid: Array) -> Array:
-    """Standard deviation of the valid values, whose number divides."""
+    """Standard deviation of the valid values, whose number divides; exactly 0 where they are equal."""
     count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    values = values - values[jnp.argmax(valid)]  # the mean of equal values would be rounded
     mean = jnp.where(valid, values, 0.0).sum() / count
     return jnp.sqrt(jnp.where(valid, (values - mean) ** 2, 0.0).sum() / count)
 

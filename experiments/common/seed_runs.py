@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ def launch_seeds(module: str, setting: Setting, seeds: Sequence[int]) -> None:
     The errors of a process go to `errors.txt`, in the folder of its seed or, for several, in the folder of the setting.
 
     Raises:
-        RuntimeError: a run failed; the message is the last line of its errors.
+        RuntimeError: a run failed; the message is its error, or the signal that killed it.
     """
     left = list(seeds)
     while left:
@@ -84,9 +85,12 @@ def _launch(command: Sequence[str], folder: Path) -> None:
     with open(errors, "w") as file:
         process = [sys.executable, "-m", *command, "--folder", str(folder)]
         failed = subprocess.run(process, stdout=subprocess.DEVNULL, stderr=file, check=False).returncode
+    if failed < 0:
+        raise RuntimeError(f"it was killed by {signal.Signals(-failed).name}")
     if failed:
         lines = errors.read_text().strip().splitlines() or [f"it ended with {failed}"]
-        raise RuntimeError(lines[-1].removeprefix("error: "))
+        named = [line for line in lines if line.startswith("error: ")]  # not a line of progress
+        raise RuntimeError((named or lines)[-1].removeprefix("error: "))
 
 
 def search(

@@ -15,7 +15,8 @@ from eggroll.files import replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
-_KEPT_BY_RESUME = ("journal.bin", "journal.header.json", "checkpoints", "samples", f"best{OLD}", "best", "metrics.jsonl")
+_MARKS = ("journal.header.json", "journal.bin", "metrics.jsonl")  # of a run; with none of them other files are the user's
+_KEPT_BY_RESUME = ("checkpoints", "samples", f"best{OLD}", "best", *_MARKS)  # marks last: a kill in between leaves one
 _RESULTS = ("checkpoint", "fitness.png", "curves.png", "bits_per_byte.png", "policy.gif")  # but not a model, which may be read
 MODEL = "model"  # of a run: the folder of its last parameters
 Row = dict[str, Any]
@@ -163,10 +164,9 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
-    # Without one of these nothing ran here, and other files are the user's.
-    is_run = any((folder / name).exists() for name in (SUMMARY, "journal.bin", "metrics.jsonl"))
+    is_run = any((folder / name).exists() for name in (SUMMARY, *_MARKS))
     (folder / SUMMARY).unlink(missing_ok=True)
-    for path in () if resume else (folder / name for name in (*_KEPT_BY_RESUME, *_RESULTS * is_run)):
+    for path in (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME) if is_run and not resume):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

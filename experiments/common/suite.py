@@ -157,7 +157,11 @@ class _SuiteRun:
         for name in dict.fromkeys(job.setting.name for job in self.suite.jobs):
             if name in self._chosen and name not in self.failed:
                 setting = self._chosen[name]
-                found = self.suite.finished(setting)
+                try:
+                    found = self.suite.finished(setting)
+                except ValueError as error:  # of another seed than that of the job
+                    self.failed[name] = str(error)
+                    continue
                 if len(found) == len(self.suite.seeds(setting)) or (self.suite.partial and found):
                     results.append(Result(setting, found))
         return results

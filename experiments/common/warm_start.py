@@ -114,7 +114,8 @@ def fit(
     Returns:
         The parameters.
     """
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, -(-steps // 10), steps))
+    warmup = -(-steps // 10)
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1)))
 
     def advance(run: Any, batch: Any) -> Any:
         params, opt_state = run

@@ -28,6 +28,8 @@ class PolicyGradient:
     """PPO on a task; compiled once, run with any number of keys."""
 
     def __init__(self, config: Config, task: Task, evaluation: Evaluation, *, critic: nn.Module):
+        if jax.process_count() > 1:
+            raise ValueError(f"algorithm ppo runs in one process, this run has {jax.process_count()}.")
         self._trainer = make_trainer(
             config.ppo,
             task.environment,
@@ -42,9 +44,8 @@ class PolicyGradient:
     def train(self, seed_run: SeedRun, *, random_return: float | None = None) -> Trained:
         """Run PPO; `metrics.jsonl` in the folder of the run gets a line per update, and its figure is drawn."""
         config, keys = self._config, seed_keys(seed_run.seed)
-        every = config.env_steps / config.checks
         folder, held_out = seed_run.folder, ""
-        checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
+        checks = HeldOutChecks(self._evaluation, folder, config, key=keys.checks)
         run = self._start(keys.training)  # it draws the initial parameters too
         rows: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:

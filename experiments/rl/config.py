@@ -188,7 +188,10 @@ class Config:
             "accept_change",
             "render",
         )
-        return jsonable({name: value for name, value in dataclasses.asdict(self).items() if name not in apart})
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
+        if self.target is not None and math.isinf(self.target):
+            options["target"] = str(self.target)  # which JSON has no number for
+        return jsonable(options)
 
     def ignored(self) -> dict[str, str]:
         """Return the options that are set and have no effect, each with the error that says so."""
@@ -238,7 +241,9 @@ def restore_config(options: Mapping[str, Any]) -> Config:
     """
     try:
         tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
-        return Config(**{"network": "mlp", **options, **tuples, "ppo": PPO(**options["ppo"])})  # before --network all were
+        target = None if options.get("target") is None else float(options["target"])
+        changed = {**tuples, "target": target, "ppo": PPO(**options["ppo"])}
+        return Config(**{"network": "mlp", **options, **changed})  # before --network all were mlp
     except (KeyError, TypeError) as error:
         raise ValueError(f"the options are not those of experiments.rl in this version: {error}.") from error
 

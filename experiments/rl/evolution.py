@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,19 @@ Look = Callable[[Sequence[Record]], dict[str, str]]
 MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure their memory
 
 
-def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
-    """Make the strategy; its batch is the observation statistics, its aux the sums that update them."""
+class Aux(NamedTuple):
+    """What a member gives beside its fitness."""
 
-    def fitness(params: Any, known: envs.ObservationStatistics, key: Array) -> tuple[Array, envs.ObservationSums]:
+    sums: Any  # `envs.ObservationSums`; of the valid members
+    steps: Any  # int32, of the environment; of every member, also of one whose fitness is not finite
+
+
+def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
+    """Make the strategy; its batch is the observation statistics, its aux the sums that update them, and the steps played."""
+
+    def fitness(params: Any, known: envs.ObservationStatistics, key: Array) -> tuple[Array, Aux]:
         played = task.play(params, known, key, episodes=config.episodes)
-        return played.total_reward.mean(), jax.tree.map(lambda x: x.sum(axis=0), played.sums)
+        return played.total_reward.mean(), Aux(jax.tree.map(lambda x: x.sum(axis=0), played.sums), played.steps.sum())
 
     many = config.population_size * config.episodes >= MANY_EPISODES
     sigma, rate = make_schedules(config, task)
@@ -50,8 +57,8 @@ def make_strategy(config: Config, task: Task) -> eggroll.EvolutionStrategy:
         noise_reuse=config.noise_reuse,
         chunk_size=config.chunk_size,
         memory_budget="device" if many and config.chunk_size is None else None,
-        aux="sum",
-        mesh=parse_mesh(config.mesh),
+        aux=Aux("sum", "all"),
+        mesh=parse_mesh(config.mesh, axes=("population",)),
     )
 
 
@@ -96,7 +103,7 @@ def make_optimizer(config: Config, sigma: Rate, rate: Rate) -> optax.GradientTra
 
 def next_statistics(known: envs.ObservationStatistics, metrics: eggroll.Metrics) -> envs.ObservationStatistics:
     """Return the batch of the next generation: the statistics of all observations before it."""
-    return envs.merge(known, metrics.aux)
+    return envs.merge(known, metrics.aux.sums)
 
 
 class _Progress:
@@ -118,12 +125,17 @@ class _Progress:
         self._records: list[Record] = []  # the first one, and the last ones
         self._named = {*WARNED}
 
+    def remember(self, records: Sequence[Record]) -> None:
+        """Keep records that `look` needs: of the run before it was resumed, or the next one."""
+        records = [*self._records, *records]
+        self._records = [*records[:1], *records[1:][-RECENT:]]
+
     def on_record(self, record: Record) -> None:
         """Keep what follows a generation, and count."""
         self.statistics = record.batch
-        self.env_steps += int(record.aux.number)
+        self.env_steps += int(np.sum(record.aux.steps))
         self.invalid += record.invalid
-        self._records = [*self._records[:1], *self._records[1:][-RECENT:], record]
+        self.remember([record])
         record.extra["env_steps"] = self.env_steps
 
     def quiet(self) -> int:
@@ -188,8 +200,7 @@ class Evolution:
                 f"seed {seed_run.seed}: schedules end after {planned_generations(config, self._task):,} generations", flush=True
             )
         es, initial = self.start(keys)
-        every = config.env_steps / config.checks
-        checks = HeldOutChecks(self._evaluation, folder, key=keys.checks, every=every, target=config.known_target)
+        checks = HeldOutChecks(self._evaluation, folder, config, key=keys.checks)
         most_steps = steps_of_generation(config, self._task)
         plan = es.plan(initial)
 
@@ -210,6 +221,7 @@ class Evolution:
         )
         with contextlib.closing(run):
             state = run.state
+            progress.remember([record for record in read_records(folder) if record.generation < int(state.generation)])
             left = None if config.generations is None else config.generations - int(state.generation)
             state, _ = train(
                 es,

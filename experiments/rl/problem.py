@@ -15,6 +15,7 @@ from eggroll import envs
 from eggroll.envs.drawing.render import render_episode
 from eggroll.envs.rollout import Policy
 from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint, saved_shapes
+from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.networks import init_network, initial_memory
 from eggroll.experiments.rl.uniform import play_uniform
 
@@ -147,24 +148,24 @@ class HeldOutChecks:
     Args:
         evaluation: of the task.
         folder: of the run; its folder `BEST` has the parameters of the best check, the last one of equals.
+        config: of the run: how many checks over how many environment steps, and the mean return to reach.
         key: of all checks.
-        every: environment steps between them.
-        target: mean return to reach; None: never.
     """
 
-    def __init__(self, evaluation: Evaluation, folder: Path, *, key: Array, every: float, target: float | None):
+    def __init__(self, evaluation: Evaluation, folder: Path, config: Config, *, key: Array):
         self.met = False  # whether the last check reached the target
         self.done = 0  # the number of the last check
         self.best, self.best_env_steps = -math.inf, 0  # the highest mean return, and when it was reached; 0: never
-        self._evaluation, self._folder, self._key, self._every, self._target = evaluation, folder, key, every, target
+        self._evaluation, self._folder, self._key, self._target = evaluation, folder, key, config.known_target
+        self._checks, self._env_steps = config.checks, config.env_steps
 
-    def steps_to_next(self, env_steps: int) -> float:
+    def steps_to_next(self, env_steps: int) -> int:
         """Return the environment steps that are left, after `env_steps`, until a check is due."""
-        return (self.done + 1) * self._every - env_steps
+        return -(-(self.done + 1) * self._env_steps // self._checks) - env_steps
 
     def __call__(self, params: Any, statistics: envs.ObservationStatistics, *, env_steps: int) -> dict[str, float]:
         """Return {"held_out_return": mean return} if a check is due, else {}."""
-        due = math.floor(env_steps / self._every)
+        due = env_steps * self._checks // self._env_steps
         if due <= self.done:
             return {}
         self.done = due

@@ -73,7 +73,7 @@ def find_members_at_random(history: Sequence[Record], random_return: float | Non
     history = [record for record in history if math.isfinite(record.mean_fitness)]
     gaps = [record.extra.get(HELD_OUT, math.nan) - record.mean_fitness for record in history]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
-    if random_return is None or not gaps:
+    if random_return is None or not math.isfinite(random_return) or not gaps:
         return {}
     last = history[-RECENT:]
     mean, spread = (statistics.median(getattr(record, name) for record in last) for name in ("mean_fitness", "std_fitness"))

@@ -170,15 +170,20 @@ def read_curve(folder: Path) -> Curve:
     """Read the held-out checks of a run."""
     rows = list(read_metrics(folder))
     elapsed = itertools.accumulate(without_compilation([row["seconds"] for row in rows]))
-    checks = [(row, seconds) for row, seconds in zip(rows, elapsed, strict=True) if row.get("held_out_return") is not None]
-    steps, returns = ([row[name] for row, _ in checks] for name in ("env_steps", "held_out_return"))
+    checks = [(row, seconds) for row, seconds in zip(rows, elapsed, strict=True) if "held_out_return" in row]
+    steps, returns = ([number(row[name]) for row, _ in checks] for name in ("env_steps", "held_out_return"))
     return Curve(steps, [seconds for _, seconds in checks], returns)
 
 
 def without_compilation(seconds: Sequence[float]) -> list[float]:
-    """Seconds of generations, with the median in place of one that took more than ten times as long: it compiled."""
-    usual = statistics.median(seconds) if seconds else 0.0
-    return [usual if own > 10 * usual else own for own in seconds]
+    """Seconds of generations, with the median in place of those that compiled.
+
+    These are the first one, with all that ran in one program with it, which have equal shares of its seconds; and any that took
+    more than ten times as long.
+    """
+    first = len(list(itertools.takewhile(lambda own: own == seconds[0], seconds)))
+    usual = statistics.median(seconds[first:] or seconds or [0.0])
+    return [usual if index < first or own > 10 * usual else own for index, own in enumerate(seconds)]
 
 
 def add_equal_seconds(row: Row, curves: Mapping[str, Sequence[Curve]]) -> Row:
@@ -209,7 +214,7 @@ def make_row(env: str, algorithm: str, summaries: Sequence[dict[str, Any]]) -> R
         mean_return=statistics.fmean(returns),
         low=low,
         high=high,
-        random_return=statistics.fmean(s["random_return"] for s in summaries),
+        random_return=statistics.fmean(number(s["random_return"]) for s in summaries),
         env_steps=round(statistics.fmean(s["env_steps"] for s in summaries)),
         seconds=statistics.fmean(s["seconds"] for s in summaries),
         generation_seconds=statistics.median(s["generation_seconds"] for s in summaries),
@@ -238,7 +243,8 @@ def compare(rows: Sequence[Row]) -> dict[str, Any]:
         "above_random": above,
         "not_worse": {env: difference_interval(ours.returns, dense.returns)[1] >= 0 for env, (ours, dense) in pairs.items()},
         "generation_ratio": {
-            env: round(dense.generation_seconds / ours.generation_seconds, 2) for env, (ours, dense) in pairs.items()
+            env: round(dense.generation_seconds / ours.generation_seconds, 2) if ours.generation_seconds else math.nan
+            for env, (ours, dense) in pairs.items()
         },
     }
 

@@ -16,13 +16,14 @@ from eggroll.devices.processes import first_does
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, run_folder, start_processes
 from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
 from eggroll.experiments.zo.baseline import Backprop
+from eggroll.experiments.zo.capacity import shapes_of
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
-from eggroll.experiments.zo.inputs import load
-from eggroll.experiments.zo.problem import FineTuning, Score
+from eggroll.experiments.zo.inputs import Loaded, load
+from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
 from eggroll.protocol import Strategy
@@ -34,11 +35,13 @@ STOPPED = {  # by Ctrl-C
 }
 
 
-def make_runs(config: Config, task: FineTuning, judge: Any) -> Evolution | Backprop:
+def make_runs(config: Config, loaded: Loaded, judge: Any) -> Evolution | Backprop:
     """Make the trainer; its method `train` is compiled once for all seeds."""
     if config.recipe == BACKPROP:
-        return Backprop(config, task, judge)
-    return Evolution(config, task, judge)
+        return Backprop(config, loaded.task, judge)
+    evolution = Evolution(config, loaded.task, judge)
+    evolution.plan(shapes_of(config, loaded.config))
+    return evolution
 
 
 def remake(options: dict[str, Any]) -> tuple[Strategy[Any], Any]:
@@ -58,7 +61,7 @@ class Experiment:
         root = seed_folder(config, config.seed, default=self._default) if shared is None else run_folder(shared)
         self.loaded = load(config, root)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
-        self.runs = make_runs(config, self.task, self.judge)
+        self.runs = make_runs(config, self.loaded, self.judge)
         self._before: dict[str, Score] = {}
 
     def train(self, run: SeedRun) -> Row:

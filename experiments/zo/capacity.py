@@ -24,8 +24,8 @@ def check_capacity(config: Config, model: hf.Config) -> None:
         config: of the run.
         model: the sizes.
     """
-    trains, by_block, dtype = not config.evaluate, config.offload, jnp.dtype(config.dtype if config.model else "float32")
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes_of(model))
+    trains, by_block, dtype = not config.evaluate, config.offload, dtype_of(config)
+    params = shapes_of(config, model)
     size = dtype.itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     mesh = parse_mesh(config.mesh) if (trains or by_block) and config.recipe != BACKPROP else None
     devices, is_long = devices_of(mesh), dtype.itemsize > 2
@@ -51,6 +51,12 @@ def _fewer_bytes(devices: Sequence[Any], shorter: Sequence[str], *, copied: bool
     return [*fewer, *([] if on_cpu and not copied else ["--offload"]), *rounded]
 
 
-def shapes_of(model: hf.Config) -> Any:
+def dtype_of(config: Config) -> Any:
+    """The dtype of the parameters."""
+    return jnp.dtype(config.dtype if config.model else "float32")
+
+
+def shapes_of(config: Config, model: hf.Config) -> Any:
     """The parameters of a model as shapes."""
-    return jax.eval_shape(lambda: init_params(model, key=jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(model, key=jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype_of(config)), shapes)

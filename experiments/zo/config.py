@@ -247,14 +247,17 @@ def _noise_of(stored: Mapping[str, Any]) -> str | None:
 
 
 def config_from(settings: dict[str, Any]) -> Config:
-    """Return the configuration with the given `Config.settings()`, as stored in the header of a journal."""
-    paths = {name: Path(settings[name]) for name in ("model", "data") if settings[name] is not None}
-    return Config(
-        **settings
-        | {"perturbation": _noise_of(settings)}
-        | paths
-        | {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])}
-    )
+    """Return the configuration with the given `Config.settings()`, as stored in the header of a journal.
+
+    Raises:
+        ValueError: an option is missing or unknown: it was stored by another version, or by another experiment.
+    """
+    try:
+        paths = {name: Path(settings[name]) for name in ("model", "data") if settings[name] is not None}
+        changed = {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])}
+        return Config(**settings | {"perturbation": _noise_of(settings)} | paths | changed)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the options are not those of experiments.zo in this version: {error}.") from error
 
 
 def arguments(recipe: str) -> dict[str, Any]:

@@ -112,10 +112,19 @@ class Evolution:
 
     def start(self, params: Any, *, key: Array) -> tuple[Strategy[Any], Any]:
         """Return the tuner, with its plan, and the initial state, which takes over resident parameters."""
-        batch = self._batch(0, seed=self._config.seed)
+        batch = self._batch_shapes
         if isinstance(self._tuner, zo.Offload):
             return self._tuner, self._tuner.init(params, key=key, batch=batch)
         return self._tuner, self._tuner.init(params, key=key, batch=batch, donate=True)
+
+    def plan(self, shapes: Any) -> None:
+        """Read the plan of parameters; what is wrong with it is an error before a run in the folder makes way for this one."""
+        self._recipe.plan_of(shapes, self._batch_shapes)
+
+    @property
+    def _batch_shapes(self) -> Examples:
+        size = self._config.batch_size
+        return Examples(*(jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for array in self._task.train))
 
     def _check_batch(self) -> None:
         size, parts = self._config.batch_size, self._data_parts

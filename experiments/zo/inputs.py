@@ -20,6 +20,7 @@ from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.problem import FineTuning
 from eggroll.experiments.zo.warm_start import warm_start
+from eggroll.journal.lock import RunLock
 from eggroll.llm import hf
 from eggroll.llm.tokenizers import load_tokenizer
 
@@ -88,7 +89,15 @@ def _read_task(config: Config, folder: Path | None) -> list[list[Record]]:
             write(own)
             return read_splits(Path(own))
     data = folder / "data"
-    first_does(lambda: write(data))
+
+    def keep() -> None:
+        lock = RunLock(folder)  # a run that is going on in the folder reads its data
+        try:
+            write(data)
+        finally:
+            lock.release()
+
+    first_does(keep)
     return read_splits(data)
 
 

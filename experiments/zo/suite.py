@@ -34,6 +34,7 @@ from eggroll.experiments.zo.config import BACKPROP, RULES, parse
 from eggroll.experiments.zo.studies import RATES, RECIPES, STUDIES, Study, write_splits
 from eggroll.experiments.zo.table import Tries, report
 from eggroll.experiments.zo.warm_start import warm_start
+from eggroll.llm import hf
 
 MODULE = "eggroll.experiments.zo"
 OWN = ("recipe", "perturbation", "steps", "seed")
@@ -94,8 +95,10 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         ValueError, OSError, ImportError, RuntimeError: an option is wrong, a file or a package is missing.
     """
     config.check()
-    ignored = [parse((*RECIPES[recipe], *options, *_resume(recipe))).ignored() for recipe in config.recipes]
-    check_passed(options, own=OWN if config.model is None else (*OWN, *OF_STUDIES), ignored=ignored)
+    model = () if config.model is None else ("--model", str(config.model))
+    ignored = [parse((*RECIPES[recipe], *model, *options, *_resume(recipe))).ignored() for recipe in config.recipes]
+    searched = ("learning_rate",) if config.search else ()
+    check_passed(options, own=(*OWN, *searched, *(OF_STUDIES if model else ())), ignored=ignored)
     config = dataclasses.replace(config, folder=run_folder(config.folder))
     cells = [(study, recipe) for study in _studies(config) for recipe in config.recipes if _runs(study, recipe)]
     settings = [make_setting(config, study, recipe, options) for study, recipe in cells]
@@ -103,13 +106,20 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         warm_start(parse(settings[0].arguments).start)  # now, so that no recipe's seconds contain it
     else:
         _prepare(config)
-    by_name, tries = {setting.name: setting for setting in settings}, dict[str, Tries]()
+    tries, chosen = dict[str, Tries](), dict[str, Setting | Exception]()
 
-    @functools.cache
-    def choose(name: str) -> Setting:
-        setting = by_name[name]
-        if not config.search:
-            return setting
+    def choose(setting: Setting) -> Setting:
+        """Search once for all seeds; a search that failed is not repeated."""
+        if setting.name not in chosen:
+            try:
+                chosen[setting.name] = search_rate(setting) if config.search else setting
+            except (RuntimeError, ValueError) as error:
+                chosen[setting.name] = error
+        if isinstance(found := chosen[setting.name], Exception):
+            raise found
+        return found
+
+    def search_rate(setting: Setting) -> Setting:
         tried, goal = search_settings(config, setting, options), functools.partial(score, setting)
         best = search(MODULE, list(tried.values()), seed=SEARCH_SEED, score=goal)
         tries[setting.name] = {rate: goal(finished_seeds(found, [SEARCH_SEED])[SEARCH_SEED]) for rate, found in tried.items()}
@@ -123,7 +133,7 @@ def make_suite(config: Config, options: Sequence[str]) -> Suite:
         config.folder,
         one_job_each(settings, seeds) if config.model is None else jobs,
         report=lambda results: report(config.folder, results, tries=tries, keep_models=config.model is None),
-        choose=lambda setting: choose(setting.name),
+        choose=choose,
         partial=True,
     )
 
@@ -138,12 +148,13 @@ def _runs(study: str, recipe: str) -> bool:
 
 
 def _prepare(config: Config) -> None:
-    """Write the data of the studies; that of the search has a single test example, which nothing reads."""
+    """Check the model, and write the data of the studies; that of the search has a single test example, which nothing reads."""
     for study in {STUDIES[name].task: STUDIES[name] for name in config.studies}.values():
         records = study.records()
         for searched, written in ((False, config.test), (True, 1)):
             folder = _data(config, study, searched=searched)
             write_splits(records, folder, validation=config.validation, test=config.test, written=written)
+    hf.check(model_folder(config.model) or Path())
 
 
 def _data(config: Config, study: Study, *, searched: bool) -> Path:

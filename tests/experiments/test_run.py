@@ -40,7 +40,7 @@ def test_run_folder(tmp_path, monkeypatch):
 
 def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
     """A folder without a run has files of the user, and a model may be what is read."""
-    for name in ("model", "checkpoint", "data"):
+    for name in ("model", "checkpoint", "checkpoints", "best", "data"):
         (tmp_path / name).mkdir()
     (tmp_path / "samples").symlink_to(tmp_path / "data")
 
@@ -48,9 +48,10 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
         with prepare_folder(tmp_path, resume=resume):
             return {path.name for path in tmp_path.iterdir()} - {"run.lock"}
 
-    assert begin(resume=False) == {"model", "checkpoint", "data"}
+    users = {"model", "checkpoint", "checkpoints", "best", "data", "samples"}
+    assert begin(resume=False) == users
     (tmp_path / "metrics.jsonl").write_text("")
-    assert begin(resume=True) == {"model", "checkpoint", "data", "metrics.jsonl"}
+    assert begin(resume=True) == {*users, "metrics.jsonl"}
     assert begin(resume=False) == {"model", "data"}
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eggroll.experiments.common import checkpoint, warm_start
+from eggroll.experiments.common import checkpoint, suite, warm_start
 from eggroll.experiments.common.checkpoint import load_checkpoint, save_checkpoint, saved_shapes
 from eggroll.experiments.common.run import exit_on_error, write_json
-from eggroll.experiments.common.seed_runs import Setting, finished_seeds
+from eggroll.experiments.common.seed_runs import Setting, finished_seeds, launch_seeds
 from eggroll.files import Damaged, read_object
 from eggroll.journal.integrity import writing
 from eggroll.llm import hf
@@ -146,6 +146,39 @@ def test_a_seed_with_a_damaged_summary_is_run_again(tmp_path, capsys):
     (tmp_path / "seed-3/summary.json").write_text(json.dumps({"options": {"x": 1}, "score": 3}))  # of an earlier version
     assert finished_seeds(setting, range(5)) == {seed: {"score": seed} for seed in (0, 2, 3)}
     assert f"{path} is damaged, its run is resumed or repeated" in capsys.readouterr().out
+
+
+def test_the_error_of_a_run_is_named_and_not_its_progress(tmp_path, monkeypatch):
+    setting = Setting(("a",), ("-c",), {}, tmp_path)
+    for ends, words in (
+        ("echo error: no such thing >&2; echo env steps 120 of 1000 >&2; exit 1", "^no such thing$"),
+        ("echo env steps 120 of 1000 >&2; kill -9 $$", "^it was killed by SIGKILL$"),
+    ):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{ends}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        with pytest.raises(RuntimeError, match=words):
+            launch_seeds("module", setting, [0])
+
+
+def test_a_suite_goes_on_after_a_seed_of_other_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "launch_seeds", lambda *_: None)
+    setting = Setting(("a",), (), {"sigma": 1}, tmp_path / "a")
+    for seed, sigma in ((0, 2), (1, 1)):
+        (tmp_path / f"a/seed-{seed}").mkdir(parents=True)
+        write_json(tmp_path / f"a/seed-{seed}/summary.json", {"options": {"sigma": sigma}})
+    jobs = [suite.Job(f"a seed {seed}", setting, [seed]) for seed in (0, 1)]
+    run = suite._SuiteRun(suite.Suite("module", tmp_path, jobs, report=lambda results: suite.Report("", {}), partial=True))
+    run.run_jobs()
+    assert all("has a run with another sigma" in run.failed[name] for name in ("a seed 0", "a"))
+
+
+@pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
+def test_a_warm_start_may_have_one_step():
+    """Its warm-up is the whole of it, at a rate of 0."""
+    params = {"w": jnp.ones(2)}
+    tuned = warm_start.fit(params, lambda p, x: (p["w"] * x).sum(), lambda _: np.ones(2), steps=1, learning_rate=0.1)
+    assert np.isfinite(tuned["w"]).all()
 
 
 def test_a_damaged_warm_start_is_trained_again(tmp_path, capsys):

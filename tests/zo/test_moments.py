@@ -335,6 +335,10 @@ def test_two_devices_do_the_same(name, axis):
             lambda: run(zo.lozo_m(loss, learning_rate=0.1, refresh=1), []),
             "'kernel' needs LowRank\\(refresh=...\\) above 1",
         ),
+        (
+            lambda: run(zo.mezo(loss, learning_rate=0.1, perturbation=eggroll.Flipout(), momentum=0.9), []),
+            "momentum is for low-rank and dense noise: 'kernel' has Flipout noise",
+        ),
     ],
 )
 def test_wrong_use_is_refused(make, words):

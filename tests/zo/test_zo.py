@@ -147,6 +147,14 @@ def test_coefficients_by_hand():
     np.testing.assert_allclose(give["curvature"], np.array([-1.0, 0.5]) / np.maximum(1, np.abs(curvature) ** 0.1), rtol=1e-5)
 
 
+def test_equal_losses_have_no_spread():
+    """The mean of eight float32 values of 0.3 is not 0.3."""
+    losses, sigma = jnp.full(8, 0.3, jnp.float32).at[3].set(jnp.nan), jnp.float32(1e-4)
+    for name in ("fzoo", "grzo"):
+        found = coefficients(ESTIMATORS[name], losses, jnp.full(8, 0.2, jnp.float32), jnp.float32(0.2), sigma=sigma)
+        np.testing.assert_array_equal(found, 0.0)
+
+
 def test_directions_that_are_not_finite_are_left_out_and_renormalised():
     plus, minus = jnp.float32([1.0, jnp.nan, 3.0, 4.0]), jnp.float32([2.0, 1.0, jnp.inf, 2.0])
     found = coefficients(ESTIMATORS["two_point"], plus, minus, jnp.float32(jnp.nan), sigma=jnp.float32(0.1))

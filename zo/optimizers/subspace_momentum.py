@@ -45,9 +45,12 @@ def subspace_momentum(decay: float, plan: Plan, directions: int) -> optax.Gradie
         directions: n, coefficients a step.
 
     Raises:
-        ValueError: a parameter's right factor is new at every step: there is no subspace that steps share.
+        ValueError: a parameter's right factor is new at every step: there is no subspace that steps share. Or its noise is
+            neither low-rank nor dense.
     """
     for leaf in plan.leaves:
+        if isinstance(leaf, FactoredLeaf) and not isinstance(leaf, LowRankLeaf):
+            raise ValueError(f"momentum is for low-rank and dense noise: '{leaf.path}' has Flipout noise.")
         if isinstance(leaf, LowRankLeaf) and leaf.refresh == 1:
             raise ValueError(
                 f"momentum lives in the right factors that steps share: '{leaf.path}' needs LowRank(refresh=...) above 1."

@@ -11,7 +11,9 @@ import pytest
 
 from eggroll import envs
 from eggroll.experiments.rl import distributions
+from eggroll.experiments.rl.baseline import PolicyGradient
 from eggroll.experiments.rl.collect import ActorCritic, Step, advantages, collect, reset
+from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.networks import MLP
 from eggroll.experiments.rl.ppo import PPO, make_trainer
 from tests.tables import slow
@@ -180,14 +182,24 @@ def test_a_first_observation_that_is_not_finite_is_counted_and_poisons_nothing()
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_envs": 0}, "num_envs must be an integer >= 1, got 0."),
-        ({"num_envs": 3, "rollout_steps": 5}, "minibatches must divide the 15 steps of a rollout, got 4."),
+        ({"num_envs": 0}, "ppo.num_envs must be an integer >= 1, got 0."),
+        ({"gamma": 2.0}, "ppo.gamma must be a finite number from 0 to 1, got 2.0."),
+        ({"learning_rate": float("nan")}, "ppo.learning_rate must be a finite number > 0, got nan."),
+        ({"value_clip": -1.0}, "ppo.value_clip must be a finite number > 0, got -1.0."),
+        ({"num_envs": 3, "rollout_steps": 5}, "ppo.minibatches must divide the 15 steps of a rollout, got 4."),
     ],
 )
 def test_settings_that_cannot_run(settings, words):
     with pytest.raises(ValueError) as raised:
         PPO(**settings).check()
     assert str(raised.value) == words
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """Each would write the metrics."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="algorithm ppo runs in one process, this run has 2"):
+        PolicyGradient(Config(algorithm="ppo"), None, None, critic=None)
 
 
 @pytest.mark.slow

@@ -18,11 +18,12 @@ from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
 from eggroll.experiments.rl import __main__ as rl
 from eggroll.experiments.rl import evolution
-from eggroll.experiments.rl.config import Config, parse
+from eggroll.experiments.rl.config import Config, parse, restore_config
 from eggroll.experiments.rl.evolution import make_strategy
 from eggroll.experiments.rl.finished import load_run
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.presets import PAPER
+from eggroll.experiments.rl.problem import HeldOutChecks
 from eggroll.experiments.rl.uniform import uniform_action
 from eggroll.journal import __main__ as journal
 from eggroll.noise import addresses
@@ -67,6 +68,21 @@ def test_summary_and_artefacts(small_run):
     found = {line["held_out_return"]: line["env_steps"] for line in lines if "held_out_return" in line}
     assert (summary["best_check"], summary["best_env_steps"]) == max(found.items())
     assert (folder / "fitness.png").exists()
+
+
+def test_a_target_that_is_never_met_is_not_the_default_one():
+    """Also as JSON, which has no infinity."""
+    never, default = (Config(target=target) for target in (float("inf"), None))
+    assert never.options()["target"] == "inf" and default.options()["target"] is None
+    assert restore_config(json.loads(json.dumps(never.options()))).known_target == float("inf")
+
+
+def test_the_last_of_the_checks_is_due_at_the_end(tmp_path):
+    """7 x (115200 / 7) is above 115200 in floats."""
+    played = SimpleNamespace(mean_return=lambda *_, **__: np.nan)
+    checks = HeldOutChecks(played, tmp_path, Config(env_steps=115_200, checks=7), key=jax.random.key(0))
+    assert checks(None, None, env_steps=115_199) and checks.done == 6 and checks.steps_to_next(115_199) == 1
+    assert checks(None, None, env_steps=115_200) and checks.done == 7
 
 
 @pytest.mark.slow
@@ -147,7 +163,8 @@ def test_statistics_are_gathered_through_the_engine():
 
     members = [play(jnp.int32(index)) for index in range(6)]
     expected = jax.tree.map(lambda *x: np.sum(x, axis=(0, 1)), *[member.sums for member in members])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), metrics.aux, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), metrics.aux.sums, expected)
+    np.testing.assert_array_equal(metrics.aux.steps, [member.steps.sum() for member in members])
     np.testing.assert_allclose(metrics.fitness, [member.total_reward.mean() for member in members])
 
 
@@ -185,6 +202,7 @@ def test_continuous_sampled_actions_without_normalisation():
             ["--network", "gru", "--hidden-sizes", "16", "--activation", "relu_layer_norm"],
             "error: --activation has no effect without a hidden layer that has one",
         ),
+        (["--mesh", "data=1"], "error: mesh must be such as population=4, with axes out of population, got 'data=1'."),
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
         (["--target", "nan"], "error: target must be a number, got nan."),
@@ -202,7 +220,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--preset", "paper", "--env", "Acrobot-v1"], "error: preset paper has no row for env 'Acrobot-v1'; it has"),
         (
             ["--algorithm", "ppo", "--ppo.minibatches", "3"],
-            "error: minibatches must divide the 2048 steps of",
+            "error: ppo.minibatches must divide the 2048 steps of",
         ),
     ],
 )

@@ -39,6 +39,7 @@ for NAME, SHAPE in (("mine/flat", (4,)), ("mine/image", (6, 5, 2))):
     envs.register(NAME, lambda name=NAME, shape=SHAPE: make(name, shape))
 envs.register("mine/wrong", lambda: make("mine/wrong", (4,), reward=lambda: jnp.ones(2)))
 envs.register("mine/none", lambda: None)
+envs.register("mine/nan", lambda: make("mine/nan", (4,), reward=lambda: jnp.float32(jnp.nan)))
 
 
 class Linear(nn.Module):
@@ -127,6 +128,15 @@ def test_an_environment_and_networks_of_a_file(folder):
         assert type(task("--env", "mine/flat", "--network", name).network).__name__ == "Linear"
     image = task("--env", "mine/image", "--algorithm", "ppo")
     assert isinstance(make_critic(Config(), image), CNN)
+
+
+@pytest.mark.filterwarnings("ignore:generation . was skipped:UserWarning")
+def test_steps_of_members_without_a_fitness_count(folder, capsys):
+    """Otherwise a run in which no member ever has one would not end."""
+    small = ["--population-size", "4", "--hidden-sizes", "4", "--env-steps", "40", "--evaluation-episodes", "2"]
+    rl.main(["--import", "mine.py", "--env", "mine/nan", *small, "--checks", "1", "--folder", str(folder / "run")])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["ended"], summary["env_steps"], summary["invalid"]) == ("env_steps", 40, 40)  # they end in the first step
 
 
 @pytest.mark.parametrize("network", [slow("gru"), "mine.py:Counter"])

@@ -94,6 +94,17 @@ def test_seconds_are_those_of_training_without_compilation(tmp_path):
     assert curve.env_steps == [10, 40] and curve.seconds == pytest.approx([0.1, 0.5]) and curve.returns == [1.0, 2.0]
 
 
+def test_generations_of_one_program_share_its_compilation_and_checks_of_nan_count(tmp_path):
+    rows = [{"seconds": seconds, "env_steps": 10 * n} for n, seconds in enumerate([0.5, 0.5, 0.1, 0.1, 0.1], 1)]
+    rows[1]["held_out_return"], rows[4]["held_out_return"] = 1.0, None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = read_curve(tmp_path)
+    assert curve.seconds == pytest.approx([0.2, 0.5]) and curve.returns[0] == 1.0 and np.isnan(curve.returns[1])
+    row = make_row("a", "ppo", [summary(0.0, random_return=None, generation_seconds=0.0)])
+    assert np.isnan(row.random_return) and np.isnan(add_equal_seconds(row, {"ppo": [curve]}).return_then)
+    assert np.isnan(compare([row._replace(algorithm=name) for name in ("eggroll", "openes")])["generation_ratio"]["a"])
+
+
 def test_curves_that_do_not_overlap_are_drawn_to_the_end_of_the_last():
     panel = Figure().subplots()
     _draw(panel, "eggroll", [Curve([1, 2], [1.0, 2.0], [0.0, 1.0]), Curve([1, 2], [4.0, 6.0], [2.0, 3.0])], "seconds")

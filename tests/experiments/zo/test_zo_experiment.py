@@ -19,9 +19,11 @@ from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evaluation, evolution
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import batch_of
+from eggroll.experiments.zo.inputs import load
 from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
+from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.llm import hf
 from eggroll.noise.rules import Dense, Flipout, LowRank
 
@@ -314,6 +316,8 @@ def test_a_run_of_mezo_from_before_keeps_its_normal_noise():
     settings = parse([*START, "--recipe", "mezo"]).settings()
     assert settings["perturbation"] == "rademacher"
     before = settings | {"perturbation": None}
+    with pytest.raises(ValueError, match=r"not those of experiments\.zo in this version: 'start'"):
+        config_from({name: value for name, value in before.items() if name != "start"})
     assert config_from(before).perturbation == "normal" and config_from(settings).perturbation == "rademacher"
     assert parse([*START, "--recipe", "mezo", "--perturbation", "normal"]).identity(before)["perturbation"] is None
     assert parse([*START, "--recipe", "mezo"]).identity(before)["perturbation"] == "rademacher"  # another run, which is refused
@@ -367,9 +371,9 @@ def test_every_recipe_has_settings_that_check():
         (["--data", "data/test.jsonl"], "data data/test.jsonl has 6 records, 10 are needed to split one file."),
         (["--template", "{title}"], "data/train.jsonl, line 1: field 'title' is missing; the line has text, label."),
         (["--batch-size", "13"], "batch_size must be at most the 12 training examples, got 13."),
-        (["--mesh", "pairs=2"], "mesh must be such as population=4,data=2, with axes out of population, data, model, got"),
+        (["--mesh", "pairs=2"], "mesh must be such as population=4,data=2, with axes out of population, data, got"),
         (["--mesh", "population=64"], "mesh 'population=64' has 64 devices, this run has"),
-        (["--mesh", "model=1", "--offload"], "blocks are offloaded over mesh axes population and data, got 'model'."),
+        (["--mesh", "model=1"], "mesh must be such as population=4,data=2, with axes out of population, data, got 'model=1'."),
         (["--recipe", "lozo_m", "--offload"], "momentum cannot be deferred block by block"),
         (
             ["--mesh", "data=2", "--batch-size", "3"],
@@ -378,6 +382,7 @@ def test_every_recipe_has_settings_that_check():
         (["--recipe", "grzo", "--directions", "3"], "estimator grzo gives every direction an example: batch leaves need"),
         (["--recipe", "fzoo", "--forwards", "8"], "forwards 8 are fewer than the 9 of one step of fzoo."),
         (["--recipe", "fzoo", "--directions", "1"], "estimator fzoo divides by the spread of the losses"),
+        (["--recipe", "lozo_m", "--options", "refresh=1"], "momentum lives in the right factors that steps share: "),
         (["--start.width", "20"], "start.width must be a multiple of 16, got 20."),
     ],
 )
@@ -392,6 +397,14 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     assert str(ended.value).startswith(f"error: {words}") and "\n" not in str(ended.value)
     assert "{" not in capsys.readouterr().out
     assert run.exists()  # a command that cannot run removes no run
+
+
+def test_the_data_of_a_run_that_is_going_on_stay(tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(RunInUse):
+        load(Config(), tmp_path)
+    lock.release()
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_run_does_not_replace_the_model_that_it_starts_from(whole, place):

@@ -142,7 +142,7 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss():
 )
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(arguments, free, words, monkeypatch):
     config, model = parse([*START, *arguments]), WarmStart(steps=0, width=16, layers=1).model
-    whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(capacity.shapes_of(model)))
+    whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(capacity.shapes_of(config, model)))
     monkeypatch.setattr(room, "free_host_bytes", lambda: int(free * whole))
     with pytest.raises(ValueError, match=f"the model does not fit: .*{words}"):
         capacity.check_capacity(config, model)

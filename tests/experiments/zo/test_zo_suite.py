@@ -94,6 +94,7 @@ def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_
     records = movies.parse(content + "31\t3.0\t" + "long " * 13 + "\r\n32\t1.5\tsentence number 1\r\n")
     assert len(records) == 20 and records[:2] == [{"text": f"sentence number {n}", "label": n} for n in (0, 1)]
     monkeypatch.setitem(studies.STUDIES, "movies", studies.STUDIES["movies"]._replace(records=lambda: records))
+    monkeypatch.setattr(zo_suite.hf, "check", lambda _: None)
     config = zo_suite.Config(
         tmp_path / "model", ("movies-accuracy", "movies"), 4, 6, ("lozo", "adam"), folder=tmp_path / "suite"
     )
@@ -112,10 +113,28 @@ def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_
     assert [len(reported[name]) for name in ("train", "validation", "test")] == [10, 4, 6] and len(searched["test"]) == 1
     assert len({line for part in reported.values() for line in part}) == 20
     assert "sentences-4-6-search" in " ".join(next(iter(tried.values())).arguments)
+    short = zo_suite.make_suite(config, ["--batch-size", "2", "--dtype", "bfloat16"]).jobs[0].setting
+    assert short.options["dtype"] == "bfloat16"
     scored = {"validation_loss": 0.5, "validation_accuracy": 0.75}
     of = [SimpleNamespace(options={"objective": name}) for name in ("loss", "accuracy")]
     assert [zo_suite.score(setting, scored) for setting in of] == [-0.5, 0.75]
     assert zo_suite.score(of[0], scored | {"validation_loss": None}) is None
+
+
+def test_a_search_that_failed_is_not_repeated(tmp_path, monkeypatch):
+    runs = []
+
+    def fails(*_, **__):
+        runs.append(1)
+        raise RuntimeError("no run of the search has a finite score")
+
+    monkeypatch.setattr(zo_suite, "search", fails)
+    monkeypatch.setattr(zo_suite, "warm_start", lambda _: None)
+    made = zo_suite.make_suite(zo_suite.Config(recipes=("lozo",), folder=tmp_path), TINY)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no run of the search"):
+            made.choose(made.jobs[0].setting)
+    assert len(runs) == 1
 
 
 @pytest.mark.slow
@@ -157,6 +176,9 @@ def test_a_suite_searches_and_runs_what_is_missing(capsys, tmp_path, monkeypatch
             ["--model", "x", "--studies", "sums", "--test", "6000"],
             "error: validation and test must be at least 1 and less than",
         ),
+        (["--learning-rate", "1e-4"], "error: --learning-rate cannot be given to a suite, which sets it for every run."),
+        (["--model", "x", "--studies", "sums"], "error: model must be a folder with a checkpoint, got x."),
+        (["--model", "x", "--start.width", "64"], "error: --start.width has no effect with --model: it is of the small model"),
         (["--sigma", "-1", "--recipes", "mezo"], "error: sigma must be a finite number > 0, got -1.0."),
     ],
 )
