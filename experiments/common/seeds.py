@@ -11,7 +11,7 @@ from eggroll.devices.processes import first_does, is_first
 from eggroll.experiments.common.checkpoint import OLD
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, named_folder, run_folder, write_json
-from eggroll.files import replace_file
+from eggroll.files import CHECKSUM, replace_file
 from eggroll.journal.lock import RunLock
 from eggroll.runs.log import logged
 
@@ -164,7 +164,9 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
+    first = folder / "checkpoints" / "config.json"  # of a run that was killed before it had a journal
     is_run = any((folder / name).exists() for name in (SUMMARY, *_MARKS))
+    is_run = is_run or (first.is_file() and CHECKSUM.encode() in first.read_bytes())
     (folder / SUMMARY).unlink(missing_ok=True)
     for path in (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME) if is_run and not resume):
         if path.is_dir() and not path.is_symlink():

@@ -53,6 +53,10 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert begin(resume=True) == {*users, "metrics.jsonl"}
     assert begin(resume=False) == {"model", "data"}
+    for content, left in (("{}", {"checkpoints"}), ('{"file_sha256": "x"}', set())):  # the user's; of a run without a journal
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / "config.json").write_text(content)
+        assert begin(resume=False) == {"model", "data", *left}
 
 
 def test_a_resumed_seed_is_found_where_earlier_versions_put_it(tmp_path, monkeypatch):
