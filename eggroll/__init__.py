@@ -15,8 +15,9 @@ from eggroll.update.feedback import Feedback
 from eggroll.update.shaping import SHAPINGS, centered_ranks, group_relative, pair_sign, z_score
 from eggroll.update.sign_steps import standardised_sign
 from eggroll.update.threshold import threshold
+from eggroll.version import VERSION
 
-__version__ = "0.3.0"
+__version__ = VERSION
 __all__ = [
     "SHAPINGS",
     "Dense",

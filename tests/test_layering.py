@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = ["checkout", "digests", "signatures", "files"]
+BASE = ["version", "checkout", "digests", "signatures", "files"]
 ARRAYS = [*BASE, "programs", "kernels", "noise", "lazy", "state", "population", "protocol", "update", "devices"]
 STRATEGY = ["plans", "generation", "scan", "settings", "strategy"]
 RUNS = ["journal", "runs", "launch"]  # these know strategies by `eggroll.protocol` only

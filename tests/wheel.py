@@ -96,7 +96,7 @@ def check_contents(wheel: Path) -> None:
 
 def check_metadata(metadata: Message) -> None:
     """Name, version, Python and extras."""
-    version = re.search(r'^__version__ = "(.*)"', (ROOT / "eggroll/__init__.py").read_text(), flags=re.MULTILINE)
+    version = re.search(r'^VERSION = "(.*)"', (ROOT / "eggroll/version.py").read_text(), flags=re.MULTILINE)
     assert version and metadata["Version"] == version[1]
     assert metadata["Name"] == "eggroll-jax" and metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) >= EXTRAS

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 
+from eggroll.version import VERSION
+
 UPDATE = 2  # version of the arithmetic of an update; 2: block by block, with other random bits for stochastic rounding
-PACKAGES = ("jax", "jaxlib", "optax", "eggroll-jax")
+PACKAGES = ("jax", "jaxlib", "optax")
 
 
 def describe_environment(state: Any) -> str:
@@ -18,7 +20,8 @@ def describe_environment(state: Any) -> str:
     devices = state.generation.sharding.device_set
     kind = next(iter(devices)).device_kind
     where = _processor() if jax.default_backend() == "cpu" else f"{jax.default_backend()} {kind}"
-    versions = ", ".join([*(f"{name} {_version(name)}" for name in PACKAGES), f"update {UPDATE}"])
+    own = f"eggroll {VERSION}"  # not that of the installation, which an editable one keeps
+    versions = ", ".join([*(f"{name} {_version(name)}" for name in PACKAGES), own, f"update {UPDATE}"])
     flags = os.environ.get("XLA_FLAGS", "")
     return f"{where}, {len(devices)} devices, {jax.process_count()} processes, {versions}" + (f", {flags}" if flags else "")
 

@@ -138,8 +138,8 @@ def make_header(es: Strategy[S], state: S, *, recipe: Mapping | None = None) -> 
     """Make the header of a run from its initial state; ValueError if `es` has no plan and its fitness needs a batch."""
     try:
         plan = es.plan(state)
-    except (AttributeError, TypeError) as error:  # of a batch that is None
-        why = f"without a batch the fitness raised {type(error).__name__}: {error}"
+    except Exception as error:  # of a batch that is None, or of a strategy that has no fitness
+        why = f"without a batch there is {type(error).__name__}: {error}"
         raise ValueError(f"a durable run needs the plan: call plan(state, batch) before it ({why})") from error
     options = {name: getattr(es, name) for name in ("population_size", "noise_reuse")}
     options |= {name: _as_json(getattr(es, name)) for name in ("precision", "sigma", "shaping", "perturbation")}

@@ -26,7 +26,7 @@ from eggroll.experiments.bench.timing import advancing, interleaved_ms
 from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import print_summary
 from eggroll.experiments.rl.config import Config
-from eggroll.experiments.rl.evolution import make_strategy
+from eggroll.experiments.rl.evolution import make_strategy, next_statistics
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.networks import MLP
 from eggroll.experiments.rl.problem import Evaluation, Task
@@ -103,7 +103,7 @@ def ours(side: Side, task: Task, params: Any, *, key: Array) -> Advance:
     def advance(generation: int) -> tuple[Any, envs.ObservationStatistics]:
         nonlocal state, observed
         state, metrics = es.step(state, observed)
-        observed = envs.merge(observed, metrics.aux)
+        observed = next_statistics(observed, metrics)
         return state.params, observed
 
     return advance

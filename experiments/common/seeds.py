@@ -17,6 +17,7 @@ from eggroll.runs.log import logged
 
 _MARKS = ("journal.header.json", "journal.bin", "metrics.jsonl")  # of a run; with none of them other files are the user's
 _KEPT_BY_RESUME = ("checkpoints", "samples", f"best{OLD}", "best", *_MARKS)  # marks last: a kill in between leaves one
+_REPLACED = ("checkpoints", "samples", "best", "checkpoint")  # folders that are of a run, or of the user
 _RESULTS = ("checkpoint", "fitness.png", "curves.png", "bits_per_byte.png", "policy.gif")  # but not a model, which may be read
 MODEL = "model"  # of a run: the folder of its last parameters
 Row = dict[str, Any]
@@ -165,8 +166,11 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 def _clear(folder: Path, *, resume: bool) -> None:
     first = folder / "checkpoints" / "config.json"  # of a run that was killed before it had a journal
-    is_run = any((folder / name).exists() for name in (SUMMARY, *_MARKS))
+    marks = (SUMMARY, *_MARKS, "checkpoints/settings.json")  # the last one of offloaded runs of version 0.1
+    is_run = any((folder / name).exists() for name in marks)
     is_run = is_run or (first.is_file() and CHECKSUM.encode() in first.read_bytes())
+    if not is_run and (users := [name for name in _REPLACED if (folder / name).exists()]):
+        raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
     (folder / SUMMARY).unlink(missing_ok=True)
     for path in (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME) if is_run and not resume):
         if path.is_dir() and not path.is_symlink():

@@ -51,6 +51,8 @@ def train(config: Config, inputs: Inputs, run: SeedRun) -> Row:
 def run(config: Config) -> Row:
     """Run every seed; return the summary that `main` prints."""
     inputs = load(config)
+    key = jax.random.key(config.seed)
+    evolution.start(config, init_key=key, run_key=key)  # what does not fit is an error while a run in the folder is whole
     summary = run_seeds(
         config,
         lambda run: train(config, inputs, run),

@@ -95,11 +95,11 @@ def egg(scratch: Path) -> Train:
     return _quiet(train)
 
 
-def zo(scratch: Path, *more: str) -> Train:
+def zo(_: Path, *more: str) -> Train:
     """`experiments.zo`."""
     sizes = ["--start.steps", "0", "--start.width", "16", "--start.layers", "1", "--steps", str(LAST), "--batch-size", "4"]
     config = zo_config.parse([*sizes, "--checks", "1", "--max-length", "16", "--checkpoint-every", str(EVERY), *more])
-    loaded = zo_inputs.load(config, scratch)
+    loaded = zo_inputs.load(config)
     evolution = zo_evolution.Evolution(config, loaded.task, loaded.task.judge())
 
     def train(folder: Path, generations: int) -> str:

@@ -113,7 +113,11 @@ class Experiment:
 
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
-        config, before = self.config, self._check(self.problem.params)
+        config, params = self.config, self.problem.params
+        if isinstance(self.runs, Evolution):  # while a run in the folder is whole
+            self.runs.check(params)
+        before = self._check(params)
+        del params
         words = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in _accuracies(before, "_before").items())
         print(", ".join(words), flush=True)
         summary = run_seeds(

@@ -30,11 +30,13 @@ from eggroll.journal import JournalError, Reader, replay
 from eggroll.journal.stored import describe
 from eggroll.llm.decoding import Completions
 from eggroll.llm.int8 import INTEGERS, SCALE, optimizer_labels
+from eggroll.noise.rules import check_params
 from eggroll.population.moves import move_as_integers
 from eggroll.runs.diagnosis import advise
 from eggroll.runs.durable import DurableRun
 from eggroll.runs.record import read_records
 from eggroll.runs.training import train
+from eggroll.settings import check_precision
 from eggroll.update.shaping import Shaping
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,11 @@ class Evolution:
         members, prompts = estimates.shape
         problems = np.repeat(np.arange(groups * prompts).reshape(groups, prompts), members // groups, axis=0)
         return tasks.fill_with_mean(estimates.reshape(-1), problems.reshape(-1).tolist()).reshape(members, prompts)
+
+    def check(self, params: Any) -> None:
+        """Raise ValueError where rules or precision do not fit the parameters."""
+        check_params(params, self.strategy.perturbation)
+        check_precision(self.strategy.precision, params, self.strategy.perturbation)
 
     def start(self, *, seed: int) -> eggroll.ESState:
         """Return the initial state, and make the plan of the strategy."""

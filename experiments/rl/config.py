@@ -189,9 +189,7 @@ class Config:
             "render",
         )
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
-        if self.target is not None and math.isinf(self.target):
-            options["target"] = str(self.target)  # which JSON has no number for
-        return jsonable(options)
+        return jsonable(options | {"target": self.known_target})  # null: never, also of infinity
 
     def ignored(self) -> dict[str, str]:
         """Return the options that are set and have no effect, each with the error that says so."""
@@ -209,8 +207,8 @@ class Config:
         for name in ("sigma_decay", "sigma_end", "learning_rate_decay", "learning_rate_end"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a number > 0 and <= 1, got {getattr(self, name)}.")
-        if self.target is not None and math.isnan(self.target):
-            raise ValueError("target must be a number, got nan.")
+        if self.target is not None and not self.target > -math.inf:
+            raise ValueError(f"target must be a number, or inf, got {self.target}.")
         if self.shaping not in SHAPINGS:
             raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
         if not (self.network in (None, *NETWORKS) or _own_network(self)):
@@ -241,7 +239,7 @@ def restore_config(options: Mapping[str, Any]) -> Config:
     """
     try:
         tuples = {name: tuple(options.get(name, ())) for name in ("hidden_sizes", "imports")}
-        target = None if options.get("target") is None else float(options["target"])
+        target = math.inf if options["target"] is None else options["target"]
         changed = {**tuples, "target": target, "ppo": PPO(**options["ppo"])}
         return Config(**{"network": "mlp", **options, **changed})  # before --network all were mlp
     except (KeyError, TypeError) as error:

@@ -51,8 +51,8 @@ class PPO:
     """Weight of the value loss."""
     entropy_coefficient: float = 0.01
     """Weight of the entropy bonus."""
-    max_gradient_norm: float = 0.5
-    """Gradients are clipped to this global norm."""
+    max_gradient_norm: float | None = 0.5
+    """Gradients are clipped to this global norm; None: not clipped."""
     normalise_rewards: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
 
@@ -172,7 +172,8 @@ def make_trainer(
 def _optimizer(config: PPO, updates: int) -> optax.GradientTransformation:
     steps = updates * config.epochs * config.minibatches
     rate = optax.linear_schedule(config.learning_rate, 0.0, steps) if config.linear_decay else config.learning_rate
-    return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(rate, eps=1e-5))
+    clip = [] if config.max_gradient_norm is None else [optax.clip_by_global_norm(config.max_gradient_norm)]
+    return optax.chain(*clip, optax.adam(rate, eps=1e-5))
 
 
 def _update(

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from eggroll.devices.processes import first_does
-from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, run_folder, start_processes
-from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
+from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
+from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.capacity import shapes_of
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
@@ -22,7 +22,7 @@ from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
-from eggroll.experiments.zo.inputs import Loaded, load
+from eggroll.experiments.zo.inputs import Loaded, keep_task, load
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
@@ -57,15 +57,14 @@ class Experiment:
     def __init__(self, config: Config):
         self.config, self._default = config, f"zo-{config.recipe}"
         refuse_own_model(config, config.model, default=self._default)
-        shared = None if config.seeds == 1 else config.folder  # several seeds share the data
-        root = seed_folder(config, config.seed, default=self._default) if shared is None else run_folder(shared)
-        self.loaded = load(config, root)
+        self.loaded = load(config)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
         self.runs = make_runs(config, self.loaded, self.judge)
         self._before: dict[str, Score] = {}
 
     def train(self, run: SeedRun) -> Row:
         """Tune with one seed, evaluate, write the artefacts; return the fields of its summary."""
+        keep_task(self.config, run.folder)
         task, folder, held_out = self.task, run.folder, {"validation": self.task.validation, "test": self.task.test}
         sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in {"training": task.train, **held_out}.items())
         print(f"seed {run.seed}: scoring the model before training; {sizes} examples", flush=True)

@@ -1,7 +1,6 @@
 """Inputs of `experiments.zo`: the model and the task that the options name, read from files."""
 
 import contextlib
-import functools
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.problem import FineTuning
 from eggroll.experiments.zo.warm_start import warm_start
-from eggroll.journal.lock import RunLock
 from eggroll.llm import hf
 from eggroll.llm.tokenizers import load_tokenizer
 
@@ -41,18 +39,14 @@ class Loaded(NamedTuple):
         return self.read()
 
 
-def load(config: Config, folder: Path | None = None) -> Loaded:
+def load(config: Config) -> Loaded:
     """Read the model and the task.
-
-    Args:
-        config: of the run.
-        folder: of the run, which keeps the shipped task; None: it is not kept.
 
     Raises:
         ValueError, OSError: a file is missing, damaged, or does not fit; the message names it. Or the model does not fit into
             memory.
     """
-    records = _read_task(config, folder)
+    records = _read_task(config)
     source, dtype = model_folder(config.model) or warm_start(config.start), config.dtype if config.model else "float32"
     check_capacity(config, hf.check(source))
     with where(config):
@@ -80,25 +74,18 @@ def where(config: Config) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _read_task(config: Config, folder: Path | None) -> list[list[Record]]:
+def _read_task(config: Config) -> list[list[Record]]:
     if config.data is not None:
         return read_splits(config.data)
-    write = functools.partial(sentiment.write, short=config.model is None)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as own:  # of every process
-            write(own)
-            return read_splits(Path(own))
-    data = folder / "data"
+    with tempfile.TemporaryDirectory() as own:  # of every process
+        sentiment.write(own, short=config.model is None)
+        return read_splits(Path(own))
 
-    def keep() -> None:
-        lock = RunLock(folder)  # a run that is going on in the folder reads its data
-        try:
-            write(data)
-        finally:
-            lock.release()
 
-    first_does(keep)
-    return read_splits(data)
+def keep_task(config: Config, folder: Path) -> None:
+    """Write the shipped task, where that is what is tuned on, into the folder of a run."""
+    if config.data is None:
+        first_does(lambda: sentiment.write(folder / "data", short=config.model is None))
 
 
 def read_splits(data: Path) -> list[list[Record]]:

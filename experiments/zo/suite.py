@@ -149,12 +149,12 @@ def _runs(study: str, recipe: str) -> bool:
 
 def _prepare(config: Config) -> None:
     """Check the model, and write the data of the studies; that of the search has a single test example, which nothing reads."""
+    hf.check(model_folder(config.model) or Path())
     for study in {STUDIES[name].task: STUDIES[name] for name in config.studies}.values():
         records = study.records()
         for searched, written in ((False, config.test), (True, 1)):
             folder = _data(config, study, searched=searched)
             write_splits(records, folder, validation=config.validation, test=config.test, written=written)
-    hf.check(model_folder(config.model) or Path())
 
 
 def _data(config: Config, study: Study, *, searched: bool) -> Path:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from eggroll.experiments.common.run import print_summary, print_text, run_folder
 from eggroll.experiments.common.seeds import prepare_folder, seed_folder
@@ -43,20 +44,22 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
     for name in ("model", "checkpoint", "checkpoints", "best", "data"):
         (tmp_path / name).mkdir()
     (tmp_path / "samples").symlink_to(tmp_path / "data")
+    for resume in (False, True):
+        words = "has no run, but checkpoints, samples, best, checkpoint, which a run would replace"
+        with pytest.raises(ValueError, match=words), prepare_folder(tmp_path, resume=resume):
+            pass
 
     def begin(*, resume):
         with prepare_folder(tmp_path, resume=resume):
             return {path.name for path in tmp_path.iterdir()} - {"run.lock"}
 
-    users = {"model", "checkpoint", "checkpoints", "best", "data", "samples"}
-    assert begin(resume=False) == users
     (tmp_path / "metrics.jsonl").write_text("")
+    users = {"model", "checkpoint", "checkpoints", "best", "data", "samples"}
     assert begin(resume=True) == {*users, "metrics.jsonl"}
     assert begin(resume=False) == {"model", "data"}
-    for content, left in (("{}", {"checkpoints"}), ('{"file_sha256": "x"}', set())):  # the user's; of a run without a journal
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        (tmp_path / "checkpoints" / "config.json").write_text(content)
-        assert begin(resume=False) == {"model", "data", *left}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.json").write_text('{"file_sha256": "x"}')  # of a run that never had a journal
+    assert begin(resume=False) == {"model", "data"}
 
 
 def test_a_resumed_seed_is_found_where_earlier_versions_put_it(tmp_path, monkeypatch):

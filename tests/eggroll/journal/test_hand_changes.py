@@ -191,7 +191,7 @@ def test_another_environment_is_compared_by_tolerance_and_says_so(tmp_path, caps
     go(tmp_path, 3, checkpoint_every=2)
     path = tmp_path / "journal.bin"
     rewritten(path, lambda e: e._replace(sums=e.sums._replace(after=e.sums.after + 1, before=None, environment=1)))
-    with pytest.warns(UserWarning, match=r"generations 2 to 2 are replayed up to rounding.*\(cpu .*, eggroll-jax \d"):
+    with pytest.warns(UserWarning, match=r"generations 2 to 2 are replayed up to rounding.*\(cpu .*, eggroll \d"):
         state = go(tmp_path, 1, checkpoint_every=2)
     sums = [entry.sums for entry in Reader(path)]
     assert sums[3].before is not None and not sums[3].is_adopted and sums[3].environment != 1

@@ -65,9 +65,17 @@ def linear(params, batch, key):
     return (params["w"] @ batch).sum() + params["b"].sum()
 
 
-def test_a_run_without_the_plan_says_how_to_make_it(tmp_path):
-    es = eggroll.EvolutionStrategy(linear, population_size=6, sigma=0.1, optimizer=optax.sgd(0.1))  # planned nowhere else
-    with pytest.raises(ValueError, match=r"call plan\(state, batch\) before it \(without a batch the fitness raised TypeError"):
+@pytest.mark.parametrize(
+    ("fitness", "more", "words"),
+    [
+        (linear, {}, "TypeError"),
+        (linear, {"members_per_batch": 2}, "ValueError: members_per"),
+        (None, {}, "ValueError: fitness"),
+    ],
+)
+def test_a_run_without_the_plan_says_how_to_make_it(fitness, more, words, tmp_path):
+    es = eggroll.EvolutionStrategy(fitness, population_size=6, sigma=0.1, optimizer=optax.sgd(0.1), **more)
+    with pytest.raises(ValueError, match=rf"call plan\(state, batch\) before it \(without a batch there is {words}"):
         eggroll.DurableRun(tmp_path, es, es.init(PARAMS, key=jax.random.key(0)), config={})
 
 

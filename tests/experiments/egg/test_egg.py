@@ -212,8 +212,13 @@ def test_no_floating_number_in_a_generation():
     ],
 )
 def test_wrong_options_end_it_with_a_clear_error(options, message, texts, tmp_path):
+    """And remove no run."""
+    kept = tmp_path / "run" / "journal.bin"
+    kept.parent.mkdir()
+    kept.touch()
     with pytest.raises(SystemExit, match=f"^error: .*{message}[^\n]*$"):
         run(*SMALL, *texts, *options, "--folder", str(tmp_path / "run"))
+    assert kept.exists()
 
 
 def test_an_empty_corpus_is_refused_by_a_clear_error(tmp_path):

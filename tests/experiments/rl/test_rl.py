@@ -72,9 +72,18 @@ def test_summary_and_artefacts(small_run):
 
 def test_a_target_that_is_never_met_is_not_the_default_one():
     """Also as JSON, which has no infinity."""
-    never, default = (Config(target=target) for target in (float("inf"), None))
-    assert never.options()["target"] == "inf" and default.options()["target"] is None
-    assert restore_config(json.loads(json.dumps(never.options()))).known_target == float("inf")
+    for target, stored in ((float("inf"), None), (None, 495.0)):
+        options = json.loads(json.dumps(Config(target=target).options()))
+        assert options["target"] == stored and restore_config(options).options() == options
+
+
+def test_a_resumed_run_looks_at_its_first_generation_too():
+    progress = evolution._Progress(
+        SimpleNamespace(environment=SimpleNamespace(observation_shape=(2,))), None, look=None, most_steps=1
+    )
+    progress.remember(range(40))
+    progress.remember([40])
+    assert progress._records == [0, *range(21, 41)]
 
 
 def test_the_last_of_the_checks_is_due_at_the_end(tmp_path):
@@ -205,7 +214,7 @@ def test_continuous_sampled_actions_without_normalisation():
         (["--mesh", "data=1"], "error: mesh must be such as population=4, with axes out of population, got 'data=1'."),
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--env-steps", "0"], "error: env_steps must be an integer >= 1, got 0."),
-        (["--target", "nan"], "error: target must be a number, got nan."),
+        (["--target", "nan"], "error: target must be a number, or inf, got nan."),
         (["--sigma-decay", "1.1"], "error: sigma_decay must be a number > 0 and <= 1, got 1.1."),
         (["--algorithm", "ppo", "--resume"], "error: --resume has no effect with --algorithm ppo: it belongs to eggroll"),
         (

@@ -19,11 +19,10 @@ from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import evaluation, evolution
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, Config, config_from, parse
 from eggroll.experiments.zo.data.examples import batch_of
-from eggroll.experiments.zo.inputs import load
+from eggroll.experiments.zo.inputs import keep_task
 from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
-from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.llm import hf
 from eggroll.noise.rules import Dense, Flipout, LowRank
 
@@ -399,12 +398,10 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     assert run.exists()  # a command that cannot run removes no run
 
 
-def test_the_data_of_a_run_that_is_going_on_stay(tmp_path):
-    lock = RunLock(tmp_path)
-    with pytest.raises(RunInUse):
-        load(Config(), tmp_path)
-    lock.release()
-    assert not (tmp_path / "data").exists()
+def test_a_run_keeps_the_task_that_ships(tmp_path):
+    for data, files in ((tmp_path, []), (None, ["test.jsonl", "train.jsonl", "validation.jsonl"])):
+        keep_task(Config(data=data), tmp_path / "run")
+        assert sorted(path.name for path in tmp_path.glob("run/data/*")) == files
 
 
 def test_a_run_does_not_replace_the_model_that_it_starts_from(whole, place):

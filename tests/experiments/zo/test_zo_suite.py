@@ -1,5 +1,6 @@
 """The comparison of recipes: its studies and rows, what it runs and what not, and what it refuses."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -115,6 +116,8 @@ def test_studies_of_a_real_model_share_examples_and_search_without_the_test(tmp_
     assert "sentences-4-6-search" in " ".join(next(iter(tried.values())).arguments)
     short = zo_suite.make_suite(config, ["--batch-size", "2", "--dtype", "bfloat16"]).jobs[0].setting
     assert short.options["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="validation and test must be at least 1 and less than 20 in sum, got 4, 16"):
+        zo_suite.make_suite(dataclasses.replace(config, test=16), [])
     scored = {"validation_loss": 0.5, "validation_accuracy": 0.75}
     of = [SimpleNamespace(options={"objective": name}) for name in ("loss", "accuracy")]
     assert [zo_suite.score(setting, scored) for setting in of] == [-0.5, 0.75]
@@ -172,12 +175,8 @@ def test_a_suite_searches_and_runs_what_is_missing(capsys, tmp_path, monkeypatch
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),
         (["--recipes", "meso"], "error: recipes must be out of mezo, "),
         (["--model", "x", "--studies", "sst"], "error: studies must be out of movies, movies-accuracy, sums, got sst."),
-        (
-            ["--model", "x", "--studies", "sums", "--test", "6000"],
-            "error: validation and test must be at least 1 and less than",
-        ),
         (["--learning-rate", "1e-4"], "error: --learning-rate cannot be given to a suite, which sets it for every run."),
-        (["--model", "x", "--studies", "sums"], "error: model must be a folder with a checkpoint, got x."),
+        (["--model", "x"], "error: model must be a folder with a checkpoint, got x."),
         (["--model", "x", "--start.width", "64"], "error: --start.width has no effect with --model: it is of the small model"),
         (["--sigma", "-1", "--recipes", "mezo"], "error: sigma must be a finite number > 0, got -1.0."),
     ],
