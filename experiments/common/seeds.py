@@ -165,15 +165,25 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
-    first = folder / "checkpoints" / "config.json"  # of a run that was killed before it had a journal
-    marks = (SUMMARY, *_MARKS, "checkpoints/settings.json")  # the last one of offloaded runs of version 0.1
-    is_run = any((folder / name).exists() for name in marks)
-    is_run = is_run or (first.is_file() and CHECKSUM.encode() in first.read_bytes())
-    if not is_run and (users := [name for name in _REPLACED if (folder / name).exists()]):
-        raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
+    """Remove the mark of a finished run and, without `resume`, the run; ValueError if what is there is the user's."""
+    if not _has_run(folder):
+        if users := [name for name in _REPLACED if (folder / name).exists()]:
+            raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
+        return
     (folder / SUMMARY).unlink(missing_ok=True)
-    for path in (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME) if is_run and not resume):
+    for path in () if resume else (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    checkpoints = folder / "checkpoints"
+    if any((folder / name).exists() for name in (SUMMARY, *_MARKS)):
+        return True
+    if (checkpoints / "settings.json").exists():  # of an offloaded run of version 0.1
+        return True
+    first = checkpoints / "config.json"  # of a run that was killed before it had a journal
+    return first.is_file() and CHECKSUM.encode() in first.read_bytes()
