@@ -73,10 +73,15 @@ def run_seeds(
 
     Returns:
         The fields of the only seed, or the means of the numbers of all, with the fields of each under "seeds".
+
+    Raises:
+        ValueError: as `prepare_folder`, for any of the seeds before the first one is trained.
     """
     rows, seeds = [], range(config.seed, config.seed + config.seeds)
     # Absolute, and before the first seed: what a user's code does to the working folder moves no run.
     folders = [seed_folder(config, seed, default=default).absolute() for seed in seeds]
+    for folder in folders:  # before the first one is trained
+        first_does(lambda: _refuse_files_of_the_user(folder))  # noqa: B023
     for seed, folder in zip(seeds, folders, strict=True):
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
         with prepare_folder(folder, resume=config.resume) as lock:
@@ -153,6 +158,7 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
     Raises:
         RunInUse: another run writes into the folder, which stays as it is.
+        ValueError: the folder never had a run, but files that a run would replace; they stay.
     """
     lock = first_does(lambda: RunLock(folder))
     try:
@@ -165,17 +171,26 @@ def prepare_folder(folder: Path, *, resume: bool) -> Iterator[RunLock | None]:
 
 
 def _clear(folder: Path, *, resume: bool) -> None:
-    """Remove the mark of a finished run and, without `resume`, the run; ValueError if what is there is the user's."""
-    if not _has_run(folder):
-        if users := [name for name in _REPLACED if (folder / name).exists()]:
-            raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
-        return
+    """Remove the mark of a finished run and, without `resume`, the run."""
+    _refuse_files_of_the_user(folder)
+    old = () if resume or not _has_run(folder) else (*_RESULTS, *_KEPT_BY_RESUME)
     (folder / SUMMARY).unlink(missing_ok=True)
-    for path in () if resume else (folder / name for name in (*_RESULTS, *_KEPT_BY_RESUME)):
+    for path in (folder / name for name in old):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _refuse_files_of_the_user(folder: Path) -> None:
+    """Raise ValueError where a folder has what a run would replace, and never had a run."""
+    if not _has_run(folder) and (users := [name for name in _REPLACED if _has_files(folder / name)]):
+        raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
+
+
+def _has_files(path: Path) -> bool:
+    """Whether there is a file, or a folder with more in it than a run leaves that is killed while it makes the folder."""
+    return any(child.suffix != ".partial" for child in path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _has_run(folder: Path) -> bool:

@@ -43,6 +43,7 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
     """A folder without a run has files of the user, and a model may be what is read."""
     for name in ("model", "checkpoint", "checkpoints", "best", "data"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     (tmp_path / "samples").symlink_to(tmp_path / "data")
     for resume in (False, True):
         words = "has no run, but checkpoints, samples, best, checkpoint, which a run would replace"
@@ -58,7 +59,11 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
     assert begin(resume=True) == {*users, "metrics.jsonl"}
     assert begin(resume=False) == {"model", "data"}
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "config.json").write_text('{"file_sha256": "x"}')  # of a run that never had a journal
+    (tmp_path / "checkpoints" / "config.partial").touch()  # of a run that was killed at its very start
+    (tmp_path / "fitness.png").touch()
+    assert begin(resume=True) == begin(resume=False) == {"model", "data", "checkpoints", "fitness.png"}
+    (tmp_path / "fitness.png").unlink()
+    (tmp_path / "checkpoints" / "config.json").write_text('{"file_sha256": "x"}')  # and a little later
     assert begin(resume=False) == {"model", "data"}
 
 

@@ -6,11 +6,13 @@ import math
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from eggroll.experiments.bench import rl, rl_sides
 from eggroll.experiments.bench.rl_sides import Side, run
 from eggroll.experiments.common.run import jsonable
+from eggroll.experiments.rl.inputs import load
 
 SMALL = {"env": "CartPole-v1", "population_size": 8, "episodes": 1, "sigma": 0.05, "learning_rate": 0.01, "hidden_sizes": (4,)}
 
@@ -33,6 +35,14 @@ def test_ratios_of_medians_by_hand():
     unreached = rl.summarise({"ours": ours, "evosax": [row(None, None, None, 900.0)]})
     assert unreached["seconds_ratio"] == 0 and jsonable(unreached["evosax"]["seconds"]) is None
     assert math.isnan(unreached["evosax"]["members_per_second"])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_our_side_takes_the_statistics_along():
+    side = Side(library="ours", seed=0, target=1.0, generations=1, **SMALL)
+    task = load(side.config)
+    advance = rl_sides.ours(side, task, task.init_params(key=jax.random.key(0)), key=jax.random.key(1))
+    assert advance(0)[1].number >= 8
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from eggroll import envs
@@ -15,7 +16,7 @@ from eggroll.experiments.rl.baseline import PolicyGradient
 from eggroll.experiments.rl.collect import ActorCritic, Step, advantages, collect, reset
 from eggroll.experiments.rl.config import Config
 from eggroll.experiments.rl.networks import MLP
-from eggroll.experiments.rl.ppo import PPO, make_trainer
+from eggroll.experiments.rl.ppo import PPO, _optimizer, make_trainer
 from tests.tables import slow
 
 LOG_STD = jnp.array([-0.5, 0.25])
@@ -193,6 +194,15 @@ def test_settings_that_cannot_run(settings, words):
     with pytest.raises(ValueError) as raised:
         PPO(**settings).check()
     assert str(raised.value) == words
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_gradients_are_clipped_unless_it_is_switched_off():
+    gradient = {"w": jnp.full(4, 1e3)}
+    for limit in (0.5, None):
+        optimizer = _optimizer(PPO(max_gradient_norm=limit), updates=1)
+        first = optimizer.update(gradient, optimizer.init(gradient))[1]
+        assert (float(optax.tree.norm(first[-1][0].mu)) < 1) == (limit is not None)
 
 
 def test_several_processes_are_refused(monkeypatch):

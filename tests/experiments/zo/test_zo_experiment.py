@@ -23,6 +23,7 @@ from eggroll.experiments.zo.inputs import keep_task
 from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
+from eggroll.journal.lock import RunLock
 from eggroll.llm import hf
 from eggroll.noise.rules import Dense, Flipout, LowRank
 
@@ -396,6 +397,14 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     assert str(ended.value).startswith(f"error: {words}") and "\n" not in str(ended.value)
     assert "{" not in capsys.readouterr().out
     assert run.exists()  # a command that cannot run removes no run
+
+
+def test_a_second_command_leaves_the_data_of_a_run_that_is_going_on(place, tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: .* in use"):
+        zo.main([*START, "--batch-size", "2", "--forwards", "2", "--max-length", "40", "--folder", str(tmp_path)])
+    lock.release()
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_run_keeps_the_task_that_ships(tmp_path):

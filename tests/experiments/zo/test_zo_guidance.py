@@ -155,7 +155,7 @@ def test_a_run_checks_that_its_model_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "free_host_bytes", lambda: 1000)
     monkeypatch.setattr("eggroll.experiments.zo.inputs.hf.load", None)  # no weight is read
     with pytest.raises(ValueError, match="the model does not fit"):
-        load(parse([*START, "--data", str(write(tmp_path / "data", train=12, validation=6, test=6))]), tmp_path)
+        load(parse([*START, "--data", str(write(tmp_path / "data", train=12, validation=6, test=6))]))
 
 
 def test_every_process_has_the_shipped_task_of_a_run_that_writes_nothing(tmp_path, monkeypatch):
