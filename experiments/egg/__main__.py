@@ -52,7 +52,7 @@ def run(config: Config) -> Row:
     """Run every seed; return the summary that `main` prints."""
     inputs = load(config)
     key = jax.random.key(config.seed)
-    evolution.start(config, init_key=key, run_key=key)  # what does not fit is an error while a run in the folder is whole
+    evolution.start(config, init_key=key, run_key=key)  # errors come before a run in the folder is replaced
     summary = run_seeds(
         config,
         lambda run: train(config, inputs, run),

@@ -114,7 +114,7 @@ class Experiment:
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
         config, params = self.config, self.problem.params
-        if isinstance(self.runs, Evolution):  # while a run in the folder is whole
+        if isinstance(self.runs, Evolution):  # before a run in the folder is replaced
             self.runs.check(params)
         before = self._check(params)
         del params

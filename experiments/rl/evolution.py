@@ -32,7 +32,7 @@ MANY_EPISODES = 4096  # fewer are not worth the two compilations that measure th
 
 
 class Aux(NamedTuple):
-    """What a member gives beside its fitness."""
+    """What a member returns in addition to its fitness."""
 
     sums: Any  # `envs.ObservationSums`; of the valid members
     steps: Any  # int32, of the environment; of every member, also of one whose fitness is not finite

@@ -7,7 +7,7 @@ running standard deviation of the discounted return.
 """
 
 import dataclasses
-import sys
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,16 +66,16 @@ class PPO:
         for name in ("num_envs", "rollout_steps", "epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ppo.{name} must be an integer >= 1, got {getattr(self, name)}.")
-        for names, low, high in (
-            (("learning_rate", "clip", "value_clip", "max_gradient_norm"), sys.float_info.min, sys.float_info.max),
-            (("value_coefficient", "entropy_coefficient"), 0, sys.float_info.max),
-            (("gamma", "gae_lambda"), 0, 1),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not low <= value <= high:
-                    allowed = "from 0 to 1" if high == 1 else ">= 0" if low == 0 else "> 0"
-                    raise ValueError(f"ppo.{name} must be a finite number {allowed}, got {value}.")
+        for name in ("learning_rate", "clip", "value_clip", "max_gradient_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"ppo.{name} must be a finite number > 0, got {value}.")
+        for name in ("value_coefficient", "entropy_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"ppo.{name} must be a finite number >= 0, got {getattr(self, name)}.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ppo.{name} must be a number from 0 to 1, got {getattr(self, name)}.")
         steps = self.steps_per_update
         if steps % self.minibatches:
             raise ValueError(f"ppo.minibatches must divide the {steps} steps of a rollout, got {self.minibatches}.")

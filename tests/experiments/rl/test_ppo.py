@@ -184,7 +184,7 @@ def test_a_first_observation_that_is_not_finite_is_counted_and_poisons_nothing()
     ("settings", "words"),
     [
         ({"num_envs": 0}, "ppo.num_envs must be an integer >= 1, got 0."),
-        ({"gamma": 2.0}, "ppo.gamma must be a finite number from 0 to 1, got 2.0."),
+        ({"gamma": 2.0}, "ppo.gamma must be a number from 0 to 1, got 2.0."),
         ({"learning_rate": float("nan")}, "ppo.learning_rate must be a finite number > 0, got nan."),
         ({"value_clip": -1.0}, "ppo.value_clip must be a finite number > 0, got -1.0."),
         ({"num_envs": 3, "rollout_steps": 5}, "ppo.minibatches must divide the 15 steps of a rollout, got 4."),

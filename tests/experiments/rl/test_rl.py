@@ -119,7 +119,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(small_run, capsys, tmp_path):
 
         patch.setattr(evolution, "train", two_generations)
         assert run(capsys, *options)["generations"] == 2
-    whole = run(capsys, *options, "--resume")
+    remembered, remember = [], evolution._Progress.remember
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(self, records):
+            remembered.append([record.generation for record in records])
+            remember(self, records)
+
+        patch.setattr(evolution._Progress, "remember", spy)
+        whole = run(capsys, *options, "--resume")
+    assert remembered[0] == [0, 1]  # what is unusual is judged from the first generation on
     measured = {"seconds": 0, "generation_seconds": 0, "peak_mib": 0}
     assert whole | measured == small_run[0] | measured
     first, second = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (small_run[1], tmp_path))

@@ -399,7 +399,7 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     assert run.exists()  # a command that cannot run removes no run
 
 
-def test_a_second_command_leaves_the_data_of_a_run_that_is_going_on(place, tmp_path):
+def test_a_second_command_leaves_the_data_of_a_run_in_progress(place, tmp_path):
     lock = RunLock(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: .* in use"):
         zo.main([*START, "--batch-size", "2", "--forwards", "2", "--max-length", "40", "--folder", str(tmp_path)])
