@@ -126,9 +126,13 @@ class Evolution:
         return tasks.fill_with_mean(estimates.reshape(-1), problems.reshape(-1).tolist()).reshape(members, prompts)
 
     def check(self, params: Any) -> None:
-        """Raise ValueError where rules or precision do not fit the parameters."""
-        check_params(params, self.strategy.perturbation)
-        check_precision(self.strategy.precision, params, self.strategy.perturbation)
+        """Raise ValueError where rules or precision do not fit the parameters, or not even one pair the budget of memory."""
+        es: Any = self.strategy.es
+        check_params(params, es.perturbation)
+        check_precision(es.precision, params, es.perturbation)
+        state, inputs = jax.eval_shape(es.init, params, key=jax.random.key(0)), self.questions(0, seed=self._config.seed).inputs
+        es.plan(state, inputs, function=self.strategy.function)
+        es.chunked_layout(state, inputs, function=self.strategy.function)  # kept for the generations
 
     def start(self, *, seed: int) -> eggroll.ESState:
         """Return the initial state, and make the plan of the strategy."""
