@@ -415,9 +415,7 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, 
         (["--examples", "-1"], "examples must be an integer >= 0, got -1."),
         (["--reward-minimum", "nan"], "reward_minimum must be a finite number or None, got nan."),
         (["--mesh", "members=2"], "mesh must be such as population=4,data=2"),
-        pytest.param(
-            ["--memory-budget", "9"], "memory_budget of 9 bytes is too small: one pair needs", marks=pytest.mark.slow
-        ),
+        pytest.param(["--memory-budget", "9"], "memory_budget of 9 bytes is too small: one pair needs", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_options_are_refused_by_a_clear_error(options, sentence, capsys):
