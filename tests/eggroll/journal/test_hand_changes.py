@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import warnings
@@ -33,9 +34,14 @@ def batch_of(generation):
     return jax.random.normal(jax.random.key(generation), (6, 4))
 
 
+@functools.cache  # one object: the strategies are equal, and compiled once
+def optimizer(rate):
+    return optax.inject_hyperparams(optax.adam)(learning_rate=rate)
+
+
 def make(options=None):
-    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=(options or {}).get("rate", 0.1))
-    es = eggroll.EvolutionStrategy(fitness, population_size=8, sigma=0.1, optimizer=optimizer)
+    rate = (options or {}).get("rate", 0.1)
+    es = eggroll.EvolutionStrategy(fitness, population_size=8, sigma=0.1, optimizer=optimizer(rate))
     state = es.init({"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}, key=jax.random.key(0))
     es.plan(state, batch_of(0))
     return es, state
