@@ -1,5 +1,7 @@
 """Models of every framework that the engine must evolve unmodified: name -> (function(params, batch), params, batch)."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -225,7 +227,7 @@ def ensemble_vmap():
 
 
 MODELS = {
-    function.__name__: function
+    function.__name__: functools.cache(function)
     for function in (
         linen_mlp,
         linen_dense_general,

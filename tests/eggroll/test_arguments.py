@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
@@ -12,7 +13,6 @@ from eggroll.kernels.factors import Values
 from eggroll.kernels.lowrank_dot.api import lowrank_dot
 from eggroll.kernels.lowrank_dot.config import Config
 from eggroll.llm import TransformerConfig, complete, init_params, make_generator, memory_plan, pad_prompts
-from tests.optimizers import sgd
 
 FLOAT32, BFLOAT16 = {"w": jnp.ones((4, 3))}, {"w": jnp.ones((4, 3), jnp.bfloat16)}
 MIXED = {"low": jnp.ones((4, 3), jnp.bfloat16), "wide": jnp.ones((4, 3))}
@@ -28,7 +28,7 @@ def score(params, batch, key):
 
 
 def strategy(fitness=score, **options):
-    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=sgd(0.1), **options)
+    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1), **options)
 
 
 def start(params=FLOAT32, **options):
@@ -110,7 +110,7 @@ REFUSED = {
         "precision 'nearest' has no effect without an optimizer's state of short parameters; leave it out.",
     ),
     "precision of a plan of float32": (
-        lambda: memory_plan(MODEL, dtype=jnp.float32, precision="nearest", optimizer=sgd(1.0), **SIZES),
+        lambda: memory_plan(MODEL, dtype=jnp.float32, precision="nearest", optimizer=optax.sgd(1.0), **SIZES),
         "precision 'nearest' has no effect without an optimizer's state of short parameters; leave it out.",
     ),
     "tiles for the reference": (

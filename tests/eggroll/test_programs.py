@@ -5,14 +5,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
 from eggroll import programs
-from tests.optimizers import sgd
 
 PARAMS = {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)}
-SGD = sgd(0.1)
+SGD = optax.sgd(0.1)
 
 
 def fitness(params, batch, key):

@@ -8,7 +8,6 @@ import pytest
 
 import eggroll
 from eggroll import programs
-from tests.optimizers import sgd
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.zeros(3)}
 X = jax.random.normal(jax.random.key(2), (5, 4))
@@ -27,7 +26,7 @@ def fitness(params, batch, key):
 
 
 def strategy(function=fitness, **options):
-    options = dict(population_size=16, sigma=0.1, optimizer=sgd(0.1)) | options
+    options = dict(population_size=16, sigma=0.1, optimizer=optax.sgd(0.1)) | options
     return eggroll.EvolutionStrategy(function, **options)
 
 
@@ -43,7 +42,7 @@ def assert_trees_equal(one, other):
 
 
 def test_fitness_improves():
-    es = strategy(optimizer=sgd(1.0))
+    es = strategy(optimizer=optax.sgd(1.0))
     state = start(es)
     first = es.step(eggroll.copy_state(state), X)[1].mean_fitness
     for _ in range(60):
@@ -155,7 +154,7 @@ def test_an_invalid_member_counts_as_worst_and_is_reported():
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 def test_an_all_invalid_generation_changes_nothing_and_says_so(value):
-    es = strategy(lambda p, b, k: value + 0.0 * fitness(p, b, k), optimizer=sgd(0.1, momentum=0.9))
+    es = strategy(lambda p, b, k: value + 0.0 * fitness(p, b, k), optimizer=optax.sgd(0.1, momentum=0.9))
     before = start(es)
     after, metrics = es.step(eggroll.copy_state(before), X)
     assert metrics.skipped and metrics.invalid == 16 and np.isnan(metrics.mean_fitness)
@@ -188,7 +187,7 @@ def test_the_state_of_the_optimizer_is_the_users_own_also_with_frozen_parameters
     state.opt_state.hyperparams["learning_rate"] = jnp.float32(0.0)  # as a user's schedule does
     after, metrics = es.step(eggroll.copy_state(state), X)
     np.testing.assert_array_equal(after.params["w"], state.params["w"])
-    groups = optax.multi_transform({"fast": sgd(1.0), "slow": sgd(0.1)}, {"w": "fast", "b": "slow"})
+    groups = optax.multi_transform({"fast": optax.sgd(1.0), "slow": optax.sgd(0.1)}, {"w": "fast", "b": "slow"})
     grouped = strategy(perturbation=[("b", eggroll.Frozen()), (".*", eggroll.LowRank())], optimizer=groups)
     moved, _ = grouped.step(start(grouped), X)
     np.testing.assert_array_equal(moved.params["b"], PARAMS["b"])
@@ -205,14 +204,14 @@ def test_integer_parameters_may_be_frozen():
 
 
 def test_the_optimizer_sees_the_parameters():
-    decay = optax.chain(optax.add_decayed_weights(0.5), sgd(0.1))
+    decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
     es = strategy(lambda p, b, k: jnp.float32(1.0) + 0.0 * fitness(p, b, k), optimizer=decay)
     after, _ = es.step(start(es), X)
     np.testing.assert_allclose(after.params["w"], 0.95 * PARAMS["w"], rtol=1e-6)
 
 
 def test_optimizer_masks_and_groups_see_the_user_tree():
-    groups = optax.multi_transform({"fast": sgd(1.0), "still": optax.set_to_zero()}, {"w": "fast", "b": "still"})
+    groups = optax.multi_transform({"fast": optax.sgd(1.0), "still": optax.set_to_zero()}, {"w": "fast", "b": "still"})
     after, _ = (es := strategy(optimizer=groups)).step(start(es), X)
     np.testing.assert_array_equal(after.params["b"], PARAMS["b"])
     assert np.abs(after.params["w"] - PARAMS["w"]).max() > 0

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import eggroll
-from tests.optimizers import sgd
 
 BF16 = jnp.bfloat16
 
@@ -33,7 +33,7 @@ def batch() -> tuple:
 def strategy(implementation: str | None, **options) -> eggroll.EvolutionStrategy:
     perturbation = eggroll.LowRank(implementation=implementation, **options)
     return eggroll.EvolutionStrategy(
-        fitness, optimizer=sgd(0.1), population_size=64, sigma=0.1, shaping=lambda raw: raw, perturbation=perturbation
+        fitness, optimizer=optax.sgd(0.1), population_size=64, sigma=0.1, shaping=lambda raw: raw, perturbation=perturbation
     )
 
 

@@ -13,7 +13,6 @@ from eggroll import programs, zo
 from eggroll.journal.fingerprint import fingerprint
 from eggroll.zo.offload import passes
 from eggroll.zo.offload.devices import hash_words
-from tests.optimizers import sgd
 from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, begin, block, end, init
 
@@ -188,12 +187,12 @@ def test_words_of_rounding_are_random():
 def test_dropout_is_the_same_for_all_forwards_of_a_step():
     """A loss whose key adds much noise: the differences are those without it."""
     for estimator in zo.ESTIMATORS:
-        plain = zo.ZerothOrder(_square, directions=4, sigma=1e-3, optimizer=sgd(1e-3), estimator=estimator)
+        plain = zo.ZerothOrder(_square, directions=4, sigma=1e-3, optimizer=optax.sgd(1e-3), estimator=estimator)
         noisy = zo.ZerothOrder(
             lambda p, b, k: _square(p, b, k) + jax.random.normal(k),
             directions=4,
             sigma=1e-3,
-            optimizer=sgd(1e-3),
+            optimizer=optax.sgd(1e-3),
             estimator=estimator,
         )
         batch = jnp.zeros((4, 1))  # an example for every direction, where the estimator wants that
@@ -300,7 +299,7 @@ def test_flush_and_replay_give_the_bits_of_the_run(name):
             "the loss of the tuner must be Blocks",
         ),
         (
-            lambda: zo.Offload(zo.ZerothOrder(PIECES, directions=1, sigma=0.1, optimizer=sgd(0.1))),
+            lambda: zo.Offload(zo.ZerothOrder(PIECES, directions=1, sigma=0.1, optimizer=optax.sgd(0.1))),
             TypeError,
             "only Descent can be deferred",
         ),

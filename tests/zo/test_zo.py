@@ -14,7 +14,6 @@ from eggroll import zo
 from eggroll.noise.draws import draw_pair
 from eggroll.zo.blocks import total_and_weight
 from eggroll.zo.estimators import ESTIMATORS, coefficients
-from tests.optimizers import sgd
 from tests.tables import by_default, covering
 
 PARAMS = {
@@ -113,7 +112,7 @@ def test_the_mean_of_the_estimate_is_the_gradient(estimator, noise):
     """A linear loss: within 5 standard errors in every entry, and along the gradient, where a factor of 1.5 (the control)
     is not.
     """
-    options = dict(directions=4, sigma=0.1, optimizer=sgd(1.0), estimator=estimator, perturbation=noise)
+    options = dict(directions=4, sigma=0.1, optimizer=optax.sgd(1.0), estimator=estimator, perturbation=noise)
     found = estimates(zo.ZerothOrder(linear, **options), 700)
     truth = flat(jax.grad(linear)(PARAMS, X, KEY))
     shared = math.sqrt(getattr(noise, "refresh", 1))  # so many estimates have the same right factors
@@ -130,7 +129,7 @@ def test_the_squared_error_of_n_directions_is_d_over_n():
     """E |g_hat - g|^2 = |g|^2 (d + 1) / n for a linear loss and normal noise: two n, within 5 standard errors of the mean."""
     truth = flat(jax.grad(linear)(PARAMS, X, KEY))
     for n in (1, 8):
-        options = dict(directions=n, sigma=0.1, optimizer=sgd(1.0))
+        options = dict(directions=n, sigma=0.1, optimizer=optax.sgd(1.0))
         squares = ((estimates(zo.ZerothOrder(linear, **options), 400) - truth) ** 2).sum(axis=1) / (truth**2).sum()
         error = squares.std(ddof=1) / math.sqrt(len(squares))
         assert abs(squares.mean() - (truth.size + 1) / n) < 5 * error
@@ -221,7 +220,7 @@ def test_the_right_factor_lasts_for_its_steps_and_the_left_is_fresh():
 @pytest.mark.parametrize("step", by_default([0, 1, 3], 3))  # 0 and 3 are refresh steps
 def test_lozo_perturbs_and_updates_with_the_same_factors(step):
     tuner = zo.ZerothOrder(
-        loss, directions=1, sigma=0.01, optimizer=sgd(1.0), perturbation=eggroll.LowRank(2, "normal", refresh=3)
+        loss, directions=1, sigma=0.01, optimizer=optax.sgd(1.0), perturbation=eggroll.LowRank(2, "normal", refresh=3)
     )
     state = start(tuner)._replace(generation=jnp.int32(step))
     moved, metrics = tuner.step(eggroll.copy_state(state), X)
@@ -272,9 +271,9 @@ def test_a_loss_as_total_and_weight_is_their_ratio():
 
 def test_meazo_divides_by_the_root_of_one_moment():
     tuner = zo.ZerothOrder(
-        linear, directions=2, sigma=0.1, optimizer=optax.chain(zo.scale_by_projected_gradient(0.5), sgd(1.0))
+        linear, directions=2, sigma=0.1, optimizer=optax.chain(zo.scale_by_projected_gradient(0.5), optax.sgd(1.0))
     )
-    plain = zo.ZerothOrder(linear, directions=2, sigma=0.1, optimizer=sgd(1.0))
+    plain = zo.ZerothOrder(linear, directions=2, sigma=0.1, optimizer=optax.sgd(1.0))
     state, metrics = run(tuner, 1)
     projected = np.asarray(metrics.coefficients) / 0.2
     plain_move = flat(run(plain, 1)[0].params) - flat(PARAMS)

@@ -6,6 +6,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eggroll
@@ -14,7 +15,6 @@ from eggroll.devices import pieces
 from eggroll.experiments.bench.collectives import collective_bytes, largest_collective
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
-from tests.optimizers import sgd
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 8)), "b": jnp.zeros(8)}
 X = jax.random.normal(jax.random.key(2), (8, 4))
@@ -39,7 +39,7 @@ def mesh(**sizes):
 
 
 def strategy(on=None, function=fitness, **options):
-    options = dict(population_size=32, sigma=0.1, optimizer=sgd(0.5, momentum=0.9)) | options
+    options = dict(population_size=32, sigma=0.1, optimizer=optax.sgd(0.5, momentum=0.9)) | options
     return eggroll.EvolutionStrategy(function, mesh=on, **options)
 
 
@@ -113,8 +113,8 @@ def quantised(params, batch, key):
 
 QUANTISED = {"w": jnp.asarray(np.random.default_rng(0).integers(-99, 100, (4, 8)), jnp.int8), "s": jnp.full(8, 0.02)}
 ON_INTEGERS = dict(sigma=0.4, perturbation=[("s", eggroll.Frozen()), (".*", eggroll.LowRank())])
-FED_BACK = ON_INTEGERS | dict(optimizer=sgd(5.0), precision=eggroll.Feedback(3))
-ON_INTEGERS["optimizer"] = sgd(5.0, momentum=0.9)
+FED_BACK = ON_INTEGERS | dict(optimizer=optax.sgd(5.0), precision=eggroll.Feedback(3))
+ON_INTEGERS["optimizer"] = optax.sgd(5.0, momentum=0.9)
 RULES = [("b", eggroll.Frozen()), (".*", eggroll.LowRank(2, "normal"))]
 PROBLEMS = {
     "plain": (fitness, {}, X, {}),

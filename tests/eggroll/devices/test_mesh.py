@@ -4,12 +4,12 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
 import eggroll
 from tests.eggroll.devices import mesh_runs
-from tests.optimizers import sgd
 from tests.tables import by_default
 
 DEFAULT = [
@@ -130,4 +130,4 @@ def one_device(*names):
 )
 def test_a_wrong_mesh_is_refused_when_called(options, error, message):
     with pytest.raises(error, match=message):
-        eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=sgd(0.1), **options)
+        eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1), **options)

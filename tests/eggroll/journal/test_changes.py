@@ -17,10 +17,10 @@ from eggroll.digests import digest
 from eggroll.journal import JournalError, Reader, make_header, replay
 from eggroll.journal.repair import repair
 from eggroll.runs.durable import DurableRun
-from tests.optimizers import adam, sgd
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCALES = np.ones(3, np.float32)
+SGD = optax.sgd(0.1)  # one object: strategies that are made again are equal, and compiled once
 
 
 def fitness(params, batch, key):
@@ -32,7 +32,7 @@ def same_but_renamed(parameters, batch, key):
 
 
 def go(folder, fitness=fitness, optimizer=None, generations=2, batch=1.0, sigma=0.1, shaping="centered_ranks", **options):
-    settings = {"population_size": 4, "sigma": sigma, "shaping": shaping, "optimizer": optimizer or sgd(0.1)}
+    settings = {"population_size": 4, "sigma": sigma, "shaping": shaping, "optimizer": optimizer or SGD}
     es = eggroll.EvolutionStrategy(fitness, **settings)
     initial = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
     es.plan(initial, jnp.float32(batch))
@@ -48,9 +48,9 @@ def go(folder, fitness=fitness, optimizer=None, generations=2, batch=1.0, sigma=
 CHANGES = {  # what a run is resumed with: what is no longer the same
     "a negated fitness": ({"fitness": lambda p, b, k: -fitness(p, b, k)}, "the fitness is"),
     "another constant": ({"fitness": lambda p, b, k: -jnp.sum((p["w"] * (2 * SCALES) - b) ** 2)}, "the fitness is"),
-    "another rate": ({"optimizer": sgd(0.2)}, "the optimizer is"),
-    "a clipped gradient": ({"optimizer": optax.chain(optax.clip(1.0), sgd(0.1))}, "the optimizer is"),
-    "both": ({"fitness": lambda p, b, k: p["w"].sum(), "optimizer": sgd(1.0)}, "the fitness and the optimizer are"),
+    "another rate": ({"optimizer": optax.sgd(0.2)}, "the optimizer is"),
+    "a clipped gradient": ({"optimizer": optax.chain(optax.clip(1.0), optax.sgd(0.1))}, "the optimizer is"),
+    "both": ({"fitness": lambda p, b, k: p["w"].sum(), "optimizer": optax.sgd(1.0)}, "the fitness and the optimizer are"),
 }
 
 
@@ -96,7 +96,7 @@ def test_a_replay_takes_sigma_from_the_journal(tmp_path):
     sigmas = [entry.sigma for entry in Reader(tmp_path / "journal.bin")]
     np.testing.assert_allclose(sigmas, [0.1, 0.09, 0.025, 0.0125], rtol=1e-6)
     for sigma in (run, changed):
-        es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=sigma, optimizer=sgd(0.1))
+        es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=sigma, optimizer=SGD)
         state = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
         es.plan(state, jnp.float32(1))
         state = replay(es, state, iter(Reader(tmp_path / "journal.bin")))  # compared with the checksums of the run
@@ -118,8 +118,8 @@ def test_a_function_with_a_digest_may_have_another_name_and_one_without_may_not(
 
 def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):
     go(tmp_path)
-    optimizer = adam(0.1)  # its state differs too: nothing is replayed from a checkpoint of the former
-    changed = {"fitness": lambda p, b, k: p["w"].sum(), "optimizer": sgd(0.2)}
+    optimizer = optax.adam(0.1)  # its state differs too: nothing is replayed from a checkpoint of the former
+    changed = {"fitness": lambda p, b, k: p["w"].sum(), "optimizer": optax.sgd(0.2)}
     assert go(tmp_path, accept_change=True, **changed) == 4
     assert go(tmp_path, **changed) == 6
     with pytest.raises(JournalError, match="the fitness and the optimizer are not the same"):
@@ -127,14 +127,14 @@ def test_an_accepted_change_is_the_new_state_of_affairs(tmp_path):
     assert [entry.generation for entry in Reader(tmp_path / "journal.bin")] == list(range(6))
 
 
-@pytest.mark.parametrize("optimizer", [sgd(0.1, momentum=0.9), sgd(0.1), adam(0.1, mu_dtype=jnp.bfloat16)])
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.sgd(0.1), optax.adam(0.1, mu_dtype=jnp.bfloat16)])
 def test_a_checkpoint_of_another_optimizer_is_refused_and_stays_where_it_is(tmp_path, optimizer):
-    go(tmp_path, optimizer=adam(0.1), generations=3, checkpoint_every=2)
+    go(tmp_path, optimizer=optax.adam(0.1), generations=3, checkpoint_every=2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
     with pytest.raises(ValueError, match=r"generation 2 .* is of another model or optimizer"):
         go(tmp_path, optimizer=optimizer, checkpoint_every=2, accept_change=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
-    assert go(tmp_path, optimizer=adam(0.1)) == 5
+    assert go(tmp_path, optimizer=optax.adam(0.1)) == 5
 
 
 def test_a_damaged_header_does_not_switch_the_check_off(tmp_path):
@@ -147,7 +147,7 @@ def test_a_damaged_header_does_not_switch_the_check_off(tmp_path):
 
     damage()
     with pytest.raises(JournalError, match="the optimizer is not the same"):
-        go(tmp_path, optimizer=sgd(0.2))
+        go(tmp_path, optimizer=optax.sgd(0.2))
     repair(path)
     assert Reader(path).header == header and Reader(path)._first == length
     damage()
@@ -167,7 +167,7 @@ def test_a_damaged_header_does_not_switch_the_check_off(tmp_path):
 
 
 def headers(**changes):
-    es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=SGD)
     state = es.init({"w": jnp.zeros(3)}, key=jax.random.key(0))
     es.plan(state, jnp.float32(1))
     header = make_header(es, state)

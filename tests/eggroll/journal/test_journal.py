@@ -18,11 +18,11 @@ from eggroll.journal import __main__ as __main__
 from eggroll.journal.checkpoint import Checkpoints
 from eggroll.runs.durable import DurableRun
 from eggroll.state import copy_state
-from tests.optimizers import adam, sgd
 from tests.tables import by_default, slow
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on the former
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+ADAM = optax.adam(1e-2)  # one object: strategies that are made again are equal, and compiled once
 HEADER = Header(key=["threefry2x32", [0, 1]], config={"sigma": 0.1}, plan=["w"], fingerprint="f", versions={"jax": "x"})
 ENTRIES = [Entry(g, 0.1 + g, np.float32([g, -1.5, 0.25, np.nan, 3]), bytes([g] * g), g / 4) for g in range(6)]
 
@@ -38,7 +38,7 @@ def batch_of(generation):
 def make(options=None):
     """Make a strategy with its plan, and the initial state: the recipe of the journal."""
     options = dict(population_size=16, sigma=0.1) | (options or {})
-    options.setdefault("optimizer", adam(1e-2))
+    options.setdefault("optimizer", ADAM)
     es = eggroll.EvolutionStrategy(fitness, **options)
     dtype = jnp.bfloat16 if es.precision == "stochastic" else jnp.float32
     state = es.init(jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS), key=jax.random.key(3))
@@ -261,7 +261,7 @@ def test_another_version_and_a_missing_file_are_refused(tmp_path):
         {},
         {"shaping": "pair_sign", "perturbation": eggroll.LowRank(rank=2), "noise_reuse": 3},
         slow({"sigma": optax.exponential_decay(0.1, 1, 0.9), "perturbation": eggroll.Dense()}),
-        slow({"optimizer": optax.chain(sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}),
+        slow({"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}),
     ],
     ids=["default", "sign", "schedule", "plateau"],
 )
@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_detected_and_skipped(tmp_path, damage, caplog):
 
 
 def test_an_optimizer_that_reads_the_fitness_resumes_bit_for_bit(tmp_path):
-    options = {"optimizer": optax.chain(sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}
+    options = {"optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5))}
     whole, _ = go(tmp_path / "whole", 6, options=options)
     go(tmp_path / "parts", 3, options=options)
     parts, _ = go(tmp_path / "parts", 6, options=options)

@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from eggroll.journal import Entry, JournalError, Reader, entries, records
@@ -16,7 +17,6 @@ from eggroll.journal.lock import RunInUse, RunLock
 from eggroll.journal.recovery import plan, survey
 from eggroll.journal.repair import repair
 from tests.eggroll.journal.test_journal import go, same, written
-from tests.optimizers import sgd
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
@@ -154,7 +154,7 @@ def test_a_damaged_header_is_written_again(run, whole, caplog):
     assert Reader(path).header == header and "damaged bytes" in caplog.text and "restored from its copy" in caplog.text
     overwrite(path, 40, b"garbage")
     with pytest.raises(ValueError, match="the optimizer is not the same"):
-        go(run, 12, options={"optimizer": sgd(0.1)})
+        go(run, 12, options={"optimizer": optax.sgd(0.1)})
     resumes(run, whole)
 
 

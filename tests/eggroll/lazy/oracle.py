@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import eggroll
-from tests.optimizers import sgd
 
 MEMBERS = 4
 
@@ -23,7 +23,7 @@ def evaluated(function, params, batch, perturbation=None, *, one_by_one=False):
     `one_by_one`: the oracle calls the function for one member after the other, where JAX cannot batch it.
     """
     spec = perturbation or eggroll.LowRank(2, "normal")
-    es = eggroll.EvolutionStrategy(None, population_size=MEMBERS, sigma=0.3, optimizer=sgd(1.0), perturbation=spec)
+    es = eggroll.EvolutionStrategy(None, population_size=MEMBERS, sigma=0.3, optimizer=optax.sgd(1.0), perturbation=spec)
     state = es.init(params, key=jax.random.key(0))
     plan = es.plan(state, batch, function=function)
     over_members = functools.partial(jax.lax.map, batch_size=None if one_by_one else MEMBERS)

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
 from tests.eggroll.lazy.oracle import check, weights
-from tests.optimizers import sgd
 
 X = weights(4, 6)
 SQUARE = {"w": weights(6, 6, seed=1), "u": weights(6, 6, seed=2), "s": jnp.float32(0.3), "h": weights(6, seed=3)}
@@ -73,7 +73,7 @@ def test_stacked_layers_with_a_scale():
 def test_a_learnt_scale_gives_no_member_a_copy_of_the_weights():
     """The evaluation's arrays are activations, and not one [members, rows, columns]."""
     params = {"w": weights(64, 48), "s": jnp.float32(0.5)}
-    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     state, x = es.init(params, key=jax.random.key(0)), weights(3, 64)
 
     def shapes(function):
@@ -89,7 +89,7 @@ def test_a_scale_survives_a_cast_to_short_floats():
     """Rounded to bfloat16 itself, the scale of almost every member would be 1."""
     params = {"w": weights(32, 32) / 16, "s": jnp.float32(0)}
     rules = [("w", eggroll.LowRank(sigma_multiplier=1e-6)), ("s", eggroll.Dense())]
-    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=1e-3, optimizer=sgd(0.1), perturbation=rules)
+    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=1e-3, optimizer=optax.sgd(0.1), perturbation=rules)
 
     def function(p, x):
         scaled = (p["w"] * jnp.exp(p["s"])).astype(jnp.bfloat16)
@@ -101,7 +101,7 @@ def test_a_scale_survives_a_cast_to_short_floats():
 
 def test_a_small_scale_of_half_floats_comes_before_the_product():
     params = {"w": (20 * weights(6, 6)).astype(jnp.float16), "s": jnp.float16(1e-3)}
-    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=1e-4, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=1e-4, optimizer=optax.sgd(0.1))
     state = es.init(params, key=jax.random.key(0))
     outputs = es.ask(state).apply(lambda p, x: (4000 * x) @ (p["w"] * p["s"]), weights(4, 6).astype(jnp.float16))
     assert jnp.isfinite(outputs).all()
@@ -117,7 +117,7 @@ def test_only_the_parameter_to_blame_is_built():
 
 
 def test_a_later_function_may_build_what_the_first_one_multiplies():
-    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
     state = es.init({"w": weights(6, 6)}, key=jax.random.key(0))
     es.plan(state, X, function=lambda p, x: x @ p["w"])
     population = es.ask(state)
@@ -126,7 +126,7 @@ def test_a_later_function_may_build_what_the_first_one_multiplies():
 
 
 def test_a_function_may_close_over_a_traced_value():
-    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
     state = es.init({"w": weights(6, 6)}, key=jax.random.key(0))
     outputs = jax.jit(lambda state, t: es.ask(state).apply(lambda p, x: t * (x @ p["w"]), X))(state, 2.0)
     assert outputs.shape == (4, 4, 6)
@@ -134,7 +134,7 @@ def test_a_function_may_close_over_a_traced_value():
 
 def test_stacked_layers_with_a_scale_are_not_copied():
     params = {"w": weights(3, 64, 48), "v": weights(3, 48, 64), "s": jnp.float32(0.5)}
-    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     state, x = es.init(params, key=jax.random.key(0)), weights(3, 64)
 
     def function(p, x):

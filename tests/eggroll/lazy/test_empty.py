@@ -10,7 +10,6 @@ import eggroll
 from eggroll import zo
 from eggroll.noise import regions
 from tests.eggroll.lazy.oracle import check, weights
-from tests.optimizers import adam, sgd
 from tests.tables import covering
 
 X = weights(5, 4, seed=4)
@@ -34,10 +33,10 @@ SPECS = {
     "flipout": eggroll.Flipout(),
 }
 OPTIMIZERS = {
-    "sgd": (sgd(0.1), "stochastic"),
-    "adam": (adam(0.1), "nearest"),
+    "sgd": (optax.sgd(0.1), "stochastic"),
+    "adam": (optax.adam(0.1), "nearest"),
     "lamb": (optax.lamb(0.1), "master"),
-    "clipped": (optax.chain(optax.clip_by_global_norm(1.0), sgd(0.1)), "master"),
+    "clipped": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), "master"),
 }
 
 
@@ -50,7 +49,7 @@ def function_of(use):
 
 
 def strategy(use, **options):
-    settings = {"population_size": 8, "sigma": 0.1, "optimizer": sgd(0.1)} | options
+    settings = {"population_size": 8, "sigma": 0.1, "optimizer": optax.sgd(0.1)} | options
     function = function_of(use)
     return eggroll.EvolutionStrategy(lambda p, x, key: -(function(p, x) ** 2).mean().astype(jnp.float32), **settings)
 
@@ -78,7 +77,7 @@ def test_updates(use, spec, optimizer, monkeypatch, standard_promotion):
 
 @pytest.mark.slow
 def test_a_run_is_resumed_from_its_checkpoint_and_replayed_from_its_journal(tmp_path):
-    es = strategy("no layers", optimizer=sgd(0.1, momentum=0.9))
+    es = strategy("no layers", optimizer=optax.sgd(0.1, momentum=0.9))
 
     def go(folder, generations):
         initial = es.init(params_of("no layers"), key=jax.random.key(0))
@@ -112,7 +111,7 @@ def test_zeroth_order_and_integers():
 
 
 def test_outputs_without_entries():
-    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(None, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
     state = es.init({"w": jnp.ones((4, 3)), "z": jnp.ones((4, 0))}, key=jax.random.key(0))
     outputs = es.ask(state).apply(lambda p, x: (x @ p["w"], x @ p["z"], x[:0] @ p["w"]), jnp.ones((2, 4)))
     assert [output.shape for output in outputs] == [(4, 2, 3), (4, 2, 0), (4, 0, 3)]

@@ -5,6 +5,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
@@ -14,7 +15,6 @@ from eggroll.llm.models.leaves import init
 from eggroll.llm.models.transformer import TransformerConfig, leaves, make_decoder
 from eggroll.noise.factored import LowRankLeaf
 from tests.kernels import kernel_models
-from tests.optimizers import sgd
 
 gpu_interpreter = pytest.importorskip("tests.kernels.gpu_interpreter", reason="this jax has no GPU interpreter of this form")
 
@@ -73,7 +73,7 @@ def test_every_projection_of_a_language_model_has_a_kernel(on_hopper):
     def fitness(params, text, key):
         return apply(model, params, text, jnp.ones(text.shape, bool)).astype(jnp.float32).mean()
 
-    options = dict(population_size=64, members_per_batch=1, sigma=1e-3, optimizer=sgd(1e-3))
+    options = dict(population_size=64, members_per_batch=1, sigma=1e-3, optimizer=optax.sgd(1e-3))
     es = eggroll.EvolutionStrategy(fitness, **options, perturbation=eggroll.LowRank())
     # Forward q, k, v, o, gate, up, down, in one scan over the layers; the update of these and of the tied embedding.
     assert calls(es, params, texts) == 7 + 8
@@ -106,7 +106,7 @@ def test_named_kernel_says_what_it_does_not_cover(shape, dtype, transposed, mess
         return jnp.mean((batch @ (w.T if transposed else w)).astype(jnp.float32))
 
     params, batch = {"w": jnp.zeros(shape, dtype)}, jnp.zeros((4, shape[1] if transposed else shape[0]), dtype)
-    options = dict(optimizer=sgd(0.1), population_size=4, sigma=0.1)
+    options = dict(optimizer=optax.sgd(0.1), population_size=4, sigma=0.1)
     es = eggroll.EvolutionStrategy(fitness, perturbation=eggroll.LowRank(implementation="mosaic_gpu"), **options)
     with pytest.raises(NotImplementedError, match=message):
         plan_of(es, params, batch)

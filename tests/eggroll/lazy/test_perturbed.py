@@ -4,11 +4,11 @@ import jax
 import jax.extend.core as jexc
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
 from tests.eggroll.models import MODELS
-from tests.optimizers import sgd
 from tests.tables import covering
 
 PAIRS = 7  # a prime that is no axis of any model: its presence marks an array that is held per member
@@ -16,7 +16,7 @@ SPECS = {"rademacher-1": eggroll.LowRank(1), "normal-3": eggroll.LowRank(3, "nor
 
 
 def strategy(spec, **options):
-    options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=sgd(1.0), perturbation=spec) | options
+    options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=optax.sgd(1.0), perturbation=spec) | options
     return eggroll.EvolutionStrategy(None, **options)
 
 

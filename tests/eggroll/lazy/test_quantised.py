@@ -14,7 +14,6 @@ from eggroll.update import estimator
 from eggroll.update.precision import init_masters
 from tests.eggroll.lazy.test_perturbed import arrays_of
 from tests.eggroll.update.rounding import apply_updates
-from tests.optimizers import adam, sgd
 from tests.tables import by_default
 
 PAIRS = 7  # a prime that is no axis of any parameter
@@ -77,7 +76,7 @@ def rules(spec):
 
 
 def strategy(fitness=None, **options):
-    options = dict(population_size=2 * PAIRS, sigma=0.4, optimizer=sgd(1.0)) | options
+    options = dict(population_size=2 * PAIRS, sigma=0.4, optimizer=optax.sgd(1.0)) | options
     return eggroll.EvolutionStrategy(fitness, **options)
 
 
@@ -207,7 +206,7 @@ def test_other_settings_are_refused():
         strategy(perturbation=[("w", eggroll.Integer()), (".*", eggroll.LowRank())])
     with pytest.raises(ValueError, match="dtype int32, which no floating perturbation fits"):
         start(strategy(), {"w": jnp.ones((2, 2), jnp.int32)})
-    tuner = zo.ZerothOrder(lambda p, b, k: jnp.sum(p["w"]), directions=2, sigma=0.1, optimizer=sgd(0.1))
+    tuner = zo.ZerothOrder(lambda p, b, k: jnp.sum(p["w"]), directions=2, sigma=0.1, optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"int8 parameter 'w' evolves under eggroll.EvolutionStrategy only"):
         tuner.init(params, key=jax.random.key(0))
 
@@ -270,7 +269,7 @@ def test_masters_add_up_and_stay_in_range():
 def test_floats_and_integers_evolve_together_and_are_replayed(precision):
     rules = [("layers", eggroll.Frozen()), (".*", eggroll.LowRank())]
     params = PARAMS | {"layers": PARAMS["layers"].at[0, 0, 0].set(-128)}
-    options = dict(perturbation=rules, precision=precision, shaping="z_score", optimizer=sgd(2.0, momentum=0.9))
+    options = dict(perturbation=rules, precision=precision, shaping="z_score", optimizer=optax.sgd(2.0, momentum=0.9))
     es = strategy(fitness, **options)
     before = start(es, params)
     assert [master is not None for master in before.masters] == [
@@ -297,8 +296,8 @@ def test_floats_and_integers_evolve_together_and_are_replayed(precision):
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
     [
-        ("stochastic", adam(0.5)),
-        ("master", adam(0.5)),
+        ("stochastic", optax.adam(0.5)),
+        ("master", optax.adam(0.5)),
         ("nearest", optax.chain(optax.scale_by_adam(), eggroll.standardised_sign(0.5), optax.scale(-1.0))),
     ],
     ids=["stochastic", "master", "standardised sign"],

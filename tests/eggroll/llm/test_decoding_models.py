@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
@@ -27,7 +28,6 @@ from tests.eggroll.llm.language_models import (
     reference_logits,
     save_without_sums,
 )
-from tests.optimizers import sgd
 from tests.tables import slow
 
 pytest.importorskip("safetensors")
@@ -113,7 +113,7 @@ def strategy_of(config):
     def fitness(params, batch, key):
         return jnp.mean(greedy(config, params, *batch, length=4)[1][..., 0])
 
-    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.05, optimizer=sgd(0.1))
+    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.05, optimizer=optax.sgd(0.1))
 
 
 @all_decoding

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
@@ -25,7 +26,6 @@ from tests.eggroll.llm.language_models import (
     reference_logits,
     save_without_sums,
 )
-from tests.optimizers import sgd
 from tests.tables import by_default, slow
 
 pytest.importorskip("safetensors")
@@ -131,7 +131,7 @@ def strategy_of(config):
     def fitness(params, batch, key):
         return jnp.mean(jax.nn.log_softmax(apply(decoder, params, *batch))[:, :, 0])
 
-    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.01, optimizer=sgd(0.1))
+    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.01, optimizer=optax.sgd(0.1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

@@ -5,6 +5,7 @@ import resource
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
@@ -12,7 +13,6 @@ from eggroll.llm import hf
 from eggroll.llm.decoding import complete, pad_prompts
 from eggroll.llm.memory import memory_plan
 from tests.eggroll.llm.language_models import LLAMA, OPT, RWKV7, random_params
-from tests.optimizers import adam, sgd
 
 SIZES = dict(prompts=2, prompt_length=5, max_new_tokens=4, rank=1, budget=1 << 30)
 LLAMA_7B = {  # config.json of Llama-2-7B
@@ -50,12 +50,11 @@ def test_numbers_by_hand():
 
 def test_state_is_what_the_optimizer_and_masters_hold():
     parameters = planned().parameters
-    assert planned().state == 0 and planned(optimizer=sgd(0.1)).state == 0
-    moments = planned(optimizer=adam(0.1))
-    assert moments.state == 2 * parameters + 4
-    assert moments.of_a_pair == moments.parameters + moments.state + 2 * moments.per_member
-    assert planned(dtype="bfloat16", optimizer=sgd(0.1)).state == parameters  # float32 masters
-    assert planned(dtype="bfloat16", optimizer=sgd(0.1), precision="stochastic").state == 0
+    assert planned().state == 0 and planned(optimizer=optax.sgd(0.1)).state == 0
+    adam = planned(optimizer=optax.adam(0.1))
+    assert adam.state == 2 * parameters + 4 and adam.of_a_pair == adam.parameters + adam.state + 2 * adam.per_member
+    assert planned(dtype="bfloat16", optimizer=optax.sgd(0.1)).state == parameters  # float32 masters
+    assert planned(dtype="bfloat16", optimizer=optax.sgd(0.1), precision="stochastic").state == 0
 
 
 def test_members_fill_the_budget_in_pairs():
@@ -88,7 +87,7 @@ def test_the_compiler_sets_aside_little_more_for_a_long_cache():
         return complete(generator, params, prompts, max_new_tokens=length, stop_token_ids=())
 
     def temporary_bytes(members):
-        es = eggroll.EvolutionStrategy(None, population_size=members, sigma=0.1, optimizer=sgd(1.0))
+        es = eggroll.EvolutionStrategy(None, population_size=members, sigma=0.1, optimizer=optax.sgd(1.0))
         state = es.init(random_params(LLAMA), key=jax.random.key(0))
         es.plan(state, prompts, function=function)
         one = lambda params, prompts, key, _: function(params, prompts)  # noqa: E731

@@ -1,5 +1,7 @@
 """Collections that are not parameters reach the fitness unchanged, and nothing of a run touches them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,7 @@ OPTIMIZERS = {
 }
 
 
+@functools.cache
 def fitness_of(model):
     return lambda params, batch, key: -jnp.mean(model(params, batch) ** 2)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
@@ -17,7 +18,6 @@ from eggroll.update import estimator, pair_sums
 from tests.eggroll.lazy.test_perturbed import arrays_of
 from tests.eggroll.models import MODELS
 from tests.eggroll.replicates import Z_LIMIT, gradients, through_dot, z_scores
-from tests.optimizers import sgd
 from tests.tables import by_default
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
@@ -53,7 +53,7 @@ CASES |= {"weight first": weight_first, "bfloat16": half_precision}
 @pytest.mark.parametrize("name", by_default(CASES, "plain_experts", "ensemble_vmap", "weight first", "bfloat16"))
 def test_equals_the_built_members(name):
     function, params, batch = CASES[name]()
-    options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=sgd(1.0))
+    options = dict(population_size=2 * PAIRS, sigma=0.3, optimizer=optax.sgd(1.0))
     es = eggroll.EvolutionStrategy(None, perturbation=eggroll.Flipout(), **options)
     state = es.init(params, key=KEY)
     plan = es.plan(state, batch, function=function)
@@ -74,7 +74,7 @@ def test_equals_the_built_members(name):
 
 def test_out_of_range_lookups_behave_as_the_model_alone():
     params = {"table": jnp.arange(12.0).reshape(6, 2)}
-    es = eggroll.EvolutionStrategy(None, population_size=2, sigma=0.3, optimizer=sgd(1.0), perturbation=eggroll.Flipout())
+    es = eggroll.EvolutionStrategy(None, population_size=2, sigma=0.3, optimizer=optax.sgd(1.0), perturbation=eggroll.Flipout())
     population = es.ask(es.init(params, key=KEY))
     outputs = population.apply(lambda p, i: jnp.take(p["table"], i, axis=0, mode="fill", fill_value=3.0), jnp.array([5, 6]))
     assert (np.asarray(outputs[:, 1]) == 3).all() and np.abs(outputs[:, 0] - params["table"][5]).max() > 1e-3

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
 from eggroll import programs
 from eggroll.devices import chunking
 from eggroll.population.metrics import report_fitness
-from tests.optimizers import sgd
 
 PARAMS = {"w": 0.3 * jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.zeros(3)}
 X = jax.random.normal(jax.random.key(2), (5, 4))
@@ -24,7 +24,7 @@ def fitness(params, batch, key):
 
 
 def strategy(function=fitness, *, population_size=12, **options):
-    options = dict(sigma=0.1, optimizer=sgd(0.1)) | options
+    options = dict(sigma=0.1, optimizer=optax.sgd(0.1)) | options
     return eggroll.EvolutionStrategy(function, population_size=population_size, **options)
 
 

@@ -6,15 +6,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
 from eggroll.runs.diagnosis import PATIENCE, advise, find_unusual
-from tests.optimizers import sgd
 
 
 def run(fitness, *, generations=2 * PATIENCE, shaping="centered_ranks"):
-    es = eggroll.EvolutionStrategy(fitness, population_size=8, sigma=0.1, optimizer=sgd(0.1), shaping=shaping)
+    es = eggroll.EvolutionStrategy(fitness, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1), shaping=shaping)
     return eggroll.train(es, es.init({"w": jnp.ones((3, 2))}, key=jax.random.key(0)), generations=generations)
 
 
@@ -43,7 +43,7 @@ def test_a_gradient_of_zero_without_ties_says_so():
 
 
 def test_updates_far_beyond_the_perturbations_say_so():
-    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=1e-3, optimizer=sgd(1.0))
+    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=1e-3, optimizer=optax.sgd(1.0))
     with pytest.warns(UserWarning, match=r"than 10 sigma in 5 .* by 1\.72e\+05: beyond .* Raise sigma \(now 0.001\), or lower"):
         eggroll.train(es, es.init({"w": jnp.ones((3, 2))}, key=jax.random.key(0)), generations=PATIENCE)
 
@@ -68,7 +68,7 @@ FINE = {"sigma": 0.1, "tied_pairs": 0.0, "update_over_sigma": 0.1, "pair_correla
     ],
 )
 def test_a_run_without_gain_is_told_what_to_change(shown, advice):
-    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     plan = es.plan(es.init({"w": jnp.ones((3, 3))}, key=jax.random.key(0)), ())
     _, history = run(learning, generations=1)
     records = [dataclasses.replace(history[0], **FINE | shown)] * 3
@@ -78,7 +78,7 @@ def test_a_run_without_gain_is_told_what_to_change(shown, advice):
 
 def test_weights_that_have_outgrown_sigma_ask_for_smaller_steps():
     """Members of a pair play the same, not because sigma is small, but because the weights have become large."""
-    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     plan = es.plan(es.init({"w": jnp.ones((3, 3))}, key=jax.random.key(0)), ())
     _, history = run(learning, generations=1)
     first, last = (dataclasses.replace(history[0], **FINE | {"weight_norm": norm}) for norm in (3.0, 30.0))
@@ -89,7 +89,7 @@ def test_weights_that_have_outgrown_sigma_ask_for_smaller_steps():
 
 
 def test_held_out_scores_are_compared_with_the_mean_of_the_population():
-    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(learning, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     state = es.init({"w": jnp.ones((3, 2))}, key=jax.random.key(0))
     check = lambda state, record: record.extra.update(held_out_fitness=float(learning(state.params, None, None)))  # noqa: E731
     _, history = eggroll.train(es, state, generations=1, callbacks=[check])

@@ -6,12 +6,12 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
 from eggroll.journal import JournalError
 from eggroll.runs.carried import pack, unpack
-from tests.optimizers import sgd
 
 PARAMS = {"w": 0.3 * jnp.ones((4, 4)), "b": jnp.zeros(4)}
 
@@ -28,7 +28,7 @@ def batch_of(generation, *, other=False):
 
 def go(folder, generations, **options):
     """Resume training in a folder, with a checkpoint every three generations."""
-    es = eggroll.EvolutionStrategy(recurrent, population_size=8, sigma=0.1, optimizer=sgd(0.1), shaping="z_score")
+    es = eggroll.EvolutionStrategy(recurrent, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1), shaping="z_score")
     initial = es.init(PARAMS, key=jax.random.key(0), member_state=jnp.zeros(4))
     es.plan(initial, batch_of(0))
     run = eggroll.DurableRun(folder, es, initial, config={}, checkpoint_every=3)
@@ -74,7 +74,7 @@ def linear(params, batch, key):
     ],
 )
 def test_a_run_without_the_plan_says_how_to_make_it(fitness, more, words, tmp_path):
-    es = eggroll.EvolutionStrategy(fitness, population_size=6, sigma=0.1, optimizer=sgd(0.1), **more)
+    es = eggroll.EvolutionStrategy(fitness, population_size=6, sigma=0.1, optimizer=optax.sgd(0.1), **more)
     with pytest.raises(ValueError, match=rf"call plan\(state, batch\) before it \(without a batch there is {words}"):
         eggroll.DurableRun(tmp_path, es, es.init(PARAMS, key=jax.random.key(0)), config={})
 
@@ -97,7 +97,7 @@ class Counter:
 
 def test_a_wrong_state_is_refused_before_a_file_is_touched(tmp_path, monkeypatch):
     """And a callback may change the working folder, and what is carried may be changed in place after a resume."""
-    es = eggroll.EvolutionStrategy(linear, population_size=8, sigma=0.1, optimizer=sgd(0.1))
+    es = eggroll.EvolutionStrategy(linear, population_size=8, sigma=0.1, optimizer=optax.sgd(0.1))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
 

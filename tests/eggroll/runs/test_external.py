@@ -10,7 +10,6 @@ import pytest
 
 import eggroll
 from eggroll.journal.checkpoint import Checkpoints
-from tests.optimizers import sgd
 
 PARAMS = {"w": jnp.eye(4), "b": jnp.ones(4)}
 X = np.linspace(-1, 1, 20, dtype=np.float32).reshape(5, 4)
@@ -29,7 +28,7 @@ def score(outputs, known):
 
 
 def strategy(inside=None, **options):
-    settings = dict(population_size=12, sigma=0.1, optimizer=sgd(0.5)) | options
+    settings = dict(population_size=12, sigma=0.1, optimizer=optax.sgd(0.5)) | options
     return eggroll.EvolutionStrategy(inside, **settings)
 
 
@@ -94,7 +93,7 @@ def test_columns_of_prompts_in_groups_of_members():
 
 
 def test_anchored_decay_pulls_to_the_beginning():
-    optimizer = optax.chain(eggroll.anchored_decay(0.1), sgd(1.0))
+    optimizer = optax.chain(eggroll.anchored_decay(0.1), optax.sgd(1.0))
     start = {"w": jnp.array([1.0, 2.0])}
     state, params = optimizer.init(start), {"w": jnp.array([3.0, 2.0])}
     updates, state = optimizer.update({"w": jnp.zeros(2)}, state, params)
@@ -110,7 +109,7 @@ def test_anchored_decay_keeps_a_run_near_its_beginning():
     """Without any signal the weights stay; with one they end nearer than without the decay."""
     ends = []
     for rate in (0.0, 0.5):
-        es = strategy(fitness, optimizer=optax.chain(eggroll.anchored_decay(rate), sgd(0.5)))
+        es = strategy(fitness, optimizer=optax.chain(eggroll.anchored_decay(rate), optax.sgd(0.5)))
         state = es.init(PARAMS, key=jax.random.key(0))
         for _ in range(20):
             state, _ = es.step(state, X)

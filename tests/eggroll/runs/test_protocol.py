@@ -4,12 +4,12 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import eggroll
 from eggroll import zo
 from eggroll.protocol import AskTell, State, Strategy
-from tests.optimizers import sgd
 from tests.zo.tiny_blocks import BATCH, PIECES, init
 
 KEY = jax.random.key(0)
@@ -17,7 +17,7 @@ PARAMS = {"w": jnp.ones((2, 2))}
 
 
 def evolution(fitness=None):
-    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=sgd(0.1))
+    return eggroll.EvolutionStrategy(fitness, population_size=4, sigma=0.1, optimizer=optax.sgd(0.1))
 
 
 def members(protocol):

@@ -20,7 +20,6 @@ import eggroll
 from eggroll import programs
 from eggroll.plans import adopt_plans, plans_of
 from eggroll.runs.remote import RemoteEvaluator
-from tests.optimizers import sgd
 
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 WEIGHTS = {"w": jnp.arange(12.0).reshape(4, 3) - 5, "b": jnp.array([1.0, -2.0, 0.5])}
@@ -36,7 +35,7 @@ def centred(fitness):
 
 
 def make(**options):
-    options = dict(population_size=16, sigma=0.1, optimizer=sgd(1.0), shaping=centred) | options
+    options = dict(population_size=16, sigma=0.1, optimizer=optax.sgd(1.0), shaping=centred) | options
     es = eggroll.EvolutionStrategy(linear, **options)
     state = es.init(PARAMS, key=jax.random.key(3))
     es.plan(state)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
@@ -18,7 +19,6 @@ from eggroll.runs import progress, training
 from eggroll.runs.record import read_records
 from eggroll.runs.training import Record, train
 from eggroll.state import copy_state
-from tests.optimizers import sgd
 
 PARAMS = {"w": jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 10}
 
@@ -35,7 +35,9 @@ def sometimes_nan(params, batch, key):
 
 @functools.cache  # compiled once for all tests
 def strategy(function, aux):
-    return eggroll.EvolutionStrategy(function, population_size=32, sigma=0.1, optimizer=sgd(0.05), shaping="z_score", aux=aux)
+    return eggroll.EvolutionStrategy(
+        function, population_size=32, sigma=0.1, optimizer=optax.sgd(0.05), shaping="z_score", aux=aux
+    )
 
 
 def make(function=fitness, aux=None):

@@ -13,7 +13,6 @@ from eggroll.noise import addresses
 from eggroll.noise.regions import LIMIT
 from eggroll.update import estimator
 from eggroll.update.precision import rounding_words, uniforms
-from tests.optimizers import adam, sgd
 from tests.tables import slow
 
 WINDOW, SHAPE, PAIRS, RATE = 4, (12, 16), 8, 2.0
@@ -26,7 +25,7 @@ def fitness(params, batch, key):
 
 def strategy(optimizer=None, function=fitness, **options):
     options = {"precision": eggroll.Feedback(WINDOW), "shaping": lambda fitness: fitness, "sigma": 0.5} | options
-    optimizer = optimizer or sgd(RATE)
+    optimizer = optimizer or optax.sgd(RATE)
     return eggroll.EvolutionStrategy(function, population_size=2 * PAIRS, optimizer=optimizer, **options)
 
 
@@ -114,7 +113,9 @@ MIXED = {"b": jnp.zeros(12), "short": jnp.ones(5, jnp.bfloat16)}
 
 
 def mixed_strategy(**options):
-    optimizer = optax.multi_transform({"int8": sgd(0.1), "float": adam(0.01)}, {"w": "int8", "b": "float", "short": "float"})
+    optimizer = optax.multi_transform(
+        {"int8": optax.sgd(0.1), "float": optax.adam(0.01)}, {"w": "int8", "b": "float", "short": "float"}
+    )
     return strategy(optimizer, mixed, sigma=0.3, shaping="centered_ranks", **options)
 
 
@@ -157,10 +158,10 @@ def test_a_skipped_generation_is_no_step_of_a_window():
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (sgd(0.1, momentum=0.9), "from their gradients alone, such as optax.sgd .* that of 'w' also depends on a state"),
-        (sgd(lambda count: 0.1 / (1 + count)), "'w' also depends on a state"),
-        (optax.chain(optax.add_decayed_weights(0.1), sgd(0.1)), "'w' also depends on .* parameters"),
-        (optax.chain(optax.clip_by_global_norm(1.0), sgd(0.1)), None),  # of a single parameter
+        (optax.sgd(0.1, momentum=0.9), "from their gradients alone, such as optax.sgd .* that of 'w' also depends on a state"),
+        (optax.sgd(lambda count: 0.1 / (1 + count)), "'w' also depends on a state"),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), "'w' also depends on .* parameters"),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), None),  # of a single parameter
     ],
 )
 def test_an_optimizer_whose_past_updates_cannot_be_computed_is_refused(optimizer, message, standard_promotion):

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import eggroll
 from eggroll.generation import LAST_GENERATION
 from eggroll.update.told import check_told
 from tests.eggroll.update.test_shaping import SHAPED
-from tests.optimizers import sgd
 
 X = jnp.ones((2, 3))
 CLOSE = np.array([1e8, 1e8 + 1, 1e8 + 3, 1e8 + 2, 1e8 + 7, 1e8 + 4, 1e8 + 5, 1e8 + 6])
@@ -19,7 +19,7 @@ SMALL = CLOSE - 1e8
 
 
 def strategy(**options):
-    settings = dict(population_size=8, sigma=0.1, optimizer=sgd(0.1), shaping="centered_ranks") | options
+    settings = dict(population_size=8, sigma=0.1, optimizer=optax.sgd(0.1), shaping="centered_ranks") | options
     es = eggroll.EvolutionStrategy(None, **settings)
     state = es.init({"w": jnp.ones((3, 2))}, key=jax.random.key(0))
     es.plan(state, X, function=lambda params, x: x @ params["w"])
@@ -108,7 +108,7 @@ def test_float64_stays_float64_where_jax_has_it(standard_promotion):
             lambda params, x, key: 1e8 + jnp.sum(params["w"] - 1, dtype=jnp.float64),
             population_size=4,
             sigma=1e-7,
-            optimizer=sgd(1e-12),
+            optimizer=optax.sgd(1e-12),
             perturbation=eggroll.Dense(),
             shaping="centered_ranks",
         )
@@ -125,7 +125,7 @@ def test_float64_stays_float64_where_jax_has_it(standard_promotion):
 
 def test_the_last_generation_is_skipped_and_a_run_ends_there():
     es = eggroll.EvolutionStrategy(
-        lambda params, x, key: -jnp.sum(params["w"] ** 2), population_size=8, sigma=0.1, optimizer=sgd(0.1)
+        lambda params, x, key: -jnp.sum(params["w"] ** 2), population_size=8, sigma=0.1, optimizer=optax.sgd(0.1)
     )
     state = es.init({"w": jnp.ones((3, 2))}, key=jax.random.key(0))._replace(generation=jnp.int32(LAST_GENERATION - 1))
     state, _ = es.step(state)
@@ -140,7 +140,7 @@ def test_a_long_run_keeps_numbers_and_no_arrays():
         lambda params, x, key: (-jnp.sum(params["w"] ** 2), jnp.ones(3)),
         population_size=8,
         sigma=0.1,
-        optimizer=sgd(0.1),
+        optimizer=optax.sgd(0.1),
         aux="mean",
     )
     seen, start = [], functools.partial(es.init, {"w": jnp.ones((3, 2))}, key=jax.random.key(0))
