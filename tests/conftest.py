@@ -1,7 +1,8 @@
 """Settings of every test: 8 virtual devices, quick compilation, one compilation cache; dtypes are never promoted silently.
 
 Warnings are errors (pyproject.toml). Workers of pytest-xdist import this file too; subprocesses inherit the environment, but
-not the virtual devices. Computation lands on the first device unless a test makes a mesh of `jax.devices()[:n]`.
+not the virtual devices. Computation lands on the first device unless a test makes a mesh of `jax.devices()[:n]`. `make test`
+gives all tests of a file to one worker.
 """
 
 import gc
