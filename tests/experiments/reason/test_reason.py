@@ -421,12 +421,12 @@ def test_bfloat16_checkpoint_with_masters_and_an_anchor(folder, capsys, signal, 
 def test_wrong_options_are_refused_by_a_clear_error(options, sentence, capsys):
     kept = Path("out/wrong/journal.bin")  # of a run, which stays
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.touch()
+    kept.write_bytes(b"generations")
     with pytest.raises(SystemExit) as stopped:
         reason.main(tiny("--generations", "1", "--folder", "out/wrong", *options))
     text = str(stopped.value)
     assert text.startswith("error: ") and sentence in text and "\n" not in text
-    assert kept.exists()
+    assert kept.read_bytes() == b"generations"
 
 
 @pytest.mark.slow
