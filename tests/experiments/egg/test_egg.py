@@ -215,10 +215,10 @@ def test_wrong_options_end_it_with_a_clear_error(options, message, texts, tmp_pa
     """And remove no run."""
     kept = tmp_path / "run" / "journal.bin"
     kept.parent.mkdir()
-    kept.touch()
+    kept.write_bytes(b"generations")
     with pytest.raises(SystemExit, match=f"^error: .*{message}[^\n]*$"):
         run(*SMALL, *texts, *options, "--folder", str(tmp_path / "run"))
-    assert kept.exists()
+    assert kept.read_bytes() == b"generations"
 
 
 def test_an_empty_corpus_is_refused_by_a_clear_error(tmp_path):

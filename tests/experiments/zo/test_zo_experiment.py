@@ -391,12 +391,12 @@ def test_bad_options_end_with_a_clear_error(arguments, words, place, capsys):
     options = drop_options(options, parse([*options, *arguments]).ignored())
     run = place[0] / "bad" / "journal.bin"
     run.parent.mkdir(exist_ok=True)
-    run.write_bytes(b"")
+    run.write_bytes(b"generations")
     with pytest.raises(SystemExit) as ended:
         zo.main([*options, *arguments])
     assert str(ended.value).startswith(f"error: {words}") and "\n" not in str(ended.value)
     assert "{" not in capsys.readouterr().out
-    assert run.exists()  # a command that cannot run removes no run
+    assert run.read_bytes() == b"generations"  # a command that cannot run removes no run
 
 
 def test_a_second_command_leaves_the_data_of_a_run_in_progress(place, tmp_path):
