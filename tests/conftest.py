@@ -65,7 +65,7 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Forget what was compiled for a file: a worker that keeps all of it holds 5 GB at the end, and is slower by a fifth."""
+    """Forget what was compiled for a file: a worker that keeps all of it holds 5 GB at the end."""
     if nextitem is not None and nextitem.path != item.path:
         jax.clear_caches()
 
