@@ -9,6 +9,7 @@ from eggroll import zo
 from eggroll.experiments.bench.memory import zeroth_order
 from eggroll.lazy import dense
 from eggroll.noise import leaves, regions
+from eggroll.zo.offload import passes
 from tests.zo import tiny_blocks
 
 
@@ -54,6 +55,17 @@ def test_offloaded_steps_in_parts_are_resident_steps(monkeypatch):
     for ours, theirs in found:
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
     jax.block_until_ready(params)  # the caller's arrays were not consumed
+
+
+def test_streams_of_a_chunk_replace_the_ones_before_them():
+    """Activations of all streams exist once, in place, where directions are evaluated a few at a time."""
+    away = zo.Offload(zo.mezo(tiny_blocks.PIECES, learning_rate=0.01, directions=33, chunk_directions=2))
+    state = away.init(tiny_blocks.init(), key=jax.random.key(1))
+    streams, batch = away._streams(state, tiny_blocks.BATCH), jnp.tile(tiny_blocks.BATCH, (8, 1))
+    small, first = state._replace(blocks=()), passes._upload(state.blocks[0])
+    carry, aux = jax.eval_shape(passes.program(streams, "begin"), small, batch)
+    visit = passes.program(streams, "visit").lower(small, first, jnp.int32(0), carry, aux).compile()
+    assert visit.memory_analysis().temp_size_in_bytes < carry[0].size * carry[0].dtype.itemsize / 2
 
 
 def test_vectors_of_stacked_blocks_have_dense_noise_under_low_rank():

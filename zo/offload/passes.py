@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from eggroll import programs
@@ -20,7 +20,7 @@ PROGRAMS: dict[str, tuple[Any, Any, int | None]] = {  # where inputs and outputs
     "update_block": ((SAME, SAME, SLICES, SAME), (SLICES, SAME), 2),
     "sum_resident": ((SAME,), SAME, None),
     "sum_block": ((SLICES, SAME), SAME, None),
-    "sum_rest": ((SAME, SAME), SAME, None),
+    "sum_all": ((SAME, SAME, SAME, SAME), SAME, None),
     "begin": ((SAME, BATCH), (OWN, OWN), None),
     "visit": ((SAME, SLICES, SAME, OWN, OWN), OWN, 3),
     "end": ((SAME, OWN, BATCH), SAME, None),
@@ -91,10 +91,10 @@ class Pass:
             block, coming = coming, None if following is None else _upload(following)
             if self._pending:
                 update = self._program("update_block")
-                block, sums = update(state.pending, state.key, block, jnp.int32(index))
+                block, sums = update(state.pending, state.key, block, np.int32(index))
                 self._block_sums = self._block_sums + sums
             elif self._summed:
-                self._block_sums = self._block_sums + self._program("sum_block")(block, jnp.int32(index))
+                self._block_sums = self._block_sums + self._program("sum_block")(block, np.int32(index))
             yield block
 
     def replaced_blocks(self, done: list[Any]) -> Iterator[Any]:
@@ -109,8 +109,7 @@ class Pass:
     def checksums(self, new: OffloadState) -> Array:
         """Return the checksums after a pass, uint32 [2, arrays]: of the state, and of `new`, the one after it."""
         small = (tree._replace(resident=(), blocks=()) for tree in (self._state, new))
-        rest = self._program("sum_rest")(*self._devices.replicate(tuple(small)))
-        return jnp.concatenate([self._resident_sums, self._block_sums, rest], axis=1)
+        return self._program("sum_all")(self._resident_sums, self._block_sums, *self._devices.replicate(tuple(small)))
 
 
 def _upload(block: Any) -> Any:

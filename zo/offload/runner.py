@@ -184,7 +184,7 @@ class Offload:
         carry, aux = program(streams, "begin")(small, batch)
         visit = program(streams, "visit")
         for index, block in enumerate(blocks):
-            carry = visit(small, block, jnp.int32(index), carry, aux)
+            carry = visit(small, block, np.int32(index), carry, aux)
         return program(streams, "end")(small, carry, batch)
 
     def replay(

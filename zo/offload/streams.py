@@ -87,7 +87,7 @@ class Streams:
         """All streams after an updated block."""
         (x, base_x), aux = drop_device_axes(carry), drop_device_axes(aux)
         params = self.devices.gather(block)
-        x = self._streams(functools.partial(self._through, aux=aux), self.block_plan, params, x, state, index)
+        x = self._advance(functools.partial(self._through, aux=aux), self.block_plan, params, x, state, index)
         return add_device_axes((x, self.pieces.block(params, base_x, aux) if self.estimator.unperturbed else base_x))
 
     def _through(self, params: Any, carried: Any, *, aux: Any) -> Any:
@@ -111,10 +111,38 @@ class Streams:
         rank = max(self.resident_plan.max_rank, self.block_plan.max_rank)
         return report_losses(estimator, losses, base, sigma=state.sigma, rank=rank)
 
-    def _streams(
-        self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array | int = 0
-    ) -> Any:
+    def _streams(self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState) -> Any:
         """`function(member's params, what it carries)` for every direction and sign of this device: [a, b, ...]."""
+        of_pair, inputs = self._of_pair(function, plan, params, state), (*self._own_streams(), carried)
+        chunk = self._chunk(inputs)
+        return jax.vmap(of_pair)(inputs) if chunk is None else jax.lax.map(of_pair, inputs, batch_size=chunk)
+
+    def _advance(self, function: Callable, plan: Plan, params: Any, carried: Any, state: OffloadState, index: Array) -> Any:
+        """`_streams` where what a stream carries keeps its shapes: the result takes the place of `carried`."""
+        of_pair, own = self._of_pair(function, plan, params, state, index), self._own_streams()
+        chunk = self._chunk(own)
+        if chunk is None:
+            return jax.vmap(of_pair)((*own, carried))
+
+        def advance(first: Array | int, carried: Any, *, count: int = chunk) -> Any:
+            inputs = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), (*own, carried))
+            return jax.tree.map(
+                lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, first, 0), carried, jax.vmap(of_pair)(inputs)
+            )
+
+        whole, rest = divmod(own[0].shape[0], chunk)
+        carried = jax.lax.fori_loop(0, whole, lambda step, carried: advance(step * chunk, carried), carried)
+        return advance(whole * chunk, carried, count=rest) if rest else carried
+
+    def _chunk(self, streams: Any) -> int | None:
+        """Directions of this device evaluated at a time; None: all."""
+        chunk = self.chunk_directions
+        return None if chunk is None or chunk >= streams[0].shape[0] else chunk
+
+    def _of_pair(
+        self, function: Callable, plan: Plan, params: Any, state: OffloadState, index: Array | int = 0
+    ) -> Callable[[Any], Any]:
+        """`function` for the signs of one direction: `(direction, signs [b], what they carry [b, ...]) -> [b, ...]`."""
         shared = draw_shared(plan, state.key, state.generation, first_index=index)
 
         def of_pair(inputs: Any) -> Any:
@@ -127,11 +155,7 @@ class Streams:
 
             return jax.vmap(of_sign)(signs, carried)
 
-        pairs, signs = self._own_streams()
-        chunk = self.chunk_directions
-        if chunk is None or chunk >= pairs.shape[0]:
-            return jax.vmap(of_pair)((pairs, signs, carried))
-        return jax.lax.map(of_pair, (pairs, signs, carried), batch_size=chunk)
+        return of_pair
 
     def defer(self, state: OffloadState, coefficients: Array) -> tuple[OffloadState, Array]:
         """The next state, with the update of this step pending, and whether the step is skipped.
@@ -172,9 +196,10 @@ class Streams:
     def _sum_block(self, index: Array, *blocks: Any) -> Array:
         return jnp.stack([checksums.sum_block(self.block_plan, block, index) for block in blocks])
 
-    def sum_rest(self, state: OffloadState, new: OffloadState) -> Array:
-        """Return the checksums of what is neither resident parameters nor blocks, before and after: uint32 [2, arrays]."""
-        return jnp.stack([checksums.sum_rest(state), checksums.sum_rest(new)])
+    def sum_all(self, resident: Array, blocks: Array, state: OffloadState, new: OffloadState) -> Array:
+        """Return the checksums before and after a step, uint32 [2, arrays], from those of the parameters."""
+        rest = jnp.stack([checksums.sum_rest(state), checksums.sum_rest(new)])
+        return jnp.concatenate([resident, blocks, rest], axis=1)
 
     def forward(self, block: Any, x: Any, aux: Any) -> Any:
         """One block, unperturbed."""
