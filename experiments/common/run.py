@@ -7,6 +7,7 @@ turns that off, `JAX_COMPILATION_CACHE_DIR` names another folder.
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -39,6 +40,7 @@ def start_processes() -> bool:
     Raises:
         ValueError, RuntimeError: the other processes cannot be found, or do not join in time.
     """
+    gc.freeze()  # collections, frequent while JAX traces, need not look at what was imported
     use_compilation_cache()
     several = join()
     if several and not is_first():
