@@ -40,7 +40,6 @@ def start_processes() -> bool:
     Raises:
         ValueError, RuntimeError: the other processes cannot be found, or do not join in time.
     """
-    gc.freeze()  # collections, frequent while JAX traces, need not look at what was imported
     use_compilation_cache()
     several = join()
     if several and not is_first():
@@ -111,6 +110,7 @@ def leave(main: Callable[[], None]) -> None:
 
     XLA that was interrupted while it compiled crashes in that shutdown.
     """
+    gc.freeze()  # collections, frequent while JAX traces, need not look at what was imported
     try:
         main()
     except SystemExit as ended:

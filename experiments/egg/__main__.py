@@ -15,7 +15,7 @@ import jax
 import eggroll
 from eggroll.experiments.common.checkpoint import save_checkpoint
 from eggroll.experiments.common.loop import seconds_spent
-from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
+from eggroll.experiments.common.run import exit_on_error, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.egg import evolution
 from eggroll.experiments.egg.config import Config, parse
@@ -75,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

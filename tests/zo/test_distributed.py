@@ -65,8 +65,8 @@ OPTIONS = {
     "mezo": {},
     "fzoo": {"estimator": "fzoo"},
     "one direction": {"directions": 1},
-    "three directions": {"directions": 3},
-    "grzo": {"estimator": "grzo", "perturbation": eggroll.Flipout(), "learning_rate": 1e-4},
+    "three directions": {"directions": 3, "chunk_directions": 1},
+    "grzo": {"estimator": "grzo", "chunk_directions": 1, "perturbation": eggroll.Flipout(), "learning_rate": 1e-4},
     "low rank": {"perturbation": eggroll.LowRank(2, "normal", refresh=3), "directions": 2},
 }
 CASES = [

@@ -44,7 +44,7 @@ SETTINGS = {
     "lozo": dict(perturbation=eggroll.LowRank(2, "normal", refresh=3), directions=2),
     "fzoo": dict(estimator="fzoo", directions=4, perturbation=eggroll.Dense("rademacher")),
     "curvature": dict(estimator="curvature", directions=3),
-    "grzo": dict(estimator="grzo", directions=4, perturbation=eggroll.Flipout(), learning_rate=1e-4),
+    "grzo": dict(estimator="grzo", directions=4, chunk_directions=3, perturbation=eggroll.Flipout(), learning_rate=1e-4),
     "meazo": dict(second_moment=0.9, learning_rate=1e-3),
     "adamezo": dict(
         adam=zo.RebuiltAdam(history=6), learning_rate=1e-3, directions=2, perturbation=eggroll.LowRank(2, refresh=3)
