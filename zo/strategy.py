@@ -263,22 +263,22 @@ class ZerothOrder:
         """Evaluate the losses of a step, and report them with the coefficients; `step` compiles this."""
         estimator, placement = ESTIMATORS[self.estimator], self.placement
         evaluation_key = jax.random.fold_in(addresses.stream_key(state.key, 1), state.generation)
+        shared = dict[str, Any](placement=placement, over_data=("sum", "sum"))
         totals, weights = sharded.evaluate(
             self._of_direction,
             plan,
             state.params,
             Scalars(state.key, state.generation, state.sigma, evaluation_key),
-            placement=placement,
             layout=self.layout,
             batch=batch,
-            over_data=("sum", "sum"),
+            **shared,
         )
         losses = totals / weights
         if placement is not None:
             losses = jax.lax.with_sharding_constraint(losses, placement.replicated)
         base = jnp.float32(jnp.nan)
         if estimator.unperturbed:
-            total, weight = self._weighted(state.params, batch, evaluation_key)
+            total, weight = sharded.evaluate_unperturbed(self._weighted, state.params, batch, evaluation_key, **shared)
             base = total / weight
         losses = losses.reshape(self.directions, len(estimator.signs))
         return report_losses(estimator, losses, base, sigma=state.sigma, rank=plan.max_rank)

@@ -155,6 +155,17 @@ def evaluate(
     return results if padded == layout.num_pairs else jax.tree.map(lambda x: x[: layout.num_pairs], results)
 
 
+def evaluate_unperturbed(
+    function: Callable, params: Any, batch: Any, key: Array, *, placement: Placement | None, over_data: Any
+) -> Any:
+    """`function(params, batch, key)` on the shares of the batch on which `evaluate` runs the members, joined as there."""
+    if placement is None or placement.axis("data") is None:
+        return function(params, batch, key)
+    run, same = lambda *args: _join_shares(placement, over_data, function(*args)), PartitionSpec()
+    in_specs = same, placement.batch_spec(split=True, padded=True), same
+    return _shard_map(placement, run, in_specs, same)(params, batch, key)
+
+
 def gradient(
     plan: Plan,
     coefficients: Array,
@@ -244,14 +255,8 @@ def update(
         return update(sigma=sigma, noise_generation=noise_generation, precision=precision)
     if isinstance(precision, Feedback):
         raise ValueError("precision Feedback is not for parameters that lie over the mesh axes population or data.")
-    sums = gradient(
-        plan,
-        coefficients,
-        placement=placement,
-        noise_key=state.key,
-        noise_generation=noise_generation,
-        sigma=sigma,
-    )
+    of_noise = {"noise_key": state.key, "noise_generation": noise_generation, "sigma": sigma}
+    sums = gradient(plan, coefficients, placement=placement, **of_noise)
     return update_state_at_once(plan, optimizer, extra, state, sums, precision=precision)
 
 

@@ -255,6 +255,25 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_the_next_step_is_norma
     assert not metrics.skipped and float(state.pending.rate) > 0
 
 
+def test_values_that_would_not_be_finite_stay_as_they_were():
+    """A schedule that gives NaN, and a weight that the transfer dtype cannot hold any more."""
+    own = tuner(learning_rate=lambda step: jnp.where(step == 0, jnp.nan, 1e-3))
+    away, state, _ = offloaded(own, 1)
+    np.testing.assert_array_equal(flat(away.parameters(away.flush(state))), flat(init()))
+    params = init()
+    params["blocks"]["bias"] = params["blocks"]["bias"].at[0].set(65504.0)
+    grow = zo.mezo(PIECES, learning_rate=1e3, sigma=1e-2)
+    away, state, _ = offloaded(grow, 1, params=params, transfer_dtype=jnp.float16)
+    after = away.parameters(away.flush(state))["blocks"]["bias"]
+    assert np.isfinite(after).all() and np.abs(after[1:]).min() > 16  # half of the others would be beyond float16
+
+
+def test_a_number_as_sigma_is_that_sigma():
+    away = zo.Offload(tuner())
+    state, metrics = away.step(away.init(init(), key=KEY)._replace(sigma=2e-3), BATCH)
+    assert metrics.sigma.item() == state.sigma.item() == np.float32(2e-3)
+
+
 def test_parameters_and_loss_include_the_pending_update_and_keep_the_state():
     away, state, _ = offloaded(tuner(), 2)
     before, stored = away.loss(state, BATCH, key=KEY), fingerprint(state)

@@ -39,7 +39,7 @@ from eggroll.zo.estimators import ESTIMATORS
 from eggroll.zo.offload.checksums import checksum_names
 from eggroll.zo.offload.devices import Devices, is_short_float, is_sliced
 from eggroll.zo.offload.passes import Pass, program
-from eggroll.zo.offload.state import OffloadState, Pending
+from eggroll.zo.offload.state import OffloadState, Pending, begin
 from eggroll.zo.offload.streams import Streams
 from eggroll.zo.optimizers.descent import Descent, ProjectedMoment
 from eggroll.zo.room import check_offloaded
@@ -161,7 +161,7 @@ class Offload:
         Raises:
             ValueError: the number of devices along "data" does not divide the number of examples.
         """
-        check_not_consumed(state)
+        state = begin(state)
         self.tuner.check_batch(batch)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run = Pass(state, self.devices, streams, summed=True, consumes=True)
@@ -174,7 +174,7 @@ class Offload:
 
     def measure(self, state: OffloadState, batch: Any = None) -> FitnessReport:
         """Evaluate the losses of a step without making it; the state stays as it is."""
-        check_not_consumed(state)
+        state = begin(state)
         streams, batch = self._streams(state, batch), self.devices.batch(batch)
         run = self._pass(state)
         return self._evaluate(streams, state._replace(resident=run.resident(), blocks=()), run.blocks(), batch)

@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from eggroll.state import check_not_consumed
 from eggroll.update.history import History
 from eggroll.zo.offload.devices import Sliced, is_sliced
 from eggroll.zo.optimizers.descent import ProjectedMoment
@@ -56,3 +58,9 @@ class OffloadState(NamedTuple):
 
         blocks = jax.tree.map(stacked, self.blocks[0], is_leaf=is_sliced)
         return {"resident": jax.eval_shape(lambda x: x, self.resident), "blocks": blocks}
+
+
+def begin(state: OffloadState) -> OffloadState:
+    """As `eggroll.state.begin`."""
+    check_not_consumed(state)
+    return state._replace(sigma=jnp.asarray(state.sigma, jnp.float32))

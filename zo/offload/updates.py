@@ -1,7 +1,7 @@
 """The pending update, applied to the resident parameters and to a block.
 
 Noise, gradient and new values exist of a region of a resident parameter at a time, as in an update of the engine; of a block
-they exist of one parameter at a time.
+they exist of one parameter at a time. A value that would not be finite stays as it was.
 """
 
 import dataclasses
@@ -54,6 +54,7 @@ def update_resident(descent: Descent, plan: Plan, resident: Any, pending: Pendin
             new = _updated(descent, values, planned, _ascent(descent, pending, estimate), pending)
             if is_low(leaf):
                 new = store(new, leaf.dtype, on_grid=False, words=hash_words(key, _places(leaf.shape, region)))
+            new = _finite(new, values)
             return new, _sum_both(planned, region, values, new)
 
         def update_next(index: Array, carry: tuple[Array, Array], blocks: BlockGrid) -> tuple[Array, Array]:
@@ -100,7 +101,7 @@ def update_block(
         new = _updated(descent, leaf.values, planned, _ascent(descent, pending, estimate), pending)
         if is_low(leaf.values):
             new = store(new, leaf.values.dtype, on_grid=False, words=devices.slice_of_words(key, new.size))
-        return dataclasses.replace(leaf, values=new)
+        return dataclasses.replace(leaf, values=_finite(new, leaf.values))
 
     return _update_leaves(update, plan, block, pending, run_key, index)
 
@@ -138,6 +139,11 @@ def _ascent(descent: Descent, pending: Pending, estimate: Callable[..., Array]) 
     if descent.adam is None or pending.history is None:
         return estimate(pending.coefficients, noise_generation=pending.generation, sigma=pending.sigma)
     return descent.adam.ascent(pending.history, estimate)
+
+
+def _finite(new: Array, old: Array) -> Array:
+    """The new values, and the old ones where those would not be finite."""
+    return jnp.where(jnp.isfinite(new), new, old.astype(new.dtype))
 
 
 def _updated(descent: Descent, values: Array, planned: LeafPlan, ascent: Array, pending: Pending) -> Array:
