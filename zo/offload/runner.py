@@ -205,7 +205,7 @@ class Offload:
             ValueError: wrong length, or no plan yet. `OtherState`: other values than `step` left.
         """
         coefficients = check_coefficients(coefficients, population_size=self.population_size)
-        check_not_consumed(state)
+        state = begin(state)
         streams = self._known_streams(state, "replay")
         run = Pass(state, self.devices, streams, summed=checksums is not None, consumes=True)
         new = self._defer(streams, self._apply_pending(run, state), coefficients)[0]
