@@ -18,13 +18,14 @@ from jax import Array
 import eggroll
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.loop import seconds_spent
+from eggroll.experiments.common.options import refuse
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.rl import finished
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
 from eggroll.experiments.rl.config import EVOLUTION, Config, parse, restore_config
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.inputs import load, make_critic
+from eggroll.experiments.rl.inputs import ignored_in, load, make_critic
 from eggroll.experiments.rl.problem import (
     BEST,
     LAST,
@@ -132,6 +133,7 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
 def run(config: Config) -> Row:
     """Run every seed; return the summary that `main` prints."""
     task = load(config)
+    refuse(ignored_in(task.environment, config))  # of a run that is loaded they are not known: it stores no preset
     evaluation = Evaluation(task, episodes=config.evaluation_episodes)
     algorithm = make_algorithm(config, task, evaluation)
     summary = run_seeds(

@@ -4,7 +4,6 @@ import flax.linen as nn
 
 from eggroll import envs
 from eggroll.envs.checks import describe_error
-from eggroll.experiments.common.options import refuse
 from eggroll.experiments.rl.config import Config, preset_defaults
 from eggroll.experiments.rl.distributions import num_log_stds
 from eggroll.experiments.rl.imports import find_class, import_code
@@ -73,9 +72,8 @@ def make_critic(config: Config, task: Task) -> nn.Module:
 
 
 def load(config: Config) -> Task:
-    """Make the environment and the policy that `config` names; ValueError for an option that has no effect there."""
+    """Make the environment and the policy that `config` names. A run that begins refuses options that are `ignored_in` it."""
     environment = make_environment(config)
-    refuse(ignored_in(environment, config))
     sampled = config.sampled_actions and _can_sample(environment, config)
     outputs = envs.output_size(environment.action_space, sampled=sampled)
     return Task(environment, make_network(config, environment, outputs=outputs), sampled, config.normalise)
