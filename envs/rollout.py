@@ -1,7 +1,8 @@
 """Episodes of one policy in one environment, as a loop that stops at the end of the episode.
 
-Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward or
-an observation that is not finite ends the episode with a NaN return. Environment states are not kept after the loop.
+Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward that
+is not finite, or an observation whose square is not, ends the episode with a NaN return. Environment states are not kept after
+the loop.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.envs.checks import check_environment, check_policy, check_recurrent
-from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
+from eggroll.envs.normalisation import (
+    ObservationStatistics,
+    ObservationSums,
+    add_observation,
+    initial_sums,
+    is_finite,
+    normalise,
+)
 from eggroll.envs.protocol import Environment
 
 # (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). If the environment has an
@@ -23,7 +31,7 @@ Policy = Callable[..., Any]
 class Episode(NamedTuple):
     """One finished episode, or several with a leading axis."""
 
-    total_reward: Array  # float32 [], sum of rewards, NaN if one of them or an observation was not finite
+    total_reward: Array  # float32 [], sum of rewards, NaN if one of them or the square of an observation was not finite
     steps: Array  # int32 []
     sums: ObservationSums  # of the observations acted upon, around the mean of the statistics in use, or 0
 
@@ -81,7 +89,7 @@ def run_episode(
         new_memory, action = act(carry, action_key)
         observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, action)
         reward = jnp.asarray(reward).astype(jnp.float32)
-        finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
+        finite = jnp.isfinite(reward) & is_finite(observation) & is_finite(carry.observation)
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
             carry.episode.steps + 1,

@@ -11,6 +11,7 @@ from jax import Array
 
 from eggroll import envs
 from eggroll.envs.checks import check_environment, check_policy
+from eggroll.envs.normalisation import is_finite
 from eggroll.envs.rollout import Policy
 
 MAX_BYTES = 3_000_000  # of a file; a longer animation gets fewer frames
@@ -91,7 +92,7 @@ def play_states(
         else:
             memory, action = policy(memory, seen, action_key, *mask)
         new_observation, state, reward, terminated, truncated = environment.step(step_key, state, action)
-        finite = jnp.isfinite(reward) & jnp.isfinite(new_observation).all() & jnp.isfinite(observation).all()
+        finite = jnp.isfinite(reward) & is_finite(new_observation) & is_finite(observation)
         return new_observation, state, memory, terminated | truncated | ~finite
 
     observation, state = jax.jit(environment.reset)(reset_key)

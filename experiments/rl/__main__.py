@@ -91,7 +91,7 @@ def _evaluate(
     returns = best_returns = evaluation.returns(trained.params, trained.statistics, key=key)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
-        print(f"{seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+        print(f"{seed}: {trained.invalid} {what} gave a reward that was not finite, or an observation whose square was not.", flush=True)
     print(f"{seed}: return {describe(returns)} of {len(returns)} episodes, random {random_returns.mean():.4g}", flush=True)
     if checks.best_env_steps:
         if checks.best_env_steps != trained.env_steps:

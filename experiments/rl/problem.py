@@ -90,7 +90,7 @@ class Trained(NamedTuple):
     generations: int  # PPO: updates
     generation_seconds: float  # median
     env_steps: int
-    invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+    invalid: int  # members whose fitness was not finite; PPO: steps whose reward, or square of an observation, was not
     checks: "HeldOutChecks | None" = None  # None: the random policy
     unusual: tuple[str, ...] = ()  # numbers of the metrics that the advice is about
     advice: str = ""  # what to change, should nothing have been learned
