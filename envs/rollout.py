@@ -1,8 +1,8 @@
 """Episodes of one policy in one environment, as a loop that stops at the end of the episode.
 
-Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward that
-is not finite, or an observation whose square is not, ends the episode with a NaN return. Environment states are not kept after
-the loop.
+Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward
+that is not finite, or an observation whose square is not, ends the episode with a NaN return. Environment states are not kept
+after the loop.
 """
 
 from collections.abc import Callable
@@ -50,6 +50,7 @@ def run_episode(
     *,
     key: Array,
     statistics: ObservationStatistics | None = None,
+    normalised: bool = True,
     memory: Any = None,
 ) -> Episode:
     """Run one episode.
@@ -60,6 +61,7 @@ def run_episode(
             environment it is called `policy(observation, key, mask)`.
         key: consumed.
         statistics: normalise the observations that the policy reads; None: not normalised.
+        normalised: False: the policy reads observations as they are, and only the sums are around the mean of `statistics`.
         memory: initial memory of a recurrent policy, a pytree; the policy is then called
             `policy(memory, observation, key) -> (memory, action)`, with the mask last. None: the policy has no memory.
 
@@ -76,7 +78,7 @@ def run_episode(
     centre = jnp.float32(0) if statistics is None else statistics.mean
 
     def act(carry: _Carry, key: Array) -> tuple[Any, Array]:
-        seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
+        seen = normalise(statistics, carry.observation) if statistics is not None and normalised else carry.observation
         mask = () if environment.action_mask is None else (environment.action_mask(carry.state),)
         if memory is None:
             return None, policy(seen, key, *mask)
@@ -113,6 +115,7 @@ def run_episodes(
     key: Array,
     episodes: int,
     statistics: ObservationStatistics | None = None,
+    normalised: bool = True,
     memory: Any = None,
 ) -> Episode:
     """Run several episodes in parallel; like `run_episode`, with a leading axis of `episodes` in the result.
@@ -126,6 +129,6 @@ def run_episodes(
         raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
 
     def run(key: Array) -> Episode:
-        return run_episode(environment, policy, key=key, statistics=statistics, memory=memory)
+        return run_episode(environment, policy, key=key, statistics=statistics, normalised=normalised, memory=memory)
 
     return jax.vmap(run)(jax.random.split(key, episodes))

@@ -164,7 +164,8 @@ def test_keys_of_steps_differ():
     assert abs(float(episode.sums.deviation[0]) - 199.5) < 29
 
 
-def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones():
+@pytest.mark.parametrize(("normalised", "expected"), [(True, [-1.0, -0.5, 0.0, 0.5]), (False, [0.0, 1.0, 2.0, 3.0])])
+def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones(normalised, expected):
     statistics = envs.ObservationStatistics(jnp.float32(100), jnp.float32([2.0]), jnp.float32([400.0]))  # std 2
     seen = []
 
@@ -172,9 +173,10 @@ def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones():
         jax.debug.callback(lambda x: seen.append(float(x[0])), observation, ordered=True)
         return jnp.int32(0)
 
-    episode = envs.run_episode(counting(ends_at=4), watch, key=jax.random.key(0), statistics=statistics)
+    known = {"statistics": statistics, "normalised": normalised}
+    episode = envs.run_episode(counting(ends_at=4), watch, key=jax.random.key(0), **known)
     jax.effects_barrier()
-    assert seen == [-1.0, -0.5, 0.0, 0.5]
+    assert seen == expected
     assert jax.tree.map(lambda x: x.tolist(), episode.sums) == ObservationSums(4.0, [-2.0], [6.0])
 
 
