@@ -6,10 +6,12 @@
 
 Sums of many episodes add up, so any order and any grouping gives the same statistics. Gathering them around the known mean
 keeps Q - S^2 / n' from cancelling in float32 (Chan, Golub and LeVeque, 1983, The American Statistician 37(3)).
+An observation whose square is not finite in float32, beyond about 1.8e19, is like one that is not finite: `is_finite` says so.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -43,6 +45,11 @@ def initial_sums(shape: tuple[int, ...]) -> ObservationSums:
     return ObservationSums(jnp.float32(0), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
+def is_finite(observation: Array) -> Array:
+    """Whether the squares of an observation are finite, bool []: others would make the statistics NaN, which they stay."""
+    return jnp.isfinite(jnp.square(observation)).all()
+
+
 def add_observation(sums: ObservationSums, observation: Array, *, centre: Array) -> ObservationSums:
     """Add one observation [*observation_shape] to sums around `centre`, the mean of the statistics in use."""
     deviation = observation - centre
@@ -57,12 +64,14 @@ def merge(statistics: ObservationStatistics, sums: ObservationSums) -> Observati
         sums: of any number of observations, none included.
 
     Returns:
-        The statistics of all observations.
+        The statistics of all observations; those before where the sums overflowed.
     """
     number = statistics.number + sums.number
     shift = sums.deviation / jnp.maximum(number, 1.0)
     m2 = statistics.m2 + sums.squared_deviation - shift * sums.deviation
-    return ObservationStatistics(number, statistics.mean + shift, jnp.maximum(m2, 0.0))
+    merged = ObservationStatistics(number, statistics.mean + shift, jnp.maximum(m2, 0.0))
+    finite = jnp.isfinite(merged.mean).all() & jnp.isfinite(m2).all()
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), merged, statistics)
 
 
 def normalise(statistics: ObservationStatistics, observation: Array) -> Array:

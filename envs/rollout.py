@@ -1,7 +1,8 @@
 """Episodes of one policy in one environment, as a loop that stops at the end of the episode.
 
-Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward or
-an observation that is not finite ends the episode with a NaN return. Environment states are not kept after the loop.
+Under `vmap` the loop runs until the last episode of the batch ends, so a population that fails early costs little. A reward
+that is not finite, or an observation whose square is not, ends the episode with a NaN return. Environment states are not kept
+after the loop.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll.envs.checks import check_environment, check_policy, check_recurrent
-from eggroll.envs.normalisation import ObservationStatistics, ObservationSums, add_observation, initial_sums, normalise
+from eggroll.envs.normalisation import (
+    ObservationStatistics,
+    ObservationSums,
+    add_observation,
+    initial_sums,
+    is_finite,
+    normalise,
+)
 from eggroll.envs.protocol import Environment
 
 # (observation, key) -> action; with a memory (memory, observation, key) -> (memory, action). If the environment has an
@@ -23,7 +31,7 @@ Policy = Callable[..., Any]
 class Episode(NamedTuple):
     """One finished episode, or several with a leading axis."""
 
-    total_reward: Array  # float32 [], sum of rewards, NaN if one of them or an observation was not finite
+    total_reward: Array  # float32 [], sum of rewards, NaN if one of them or the square of an observation was not finite
     steps: Array  # int32 []
     sums: ObservationSums  # of the observations acted upon, around the mean of the statistics in use, or 0
 
@@ -42,6 +50,7 @@ def run_episode(
     *,
     key: Array,
     statistics: ObservationStatistics | None = None,
+    normalised: bool = True,
     memory: Any = None,
 ) -> Episode:
     """Run one episode.
@@ -52,6 +61,7 @@ def run_episode(
             environment it is called `policy(observation, key, mask)`.
         key: consumed.
         statistics: normalise the observations that the policy reads; None: not normalised.
+        normalised: False: the policy reads observations as they are, and only the sums are around the mean of `statistics`.
         memory: initial memory of a recurrent policy, a pytree; the policy is then called
             `policy(memory, observation, key) -> (memory, action)`, with the mask last. None: the policy has no memory.
 
@@ -68,7 +78,7 @@ def run_episode(
     centre = jnp.float32(0) if statistics is None else statistics.mean
 
     def act(carry: _Carry, key: Array) -> tuple[Any, Array]:
-        seen = carry.observation if statistics is None else normalise(statistics, carry.observation)
+        seen = normalise(statistics, carry.observation) if statistics is not None and normalised else carry.observation
         mask = () if environment.action_mask is None else (environment.action_mask(carry.state),)
         if memory is None:
             return None, policy(seen, key, *mask)
@@ -81,7 +91,7 @@ def run_episode(
         new_memory, action = act(carry, action_key)
         observation, state, reward, terminated, truncated = environment.step(step_key, carry.state, action)
         reward = jnp.asarray(reward).astype(jnp.float32)
-        finite = jnp.isfinite(reward) & jnp.isfinite(observation).all() & jnp.isfinite(carry.observation).all()
+        finite = jnp.isfinite(reward) & is_finite(observation) & is_finite(carry.observation)
         episode = Episode(
             carry.episode.total_reward + jnp.where(finite, reward, jnp.nan),
             carry.episode.steps + 1,
@@ -105,6 +115,7 @@ def run_episodes(
     key: Array,
     episodes: int,
     statistics: ObservationStatistics | None = None,
+    normalised: bool = True,
     memory: Any = None,
 ) -> Episode:
     """Run several episodes in parallel; like `run_episode`, with a leading axis of `episodes` in the result.
@@ -118,6 +129,6 @@ def run_episodes(
         raise ValueError(f"episodes must be an integer >= 1, got {episodes!r}.")
 
     def run(key: Array) -> Episode:
-        return run_episode(environment, policy, key=key, statistics=statistics, memory=memory)
+        return run_episode(environment, policy, key=key, statistics=statistics, normalised=normalised, memory=memory)
 
     return jax.vmap(run)(jax.random.split(key, episodes))

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from eggroll import envs
-from eggroll.envs.checks import check_environment, check_policy
+from eggroll.envs.checks import check_environment, check_policy, describe_error
+from eggroll.envs.normalisation import is_finite
 from eggroll.envs.rollout import Policy
 
 MAX_BYTES = 3_000_000  # of a file; a longer animation gets fewer frames
@@ -48,7 +49,7 @@ def render_episode(
         The path, or None where the environment has no drawing (`environment.draw` is None): nothing is played or written.
 
     Raises:
-        ValueError: `max_frames` is not an integer >= 2.
+        ValueError: `max_frames` is not an integer >= 2, or the environment's drawing fails or is no picture.
     """
     if not isinstance(max_frames, int) or max_frames < 2:
         raise ValueError(f"max_frames must be an integer >= 2, got {max_frames!r}.")
@@ -58,10 +59,29 @@ def render_episode(
     with jax.default_device(cpu):
         key, statistics, memory = jax.device_put((key, statistics, memory), cpu)
         states = play_states(environment, policy, key=key, statistics=statistics, memory=memory, max_states=max_frames)
-        frames = [environment.draw(state) for state in states]
+        frames = [_draw(environment, state) for state in states]
     path = Path(path)
     path.write_bytes(gif(frames))
     return path
+
+
+def check_drawing(environment: envs.Environment) -> None:
+    """Raise ValueError, naming the environment, unless the state after a reset can be drawn."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        _draw(environment, jax.jit(environment.reset)(jax.random.key(0))[1])
+
+
+def _draw(environment: envs.Environment, state: Any) -> np.ndarray:
+    """Draw a state; ValueError where that fails, or what is drawn is no picture."""
+    assert environment.draw is not None
+    try:
+        picture = np.asarray(environment.draw(state))
+    except Exception as error:  # the author's code
+        raise ValueError(f"env '{environment.name}': {describe_error('draw', error)}.") from error
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        got = f"{picture.dtype}{list(picture.shape)}"
+        raise ValueError(f"env '{environment.name}': draw must return a picture uint8 [height, width, 3], got {got}.")
+    return picture
 
 
 def play_states(
@@ -91,7 +111,7 @@ def play_states(
         else:
             memory, action = policy(memory, seen, action_key, *mask)
         new_observation, state, reward, terminated, truncated = environment.step(step_key, state, action)
-        finite = jnp.isfinite(reward) & jnp.isfinite(new_observation).all() & jnp.isfinite(observation).all()
+        finite = jnp.isfinite(reward) & is_finite(new_observation) & is_finite(observation)
         return new_observation, state, memory, terminated | truncated | ~finite
 
     observation, state = jax.jit(environment.reset)(reset_key)

@@ -9,6 +9,7 @@ trained parameters over fresh episodes, and that of random actions. Each seed wr
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from jax import Array
 
 import eggroll
 from eggroll.devices.processes import first_does
+from eggroll.envs.drawing.render import check_drawing
 from eggroll.experiments.common.loop import seconds_spent
+from eggroll.experiments.common.options import refuse
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import Row, SeedRun, run_seeds
 from eggroll.experiments.rl import finished
 from eggroll.experiments.rl.baseline import PolicyGradient, RandomPolicy
 from eggroll.experiments.rl.config import EVOLUTION, Config, parse, restore_config
 from eggroll.experiments.rl.evolution import Evolution
-from eggroll.experiments.rl.inputs import load, make_critic
+from eggroll.experiments.rl.inputs import ignored_in, load, make_critic
 from eggroll.experiments.rl.problem import (
     BEST,
     LAST,
@@ -90,7 +93,8 @@ def _evaluate(
     returns = best_returns = evaluation.returns(trained.params, trained.statistics, key=key)
     if trained.invalid:
         what = "steps" if config.algorithm == "ppo" else "members"
-        print(f"{seed}: {trained.invalid} {what} gave a reward or an observation that was not finite.", flush=True)
+        bad = "a reward that was not finite, or an observation whose square was not"
+        print(f"{seed}: {trained.invalid} {what} gave {bad}.", flush=True)
     print(f"{seed}: return {describe(returns)} of {len(returns)} episodes, random {random_returns.mean():.4g}", flush=True)
     if checks.best_env_steps:
         if checks.best_env_steps != trained.env_steps:
@@ -119,7 +123,11 @@ def _evaluate(
 
 
 def _render(task: Task, trained: Trained, path: Path, *, key: Array) -> None:
-    print(f"an episode is drawn in {task.render(trained.params, trained.statistics, path, key=key)}", flush=True)
+    """Draw an episode; one that fails is a warning, and costs the run nothing else."""
+    try:
+        print(f"an episode is drawn in {task.render(trained.params, trained.statistics, path, key=key)}", flush=True)
+    except Exception as failed:
+        warnings.warn(f"no episode was drawn: {failed}", stacklevel=2)
 
 
 def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.ESState]:
@@ -132,6 +140,9 @@ def remake(options: dict[str, Any]) -> tuple[eggroll.EvolutionStrategy, eggroll.
 def run(config: Config) -> Row:
     """Run every seed; return the summary that `main` prints."""
     task = load(config)
+    refuse(ignored_in(task.environment, config))  # of a run that is loaded they are not known: it stores no preset
+    if config.render:
+        first_does(lambda: check_drawing(task.environment))
     evaluation = Evaluation(task, episodes=config.evaluation_episodes)
     algorithm = make_algorithm(config, task, evaluation)
     summary = run_seeds(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll import envs
-from eggroll.envs.normalisation import ObservationStatistics
+from eggroll.envs.normalisation import ObservationStatistics, is_finite
 from eggroll.experiments.rl.distributions import log_prob_and_entropy, num_log_stds, sample, to_action
 from eggroll.experiments.rl.networks import init_network
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     reward: Array
     terminated: Array
     done: Array  # terminated or truncated
-    invalid: Array  # the reward or observation was not finite; counts as terminated with reward 0
+    invalid: Array  # the reward or the square of an observation was not finite; counts as terminated with reward 0
     discounted_return: Array
     episode_return: Array  # so far; of the whole episode where done
 
@@ -138,14 +138,14 @@ def _step(
     action_key, step_key = jax.random.split(key)
     environment, log_std = model.environment, params["log_std"]
     mask = None if environment.action_mask is None else environment.action_mask(lane.state)
-    sound = jnp.isfinite(lane.observation).all()
+    sound = is_finite(lane.observation)
     observation = jnp.where(sound, lane.observation, statistics.mean)
     seen = model.see(statistics, observation)
     output = model.output(params, seen)
     raw = sample(environment.action_space, output, log_std, key=action_key, mask=mask)
     log_prob, _ = log_prob_and_entropy(environment.action_space, output, log_std, raw, mask=mask)
     after = environment.step(step_key, lane.state, to_action(environment.action_space, raw))
-    finite = sound & jnp.isfinite(after.reward) & jnp.isfinite(after.observation).all()
+    finite = sound & jnp.isfinite(after.reward) & is_finite(after.observation)
     reward, terminated = jnp.where(finite, after.reward, 0.0), after.terminated | ~finite
     episode_return, discounted_return = lane.episode_return + reward, gamma * lane.discounted_return + reward
     step = Step(

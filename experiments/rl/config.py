@@ -145,8 +145,8 @@ class Config:
     max_steps: int | None = None
     """Number of steps after which episodes are truncated. None: the environment's own."""
     target: float | None = None
-    """Stop when the unperturbed parameters reach this mean return in a held-out check. None: 495 for CartPole-v1, -85 for
-    Acrobot-v1, -180 for Pendulum-v1, never for others; inf: never."""
+    """Stop when the unperturbed parameters reach this mean return in a held-out check. None: without max_steps 495 for
+    CartPole-v1, -85 for Acrobot-v1, -180 for Pendulum-v1, and never otherwise; inf: never."""
     checks: int = 20
     """Held-out checks, spread evenly over env_steps."""
     evaluation_episodes: int = 100
@@ -165,14 +165,17 @@ class Config:
     accept_change: bool = False
     """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
     render: bool = False
-    """Write one episode of the trained policy as policy.gif; an environment that cannot be drawn is an error."""
+    """Write one episode of the trained policy as policy.gif; an environment that cannot be drawn is an error before
+    training, and a drawing that fails after it a warning."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/rl-<env>-<algorithm>-<seed>."""
 
     @property
     def known_target(self) -> float | None:
-        """The target, with the defaults of the environments that have one."""
-        return TARGETS.get(self.env) if self.target is None else self.target
+        """The target, with the defaults of the environments that have one, which are for episodes of their own length."""
+        if self.target is None:
+            return TARGETS.get(self.env) if self.max_steps is None else None
+        return self.target
 
     def options(self) -> dict[str, Any]:
         """Return the options that determine the result of a seed, for JSON: all but the seeds, the folder and where it runs."""

@@ -19,6 +19,7 @@ from eggroll import envs
 from eggroll.devices.processes import first_does
 from eggroll.experiments.common.checkpoint import find_checkpoint
 from eggroll.experiments.common.finished import read_run
+from eggroll.experiments.common.options import check_integers
 from eggroll.experiments.common.run import exit_on_error, print_summary, start_processes
 from eggroll.experiments.rl.config import Config, restore_config
 from eggroll.experiments.rl.inputs import load
@@ -38,10 +39,10 @@ class Options:
     """The same, and write an episode as policy.gif into it."""
     parameters: Which = "best"
     """Those of the best held-out check, or the last ones."""
-    episodes: int = 100
-    """Number of episodes."""
+    episodes: int | None = None
+    """Number of episodes. None: as many as the run's own evaluation had."""
     seed: int | None = None
-    """Seed of the episodes. None: those of the run's own final evaluation."""
+    """Seed of the episodes. None: that of the run, whose own final evaluation has the same episodes if there are as many."""
     env: str | None = None
     """Refuse a run of another environment than this one."""
     imports: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="import")] = None
@@ -57,19 +58,22 @@ class Finished(NamedTuple):
     params: Any
     statistics: envs.ObservationStatistics
 
-    def returns(self, *, episodes: int = 100, seed: int | None = None) -> jax.Array:
-        """Play episodes; return their returns, float32 [episodes]. Without a seed they are those of the run's evaluation."""
-        evaluation = Evaluation(self.task, episodes=episodes)
+    def returns(self, *, episodes: int | None = None, seed: int | None = None) -> jax.Array:
+        """Play episodes; return their returns, float32 [episodes]. Without arguments they are those of the run's evaluation."""
+        evaluation = self._evaluation(episodes)
         return evaluation.returns(self.params, self.statistics, key=seed_keys(self._seed(seed)).evaluation)
 
-    def random_returns(self, *, episodes: int = 100, seed: int | None = None) -> jax.Array:
+    def random_returns(self, *, episodes: int | None = None, seed: int | None = None) -> jax.Array:
         """Return those of uniformly random actions."""
-        return Evaluation(self.task, episodes=episodes).random_returns(key=seed_keys(self._seed(seed)).random)
+        return self._evaluation(episodes).random_returns(key=seed_keys(self._seed(seed)).random)
 
     def render(self, path: str | Path, *, seed: int | None = None) -> Path:
         """Draw an episode as an animated GIF; ValueError where the environment cannot be drawn."""
         key = seed_keys(self._seed(seed)).evaluation
         return self.task.render(self.params, self.statistics, Path(path), key=key)
+
+    def _evaluation(self, episodes: int | None) -> Evaluation:
+        return Evaluation(self.task, episodes=self.config.evaluation_episodes if episodes is None else episodes)
 
     def _seed(self, seed: int | None) -> int:
         return self.config.seed if seed is None else seed
@@ -130,8 +134,7 @@ def main(arguments: Sequence[str]) -> None:
         folders = {folder for folder in (options.evaluate, options.render) if folder is not None}
         if len(folders) != 1:
             raise ValueError(f"--evaluate and --render must name one run, got {', '.join(map(str, folders))}.")
-        if options.episodes < 1:
-            raise ValueError(f"episodes must be an integer >= 1, got {options.episodes}.")
+        check_integers(options, "episodes")
         start_processes()
         summary = evaluate(folders.pop(), options)
     print_summary(summary)
@@ -144,14 +147,14 @@ def evaluate(folder: Path, options: Options) -> dict[str, Any]:
         raise ValueError(f"--render has no effect with a run of {run.config.env}: it cannot be drawn.")
     returns = run.returns(episodes=options.episodes, seed=options.seed)
     random_returns = run.random_returns(episodes=options.episodes, seed=options.seed)
-    what = f"{options.parameters} parameters, {options.episodes} episodes of {run.config.env}"
+    what = f"{options.parameters} parameters, {len(returns)} episodes of {run.config.env}"
     print(f"mean return {describe(returns)}, random actions {random_returns.mean():.4g}; {what}", flush=True)
     summary = {
         "env": run.config.env,
         "algorithm": run.config.algorithm,
         "run": str(run.folder),
         "parameters": options.parameters,
-        "episodes": options.episodes,
+        "episodes": len(returns),
         "mean_return": float(returns.mean()),
         "interval": interval(returns),
         "random_return": float(random_returns.mean()),

@@ -1,10 +1,11 @@
 """The environment and the policy network that the options of `experiments.rl` name."""
 
+import dataclasses
+
 import flax.linen as nn
 
 from eggroll import envs
 from eggroll.envs.checks import describe_error
-from eggroll.experiments.common.options import refuse
 from eggroll.experiments.rl.config import Config, preset_defaults
 from eggroll.experiments.rl.distributions import num_log_stds
 from eggroll.experiments.rl.imports import find_class, import_code
@@ -14,7 +15,8 @@ from eggroll.experiments.rl.problem import Task
 
 def ignored_in(environment: envs.Environment, config: Config) -> dict[str, str]:
     """Return the options that are set and have no effect in the environment, each with the error that says so."""
-    found = {}
+    named = dataclasses.replace(config, network=_network_name(config, environment)).ignored()
+    found = {"activation": named["activation"]} if "activation" in named else {}
     if config.render and environment.draw is None:
         found["render"] = (
             f"--render has no effect with --env {config.env}: it cannot be drawn; leave it out or say --no-render."
@@ -32,6 +34,10 @@ def _can_sample(environment: envs.Environment, config: Config) -> bool:
     return not (config.algorithm == "ppo" and num_log_stds(environment.action_space))
 
 
+def _network_name(config: Config, environment: envs.Environment) -> str:
+    return config.network or ("cnn" if is_image(environment) else "mlp")
+
+
 def make_environment(config: Config) -> envs.Environment:
     """Make the environment that `config` names, after the imports that register it; an error of it is a ValueError."""
     for source in config.imports:
@@ -44,7 +50,7 @@ def make_environment(config: Config) -> envs.Environment:
 
 def make_network(config: Config, environment: envs.Environment, *, outputs: int) -> nn.Module:
     """Make the policy network; ValueError where it does not fit the environment or the algorithm."""
-    name = config.network or ("cnn" if is_image(environment) else "mlp")
+    name = _network_name(config, environment)
     if name == "cnn" and not is_image(environment):
         shape = environment.observation_shape
         raise ValueError(f"--network cnn needs images [height, width, channels], env '{config.env}' has observations {shape}.")
@@ -73,9 +79,8 @@ def make_critic(config: Config, task: Task) -> nn.Module:
 
 
 def load(config: Config) -> Task:
-    """Make the environment and the policy that `config` names; ValueError for an option that has no effect there."""
+    """Make the environment and the policy that `config` names. A run that begins refuses options that are `ignored_in` it."""
     environment = make_environment(config)
-    refuse(ignored_in(environment, config))
     sampled = config.sampled_actions and _can_sample(environment, config)
     outputs = envs.output_size(environment.action_space, sampled=sampled)
     return Task(environment, make_network(config, environment, outputs=outputs), sampled, config.normalise)

@@ -102,7 +102,7 @@ class Metrics(NamedTuple):
 
     mean_return: Array  # float32, over episodes that ended in the rollout; NaN if none did
     episodes: Array  # int32, that ended in the rollout
-    invalid: Array  # int32, steps whose reward or observation was not finite
+    invalid: Array  # int32, steps whose reward or square of an observation was not finite
     loss: Array  # float32, mean over minibatches
 
 

@@ -44,9 +44,15 @@ class Task:
 
     def play(self, params: Any, statistics: envs.ObservationStatistics, key: Array, *, episodes: int) -> envs.Episode:
         """Run episodes of the policy with `params`; results have a leading axis of `episodes`."""
-        known = statistics if self.normalise else None
-        policy, memory = self.policy(params), self.memory
-        return envs.run_episodes(self.environment, policy, key=key, episodes=episodes, statistics=known, memory=memory)
+        return envs.run_episodes(
+            self.environment,
+            self.policy(params),
+            key=key,
+            episodes=episodes,
+            statistics=statistics,
+            normalised=self.normalise,
+            memory=self.memory,
+        )
 
     def init_params(self, *, key: Array) -> Any:
         """Draw initial parameters of the policy."""
@@ -90,7 +96,7 @@ class Trained(NamedTuple):
     generations: int  # PPO: updates
     generation_seconds: float  # median
     env_steps: int
-    invalid: int  # members whose fitness was not finite; PPO: steps whose reward or observation was not
+    invalid: int  # members whose fitness was not finite; PPO: steps whose reward, or square of an observation, was not
     checks: "HeldOutChecks | None" = None  # None: the random policy
     unusual: tuple[str, ...] = ()  # numbers of the metrics that the advice is about
     advice: str = ""  # what to change, should nothing have been learned
@@ -137,8 +143,13 @@ def load_policy(folder: Path, task: Task) -> tuple[Any, envs.ObservationStatisti
 
 
 def is_above(returns: Array, others: Array) -> bool:
-    """Whether the mean of some returns is above that of others by more than two standard errors of their difference."""
-    error = math.sqrt(sum(float(values.var()) / values.size for values in (returns, others)))
+    """Whether the mean of some returns is above that of others by more than two standard errors of their difference.
+
+    One return has no standard error: it is never above.
+    """
+    if min(returns.size, others.size) < 2:
+        return False
+    error = math.sqrt(sum(float(values.var(ddof=1)) / values.size for values in (returns, others)))
     return float(returns.mean() - others.mean()) > 2 * error
 
 

@@ -133,9 +133,10 @@ def test_bad_reward_gives_nan_and_ends_the_episode(bad):
     assert jnp.isnan(episode.total_reward) and int(episode.steps) == 3
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, -2e19])  # the square of which is infinite
 @pytest.mark.parametrize("when", [0, 4])
-def test_bad_observation_gives_nan_and_ends_the_episode(when):
-    environment = counting(ends_at=9, observe=lambda t: jnp.where(t == when, jnp.nan, 0.0)[None])
+def test_bad_observation_gives_nan_and_ends_the_episode(when, bad):
+    environment = counting(ends_at=9, observe=lambda t: jnp.where(t == when, bad, 0.0)[None])
     episode = envs.run_episode(environment, stay, key=jax.random.key(0))
     assert jnp.isnan(episode.total_reward) and int(episode.steps) == max(when, 1)
 
@@ -163,7 +164,8 @@ def test_keys_of_steps_differ():
     assert abs(float(episode.sums.deviation[0]) - 199.5) < 29
 
 
-def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones():
+@pytest.mark.parametrize(("normalised", "expected"), [(True, [-1.0, -0.5, 0.0, 0.5]), (False, [0.0, 1.0, 2.0, 3.0])])
+def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones(normalised, expected):
     statistics = envs.ObservationStatistics(jnp.float32(100), jnp.float32([2.0]), jnp.float32([400.0]))  # std 2
     seen = []
 
@@ -171,9 +173,10 @@ def test_policy_sees_normalised_observations_and_sums_are_of_raw_ones():
         jax.debug.callback(lambda x: seen.append(float(x[0])), observation, ordered=True)
         return jnp.int32(0)
 
-    episode = envs.run_episode(counting(ends_at=4), watch, key=jax.random.key(0), statistics=statistics)
+    known = {"statistics": statistics, "normalised": normalised}
+    episode = envs.run_episode(counting(ends_at=4), watch, key=jax.random.key(0), **known)
     jax.effects_barrier()
-    assert seen == [-1.0, -0.5, 0.0, 0.5]
+    assert seen == expected
     assert jax.tree.map(lambda x: x.tolist(), episode.sums) == ObservationSums(4.0, [-2.0], [6.0])
 
 
@@ -375,6 +378,12 @@ def test_an_offset_does_not_cost_precision():
     unknown = envs.initial_statistics((1,))
     naive = envs.merge(unknown, gather(observations, unknown))
     assert abs(float(naive.m2[0] / naive.number) / exact - 1) > 1e-3
+
+
+def test_sums_that_overflow_leave_the_statistics_as_they_are():
+    known = envs.ObservationStatistics(jnp.float32(9), jnp.float32([0.5, 1.0]), jnp.ones(2))
+    observations = jnp.float32([[0.0, 1.5e19], [0.0, -1.5e19]])  # their squares are finite, the sum of them is not
+    jax.tree.map(np.testing.assert_array_equal, envs.merge(known, gather(observations, known)), known)
 
 
 def test_normalise_without_observations_or_variation():

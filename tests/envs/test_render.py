@@ -12,7 +12,7 @@ from eggroll import envs
 from eggroll.envs.drawing import render
 from eggroll.envs.drawing.canvas import PALETTE, Canvas
 from eggroll.envs.drawing.drawing import CLASSIC_CONTROL
-from eggroll.envs.drawing.render import gif, play_states, render_episode
+from eggroll.envs.drawing.render import check_drawing, gif, play_states, render_episode
 from eggroll.envs.registry import SUITES
 
 KEY = jax.random.key(2)
@@ -142,6 +142,24 @@ def test_a_large_file_gets_fewer_frames(monkeypatch):
 def test_an_environment_without_a_drawing_gives_none(tmp_path):
     assert render_episode(counting(3), stay, key=KEY, path=tmp_path / "x.gif") is None
     assert envs.make("Catch-bsuite").draw is None and not list(tmp_path.iterdir())
+
+
+DRAWINGS = [
+    (
+        lambda state: np.zeros((4, 4, 3)),
+        r"env 'counting': draw must return a picture uint8 \[height, width, 3\], got float64",
+    ),
+    (lambda state: np.zeros((4, 4), np.uint8), r"got uint8\[4, 4\]\.$"),
+    (lambda state: None, r"got object\[\]\.$"),
+    (lambda state: {}["x"], r"env 'counting': draw raised KeyError: 'x' \(test_render.py, line \d+\)\.$"),
+]
+
+
+@pytest.mark.parametrize(("draw", "words"), DRAWINGS)
+def test_what_is_no_picture_is_said_before_it_is_needed(draw, words):
+    check_drawing(counting(3, draw=shade))
+    with pytest.raises(ValueError, match=words):
+        check_drawing(counting(3, draw=draw))
 
 
 @pytest.mark.parametrize("max_frames", [1, 2.5])

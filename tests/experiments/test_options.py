@@ -17,6 +17,7 @@ from eggroll.experiments.faultdrill import __main__ as faultdrill
 from eggroll.experiments.reason import config as reason_config
 from eggroll.experiments.reason import suite as reason_suite
 from eggroll.experiments.reason.effects import RULES as REASON_RULES
+from eggroll.experiments.rl import __main__ as rl_main
 from eggroll.experiments.rl import choosing as rl_choosing
 from eggroll.experiments.rl import config as rl_config
 from eggroll.experiments.rl import inputs as rl_inputs
@@ -256,9 +257,16 @@ def test_the_environment_decides_about_pictures_and_sampled_actions():
     assert not rl_inputs.ignored_in(envs.make("CartPole-v1"), rl_config.Config(render=True))
     sampled = rl_config.Config(env="Pendulum-v1", algorithm="ppo", sampled_actions=True)
     with pytest.raises(ValueError, match="--sampled-actions has no effect with --algorithm ppo and --env Pendulum-v1"):
-        rl_inputs.load(sampled)
+        rl_main.run(sampled)
     for config in (dataclasses.replace(sampled, algorithm="eggroll"), dataclasses.replace(sampled, env="CartPole-v1")):
         rl_inputs.load(config)
+
+
+def test_a_run_of_a_preset_is_loaded_without_it():
+    """The preset gave sampled actions, which PPO ignores here; options that were stored do not say so."""
+    config = rl_config.parse(["--env", "Pendulum-v1", "--algorithm", "ppo", "--preset", "paper"])
+    assert not rl_inputs.ignored_in(envs.make("Pendulum-v1"), config)
+    assert not rl_inputs.load(rl_config.restore_config(config.options())).sampled
 
 
 def test_options_are_dropped_with_their_values():

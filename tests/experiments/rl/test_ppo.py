@@ -152,19 +152,20 @@ def test_seeds_vmap_and_are_reproducible():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_observation_that_is_not_finite_is_counted_and_ends_the_episode():
+@pytest.mark.parametrize("bad", [slow(jnp.nan), 2e19], ids=["nan", "square"])
+def test_an_observation_that_is_not_finite_is_counted_and_ends_the_episode(bad):
     sound = counter(terminates=True, limit=5)
 
     def step(key, state, action):
         after = sound.step(key, state, action)
-        return after._replace(observation=jnp.where(state == 1, jnp.nan, after.observation))
+        return after._replace(observation=jnp.where(state == 1, bad, after.observation))
 
     broken = envs.Environment(
         "broken", reset=sound.reset, step=step, observation_shape=(1,), action_space=envs.Discrete(2), max_steps=5
     )
     learner, metrics = jax.jit(small_train(broken, env_steps=32))(jax.random.key(0))
     assert int(metrics.invalid[0]) == 16 and float(metrics.mean_return[0]) == 1.0  # every second step
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learner.params))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((learner.params, learner.statistics)))
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -1,6 +1,7 @@
 """The reinforcement-learning experiment from its command line to its artefacts."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -17,13 +18,13 @@ from eggroll import copy_state, envs
 from eggroll.devices import chunking
 from eggroll.envs import Continuous, MultiDiscrete, PerAgent
 from eggroll.experiments.rl import __main__ as rl
-from eggroll.experiments.rl import evolution
+from eggroll.experiments.rl import evolution, inputs
 from eggroll.experiments.rl.config import Config, parse, restore_config
 from eggroll.experiments.rl.evolution import make_strategy
 from eggroll.experiments.rl.finished import load_run
 from eggroll.experiments.rl.inputs import load
 from eggroll.experiments.rl.presets import PAPER
-from eggroll.experiments.rl.problem import HeldOutChecks
+from eggroll.experiments.rl.problem import HeldOutChecks, is_above
 from eggroll.experiments.rl.uniform import uniform_action
 from eggroll.journal import __main__ as journal
 from eggroll.noise import addresses
@@ -72,9 +73,32 @@ def test_summary_and_artefacts(small_run):
 
 def test_a_target_that_is_never_met_is_not_the_default_one():
     """Also as JSON, which has no infinity."""
-    for target, stored in ((float("inf"), None), (None, 495.0)):
-        options = json.loads(json.dumps(Config(target=target).options()))
+    for target, max_steps, stored in ((float("inf"), None, None), (None, None, 495.0), (None, 50, None), (20.0, 50, 20.0)):
+        options = json.loads(json.dumps(Config(target=target, max_steps=max_steps).options()))
         assert options["target"] == stored and restore_config(options).options() == options
+
+
+def test_a_return_alone_is_not_above_others():
+    """Two returns of 0 and 2 have the standard error 1: their mean has to be above 2."""
+    two = jnp.float32([0.0, 2.0])
+    assert not is_above(jnp.ones(1), jnp.zeros(1))
+    assert not is_above(two + 0.9, jnp.zeros(2)) and is_above(two + 1.1, jnp.zeros(2))
+
+
+def test_a_drawing_that_fails_after_training_is_a_warning(tmp_path):
+    def render(*given, **named):
+        raise OSError("no space left")
+
+    with pytest.warns(UserWarning, match="no episode was drawn: no space left"):
+        rl._render(SimpleNamespace(render=render), SimpleNamespace(params=None, statistics=None), tmp_path, key=None)
+
+
+def test_a_drawing_that_cannot_work_is_an_error_before_training(monkeypatch, tmp_path):
+    environment = dataclasses.replace(envs.make("CartPole-v1"), draw=lambda state: np.zeros((2, 2, 3)))
+    monkeypatch.setattr(inputs.envs, "make", lambda name, max_steps: environment)
+    with pytest.raises(ValueError, match="draw must return a picture"):
+        rl.run(Config(render=True, folder=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_looks_at_its_first_generation_too():
@@ -160,7 +184,8 @@ def test_the_policy_of_a_run_is_loaded(small_run):
     summary, folder = small_run
     loaded = load_run(folder, parameters="last", env="CartPole-v1")
     assert float(loaded.statistics.number) == summary["env_steps"] and loaded.config.hidden_sizes == (8,)
-    assert float(loaded.returns(episodes=50).mean()) == pytest.approx(summary["mean_return"])
+    returns = loaded.returns()
+    assert returns.size == 50 and float(returns.mean()) == pytest.approx(summary["mean_return"])
 
 
 @pytest.mark.slow
@@ -188,6 +213,7 @@ def test_statistics_are_gathered_through_the_engine():
 
 def test_continuous_sampled_actions_without_normalisation():
     options = {"env": "Pendulum-v1", "normalise": False, "hidden_sizes": (8,)}
+    known = envs.ObservationStatistics(jnp.float32(9), jnp.ones(3), jnp.ones(3))
     returns = []
     for sampled in (True, False):
         task = load(Config(sampled_actions=sampled, **options))
@@ -195,6 +221,9 @@ def test_continuous_sampled_actions_without_normalisation():
         played = jax.jit(functools.partial(task.play, episodes=4))(params, statistics, jax.random.key(1))
         assert played.steps.tolist() == [200] * 4 and (played.total_reward < 0).all()
         returns.append(played.total_reward)
+        shifted = jax.jit(functools.partial(task.play, episodes=4))(params, known, jax.random.key(1))
+        np.testing.assert_array_equal(shifted.total_reward, played.total_reward)
+        np.testing.assert_allclose(shifted.sums.deviation, played.sums.deviation - 200, rtol=1e-4)  # around a mean of 1
     assert (returns[0] != returns[1]).all()
 
 
@@ -219,6 +248,10 @@ def test_continuous_sampled_actions_without_normalisation():
         (
             ["--network", "gru", "--hidden-sizes", "16", "--activation", "relu_layer_norm"],
             "error: --activation has no effect without a hidden layer that has one",
+        ),
+        (
+            ["--hidden-sizes", "--activation", "relu_layer_norm"],
+            "error: --activation has no effect without a hidden layer that",
         ),
         (["--mesh", "data=1"], "error: mesh must be such as population=4, with axes out of population, got 'data=1'."),
         (["--seeds", "0"], "error: seeds must be an integer >= 1, got 0."),

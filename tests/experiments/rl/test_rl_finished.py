@@ -49,7 +49,8 @@ def test_a_run_says_why_it_ended_and_is_loaded_again(finished):
     assert all(len(line) <= 80 for line in lines[:3])
     stored = json.loads((folder / "summary.json").read_text())
     for which, name in (("best", "best_return"), ("last", "mean_return")):
-        lines, found = run("--evaluate", str(folder), "--parameters", which, "--episodes", "20")
+        lines, found = run("--evaluate", str(folder), "--parameters", which)
+        assert found["episodes"] == 20  # as in its own evaluation
         assert found["mean_return"] == pytest.approx(summary[name]) and found["random_return"] == summary["random_return"]
         assert found["interval"][0] < found["mean_return"] < found["interval"][1] and f"{which} parameters" in lines[0]
         assert (folder / stored["parameters"][which]).is_dir()
