@@ -119,6 +119,8 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss():
             r"each device holds .* on 2 cpu devices; .* Try a mesh of fewer devices\.",
         ),
         (["--recipe", "adam"], 3.9, r"holds parameters, gradient and moments of adam\. .* Try a recipe other than adam\."),
+        (["--model", "x", "--recipe", "adam"], 3.9, r"moments of adam\. .* Try a recipe other than adam\."),
+        (["--model", "x", "--recipe", "adam", "--dtype", "bfloat16"], 3.9, r"of adam\. .* Try a recipe other than adam\."),
         (
             ["--offload"],
             1.8,
