@@ -16,7 +16,15 @@ import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, print_text, start_processes
-from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
+from eggroll.experiments.common.seeds import (
+    MODEL,
+    Row,
+    SeedRun,
+    refuse_model_of_the_user,
+    refuse_own_model,
+    run_seeds,
+    seed_folder,
+)
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
 from eggroll.experiments.reason.contents import Contents, check_contents, read_contents, recorded_contents
@@ -127,6 +135,7 @@ class Experiment:
             default=_folder_name(config),
             options=config.options() | {"contents": self.contents},
             recorded={"limits": config.limits},
+            check=refuse_model_of_the_user,
         )
         model = str(config.model or f"small {config.start.architecture}")
         return {"algorithm": config.algorithm, "model": model, "task": config.task_name} | summary

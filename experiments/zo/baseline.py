@@ -18,6 +18,7 @@ from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.zo.capacity import dtype_of
 from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, batch_of
+from eggroll.experiments.zo.inputs import keep_task
 from eggroll.experiments.zo.problem import FineTuning, Score, score
 from eggroll.experiments.zo.progress import Progress, why_ended
 from eggroll.population.metrics import Metrics
@@ -85,6 +86,7 @@ class Backprop:
         progress = Progress(
             score_validation, Checks(steps=self.steps, checks=config.checks), learning_rate=config.learning_rate
         )
+        keep_task(config, seed_run.folder)
         strategy: Any = self  # implements what the loop needs of a strategy and its state
         initial: Any = self.init(read(), key=jax.random.key(seed_run.seed))
         progress.begin()

@@ -21,6 +21,7 @@ from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
 from eggroll.experiments.zo.guidance import guide
+from eggroll.experiments.zo.inputs import keep_task
 from eggroll.experiments.zo.problem import FineTuning, Score, score
 from eggroll.experiments.zo.progress import Progress, why_ended
 from eggroll.files import Damaged, read_object
@@ -181,6 +182,7 @@ class Evolution:
         )
         del initial
         with contextlib.closing(durable):
+            keep_task(config, folder)
             state = durable.state
             done = int(state.generation)
             if config.guidance and not done:

@@ -12,6 +12,7 @@ import numpy as np
 
 from eggroll.devices.processes import first_does
 from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.models import model_folder
 from eggroll.experiments.zo.capacity import check_capacity
 from eggroll.experiments.zo.config import Config
@@ -80,6 +81,27 @@ def _read_task(config: Config) -> list[list[Record]]:
     with tempfile.TemporaryDirectory() as own:  # of every process
         sentiment.write(own, short=config.model is None)
         return read_splits(Path(own))
+
+
+def check_task(config: Config, folder: Path) -> None:
+    """Raise ValueError where the shipped task would replace data in the folder of a run that no run wrote there."""
+    own = [path for name in SPLITS if (path := folder / "data" / f"{name}.jsonl").exists()]
+    if config.data is not None or not own:
+        return
+    if (config.accept_change or not config.resume) and _was_of_shipped_task(folder):
+        return
+    shipped = [sentiment.contents(short=short) for short in (False, True)]
+    for path in own:
+        if path.read_bytes() not in [contents[path.stem] for contents in shipped]:
+            words = "is not of the task that ships, which a run without --data would write there"
+            raise ValueError(f"{path} {words}; give --data, or choose another folder.")
+
+
+def _was_of_shipped_task(folder: Path) -> bool:
+    """Whether the run in a folder was one without --data, as far as it is recorded."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_run(folder, experiment="zo", names=("data",)).options["data"] is None
+    return False
 
 
 def keep_task(config: Config, folder: Path) -> None:
