@@ -15,6 +15,7 @@ from typing import Any
 import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
+from eggroll.experiments.common.contents import Contents, check_contents, recorded_contents
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, print_text, start_processes
 from eggroll.experiments.common.seeds import (
     MODEL,
@@ -27,7 +28,7 @@ from eggroll.experiments.common.seeds import (
 )
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
-from eggroll.experiments.reason.contents import Contents, check_contents, read_contents, recorded_contents
+from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.contents import check_contents, recorded_contents
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
 from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_model_of_the_user, refuse_own_model, run_seeds
 from eggroll.experiments.zo.baseline import Backprop
@@ -23,7 +24,7 @@ from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
-from eggroll.experiments.zo.inputs import Loaded, check_task, load
+from eggroll.experiments.zo.inputs import Loaded, check_task, load, read_contents
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
@@ -59,6 +60,7 @@ class Experiment:
         self.config, self._default = config, f"zo-{config.recipe}"
         refuse_own_model(config, config.model, default=self._default)
         self.loaded = load(config)
+        self.contents = read_contents(config.data)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
         self.runs = make_runs(config, self.loaded, self.judge)
         self._before: dict[str, Score] = {}
@@ -112,13 +114,16 @@ class Experiment:
             self.train,
             experiment="zo",
             default=self._default,
-            options=config.settings(),
+            options=config.settings() | {"contents": self.contents},
             check=self._check_folder,
         )
         return {"recipe": config.recipe, "objective": config.objective} | summary
 
     def _check_folder(self, folder: Path) -> None:
-        """Raise ValueError where a folder has what the run would replace, and no run made."""
+        """Raise ValueError where a folder has what the run would replace, and no run made, or a run of other data."""
+        if self.config.resume and not self.config.accept_change:
+            advice = "restore it, or continue with --accept-change"
+            check_contents(recorded_contents(folder), self.contents, advice=advice)
         refuse_model_of_the_user(folder)
         check_task(self.config, folder)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from eggroll.devices.processes import first_does
 from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.common.contents import Contents
 from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.models import model_folder
 from eggroll.experiments.zo.capacity import check_capacity
@@ -21,6 +22,7 @@ from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.problem import FineTuning
 from eggroll.experiments.zo.warm_start import warm_start
 from eggroll.llm import hf
+from eggroll.llm.sums import digest_file
 from eggroll.llm.tokenizers import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -108,6 +110,18 @@ def keep_task(config: Config, folder: Path) -> None:
     """Write the shipped task, where that is what is tuned on, into the folder of a run."""
     if config.data is None:
         first_does(lambda: sentiment.write(folder / "data", short=config.model is None))
+
+
+def read_contents(data: Path | None) -> Contents | None:
+    """Return the digests of the files that `read_splits` reads; None for the shipped task.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if data is None:
+        return None
+    files = [data / f"{name}.jsonl" for name in SPLITS] if data.is_dir() else [data]
+    return {str(file): digest_file(file) for file in files if file.is_file()}  # `read_splits` names one that is missing
 
 
 def read_splits(data: Path) -> list[list[Record]]:

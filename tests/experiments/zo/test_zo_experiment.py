@@ -139,6 +139,8 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
     config = config_from(json.loads(json.dumps(options)))
+    assert {Path(name).stem: len(digest) for name, digest in options["contents"].items()} == dict.fromkeys(inputs.SPLITS, 64)
+    assert config_from({name: value for name, value in options.items() if name != "contents"}) == config  # before 0.3
     assert config == dataclasses.replace(whole[0].config, folder=None, guidance=True, perturbation="rademacher")
 
 
@@ -439,6 +441,33 @@ def test_a_run_does_not_replace_data_that_no_run_wrote(recorded, options, refuse
 def test_the_data_of_an_earlier_run_may_be_of_either_model(tmp_path):
     sentiment.write(tmp_path / "data", short=True)  # the small one
     check_task(Config(model=Path("x")), tmp_path)
+
+
+def test_data_that_changed_are_refused(whole, tmp_path, monkeypatch):
+    """At a resume and where a run is scored; a run begun before has no digests."""
+    experiment, _, folder = whole
+    data = shutil.copytree(experiment.config.data, tmp_path / "data")
+    digests = inputs.read_contents(data)
+    (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
+    words = "test.jsonl has changed since the run began: .*; restore it, or"
+    config = dataclasses.replace(experiment.config, data=data, folder=tmp_path, resume=True)
+    monkeypatch.setattr(experiment, "contents", inputs.read_contents(data))
+    for recorded, change, refused in ((digests, False, True), (digests, True, False), (None, False, False)):
+        monkeypatch.setattr(zo, "recorded_contents", lambda _, recorded=recorded: recorded)
+        monkeypatch.setattr(experiment, "config", dataclasses.replace(config, accept_change=change))
+        with pytest.raises(ValueError, match=f"{words} continue with --accept") if refused else contextlib.nullcontext():
+            experiment._check_folder(tmp_path)
+    (tmp_path / "model").mkdir()
+    for given, recorded, refused in (
+        (None, digests, True),
+        (data, digests, True),
+        (folder, digests, False),
+        (data, None, False),
+    ):
+        settings = config.settings() | ({} if recorded is None else {"contents": recorded})
+        write_json(tmp_path / "summary.json", {"options": settings, "seed": 0})
+        with pytest.raises(ValueError, match=f"{words} score other data by") if refused else contextlib.nullcontext():
+            evaluation._of_run(Config(data=given), tmp_path)
 
 
 def test_every_folder_is_checked_before_its_run_is_touched(whole, place, monkeypatch):
