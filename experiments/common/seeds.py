@@ -13,7 +13,7 @@ from eggroll.experiments.common.memory import peak_mib
 from eggroll.experiments.common.run import SUMMARY, named_folder, run_folder, write_json
 from eggroll.files import CHECKSUM, replace_file
 from eggroll.journal.lock import RunLock
-from eggroll.runs.log import logged
+from eggroll.runs.log import NAME, logged
 
 _MARKS = ("journal.header.json", "journal.bin", "metrics.jsonl")  # of a run; with none of them other files are the user's
 _KEPT_BY_RESUME = ("checkpoints", "samples", f"best{OLD}", "best", *_MARKS)  # marks last: a kill in between leaves one
@@ -60,6 +60,7 @@ def run_seeds(
     default: str,
     options: Mapping[str, Any],
     recorded: Mapping[str, Any] | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Row:
     """Train with every seed; write `summary.json` of each last, which marks the run as finished.
 
@@ -70,18 +71,20 @@ def run_seeds(
         default: name of the folder of a seed if the options name none: `runs/<default>-<seed>`.
         options: that determine what a seed gives; stored in `summary.json` and in the recipe.
         recorded: further fields of `summary.json`.
+        check: of the folder of a seed, called for all before the first one is trained; raises ValueError.
 
     Returns:
         The fields of the only seed, or the means of the numbers of all, with the fields of each under "seeds".
 
     Raises:
-        ValueError: as `prepare_folder`, for any of the seeds before the first one is trained.
+        ValueError: as `prepare_folder` and `check`, for any of the seeds before the first one is trained.
     """
     rows, seeds = [], range(config.seed, config.seed + config.seeds)
     # Absolute, and before the first seed: what a user's code does to the working folder moves no run.
     folders = [seed_folder(config, seed, default=default).absolute() for seed in seeds]
     for folder in folders:  # before the first one is trained
         first_does(lambda: _refuse_files_of_the_user(folder))  # noqa: B023
+        first_does(lambda: check(folder))  # noqa: B023
     for seed, folder in zip(seeds, folders, strict=True):
         recipe = {"function": f"eggroll.experiments.{experiment}.__main__:remake", "options": {**options, "seed": seed}}
         with prepare_folder(folder, resume=config.resume) as lock:
@@ -186,6 +189,12 @@ def _refuse_files_of_the_user(folder: Path) -> None:
     """Raise ValueError where a folder has what a run would replace, and never had a run."""
     if not _has_run(folder) and (users := [name for name in _REPLACED if _has_files(folder / name)]):
         raise ValueError(f"{folder} has no run, but {', '.join(users)}, which a run would replace; choose another folder.")
+
+
+def refuse_model_of_the_user(folder: Path) -> None:
+    """Raise ValueError where a folder has a model, which a run would replace at its end, and never had a run."""
+    if not _has_run(folder) and not (folder / NAME).exists() and _has_files(folder / MODEL):
+        raise ValueError(f"{folder} has no run, but {MODEL}, which a run would replace; choose another folder.")
 
 
 def _has_files(path: Path) -> bool:

@@ -23,7 +23,7 @@ from eggroll.experiments.egg import config as egg
 from eggroll.experiments.egg.figure import plot_scaling
 from eggroll.files import read_object
 
-OWN = ("population_size", "group", "seed")
+OWN = ("population_size", "group", "seed", "resume")
 
 
 @dataclasses.dataclass(frozen=True)

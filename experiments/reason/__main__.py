@@ -15,11 +15,20 @@ from typing import Any
 import eggroll
 from eggroll.devices.processes import first_does, local
 from eggroll.envs.tasks import Reward
+from eggroll.experiments.common.contents import Contents, check_contents, recorded_contents
 from eggroll.experiments.common.run import exit_on_error, exit_on_interrupt, leave, print_summary, print_text, start_processes
-from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds, seed_folder
+from eggroll.experiments.common.seeds import (
+    MODEL,
+    Row,
+    SeedRun,
+    refuse_model_of_the_user,
+    refuse_own_model,
+    run_seeds,
+    seed_folder,
+)
 from eggroll.experiments.reason.baseline import PolicyGradient
 from eggroll.experiments.reason.config import Config, parse, restore_config
-from eggroll.experiments.reason.contents import Contents, check_contents, read_contents, recorded_contents
+from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.evolution import Evolution, make_optimizer
 from eggroll.experiments.reason.figure import draw
 from eggroll.experiments.reason.inputs import load, make_sampling, plan, prepare
@@ -127,6 +136,7 @@ class Experiment:
             default=_folder_name(config),
             options=config.options() | {"contents": self.contents},
             recorded={"limits": config.limits},
+            check=refuse_model_of_the_user,
         )
         model = str(config.model or f"small {config.start.architecture}")
         return {"algorithm": config.algorithm, "model": model, "task": config.task_name} | summary

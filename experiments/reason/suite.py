@@ -34,7 +34,7 @@ from eggroll.experiments.reason.figure import Curve, draw_curves
 from eggroll.experiments.reason.presets import PRESETS
 from eggroll.runs.metrics import read_metrics
 
-OWN = ("algorithm", "preset", "start.architecture", "seed")
+OWN = ("algorithm", "preset", "start.architecture", "seed", "plan", "probe")
 ALGORITHMS = {  # name in the table -> options
     "eggroll": ("--algorithm", "eggroll"),
     "int8": ("--algorithm", "eggroll", "--weights", "int8", "--precision", "stochastic"),

@@ -29,7 +29,7 @@ BASELINE = (
     *("--env", "Pendulum-v1", "--hidden-sizes", "64", "64", "--population-size", "64", "--sigma", "0.1"),
     *("--learning-rate", "0.02", "--target", "inf", "--checks", "5", "--resume"),
 )
-OWN = ("env", "algorithm", "seed", "target")
+OWN = ("env", "algorithm", "seed", "target", "resume")
 KNOBS: dict[str, tuple[str, ...]] = {  # setting, or symptom -> options, each a row
     "population": ("--population-size 16", "--population-size 256"),
     "sigma": ("--sigma 1e-5", "--sigma 0.5", "--sigma 5"),

@@ -32,7 +32,7 @@ from eggroll.experiments.rl.search import SEED, random_options
 from eggroll.runs.metrics import read_metrics
 
 MODULE = "eggroll.experiments.rl"
-OWN = ("env", "algorithm", "seed")
+OWN = ("env", "algorithm", "seed", "resume")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,15 @@ Hugging Face layout.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from eggroll.devices.processes import first_does
+from eggroll.experiments.common.contents import check_contents, recorded_contents
 from eggroll.experiments.common.run import INTERRUPTED, exit_on_error, leave, print_summary, start_processes
-from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_own_model, run_seeds
+from eggroll.experiments.common.seeds import MODEL, Row, SeedRun, refuse_model_of_the_user, refuse_own_model, run_seeds
 from eggroll.experiments.zo.baseline import Backprop
 from eggroll.experiments.zo.capacity import shapes_of
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, parse
@@ -22,7 +24,7 @@ from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evaluation import evaluate, score_fields, score_parts
 from eggroll.experiments.zo.evolution import Evolution
 from eggroll.experiments.zo.figure import draw_run
-from eggroll.experiments.zo.inputs import Loaded, keep_task, load
+from eggroll.experiments.zo.inputs import Loaded, check_task, load, read_contents
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
@@ -58,13 +60,13 @@ class Experiment:
         self.config, self._default = config, f"zo-{config.recipe}"
         refuse_own_model(config, config.model, default=self._default)
         self.loaded = load(config)
+        self.contents = read_contents(config.data)
         self.task, self.judge = self.loaded.task, self.loaded.task.judge()
         self.runs = make_runs(config, self.loaded, self.judge)
         self._before: dict[str, Score] = {}
 
     def train(self, run: SeedRun) -> Row:
         """Tune with one seed, evaluate, write the artefacts; return the fields of its summary."""
-        keep_task(self.config, run.folder)
         task, folder, held_out = self.task, run.folder, {"validation": self.task.validation, "test": self.task.test}
         sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in {"training": task.train, **held_out}.items())
         print(f"seed {run.seed}: scoring the model before training; {sizes} examples", flush=True)
@@ -107,8 +109,23 @@ class Experiment:
     def run(self) -> Row:
         """Run every seed; return the summary that `main` prints."""
         config = self.config
-        summary = run_seeds(config, self.train, experiment="zo", default=self._default, options=config.settings())
+        summary = run_seeds(
+            config,
+            self.train,
+            experiment="zo",
+            default=self._default,
+            options=config.settings() | {"contents": self.contents},
+            check=self._check_folder,
+        )
         return {"recipe": config.recipe, "objective": config.objective} | summary
+
+    def _check_folder(self, folder: Path) -> None:
+        """Raise ValueError where a folder has what the run would replace, and no run made, or a run of other data."""
+        if self.config.resume and not self.config.accept_change:
+            advice = "restore it, or continue with --accept-change"
+            check_contents(recorded_contents(folder), self.contents, advice=advice)
+        refuse_model_of_the_user(folder)
+        check_task(self.config, folder)
 
 
 def measure(config: Config) -> Row:

@@ -14,7 +14,7 @@ from eggroll.llm.models.families import init_params
 from eggroll.zo.offload.devices import Devices
 from eggroll.zo.room import Need, check_room, devices_of, offloaded_need, resident_need
 
-OF_ADAM = 4  # parameters, gradient and two moments
+OF_ADAM = 16  # bytes a parameter: it, its gradient and two moments; short: a float32 copy, two moments, itself and its gradient
 
 
 def check_capacity(config: Config, model: hf.Config) -> None:
@@ -26,13 +26,13 @@ def check_capacity(config: Config, model: hf.Config) -> None:
     """
     trains, by_block, dtype = not config.evaluate, config.offload, dtype_of(config)
     params = shapes_of(config, model)
-    size = dtype.itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    size = dtype.itemsize * count
     mesh = parse_mesh(config.mesh) if (trains or by_block) and config.recipe != BACKPROP else None
     devices, is_long = devices_of(mesh), dtype.itemsize > 2
     shorter = ["--dtype bfloat16"] if config.model and is_long else []
     if trains and config.recipe == BACKPROP:
-        need = Need("parameters, gradient and moments of adam", OF_ADAM * size)
-        check_room(need, devices, ["a recipe other than adam", *shorter])
+        check_room(Need("parameters, gradient and moments of adam", OF_ADAM * count), devices, ["a recipe other than adam"])
     elif by_block:
         need = offloaded_need(params, Devices(mesh).mesh, transfer_dtype=config.transfer_dtype)
         transferred = ["--transfer-dtype bfloat16"] if is_long and config.transfer_dtype is None else []

@@ -151,7 +151,7 @@ class Config:
     """Resume the run in the folder, with more --steps or --forwards to extend it; not for adam. Otherwise its files are
     replaced."""
     accept_change: bool = False
-    """With --resume: continue even if the code of the fitness or of the optimizer has changed."""
+    """With --resume: continue even if the code of the loss or of the optimizer, or a file of --data, has changed."""
     folder: Path | None = None
     """Run folder, with a folder per seed in it when there are several. None: runs/zo-<recipe>-<seed>."""
     evaluate: bool = False
@@ -247,7 +247,7 @@ def _noise_of(stored: Mapping[str, Any]) -> str | None:
 
 
 def config_from(settings: dict[str, Any]) -> Config:
-    """Return the configuration with the given `Config.settings()`, as stored in the header of a journal.
+    """Return the configuration with the given `Config.settings()`, and contents, as stored in the header of a journal.
 
     Raises:
         ValueError: an option is missing or unknown: it was stored by another version, or by another experiment.
@@ -255,7 +255,8 @@ def config_from(settings: dict[str, Any]) -> Config:
     try:
         paths = {name: Path(settings[name]) for name in ("model", "data") if settings[name] is not None}
         changed = {"start": WarmStart(**settings["start"]), "options": tuple(settings["options"])}
-        return Config(**settings | {"perturbation": _noise_of(settings)} | paths | changed)
+        known = {name: value for name, value in settings.items() if name != "contents"}  # of the data, compared by the caller
+        return Config(**known | {"perturbation": _noise_of(settings)} | paths | changed)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the options are not those of experiments.zo in this version: {error}.") from error
 

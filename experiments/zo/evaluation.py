@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from eggroll.devices.processes import is_first
+from eggroll.experiments.common.contents import check_contents
 from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.options import ignored_options, refuse, unless
 from eggroll.experiments.common.run import SUMMARY
@@ -16,7 +17,7 @@ from eggroll.experiments.common.seeds import MODEL
 from eggroll.experiments.zo.config import BACKPROP, Config, config_from, small_defaults
 from eggroll.experiments.zo.data.examples import Examples
 from eggroll.experiments.zo.evolution import Evolution
-from eggroll.experiments.zo.inputs import Loaded, load, where
+from eggroll.experiments.zo.inputs import Loaded, load, read_contents, where
 from eggroll.experiments.zo.problem import Score, score
 from eggroll.experiments.zo.progress import words
 from eggroll.llm import hf
@@ -42,8 +43,8 @@ def evaluate(config: Config) -> Row:
         config: with the folder of a finished run, whose own options count except for `data`; without one, of a model.
 
     Raises:
-        ValueError, OSError: there is no finished run in the folder, it was made with another option than one that is given, or
-            a file is missing or damaged.
+        ValueError, OSError: there is no finished run in the folder, it was made with another option than one that is given, its
+            data have changed, or a file is missing or damaged.
     """
     summary = None
     if config.folder is not None:
@@ -96,6 +97,9 @@ def _of_run(config: Config, folder: Path) -> tuple[Config, Row]:
         *own.settings().keys() - {"data"},
     )
     refuse(ignored_options(config, (fixed,), Config(), small_defaults(config), own))
+    if config.data in (None, own.data):
+        advice = "restore it, or score other data by --data with another path"
+        check_contents(found.options.get("contents"), read_contents(own.data), advice=advice)
     return dataclasses.replace(own, folder=folder, evaluate=True, data=config.data or own.data), found.summary
 
 

@@ -20,7 +20,8 @@ from eggroll.experiments.common.mesh import parse_mesh
 from eggroll.experiments.common.seeds import SeedRun
 from eggroll.experiments.zo.config import Config, arguments
 from eggroll.experiments.zo.data.examples import Examples, batch_of
-from eggroll.experiments.zo.guidance import guide
+from eggroll.experiments.zo.guidance import guide, warn_of_spacing
+from eggroll.experiments.zo.inputs import keep_task
 from eggroll.experiments.zo.problem import FineTuning, Score, score
 from eggroll.experiments.zo.progress import Progress, why_ended
 from eggroll.files import Damaged, read_object
@@ -158,7 +159,11 @@ class Evolution:
         """
         config, seed, folder = self._config, seed_run.seed, seed_run.folder
         _refuse_private_checkpoints(folder)
-        tuner, initial = self.start(read(), key=jax.random.key(seed))
+        params = read()
+        if config.model and config.dtype == "bfloat16":
+            warn_of_spacing(params, self._recipe.plan_of(params, self._batch_shapes), self._recipe.sigma)
+        tuner, initial = self.start(params, key=jax.random.key(seed))
+        del params
         checks = Checks(steps=self.steps, checks=config.checks)
         signs = len(zo.ESTIMATORS[self._recipe.estimator].signs)
         progress = Progress(
@@ -181,6 +186,7 @@ class Evolution:
         )
         del initial
         with contextlib.closing(durable):
+            keep_task(config, folder)
             state = durable.state
             done = int(state.generation)
             if config.guidance and not done:

@@ -12,6 +12,8 @@ import numpy as np
 
 from eggroll.devices.processes import first_does
 from eggroll.envs.tasks.records import Record, read_records
+from eggroll.experiments.common.contents import Contents
+from eggroll.experiments.common.finished import read_run
 from eggroll.experiments.common.models import model_folder
 from eggroll.experiments.zo.capacity import check_capacity
 from eggroll.experiments.zo.config import Config
@@ -20,6 +22,7 @@ from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.problem import FineTuning
 from eggroll.experiments.zo.warm_start import warm_start
 from eggroll.llm import hf
+from eggroll.llm.sums import digest_file
 from eggroll.llm.tokenizers import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -82,10 +85,43 @@ def _read_task(config: Config) -> list[list[Record]]:
         return read_splits(Path(own))
 
 
+def check_task(config: Config, folder: Path) -> None:
+    """Raise ValueError where the shipped task would replace data in the folder of a run that no run wrote there."""
+    own = [path for name in SPLITS if (path := folder / "data" / f"{name}.jsonl").exists()]
+    if config.data is not None or not own:
+        return
+    if (config.accept_change or not config.resume) and _was_of_shipped_task(folder):
+        return
+    shipped = [sentiment.contents(short=short) for short in (False, True)]
+    for path in own:
+        if path.read_bytes() not in [contents[path.stem] for contents in shipped]:
+            words = "is not of the task that ships, which a run without --data would write there"
+            raise ValueError(f"{path} {words}; give --data, or choose another folder.")
+
+
+def _was_of_shipped_task(folder: Path) -> bool:
+    """Whether the run in a folder was one without --data, as far as it is recorded."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_run(folder, experiment="zo", names=("data",)).options["data"] is None
+    return False
+
+
 def keep_task(config: Config, folder: Path) -> None:
     """Write the shipped task, where that is what is tuned on, into the folder of a run."""
     if config.data is None:
         first_does(lambda: sentiment.write(folder / "data", short=config.model is None))
+
+
+def read_contents(data: Path | None) -> Contents | None:
+    """Return the digests of the files that `read_splits` reads; None for the shipped task.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if data is None:
+        return None
+    files = [data / f"{name}.jsonl" for name in SPLITS] if data.is_dir() else [data]
+    return {str(file): digest_file(file) for file in files if file.is_file()}  # `read_splits` names one that is missing
 
 
 def read_splits(data: Path) -> list[list[Record]]:

@@ -37,7 +37,7 @@ from eggroll.experiments.zo.warm_start import warm_start
 from eggroll.llm import hf
 
 MODULE = "eggroll.experiments.zo"
-OWN = ("recipe", "perturbation", "steps", "seed")
+OWN = ("recipe", "perturbation", "steps", "seed", "resume", "guidance", "evaluate", "probe")
 OF_STUDIES = ("data", "task", "template", "label_words", "answer", "objective")
 SEARCH_SEED = 100
 FACTORS = (1 / 3, 1.0, 3.0)  # of the middle step size, that the search tries

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eggroll.experiments.common.run import print_summary, print_text, run_folder
-from eggroll.experiments.common.seeds import prepare_folder, seed_folder
+from eggroll.experiments.common.seeds import prepare_folder, refuse_model_of_the_user, seed_folder
 from eggroll.experiments.reason.progress import print_examples
 from eggroll.runs.log import NAME, logged
 
@@ -50,11 +50,15 @@ def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
         with pytest.raises(ValueError, match=words), prepare_folder(tmp_path, resume=resume):
             pass
 
+    with pytest.raises(ValueError, match="has no run, but model, which a run would replace; choose another folder"):
+        refuse_model_of_the_user(tmp_path)
+
     def begin(*, resume):
         with prepare_folder(tmp_path, resume=resume):
             return {path.name for path in tmp_path.iterdir()} - {"run.lock"}
 
     (tmp_path / "metrics.jsonl").write_text("")
+    refuse_model_of_the_user(tmp_path)
     users = {"model", "checkpoint", "checkpoints", "best", "data", "samples"}
     assert begin(resume=True) == {*users, "metrics.jsonl"}
     assert begin(resume=False) == {"model", "data"}

@@ -6,10 +6,12 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eggroll.experiments.zo.data.tasks import Classification
+from eggroll.files import replace_file
 
 TASK = Classification("{text} It was", {"0": " poor", "1": " good"})
 
@@ -34,25 +36,36 @@ def sentences(*, short: bool = False) -> list[tuple[str, int]]:
     ]
 
 
-def write(
-    folder: str | Path,
-    *,
-    seed: int = 0,
-    train: int = 1000,
-    validation: int = 200,
-    test: int = 1000,
-    short: bool = False,
-) -> dict[str, Path]:
-    """Write train.jsonl, validation.jsonl and test.jsonl without common sentences.
+def write(folder: str | Path, **selection: Any) -> dict[str, Path]:
+    """Write `contents(**selection)` as train.jsonl, validation.jsonl and test.jsonl; return the path of each split.
 
     Args:
         folder: created if missing.
+        selection: arguments of `contents`.
+
+    Raises:
+        ValueError: as `contents`.
+    """
+    found, folder = contents(**selection), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.jsonl" for name in found}
+    for name, content in found.items():
+        replace_file(files[name], content)
+    return files
+
+
+def contents(
+    *, seed: int = 0, train: int = 1000, validation: int = 200, test: int = 1000, short: bool = False
+) -> dict[str, bytes]:
+    """Make splits without common sentences.
+
+    Args:
         seed: of the selection of sentences.
         train, validation, test: number of sentences.
         short: only the 2304 sentences without an opening that end with the adjective.
 
     Returns:
-        Name of the split -> path.
+        Name of the split -> lines.
 
     Raises:
         ValueError: more sentences than exist, or fewer than 1 in a split.
@@ -60,13 +73,8 @@ def write(
     everything, sizes = sentences(short=short), {"train": train, "validation": validation, "test": test}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(everything):
         raise ValueError(f"every split needs 1 sentence or more, and all together at most {len(everything)}, got {sizes}.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    order = iter(np.random.default_rng(seed).permutation(len(everything)))
-    files = {}
+    order, found = iter(np.random.default_rng(seed).permutation(len(everything))), {}
     for name, size in sizes.items():
         chosen = (everything[i] for i in itertools.islice(order, size))
-        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in chosen]
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(lines), encoding="utf-8")
-    return files
+        found[name] = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in chosen).encode()
+    return found

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from eggroll.envs import tasks
+from eggroll.experiments.common.contents import check_contents
 from eggroll.experiments.reason import __main__ as reason
 from eggroll.experiments.reason.config import parse, restore_config
-from eggroll.experiments.reason.contents import check_contents, read_contents
+from eggroll.experiments.reason.contents import read_contents
 from eggroll.experiments.reason.evolution import Evolution
 from eggroll.experiments.reason.improve import improve
 from eggroll.experiments.reason.inputs import prepare

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,10 +17,11 @@ from eggroll import zo as library
 from eggroll.experiments.common.options import drop_options
 from eggroll.experiments.common.run import write_json
 from eggroll.experiments.zo import __main__ as zo
-from eggroll.experiments.zo import evaluation, evolution
+from eggroll.experiments.zo import evaluation, evolution, inputs
 from eggroll.experiments.zo.config import BACKPROP, RECIPES, SMALL, Config, config_from, parse
+from eggroll.experiments.zo.data import sentiment
 from eggroll.experiments.zo.data.examples import batch_of
-from eggroll.experiments.zo.inputs import keep_task
+from eggroll.experiments.zo.inputs import check_task, keep_task
 from eggroll.experiments.zo.problem import score
 from eggroll.journal import Reader, replay
 from eggroll.journal import __main__ as journal
@@ -137,6 +139,8 @@ def test_the_journal_and_the_exported_model_have_the_tuned_parameters(whole):
 def test_the_journal_knows_its_run(whole):
     options = Reader(whole[2] / "journal.bin").header.recipe["options"]
     config = config_from(json.loads(json.dumps(options)))
+    assert {Path(name).stem: len(digest) for name, digest in options["contents"].items()} == dict.fromkeys(inputs.SPLITS, 64)
+    assert config_from({name: value for name, value in options.items() if name != "contents"}) == config  # before 0.3
     assert config == dataclasses.replace(whole[0].config, folder=None, guidance=True, perturbation="rademacher")
 
 
@@ -411,6 +415,81 @@ def test_a_run_keeps_the_task_that_ships(tmp_path):
     for data, files in ((tmp_path, []), (None, ["test.jsonl", "train.jsonl", "validation.jsonl"])):
         keep_task(Config(data=data), tmp_path / "run")
         assert sorted(path.name for path in tmp_path.glob("run/data/*")) == files
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "refused"),
+    [
+        (None, {}, True),
+        ("data", {"resume": True}, True),
+        ("data", {"data": Path("data")}, False),
+        ("shipped", {}, False),  # the new run replaces it, with its data
+        ("shipped", {"resume": True}, True),
+        ("shipped", {"resume": True, "accept_change": True}, False),
+    ],
+)
+def test_a_run_does_not_replace_data_that_no_run_wrote(recorded, options, refused, tmp_path):
+    if recorded is not None:
+        settings = Config(data=None if recorded == "shipped" else Path(recorded)).settings()
+        write_json(tmp_path / "summary.json", {"options": settings, "seed": 0})
+    write(tmp_path / "data", test=3)
+    words = r"data/test.jsonl is not of the task that ships, .* would write there; give --data, or choose another folder"
+    with pytest.raises(ValueError, match=words) if refused else contextlib.nullcontext():
+        check_task(Config(**options), tmp_path)
+
+
+def test_the_data_of_an_earlier_run_may_be_of_either_model(tmp_path):
+    sentiment.write(tmp_path / "data", short=True)  # the small one
+    check_task(Config(model=Path("x")), tmp_path)
+
+
+def test_data_that_changed_are_refused(whole, tmp_path, monkeypatch):
+    """At a resume and where a run is scored; a run begun before has no digests."""
+    experiment, _, folder = whole
+    data = shutil.copytree(experiment.config.data, tmp_path / "data")
+    digests = inputs.read_contents(data)
+    (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
+    words = "test.jsonl has changed since the run began: .*; restore it, or"
+    config = dataclasses.replace(experiment.config, data=data, folder=tmp_path, resume=True)
+    monkeypatch.setattr(experiment, "contents", inputs.read_contents(data))
+    for recorded, change, refused in ((digests, False, True), (digests, True, False), (None, False, False)):
+        monkeypatch.setattr(zo, "recorded_contents", lambda _, recorded=recorded: recorded)
+        monkeypatch.setattr(experiment, "config", dataclasses.replace(config, accept_change=change))
+        with pytest.raises(ValueError, match=f"{words} continue with --accept") if refused else contextlib.nullcontext():
+            experiment._check_folder(tmp_path)
+    (tmp_path / "model").mkdir()
+    for given, recorded, refused in (
+        (None, digests, True),
+        (data, digests, True),
+        (folder, digests, False),
+        (data, None, False),
+    ):
+        settings = config.settings() | ({} if recorded is None else {"contents": recorded})
+        write_json(tmp_path / "summary.json", {"options": settings, "seed": 0})
+        with pytest.raises(ValueError, match=f"{words} score other data by") if refused else contextlib.nullcontext():
+            evaluation._of_run(Config(data=given), tmp_path)
+
+
+def test_every_folder_is_checked_before_its_run_is_touched(whole, place, monkeypatch):
+    """And the shipped task is written once the settings of a resume are accepted."""
+    experiment, written, folder = whole[0], [], place[0] / "checked"
+    config = dataclasses.replace(experiment.config, data=None, folder=folder)
+    for owner, name in ((experiment, "config"), (experiment.runs, "_config")):
+        monkeypatch.setattr(owner, name, config)
+    monkeypatch.setattr(inputs.sentiment, "write", lambda *_, **__: written.append(1))
+    monkeypatch.setattr(evolution, "DurableRun", lambda *_, **__: (_ for _ in ()).throw(ValueError("other settings")))
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").touch()
+    with pytest.raises(ValueError, match="checked has no run, but model, which a run would replace"):
+        experiment.run()
+    assert [path.name for path in folder.iterdir()] == ["model"]
+    shutil.rmtree(folder / "model")
+    with pytest.raises(ValueError, match="other settings"):
+        experiment.run()
+    assert written == []
+    monkeypatch.setattr(zo, "check_task", lambda config, folder: (_ for _ in ()).throw(ValueError(f"data of {folder.name}")))
+    with pytest.raises(ValueError, match="data of checked"):
+        experiment.run()
 
 
 def test_a_run_does_not_replace_the_model_that_it_starts_from(whole, place):

@@ -6,6 +6,7 @@ import types
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from eggroll.experiments.zo import __main__ as zo
 from eggroll.experiments.zo import capacity, inputs
 from eggroll.experiments.zo.config import Config, parse
 from eggroll.experiments.zo.evaluation import best_step
-from eggroll.experiments.zo.guidance import describe
+from eggroll.experiments.zo.guidance import describe, warn_of_spacing
 from eggroll.experiments.zo.inputs import load
 from eggroll.experiments.zo.problem import Score
 from eggroll.experiments.zo.progress import GROWING, Progress, projected_gradient, why_ended
@@ -53,6 +54,18 @@ def test_projected_gradient_of_a_step():
     minus_losses = -np.array([1.2, 1.0, 0.9, 1.3])
     assert projected_gradient(minus_losses, sigma=0.1, signs=2) == pytest.approx(math.sqrt((1 + 4) / 2))
     assert projected_gradient(minus_losses[:2], sigma=0.1, signs=1) == pytest.approx(2)
+
+
+def test_noise_below_the_spacing_of_bfloat16_is_a_warning():
+    """Of weights in [0.5, 1) that is 2^-8: sigma must be at least half of it."""
+    leaves = [types.SimpleNamespace(role=role) for role in ("dense", "dense", "low-rank", "frozen")]
+    params = [jnp.full(8, value, jnp.bfloat16) for value in (0.75, -0.75, 4.0, 4.0)]
+    with pytest.warns(UserWarning, match=r"^67 % of the perturbed weights .* above twice sigma 0.0019, .* raise --sigma, or"):
+        warn_of_spacing(params, types.SimpleNamespace(leaves=leaves), 0.0019)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_spacing(params, types.SimpleNamespace(leaves=leaves), 2.0**-9)
+        warn_of_spacing([leaf.astype(jnp.float32) for leaf in params], types.SimpleNamespace(leaves=leaves), 1e-4)
 
 
 def step(progress, number, loss):
@@ -119,6 +132,8 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss():
             r"each device holds .* on 2 cpu devices; .* Try a mesh of fewer devices\.",
         ),
         (["--recipe", "adam"], 3.9, r"holds parameters, gradient and moments of adam\. .* Try a recipe other than adam\."),
+        (["--model", "x", "--recipe", "adam"], 3.9, r"moments of adam\. .* Try a recipe other than adam\."),
+        (["--model", "x", "--recipe", "adam", "--dtype", "bfloat16"], 3.9, r"of adam\. .* Try a recipe other than adam\."),
         (
             ["--offload"],
             1.8,

@@ -1,5 +1,6 @@
 """The loss and the scores of a fine-tuning task, the small model, and the splits of its data."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from eggroll.envs.tasks.records import read_records
+from eggroll.experiments.zo.baseline import Backprop
+from eggroll.experiments.zo.config import Config
 from eggroll.experiments.zo.data.examples import Examples, encode
 from eggroll.experiments.zo.data.tasks import Classification, Generation
 from eggroll.experiments.zo.evolution import Evolution
@@ -17,7 +20,7 @@ from eggroll.experiments.zo.warm_start import Text, WarmStart, init, train
 from eggroll.llm.decoder import Decoder, apply, token_log_likelihood
 from eggroll.llm.models import transformer
 from eggroll.llm.tokenizers import ByteTokenizer
-from eggroll.zo.blocks import whole_loss
+from eggroll.zo.blocks import Blocks, whole_loss
 from tests.experiments.zo.test_zo_experiment import write
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adam relies on it
@@ -103,6 +106,25 @@ def test_scores_weigh_parts_by_what_is_in_them():
     examples = Examples(np.zeros((250, 1, 4), np.int32), targets, targets, np.arange(250))
     judged = lambda batch: (float(batch.labels[0]), float(batch.labels[0] == 0))  # noqa: E731
     assert score(judged, examples) == ((100 * 200 + 200 * 150) / 550, 100 / 250)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_backprop_adds_up_steps_below_the_spacing_of_the_parameters(dtype):
+    """Steps of 1e-3 from 1 are lost one by one in bfloat16; the loss sees the parameters in the model's dtype."""
+    seen = set()
+
+    def end(resident, x, batch):
+        seen.add(resident["w"].dtype)
+        return (resident["w"].astype(jnp.float32) * batch).sum(), jnp.float32(1)
+
+    pieces = Blocks(lambda resident, batch, key: (jnp.zeros(()), None), lambda own, x, aux: x, end)
+    config = Config(recipe="adam", model=Path("x"), dtype=dtype, learning_rate=1e-3, steps=20)
+    trainer = Backprop(config, SimpleNamespace(pieces=lambda name: pieces), None)
+    state = trainer.init({"resident": {"w": jnp.ones(2, dtype)}, "blocks": {"v": jnp.zeros(1, dtype)}}, key=jax.random.key(0))
+    for _ in range(20):
+        state, _ = trainer.step(state, jnp.array([1.0, -2.0]))
+    np.testing.assert_allclose(state.params["resident"]["w"].astype(jnp.float32), [0.98, 1.02], rtol=1e-4)
+    assert seen == {jnp.dtype(dtype)}
 
 
 @pytest.mark.slow
